@@ -1,0 +1,195 @@
+"""The grid of ranks: who shares tensors, stages and data with whom.
+
+One object, made once by ``training/build.py`` and passed to whoever communicates; nothing here is global.
+The grid is ``[pipeline, data, tensor]`` with tensor innermost, so that the ranks which talk in every layer
+are neighbours on one node. Starting the process group is here too, because this file and the launchers are
+the only places that read environment variables.
+"""
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from deberta_dist.errors import ConfigError
+
+AXES = ("pipeline", "data", "tensor")
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where a rank stands on the grid."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the grid. A pure value: no process group is needed to reason about a layout."""
+
+    pipeline: int = 1
+    data: int = 1
+    tensor: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline * self.data * self.tensor
+
+    def rank(self, coordinate: Coordinate) -> int:
+        """Global rank at ``coordinate``."""
+        return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Coordinate of global ``rank``."""
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher told this process: its rank among how many, and where they meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def discover_launch() -> Launch:
+    """Reads this process's rank from what the launcher exported.
+
+    Understands the DeepSpeed launcher and torchrun (RANK ...), Open MPI, MPICH and Slurm; with none of them
+    this is a world of one. MASTER_ADDR is filled in for Slurm and for one node.
+
+    Raises:
+        ConfigError: under MPI over several nodes when MASTER_ADDR is not exported.
+    """
+    names = (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    )
+    env = os.environ
+    found = next((n for n in names if n[0] in env and n[1] in env), None)
+    if found is None or (found[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in env):
+        # Inside a Slurm batch script but not under srun the variables describe the script, not a rank.
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        found = names[0]
+    launch = Launch(rank=int(env[found[0]]), world_size=int(env[found[1]]), local_rank=int(env.get(found[2], "0")))
+    env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _master_address(found[0], launch)
+    env.setdefault("MASTER_PORT", "29500")
+    return launch
+
+
+def _master_address(rank_variable: str, launch: Launch) -> str:
+    if rank_variable == "SLURM_PROCID":
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        return hosts[0]
+    local_size = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")
+    if launch.world_size == 1 or (local_size is not None and int(local_size) == launch.world_size):
+        return "127.0.0.1"
+    raise ConfigError(
+        "MASTER_ADDR is not exported, so the ranks cannot find each other: with MPI over several nodes give the "
+        "first host's address, e.g. deepspeed --launcher openmpi --launcher_args='-x MASTER_ADDR=<host>' ..., or put "
+        "MASTER_ADDR=<host> in ~/.deepspeed_env"
+    )
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid of ranks with its process groups, seen from one of them.
+
+    Attributes:
+        shape: Sizes of the grid.
+        rank: Global rank of this process.
+        device: Where this rank computes.
+        groups: Process group of this rank along each axis, and ``"model"``: all ranks that hold the same data.
+        subgroups: Further groups by their global ranks (see ``new_subgroups``).
+    """
+
+    shape: MeshShape
+    rank: int
+    device: torch.device
+    groups: dict[str, dist.ProcessGroup]
+    subgroups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """Where this rank stands."""
+        return self.shape.coordinate(self.rank)
+
+    def new_subgroups(self, rank_sets: Sequence[tuple[int, ...]]) -> None:
+        """Makes a group for each set of global ranks. Collective: every rank passes the same sets in one order."""
+        for ranks in rank_sets:
+            group = dist.new_group(list(ranks))
+            if self.rank in ranks:
+                self.subgroups[ranks] = group
+
+
+def start_process_group(*, timeout_minutes: float, init_method: str | None = None) -> torch.device:
+    """Joins the process group that the launcher announced and returns the device of this rank.
+
+    ``discover_launch`` has been called before. NCCL serves GPU tensors and gloo CPU tensors; without a GPU
+    everything is gloo.
+
+    Raises:
+        ConfigError: when this node has fewer GPUs than ranks.
+    """
+    launch = discover_launch()
+    if torch.cuda.is_available():
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {launch.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
+                "start at most one rank per GPU (deepspeed --num_gpus)"
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=init_method,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return device
+
+
+def make_mesh(shape: MeshShape, *, device: torch.device) -> Mesh:
+    """Makes the groups of every axis. Collective over the world, whose size is ``shape.world_size``."""
+    assert dist.get_world_size() == shape.world_size, "sizes are checked against the world before this"
+    device_mesh = init_device_mesh(
+        device.type, (shape.pipeline, shape.data, shape.tensor), mesh_dim_names=AXES
+    )
+    groups = {axis: device_mesh.get_group(axis) for axis in AXES}
+    rank = dist.get_rank()
+    for data in range(shape.data):
+        ranks = [
+            shape.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
+            for pipeline in range(shape.pipeline)
+            for tensor in range(shape.tensor)
+        ]
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            groups["model"] = group
+    return Mesh(shape=shape, rank=rank, device=device, groups=groups)

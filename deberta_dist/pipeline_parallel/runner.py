@@ -1,0 +1,187 @@
+"""Runs the micro-batches of one optimizer step through the stages of this rank.
+
+The schedules are torch.distributed.pipelining's; we write none. Every stage reads the same micro-batch
+(mask, labels, dropout keys) from the data itself, so only hidden states and their gradients travel. One
+stage and one micro-batch take the same path as many.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.mesh import Mesh
+
+# Our name -> the library's.
+SCHEDULES = {
+    "1f1b": "1F1B",
+    "gpipe": "GPipe",
+    "interleaved_1f1b": "Interleaved1F1B",
+    "interleaved_zero_bubble": "InterleavedZeroBubble",
+}
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of one step on one data-parallel rank, stacked: M micro-batches of B sequences.
+
+    Attributes:
+        input_ids: Token ids, int64 [M * B, S].
+        attention_mask: 1 for real tokens, [M * B, S] or [M * B, S, S].
+        labels: Target ids, 0 where there is no target, int64 [M * B, S].
+        dropout_keys: Key of each micro-batch, int64 [M] on the CPU; empty draws from torch's generator never.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    dropout_keys: Tensor
+
+
+class Stage(nn.Module):
+    """A contiguous range of the model's layers with the signature that pipelining calls.
+
+    Args:
+        model: The rank's model; ``model.forward_stage`` runs any range of the layers it kept.
+        layers: The layers of this stage.
+    """
+
+    def __init__(self, model: nn.Module, *, layers: range) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+
+    def forward(self, first: Tensor, *, attention_mask: Tensor, labels: Tensor, dropout_keys: Tensor) -> Tensor:
+        """``first``: token ids [B, S] on the first stage, hidden states [B, S, D] on the others."""
+        is_ids = self.layers.start == 0
+        return self.model.forward_stage(
+            None if is_ids else first,
+            input_ids=first if is_ids else None,
+            attention_mask=attention_mask,
+            labels=labels,
+            layers=self.layers,
+            dropout_key=int(dropout_keys[0]),
+        )
+
+
+def check_schedule(*, schedule: str, num_micro_batches: int, pipeline_parallel_size: int, stages_per_rank: int) -> None:
+    """Refuses what a schedule cannot run. Needs no process group.
+
+    Raises:
+        ConfigError: names the keys concerned.
+    """
+    interleaved = schedule.startswith("interleaved")
+    if not interleaved and stages_per_rank != 1:
+        raise ConfigError(
+            f'parallel.stages_per_rank = {stages_per_rank} needs an interleaved schedule; parallel.schedule = "{schedule}"'
+        )
+    if interleaved:
+        rounds = max(1, num_micro_batches // pipeline_parallel_size)
+        if num_micro_batches % rounds:
+            raise ConfigError(
+                f'parallel.schedule = "{schedule}" needs training.num_micro_batches = {num_micro_batches} to be a '
+                f"multiple of its {rounds} rounds (micro-batches // parallel.pipeline_parallel_size)"
+            )
+
+
+def loss_of_output(output: Tensor, target: Tensor, *, scale: float | Tensor) -> Tensor:
+    """Scaled sum of target losses from the last stage's [1, 3] output (loss sum, correct, targets)."""
+    return output[0, 0] * scale
+
+
+class PipelineRunner:
+    """Forward and backward of all micro-batches of a step.
+
+    Args:
+        model: The rank's model, cut and split.
+        stages: Layers of every stage of the pipeline.
+        local_stages: Indices of the stages that this rank runs.
+        mesh: The grid.
+        schedule: One of ``SCHEDULES``.
+        num_micro_batches: M.
+        micro_batch_shape: (B, S), sequences and tokens.
+        hidden_size: D.
+        dtype: Compute dtype, of the hidden states that travel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stages: Sequence[range],
+        local_stages: Sequence[int],
+        mesh: Mesh,
+        schedule: str,
+        num_micro_batches: int,
+        micro_batch_shape: tuple[int, int],
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.num_micro_batches = num_micro_batches
+        self._has_first = 0 in local_stages
+        self._has_last = len(stages) - 1 in local_stages
+        self._model = model
+        batch, length = micro_batch_shape
+        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+        hidden = torch.empty(batch, length, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+        result = torch.empty(1, 3, dtype=torch.float32, device="meta", requires_grad=True)
+        pipeline_stages = [
+            PipelineStage(
+                Stage(model, layers=stages[index]),
+                index,
+                len(stages),
+                mesh.device,
+                input_args=(ids if index == 0 else hidden,),
+                output_args=(result if index == len(stages) - 1 else hidden,),
+                group=mesh.groups["pipeline"],
+            )
+            for index in local_stages
+        ]
+        self._schedule = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages))
+
+    def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> Tensor:
+        """Runs all micro-batches; gradients of ``loss_scale`` times the loss sum accumulate in ``.grad``.
+
+        Returns:
+            Float32 [3] on this rank's device: (sum of target losses, correct targets, targets) over the
+            micro-batches on ranks of the last stage, zeros on the others.
+        """
+        self._model.train()
+        return self._run(batch, loss_scale=loss_scale, backward=True)
+
+    def evaluate(self, batch: MicroBatches) -> Tensor:
+        """Forward only, without dropout; returns as ``forward_backward``."""
+        self._model.eval()
+        with torch.no_grad():
+            return self._run(batch, loss_scale=1.0, backward=False)
+
+    def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> Tensor:
+        call = self._schedule.step if backward else self._schedule.eval
+        args = (batch.input_ids,) if self._has_first else ()
+        output = call(
+            *args,
+            target=batch.labels if self._has_last else None,
+            loss_kwargs={"scale": loss_scale},
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            dropout_keys=batch.dropout_keys,
+        )
+        if not self._has_last:
+            return torch.zeros(3, dtype=torch.float32, device=batch.labels.device)
+        return output.detach().sum(dim=0)
+
+
+def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int):
+    # Losses are sums that the caller has normalised: the library must not divide gradients again.
+    options = {"loss_fn": loss_of_output, "scale_grads": False}
+    schedule_class = get_schedule_class(SCHEDULES[name])
+    if issubclass(schedule_class, PipelineScheduleMulti):
+        return schedule_class(stages, num_micro_batches, **options)
+    if num_micro_batches < num_stages:
+        # 1F1B with fewer micro-batches than stages never reaches its steady state: what is left is GPipe.
+        schedule_class = ScheduleGPipe
+    return schedule_class(stages[0], num_micro_batches, **options)

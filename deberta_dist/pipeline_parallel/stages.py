@@ -1,0 +1,72 @@
+"""Which layers each pipeline stage runs: contiguous cuts of equal cost.
+
+Pure arithmetic, used by the build, the dry run and the tests alike. A *unit* is one encoder layer with what
+belongs to it: unit 0 also holds the embeddings and the convolution (which needs the embedding output beside
+layer 0's), the last unit is the enhanced mask decoder with the head.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from deberta_dist.errors import ConfigError
+
+
+def balance_stages(costs: Sequence[float], *, num_stages: int) -> list[range]:
+    """Cuts units into ``num_stages`` contiguous stages so that the most expensive stage is as cheap as possible.
+
+    Exact, by dynamic programming; among equal maxima the cut with the smallest sum of squared stage costs wins,
+    so that the other stages are even too.
+
+    Args:
+        costs: Cost of each unit, in any unit (FLOPs per token here).
+        num_stages: Number of stages, at least 1.
+
+    Raises:
+        ConfigError: more stages than units.
+    """
+    num_units = len(costs)
+    if num_stages > num_units:
+        raise ConfigError(
+            f"{num_stages} pipeline stages (parallel.pipeline_parallel_size x parallel.stages_per_rank) cannot share "
+            f"model.num_hidden_layers = {num_units} layers: every stage needs at least one"
+        )
+    total = [0.0, *accumulate(costs)]
+    # best[k][n]: (largest stage, sum of squares, start of the last stage) for the first n units in k stages
+    infinite = (float("inf"), float("inf"), 0)
+    best = [[infinite] * (num_units + 1) for _ in range(num_stages + 1)]
+    best[0][0] = (0.0, 0.0, 0)
+    for k in range(1, num_stages + 1):
+        for n in range(k, num_units + 1):
+            candidates = []
+            for start in range(k - 1, n):
+                cost = total[n] - total[start]
+                largest, squares, _ = best[k - 1][start]
+                candidates.append((max(largest, cost), squares + cost * cost, start))
+            best[k][n] = min(candidates)
+    stages: list[range] = []
+    stop = num_units
+    for k in range(num_stages, 0, -1):
+        start = best[k][stop][2]
+        stages.append(range(start, stop))
+        stop = start
+    return stages[::-1]
+
+
+def explicit_stages(layers_per_stage: Sequence[int], *, num_layers: int, num_stages: int) -> list[range]:
+    """Stages as the user counted them out.
+
+    Raises:
+        ConfigError: the counts are not ``num_stages`` positive numbers that sum to ``num_layers``.
+    """
+    if len(layers_per_stage) != num_stages or sum(layers_per_stage) != num_layers or min(layers_per_stage) < 1:
+        raise ConfigError(
+            f"parallel.layers_per_stage = {list(layers_per_stage)} must be {num_stages} positive counts "
+            f"(pipeline_parallel_size x stages_per_rank) that sum to model.num_hidden_layers = {num_layers}"
+        )
+    stops = list(accumulate(layers_per_stage))
+    return [range(stop - count, stop) for stop, count in zip(stops, layers_per_stage, strict=True)]
+
+
+def stages_of_rank(pipeline_rank: int, *, pipeline_parallel_size: int, stages_per_rank: int) -> list[int]:
+    """Stage indices that a pipeline rank runs: looped, rank, rank + size, ... (one for non-interleaved schedules)."""
+    return [pipeline_rank + loop * pipeline_parallel_size for loop in range(stages_per_rank)]

@@ -1,0 +1,105 @@
+"""Cuts a plain model over the tensor-parallel ranks by the plan table.
+
+Called by ``training/build.py`` on a model whose parameters are still on the meta device: layers are swapped
+for their parallel twins under the same names, nothing is computed and nothing is communicated.
+"""
+
+import re
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.tensor_parallel import plan
+from deberta_dist.tensor_parallel.collectives import EnterTensorParallelRegion
+from deberta_dist.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+from deberta_dist.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    empty_parameter,
+)
+
+
+def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
+    """Refuses a split that does not come out even. Needs no process group.
+
+    Raises:
+        ConfigError: heads or feed-forward features are not divisible by ``tensor_parallel_size``.
+    """
+    size = tensor_parallel_size
+    if num_attention_heads % size:
+        fitting = [n for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+        raise ConfigError(
+            f"parallel.tensor_parallel_size = {size} does not divide model.num_attention_heads = "
+            f"{num_attention_heads}; sizes that do: {', '.join(map(str, fitting))}"
+        )
+    if intermediate_size % size:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size = {size} does not divide model.intermediate_size = {intermediate_size}"
+        )
+
+
+def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
+
+    Args:
+        model: A model with published names; absent parts (other stages) are fine.
+        vocab_size: Rows of the real vocabulary, without padding (tokens).
+        rank: Tensor-parallel rank of this process.
+        size: Number of tensor-parallel ranks; with 1 the model stays as it is.
+        group: Their process group.
+    """
+    if size == 1:
+        return
+    padded_size = plan.padded_vocabulary(vocab_size, tensor_parallel_size=size)
+    rows = padded_size // size
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(plan.ENTER_PATTERN, name):
+            _replace(model, name, EnterTensorParallelRegion(group))
+            continue
+        if re.fullmatch(plan.SPLIT_DROPOUT_PATTERN, name):
+            module.shard = rank
+            continue
+        kind = plan.module_kind(name)
+        if kind == plan.COLUMN:
+            _replace(model, name, ColumnParallelLinear(module, size=size))
+        elif kind == plan.ROW:
+            _replace(model, name, RowParallelLinear(module, size=size, group=group))
+        elif kind == plan.VOCAB and isinstance(module, nn.Embedding):
+            _replace(
+                model,
+                name,
+                VocabParallelEmbedding(module, padded_size=padded_size, rank=rank, size=size, group=group),
+            )
+        elif kind == plan.VOCAB:
+            module.bias = empty_parameter((rows,), module.bias)
+    if getattr(model, "cross_entropy", None) is not None:
+        model.cross_entropy = VocabParallelCrossEntropy(first_row=rank * rows, vocab_size=vocab_size, group=group)
+
+
+def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:
+    """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
+    cut = plan.parameter_cut(name)
+    if cut.dim is None or size == 1:
+        return full
+    if cut.kind == plan.VOCAB:
+        padding = plan.padded_vocabulary(full.shape[0], tensor_parallel_size=size) - full.shape[0]
+        full = F.pad(full, (0,) * (2 * (full.ndim - 1)) + (0, padding))
+    part = plan.local_slice(full.shape[cut.dim], rank=rank, size=size)
+    return full.narrow(cut.dim, part.start, part.stop - part.start)
+
+
+def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...]) -> Tensor:
+    """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
+    cut = plan.parameter_cut(name)
+    if cut.dim is None or len(slices) == 1:
+        return slices[0]
+    return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,61 @@
+"""Entering and leaving a tensor-parallel region: communication that comes in forward/backward pairs.
+
+======== ==================== ===================
+name     forward              backward
+======== ==================== ===================
+copy_to  identity             all-reduce (sum)
+reduce_from all-reduce (sum)  identity
+======== ==================== ===================
+
+Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        tensor = tensor.contiguous().clone()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, None
+
+
+def copy_to_tensor_parallel_region(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Hands a replicated activation to split computation; its gradient is summed over ``group``."""
+    return _CopyTo.apply(tensor, group)
+
+
+def reduce_from_tensor_parallel_region(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sums the partial results of split computation over ``group``."""
+    return _ReduceFrom.apply(tensor, group)
+
+
+class EnterTensorParallelRegion(nn.Module):
+    """Takes the place of an ``enter`` identity of the model: copy_to as a module."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return copy_to_tensor_parallel_region(tensor, self.group)

@@ -1,0 +1,91 @@
+"""The tensor-parallel plan: which parameter is cut along which dimension, as one table of strings.
+
+Training swaps layers by it, the weight store decides by it who owns and who borrows, checkpoints and
+conversion cut and join by it. Nothing else in the package knows how DeBERTa is split.
+
+=========== ======================================================================= ===================
+kind        meaning (tp ranks)                                                      cut dimension
+=========== ======================================================================= ===================
+column      Linear whose output features are split; weight rows and bias are local  0
+row         Linear whose input features are split; weight columns local, bias whole weight 1
+vocab       embedding rows (or a bias over the vocabulary) are split, padded        0
+replicate   whole on every rank, gradients equal on every rank                      none
+partial     whole on every rank, each rank's gradient is a part of the sum          none
+=========== ======================================================================= ===================
+
+``partial`` is the relative table and its LayerNorm: the table is projected by each rank's own heads, so
+each rank sees only its heads' share of the gradient. It is completed once per step when ranks hand over
+their gradients, not once per layer and micro-batch.
+"""
+
+import re
+from dataclasses import dataclass
+
+COLUMN, ROW, VOCAB, REPLICATE, PARTIAL = "column", "row", "vocab", "replicate", "partial"
+
+_LAYER = r"deberta\.encoder\.layer\.\d+\."
+
+# Module name pattern -> kind. Parameters of modules that match nothing are replicated.
+PLAN: tuple[tuple[str, str], ...] = (
+    (_LAYER + r"attention\.self\.(query|key|value|pos_key|pos_query)_proj", COLUMN),
+    (_LAYER + r"attention\.output\.dense", ROW),
+    (_LAYER + r"intermediate\.dense", COLUMN),
+    (_LAYER + r"output\.dense", ROW),
+    (r"deberta\.embeddings\.word_embeddings", VOCAB),
+    (r"lm_predictions\.lm_head", VOCAB),
+    (r"deberta\.encoder\.rel_embeddings", PARTIAL),
+    (r"deberta\.encoder\.LayerNorm", PARTIAL),
+)
+
+# Identity modules where a replicated activation enters split computation: its gradient is summed there.
+ENTER_PATTERN = r".*\.enter"
+# The one dropout whose activation is split by heads: its mask must differ between ranks.
+SPLIT_DROPOUT_PATTERN = _LAYER + r"attention\.self\.dropout"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one parameter is laid out over the tensor-parallel ranks.
+
+    Attributes:
+        kind: One of the kinds above.
+        dim: Dimension that is cut, or None where every rank holds the whole.
+    """
+
+    kind: str
+    dim: int | None
+
+
+def module_kind(name: str) -> str:
+    """Kind of the module called ``name`` (published name)."""
+    return next((kind for pattern, kind in PLAN if re.fullmatch(pattern, name)), REPLICATE)
+
+
+def parameter_cut(name: str) -> Cut:
+    """How the parameter with published ``name`` is cut."""
+    module, _, leaf = name.rpartition(".")
+    kind = module_kind(module)
+    if kind == COLUMN or kind == VOCAB:
+        return Cut(kind, 0)
+    if kind == ROW:
+        return Cut(ROW, 1) if leaf == "weight" else Cut(REPLICATE, None)
+    return Cut(kind, None)
+
+
+def padded_vocabulary(vocab_size: int, *, tensor_parallel_size: int) -> int:
+    """Vocabulary rows after padding so that every rank holds equally many.
+
+    Each shard is a multiple of 64 rows where the vocabulary is split, which keeps its matrix products on
+    aligned rows. One rank needs no padding.
+    """
+    if tensor_parallel_size == 1:
+        return vocab_size
+    multiple = 64 * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def local_slice(full_size: int, *, rank: int, size: int) -> slice:
+    """The part of a dimension of ``full_size`` that ``rank`` of ``size`` holds. Sizes are checked before."""
+    assert full_size % size == 0
+    part = full_size // size
+    return slice(rank * part, (rank + 1) * part)

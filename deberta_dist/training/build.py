@@ -1,0 +1,129 @@
+"""The architecture on one page: how a run's parts are made and joined, in this order.
+
+    model on meta -> keep this rank's layers -> tensor-parallel plan -> weight store -> pipeline runner
+
+With tensor and pipeline size 1 the middle steps are identities and what remains is a plain torch model
+under ZeRO-3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deberta_dist.config import RunConfig, precision
+from deberta_dist.mesh import Mesh, MeshShape
+from deberta_dist.models.initialisation import initial_tensor
+from deberta_dist.pipeline_parallel.runner import PipelineRunner
+from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
+from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor
+from deberta_dist.training.layout import Layout, meta_model
+from deberta_dist.training.optimizer import is_decayed, make_optimizer
+from deberta_dist.training.sharded_model import ShardedModel
+from deberta_dist.zero import WeightStore, lay_out
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Order of the flat parameters, as ``optimizer.make_optimizer`` expects them.
+FLAT_GROUPS = (is_decayed, lambda name: not is_decayed(name))
+
+LoadTensor = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """What a training loop drives.
+
+    Attributes:
+        layout: Who holds what.
+        sharded_model: This rank's weights.
+        runner: Its micro-batches.
+    """
+
+    layout: Layout
+    sharded_model: ShardedModel
+    runner: PipelineRunner
+
+
+def mesh_shape(config: RunConfig) -> MeshShape:
+    """The grid that a resolved configuration asks for."""
+    parallel = config.parallel
+    return MeshShape(
+        pipeline=parallel.pipeline_parallel_size,
+        data=parallel.data_parallel_size,
+        tensor=parallel.tensor_parallel_size,
+    )
+
+
+def build(
+    config: RunConfig,
+    *,
+    layout: Layout,
+    deepspeed_config: dict[str, Any],
+    mesh: Mesh,
+    load_tensor: LoadTensor | None = None,
+) -> TrainingParts:
+    """Makes this rank's part of a run. Collective.
+
+    Args:
+        config: Resolved configuration.
+        layout: From ``plan_layout`` for the same configuration.
+        deepspeed_config: Filled-in DeepSpeed JSON.
+        mesh: The grid.
+        load_tensor: Full float32 value of a published parameter; by default its initial value, a function of
+            (seed, name) alone.
+    """
+    here, shape = mesh.coordinate, mesh.shape
+    dtype = DTYPES[precision(deepspeed_config)]
+    load_tensor = load_tensor or initial_values(layout, seed=config.training.seed)
+
+    model = meta_model(layout.config)
+    model.recompute = config.training.recompute
+    model.keep_layers(layout.layers_of_rank(here.pipeline))
+    apply_plan(
+        model,
+        vocab_size=layout.config.vocab_size,
+        rank=here.tensor,
+        size=shape.tensor,
+        group=mesh.groups["tensor"],
+    )
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    owned = layout.owned(here.pipeline, here.tensor)
+    store = WeightStore(
+        {name: cut_tensor(load_tensor(name), name, rank=here.tensor, size=shape.tensor) for name in owned},
+        layout=lay_out(
+            {name: shapes[name] for name in owned}, groups=FLAT_GROUPS, data_parallel_size=shape.data
+        ),
+        make_optimizer=lambda flats: make_optimizer(flats, settings=config.optimizer),
+        deepspeed_config=deepspeed_config,
+        mesh=mesh,
+        dtype=dtype,
+    )
+    make_tie_groups(layout.ties, mesh=mesh)
+    ties = TiedWeights(layout.ties, mesh=mesh, shapes=shapes, dtype=dtype)
+    sharded_model = ShardedModel(model, store=store, ties=ties, device=mesh.device)
+
+    runner = PipelineRunner(
+        model,
+        stages=layout.stages,
+        local_stages=layout.stages_by_rank[here.pipeline],
+        mesh=mesh,
+        schedule=config.parallel.schedule,
+        num_micro_batches=config.training.num_micro_batches,
+        micro_batch_shape=(config.training.micro_batch_size, config.data.max_seq_length),
+        hidden_size=layout.config.hidden_size,
+        dtype=dtype,
+    )
+    return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
+
+
+def initial_values(layout: Layout, *, seed: int) -> LoadTensor:
+    """The start of every published parameter as a function of (seed, name)."""
+
+    def load(name: str) -> Tensor:
+        return initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
+
+    return load

@@ -1,0 +1,68 @@
+"""The weights of a run as one file with published names.
+
+Every slice is asked of its owner by name, joined by the plan and stripped of vocabulary padding.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deberta_dist.mesh import Coordinate, Mesh
+from deberta_dist.tensor_parallel import plan
+from deberta_dist.tensor_parallel.apply import join_slices
+from deberta_dist.training.build import TrainingParts
+
+
+def gather_full_weights(
+    parts: TrainingParts, *, mesh: Mesh, owned: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Full float32 tensors by published name on rank 0, nothing elsewhere. Collective.
+
+    Args:
+        parts: This rank's parts.
+        mesh: The grid.
+        owned: This rank's owned tensors by name; by default its float32 master weights.
+    """
+    owned = parts.sharded_model.store.master_weights() if owned is None else owned
+    layout = parts.layout
+    places = [(p, t) for p in range(mesh.shape.pipeline) for t in range(mesh.shape.tensor)]
+    owned_by_place = {place: set(layout.owned(*place)) for place in places}
+    full: dict[str, Tensor] = {}
+    for name, shape in layout.full_shapes.items():
+        slices = []
+        for pipeline, tensor in places:
+            if name not in owned_by_place[pipeline, tensor]:
+                continue
+            source = mesh.shape.rank(Coordinate(pipeline=pipeline, data=0, tensor=tensor))
+            if mesh.rank == source == 0:
+                slices.append(owned[name].to(torch.float32).cpu())
+            elif mesh.rank == source:
+                dist.send(owned[name].to(mesh.device, torch.float32).contiguous(), dst=0)
+            elif mesh.rank == 0:
+                received = torch.empty(layout.local_shape(name), dtype=torch.float32, device=mesh.device)
+                dist.recv(received, src=source)
+                slices.append(received.cpu())
+        if mesh.rank == 0:
+            assert len(slices) == (1 if plan.parameter_cut(name).dim is None else mesh.shape.tensor), name
+            full[name] = join_slices(slices, name, full_shape=shape).contiguous()
+    return full
+
+
+def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], directory: Path) -> Path:
+    """Writes ``config.json`` and ``model.safetensors`` (float32, published names) into a new directory, atomically.
+
+    Returns:
+        The directory.
+    """
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(dict(full), temporary / "model.safetensors", metadata={"format": "pt"})
+    os.rename(temporary, directory)
+    return directory

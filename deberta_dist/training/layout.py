@@ -1,0 +1,121 @@
+"""Who runs, holds, owns and borrows what: the whole layout of a run as values, without a process.
+
+``build.py`` makes the real thing from it on every rank, the dry run prints it, the tests compare it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from deberta_dist.config import Parallel
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.pipeline_parallel.stages import balance_stages, explicit_stages, stages_of_rank
+from deberta_dist.pipeline_parallel.ties import Tie, find_ties, owned_names
+from deberta_dist.tensor_parallel import plan
+from deberta_dist.tensor_parallel.apply import check_split, cut_tensor
+from deberta_dist.training.flops import ForwardFlops
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of one model.
+
+    Attributes:
+        config: The model.
+        tensor_parallel_size: Ranks that share every layer.
+        stages: Layers of every pipeline stage.
+        stages_by_rank: Stage indices of every pipeline rank.
+        names_by_rank: Published parameter names used by every pipeline rank, in model order.
+        full_shapes: Full (unsplit) shape of every published parameter, in model order.
+    """
+
+    config: DebertaConfig
+    tensor_parallel_size: int
+    stages: tuple[range, ...]
+    stages_by_rank: tuple[tuple[int, ...], ...]
+    names_by_rank: tuple[tuple[str, ...], ...]
+    full_shapes: Mapping[str, tuple[int, ...]]
+
+    @cached_property
+    def ties(self) -> list[Tie]:
+        """Every weight with more than one user, with its owner and borrowers."""
+        split = (plan.COLUMN, plan.ROW, plan.VOCAB)
+        kinds = {name: plan.parameter_cut(name).kind for name in self.full_shapes}
+        return find_ties(
+            self.names_by_rank,
+            kinds={name: "split" if kind in split else kind for name, kind in kinds.items()},
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
+
+    def layers_of_rank(self, pipeline_rank: int) -> list[int]:
+        """Every layer that a pipeline rank runs."""
+        return [layer for index in self.stages_by_rank[pipeline_rank] for layer in self.stages[index]]
+
+    def owned(self, pipeline_rank: int, tensor_rank: int) -> list[str]:
+        """Names that the rank at this place owns."""
+        return owned_names(
+            self.names_by_rank[pipeline_rank], ties=self.ties, place=(pipeline_rank, tensor_rank)
+        )
+
+    def local_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the slice of ``name`` on any tensor-parallel rank."""
+        full = torch.empty(self.full_shapes[name], device="meta")
+        return tuple(cut_tensor(full, name, rank=0, size=self.tensor_parallel_size).shape)
+
+
+def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlops) -> Layout:
+    """Lays a masked language model out.
+
+    Args:
+        config: The model.
+        parallel: Resolved sizes.
+        flops: Cost of every layer, by which stages are balanced.
+
+    Raises:
+        ConfigError: heads or features do not divide, or stages do not fit the layers.
+    """
+    config.require_masked_lm()
+    check_split(
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+    )
+    num_stages = parallel.pipeline_parallel_size * parallel.stages_per_rank
+    if parallel.layers_per_stage == "auto":
+        stages = balance_stages(flops.units, num_stages=num_stages)
+    else:
+        stages = explicit_stages(
+            parallel.layers_per_stage, num_layers=config.num_hidden_layers, num_stages=num_stages
+        )
+    stages_by_rank = [
+        tuple(
+            stages_of_rank(
+                rank,
+                pipeline_parallel_size=parallel.pipeline_parallel_size,
+                stages_per_rank=parallel.stages_per_rank,
+            )
+        )
+        for rank in range(parallel.pipeline_parallel_size)
+    ]
+    names_by_rank = []
+    for indices in stages_by_rank:
+        model = meta_model(config)
+        model.keep_layers([layer for index in indices for layer in stages[index]])
+        names_by_rank.append(tuple(name for name, _ in model.named_parameters()))
+    return Layout(
+        config=config,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        stages=tuple(stages),
+        stages_by_rank=tuple(stages_by_rank),
+        names_by_rank=tuple(names_by_rank),
+        full_shapes={name: tuple(p.shape) for name, p in meta_model(config).named_parameters()},
+    )
+
+
+def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:
+    """The whole model without any memory."""
+    with torch.device("meta"):
+        return DebertaForMaskedLM(config)

@@ -1,0 +1,102 @@
+"""What a run tells while it runs: one JSON object per step on disk, one line now and then on screen."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step.
+
+    Attributes:
+        step: Optimizer steps done, this one included.
+        loss: Mean over the step's targets (nats).
+        grad_norm: Global L2 norm before clipping; None when the step was skipped.
+        lr: Learning rate of the step.
+        tokens_per_second: Of the whole run.
+        mfu: Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown.
+        consumed_samples: Sequences read since the start.
+        skipped: True when a gradient was not finite on some rank, so that no rank stepped.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    lr: float
+    tokens_per_second: float
+    mfu: float | None
+    consumed_samples: int
+    skipped: bool = False
+
+
+class MetricsLog:
+    """Writes ``metrics.jsonl`` and prints; on ranks other than 0 both do nothing.
+
+    Args:
+        directory: Run directory.
+        is_writer: True on global rank 0.
+        max_steps: Length of the run (optimizer steps), for the time left.
+        print_every: Steps between lines on screen.
+    """
+
+    def __init__(self, directory: Path, *, is_writer: bool, max_steps: int, print_every: int) -> None:
+        self._file: TextIO | None = None
+        if is_writer:
+            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._max_steps = max_steps
+        self._print_every = print_every
+        self._started = time.monotonic()
+        self._done = 0
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Records one optimizer step."""
+        self._done += 1
+        self._write(asdict(metrics))
+        if metrics.skipped:
+            self.say(
+                f"step {metrics.step}: skipped on every rank, a gradient was not finite "
+                f"(loss {metrics.loss:.4f}); weights unchanged"
+            )
+        elif metrics.step % self._print_every == 0 or metrics.step in (1, self._max_steps):
+            self.say(self._line(metrics))
+
+    def evaluation(self, *, step: int, loss: float, accuracy: float, num_targets: int) -> None:
+        """Records an evaluation on held-out text."""
+        self._write({"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_targets": num_targets})
+        self.say(f"step {step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%} over {num_targets:,} masked tokens")
+
+    def say(self, text: str) -> None:
+        """Prints one line (rank 0 only)."""
+        if self._file is not None:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, values: dict) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+
+    def _line(self, metrics: StepMetrics) -> str:
+        elapsed = time.monotonic() - self._started
+        left = elapsed / self._done * (self._max_steps - metrics.step)
+        mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
+        return (
+            f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | loss {metrics.loss:7.4f} | "
+            f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
+            f"{mfu} | left {format_seconds(left)}"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """``1d 02:03:04`` or ``02:03:04`` or ``03:04``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02d}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+    return f"{days}d {clock}" if days else clock

@@ -1,0 +1,61 @@
+"""AdamW over the flat parameters: NVIDIA apex's fused one, or torch's. The one door to apex.
+
+The package called ``apex`` on PyPI is an unrelated web toolkit; the real one is built from NVIDIA's
+repository and is there only where its CUDA extension imports.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from deberta_dist import config as run_config
+from deberta_dist.errors import ConfigError
+
+# Flat parameters of the weight store in order: decayed, not decayed.
+DECAYED, NOT_DECAYED = 0, 1
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to the published parameter ``name``: not to biases and LayerNorms."""
+    return not (name.endswith("bias") or name.endswith("LayerNorm.weight"))
+
+
+def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+    """NVIDIA apex's FusedAdam where it can run, else None."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        importlib.import_module("amp_C")  # the compiled extension: a Python-only build imports and fails later
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except Exception:  # the other apex raises whatever its own imports raise
+        return None
+
+
+def make_optimizer(
+    flats: Sequence[nn.Parameter], *, settings: run_config.Optimizer
+) -> torch.optim.Optimizer:
+    """AdamW with decoupled weight decay on the first flat parameter only.
+
+    Args:
+        flats: Flat parameters, decayed and not decayed.
+        settings: ``[optimizer]`` of the run.
+
+    Raises:
+        ConfigError: apex is asked for by name and is not there.
+    """
+    groups = [
+        {"params": [flats[DECAYED]], "weight_decay": settings.weight_decay},
+        {"params": [flats[NOT_DECAYED]], "weight_decay": 0.0},
+    ]
+    options = {"lr": settings.learning_rate, "betas": tuple(settings.betas), "eps": settings.eps}
+    fused_adam = apex_fused_adam() if settings.name in ("auto", "apex_fused_adam") else None
+    if fused_adam is not None:
+        return fused_adam(groups, adam_w_mode=True, **options)
+    if settings.name == "apex_fused_adam":
+        raise ConfigError(
+            'optimizer.name = "apex_fused_adam": NVIDIA apex with its CUDA extension is not installed here '
+            '(build it from NVIDIA\'s repository; the PyPI package "apex" is another thing), or write "auto"'
+        )
+    return torch.optim.AdamW(groups, fused=True, **options)

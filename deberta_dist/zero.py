@@ -1,0 +1,292 @@
+"""The weight store: what a rank owns of its stage, sharded by DeepSpeed's ZeRO stage 3. The only door to deepspeed.
+
+DeepSpeed's ZeRO-3 gathers weights and reduces gradients in every micro-batch, which is why its own pipeline
+engine refuses it. Here the two are kept apart in time. The engine's model is not the transformer but a
+store of flat parameters, and it is met twice per optimizer step, however many micro-batches there are:
+
+    gather     all-gather the flat weights of the stage over the data-parallel group (once)
+               ... all micro-batches run on plain modules whose parameters are views of the gathered weights,
+               ... their gradients accumulating in float32 views of one flat buffer
+    hand_over  the accumulated gradient goes through one ``engine.backward`` (one reduce-scatter), then
+               ``engine.step`` does norm, clipping, loss scale, master weights, offload and Adam
+
+The weights stay gathered from the first meeting to the second, so the engine's own hooks find them present
+and gather nothing again.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deberta_dist.mesh import Mesh
+
+# Element count to which every tensor is aligned inside its flat parameter: 128 bytes in bf16.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each owned tensor lies in the flat parameters.
+
+    Attributes:
+        sizes: Elements of each flat parameter (padded to a multiple of the data-parallel size).
+        places: name -> (index of the flat parameter, offset, shape).
+    """
+
+    sizes: tuple[int, ...]
+    places: Mapping[str, tuple[int, int, tuple[int, ...]]]
+
+    def views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The owned tensors by name as views of ``flats``."""
+        return {
+            name: flats[index][offset : offset + torch.Size(shape).numel()].view(shape)
+            for name, (index, offset, shape) in self.places.items()
+        }
+
+
+def lay_out(
+    shapes: Mapping[str, tuple[int, ...]], *, groups: Sequence[Callable[[str], bool]], data_parallel_size: int
+) -> FlatLayout:
+    """Lays tensors out in one flat parameter per group, in the order of ``shapes``.
+
+    Every rank has the same number of flat parameters whatever its stage holds, because DeepSpeed compares
+    parameter ids across the whole world; a group without tensors is one aligned row of padding.
+
+    Args:
+        shapes: Local shape of every owned tensor by name.
+        groups: Predicates on the name; exactly one holds for each.
+        data_parallel_size: Number of shards.
+    """
+    lengths = [0] * len(groups)
+    places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        (index,) = [i for i, belongs in enumerate(groups) if belongs(name)]
+        places[name] = (index, lengths[index], tuple(shape))
+        lengths[index] += _round_up(torch.Size(shape).numel(), ALIGNMENT)
+    sizes = tuple(_round_up(max(length, 1), ALIGNMENT * data_parallel_size) for length in lengths)
+    return FlatLayout(sizes=sizes, places=places)
+
+
+class _Surrogate(torch.autograd.Function):
+    """A zero whose gradient with respect to the weight is a given tensor: how gradients enter ZeRO-3."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
+        ctx.gradient, ctx.inverse_scale, ctx.dtype = gradient, inverse_scale, weight.dtype
+        return torch.zeros((), dtype=torch.float32, device=weight.device)
+
+    @staticmethod
+    def backward(ctx, outer: Tensor):
+        # ``outer`` is the engine's loss scale; ``inverse_scale`` takes off the one the pipeline ran with.
+        return (ctx.gradient * (outer.float() * ctx.inverse_scale)).to(ctx.dtype), None, None
+
+
+class _Store(nn.Module):
+    """Flat 1-D parameters and nothing else: the model that DeepSpeed sees."""
+
+    def __init__(self, flats: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.flats = nn.ParameterList([nn.Parameter(flat) for flat in flats])
+
+    def forward(self, gradients: Sequence[Tensor], inverse_scale: float) -> Tensor:
+        terms = [_Surrogate.apply(p, g, inverse_scale) for p, g in zip(self.flats, gradients, strict=True)]
+        return torch.stack(terms).sum()
+
+
+class _ModelParallelUnit:
+    """The ``mpu`` object DeepSpeed asks: the ranks of one data-parallel replica, and of one shard group."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._mesh.groups["model"])
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._mesh.groups["model"])
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.groups["model"]
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.coordinate.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.shape.data
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._mesh.groups["data"]
+
+
+class WeightStore:
+    """The tensors a rank owns, their float32 master copies and optimizer state, sharded over the data axis.
+
+    Args:
+        initial: Full (unsharded) float32 value of every owned tensor, local to this tensor-parallel rank.
+        layout: Where they lie (``lay_out``).
+        make_optimizer: Builds the optimizer from the list of flat parameters.
+        deepspeed_config: Filled-in DeepSpeed JSON.
+        mesh: The grid.
+        dtype: Compute dtype: float32, bfloat16 or float16.
+    """
+
+    def __init__(
+        self,
+        initial: Mapping[str, Tensor],
+        *,
+        layout: FlatLayout,
+        make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+        deepspeed_config: dict[str, Any],
+        mesh: Mesh,
+        dtype: torch.dtype,
+    ) -> None:
+        self._deepspeed = _import_deepspeed()
+        self.layout = layout
+        self.dtype = dtype
+        self._mesh = mesh
+        flats = [torch.zeros(size, dtype=torch.float32, device=mesh.device) for size in layout.sizes]
+        for name, view in layout.views(flats).items():
+            view.copy_(initial[name])
+        store = _Store([flat.to(dtype) for flat in flats])
+        for parameter in store.parameters():
+            # Every flat parameter is owned by this rank alone: without the mark DeepSpeed's norm skips it.
+            parameter.model_parallel = True
+        optimizer = make_optimizer(list(store.parameters()))
+        self._engine, _, _, _ = self._deepspeed.initialize(
+            model=store, optimizer=optimizer, config=deepspeed_config, mpu=_ModelParallelUnit(mesh)
+        )
+        self._parameters = list(store.parameters())
+        if dtype != torch.float32:
+            # DeepSpeed makes its master weights from the rounded ones.
+            self._set_master_weights(flats)
+        self._gathered: Any = None
+        self._gradients: list[Tensor] = []
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss under fp16; 1 otherwise."""
+        return float(self._engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps DeepSpeed itself declined; ours is the gate before it, so this stays 0."""
+        return int(self._engine.skipped_steps)
+
+    def gather(self, *, with_gradients: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All-gathers the stage's weights once.
+
+        Returns:
+            (weights, gradients) by name: views of the gathered flat weights, and zeroed float32 views of the
+            flat gradients (none without ``with_gradients``).
+        """
+        assert self._gathered is None
+        self._gathered = self._gathered_parameters()
+        self._gathered.__enter__()
+        weights = self.layout.views([parameter.detach() for parameter in self._parameters])
+        if not with_gradients:
+            return weights, {}
+        self._gradients = [
+            torch.zeros(size, dtype=torch.float32, device=self._mesh.device) for size in self.layout.sizes
+        ]
+        return weights, self.layout.views(self._gradients)
+
+    def release(self) -> None:
+        """Gives the gathered weights up without a step (evaluation, a skipped step)."""
+        self._gathered.__exit__(None, None, None)
+        self._gathered = None
+        self._gradients = []
+
+    def gradients_are_finite(self) -> Tensor:
+        """Whether this rank's accumulated gradients can be handed over: bool scalar on the device."""
+        limit = torch.finfo(self.dtype).max
+        largest = torch.stack([gradient.abs().max() for gradient in self._gradients]).max()
+        # NaN compares false; a value that the compute dtype cannot hold would become infinite on the way.
+        return largest <= limit
+
+    def step(self, *, learning_rate: float, loss_scale: float) -> float:
+        """Hands the accumulated gradients over and takes one optimizer step.
+
+        Args:
+            learning_rate: For this step.
+            loss_scale: The ``loss_scale`` that the backward passes ran with.
+
+        Returns:
+            Global gradient norm before clipping, over every weight of the model once.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = self._engine(self._gradients, 1.0 / loss_scale)
+        self._engine.backward(loss)
+        self._engine.step()
+        self.release()
+        return float(self._engine.get_global_grad_norm())
+
+    def skip(self) -> None:
+        """The agreed answer to a non-finite gradient: no weight moves; under fp16 the loss scale falls."""
+        if self.dtype == torch.float16:
+            self._engine.optimizer.loss_scaler.update_scale(True)
+        self.release()
+
+    @torch.no_grad()
+    def master_weights(self) -> dict[str, Tensor]:
+        """Full float32 weights this rank owns, by name, on the CPU. Collective over the data-parallel group."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        flats = []
+        for parameter, size in zip(self._parameters, self.layout.sizes, strict=True):
+            # A copy: DeepSpeed's own shard is a view that a collective may not touch.
+            shard = safe_get_local_fp32_param(parameter).detach().clone().to(self._mesh.device)
+            flat = torch.empty(size, dtype=torch.float32, device=self._mesh.device)
+            dist.all_gather_single(flat, shard, group=self._mesh.groups["data"])
+            flats.append(flat.cpu())
+        return self.layout.views(flats)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes this rank holds between steps: weights at rest and optimizer state (master weights, moments)."""
+        at_rest = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
+        gathered = sum(p.numel() * p.element_size() for p in self._parameters)
+        state = 0
+        for values in self._engine.optimizer.optimizer.state.values():
+            state += sum(v.numel() * v.element_size() for v in values.values() if torch.is_tensor(v) and v.ndim)
+        master = sum(flat.numel() * flat.element_size() for flat in self._engine.optimizer.fp32_partitioned_groups_flat)
+        return {"weights": at_rest, "gathered": gathered, "master_weights": master, "optimizer_states": state}
+
+    def _set_master_weights(self, flats: Sequence[Tensor]) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        data, size = self._mesh.coordinate.data, self._mesh.shape.data
+        for parameter, flat in zip(self._parameters, flats, strict=True):
+            safe_set_local_fp32_param(parameter, flat.chunk(size)[data].contiguous())
+
+    def _gathered_parameters(self) -> Any:
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        return GatheredParameters(self._parameters)
+
+
+def _import_deepspeed() -> Any:
+    """Imports deepspeed, quiet and without its start-up compilation.
+
+    On a CPU DeepSpeed compiles a shared-memory extension when communication starts: minutes, and a process
+    killed meanwhile leaves a lock on which every later start hangs. Gloo does its work.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use.*", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
