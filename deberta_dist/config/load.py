@@ -1,0 +1,254 @@
+"""TOML file + dotted overrides -> validated sections, or one ConfigError that lists every problem.
+
+Called by the ``main`` of each entry point, before anything heavy is imported. ``load_config`` takes the
+schema as an argument, so that other runs (fine-tuning) share files, overrides and messages.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError, create_model
+
+from deberta_dist.config.schema import RunConfig
+from deberta_dist.errors import ConfigError
+
+COMMAND_LINE = "command line"
+MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
+
+Tables = dict[str, Any]
+Sources = dict[tuple[str, ...], str]
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load_config(
+    toml_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    schema: type[Schema] = RunConfig,
+) -> Schema:
+    """Reads a run's TOML and applies overrides from the command line.
+
+    Args:
+        toml_path: The file. Relative paths in it are relative to the folder it lies in.
+        overrides: ``--section.key value`` or ``--section.key=value``. A value is read as TOML, and as
+            plain text where it is none. Relative paths are relative to the current directory.
+        schema: Class of the whole; its fields are the tables.
+
+    Raises:
+        ConfigError: File missing, no TOML, duplicate, unknown or missing key, wrong value; all
+            problems in one message, each with its file, key and what is expected.
+    """
+    path = Path(toml_path)
+    tables, sources = read_tables(path, overrides, schema=schema)
+    for name, field in schema.model_fields.items():
+        if _mentions(field.annotation, BaseModel):
+            tables.setdefault(name, {})  # so that the missing keys are named, not the missing table
+    try:
+        config = schema.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(_report(_problems(error, schema, sources, str(path)), path)) from None
+    if "_source" in schema.__private_attributes__:
+        config._source = path
+    return config
+
+
+def load_table(
+    toml_path: str | os.PathLike[str], overrides: Sequence[str], name: str, section: type[Schema]
+) -> Schema:
+    """Reads one table of a TOML and leaves the others alone: all that starting the processes needs.
+
+    Args:
+        toml_path: The file.
+        overrides: As for ``load_config``, of this table only.
+        name: The table, e.g. ``parallel``; an absent one has its defaults.
+        section: Its class.
+
+    Raises:
+        ConfigError: As for ``load_config``.
+    """
+    path = Path(toml_path)
+    schema = create_model(f"Only{section.__name__}", **{name: (section, ...)})
+    tables, sources = read_tables(path, overrides, schema=schema)
+    try:
+        return getattr(schema.model_validate({name: tables.get(name, {})}), name)
+    except ValidationError as error:
+        raise ConfigError(_report(_problems(error, schema, sources, str(path)), path)) from None
+
+
+def read_tables(
+    path: Path, overrides: Sequence[str], *, schema: type[BaseModel] = RunConfig
+) -> tuple[Tables, Sources]:
+    """The TOML's tables with the overrides applied and paths made absolute, not validated.
+
+    Returns:
+        The tables, and for every overridden key where it came from.
+
+    Raises:
+        ConfigError: The file or an override cannot be read.
+    """
+    tables = _read_toml(path)
+    for section, key in _path_keys(schema):
+        table = tables.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = _absolute(table[key], path.parent)
+    sources: Sources = {}
+    for (section, key), text in split_overrides(overrides).items():
+        value = _value(text, as_text=_wants_text(schema, section, key))
+        if (section, key) in _path_keys(schema) and isinstance(value, str):
+            value = _absolute(value, Path.cwd())
+        if section not in tables:
+            sources[(section,)] = COMMAND_LINE
+        if not isinstance(tables.setdefault(section, {}), dict):
+            raise ConfigError(f"{path}: {section} must be a table [{section}], not {tables[section]!r}")
+        tables[section][key] = value
+        sources[(section, key)] = COMMAND_LINE
+    return tables, sources
+
+
+def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], str]:
+    """``--section.key value`` and ``--section.key=value`` -> {(section, key): text}.
+
+    Raises:
+        ConfigError: An argument of another form, without a value, or a key given twice.
+    """
+    found: dict[tuple[str, str], str] = {}
+    problems: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, text = argument.partition("=")
+        parts = name[2:].split(".")
+        if not name.startswith("--") or len(parts) != 2 or not all(parts):
+            problems.append(f"command line: {argument!r} is not of the form --section.key value")
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                problems.append(f"command line: {name} has no value")
+                continue
+            text = rest.pop(0)
+        key = (parts[0], parts[1])
+        if key in found:
+            problems.append(f"command line: {name} is given twice ({found[key]!r} and {text!r})")
+        found[key] = text
+    if problems:
+        raise ConfigError(_report(problems, Path(COMMAND_LINE)))
+    return found
+
+
+def _read_toml(path: Path) -> Tables:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); current directory: {Path.cwd()}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # tomllib's own words for a key given twice
+        words = str(error).replace("Cannot overwrite a value", "A key is given twice")
+        raise ConfigError(f"{path}: not valid TOML: {words}") from None
+
+
+def _value(text: str, *, as_text: bool) -> Any:
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    if set(table) != {"value"} or (as_text and not isinstance(table["value"], str)):
+        return text
+    return table["value"]
+
+
+def _absolute(text: str, base: Path) -> str:
+    # An empty text stays what it is: joined, it would silently mean the folder.
+    return os.path.normpath(base.absolute() / Path(text).expanduser()) if text else text
+
+
+def _mentions(annotation: Any, kind: type) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, kind):
+        return True
+    return any(_mentions(argument, kind) for argument in get_args(annotation))
+
+
+def _fields(schema: type[BaseModel]) -> dict[tuple[str, str], Any]:
+    return {
+        (section, key): field.annotation
+        for section, table in schema.model_fields.items()
+        if isinstance(table.annotation, type) and issubclass(table.annotation, BaseModel)
+        for key, field in table.annotation.model_fields.items()
+    }
+
+
+def _path_keys(schema: type[BaseModel]) -> set[tuple[str, str]]:
+    return {key for key, annotation in _fields(schema).items() if _mentions(annotation, Path)}
+
+
+def _wants_text(schema: type[BaseModel], section: str, key: str) -> bool:
+    # A run directory named 2024 is a name, not a number.
+    annotation = _fields(schema).get((section, key))
+    return any(kind in (annotation, *get_args(annotation)) for kind in (str, Path)) or _mentions(annotation, Path)
+
+
+def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources, path: str) -> list[str]:
+    known = [".".join(key) for key in _fields(schema)]
+    messages: dict[tuple[str, ...], list[str]] = {}
+    for item in error.errors(include_url=False):
+        location = tuple(str(part) for part in item["loc"])
+        key, name = location[:2], ".".join(location[:2])
+        where = sources.get(key, path)
+        if item["type"] == "extra_forbidden":
+            text = f"{where}: unknown key {name}{_suggestion(name, known, schema)}"
+        elif item["type"] == "missing" and len(location) > 2:  # inside a list
+            text = f"{where}: {name} has too few values{_meaning(schema, key)}"
+        elif item["type"] == "missing":
+            text = f"{where}: {name} is missing{_meaning(schema, key)}"
+        elif item["type"] == "model_type":
+            text = f"{where}: {name} must be a table [{name}], not {item['input']!r}"
+        elif item["type"] == "value_error":
+            text = f"{where}: {item['ctx']['error']}"
+        else:  # the alternatives of a union come one by one and are joined
+            expected = item["msg"].removeprefix("Input should be ")
+            messages.setdefault((*key, f"{where}: {name} = {_shown(item['input'])}"), []).append(expected)
+            continue
+        messages[(*key, text)] = []
+    return [
+        f"{key[-1]}; expected {' or '.join(expected)}" if expected else key[-1] for key, expected in messages.items()
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _suggestion(name: str, known: Sequence[str], schema: type[BaseModel]) -> str:
+    if "." not in name:
+        if sections := difflib.get_close_matches(name, schema.model_fields, n=1):
+            return f"; did you mean [{sections[0]}]?"
+    last = {full.rpartition(".")[2]: full for full in known}
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return f"; did you mean {near[0]}?"
+    if near := difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.6):
+        return f"; did you mean {last[near[0]]}?"
+    section = name.partition(".")[0]
+    keys = [full for full in known if full.startswith(section + ".")] or list(schema.model_fields)
+    return f"; known are {', '.join(keys)}"
+
+
+def _meaning(schema: type[BaseModel], key: tuple[str, ...]) -> str:
+    table = schema.model_fields[key[0]].annotation
+    if len(key) < 2 or not isinstance(table, type) or not issubclass(table, BaseModel):
+        return ""
+    field = table.model_fields.get(key[1])
+    return f": {field.description.splitlines()[0]}" if field is not None and field.description else ""
+
+
+def _report(problems: Sequence[str], path: Path) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems in the configuration of {path}:\n" + "\n".join(f"  {p}" for p in problems)

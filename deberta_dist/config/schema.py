@@ -1,0 +1,191 @@
+"""The words of a run's TOML: one frozen section per table, a docstring with units under each field.
+
+Read by everything above this room. Sections are strict: an unknown key, a string where a number is
+expected, NaN and infinity are errors (``1`` is accepted where ``1.0`` is meant). Checks that need the
+number of processes are in ``resolve.py``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+AUTO = "auto"
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+# TOML has no paths and no tuples: these two kinds alone are converted.
+File = Annotated[Path, Field(strict=False)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+Layers = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all tables: immutable, strict, no unknown keys, finite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+class Model(Section):
+    """``[model]``: a published configuration and what differs from it.
+
+    Any further key is a field of the published ``config.json`` (``hidden_size``, ``num_hidden_layers``,
+    ...). This room does not know those fields; the models room checks names and values.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, bool | int | float | str]
+
+    preset: str | None = None
+    """Name of a published configuration, e.g. ``v2-xxlarge``. Exactly one of ``preset`` and ``config``."""
+    config: File | None = None
+    """A published ``config.json``."""
+
+    @property
+    def overrides(self) -> dict[str, bool | int | float | str]:
+        """Model fields given in the TOML or on the command line, by published name."""
+        return dict(self.__pydantic_extra__ or {})
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.preset is None) == (self.config is None):
+            given = "both are given" if self.preset else "neither is given"
+            raise ValueError(f"exactly one of model.preset and model.config is needed; {given}")
+        return self
+
+
+class Data(Section):
+    """``[data]``: what is read, and how tokens are masked."""
+
+    train: File
+    """Token file to train on (written by ``tools/prepare_corpus.py``)."""
+    validation: File
+    """Token file to evaluate on."""
+    tokenizer: File
+    """SentencePiece model (``spm.model``) that both token files were made with."""
+    max_seq_length: Annotated[int, Field(ge=3)] = 512
+    """Tokens per sequence, [CLS] and [SEP] included."""
+    masking: Literal["official", "uniform"] = "official"
+    """``official``: n-grams of whole words, as released. ``uniform``: single tokens, independently."""
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens to predict."""
+    max_ngram: Count = 3
+    """Longest masked span (words); read by ``official`` only."""
+
+
+class Training(Section):
+    """``[training]``: batch sizes, length of the run, what is recomputed."""
+
+    global_batch_size: Count
+    """Sequences per optimizer step = micro_batch_size x num_micro_batches x data_parallel_size."""
+    micro_batch_size: Count
+    """Sequences of one micro-batch on one pipeline."""
+    num_micro_batches: Count | Auto = AUTO
+    """Micro-batches per optimizer step of each pipeline."""
+    max_steps: Count
+    """Optimizer steps; the learning rate reaches 0 here."""
+    seed: CountOrNone = 42
+    """Decides initial weights, order of the data, masks and dropout."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    log_every_steps: Count = 10
+    """Optimizer steps between two lines of metrics."""
+
+
+class Optimizer(Section):
+    """``[optimizer]``: AdamW."""
+
+    name: Literal["auto", "torch_adamw", "apex_fused_adam"] = AUTO
+    """``auto``: apex's FusedAdam where NVIDIA apex works, else torch's AdamW. Decided on each start."""
+    learning_rate: Positive
+    """Peak, reached after ``schedule.warmup_steps``."""
+    betas: Betas = (0.9, 0.999)
+    """Decay of the first and second moment per step."""
+    eps: Positive = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled; not applied to biases and LayerNorms."""
+    gradient_clipping: NotNegative = 1.0
+    """Largest L2 norm of the gradient of the whole model; 0 = no clipping."""
+
+
+class Schedule(Section):
+    """``[schedule]``: linear warm-up, then linear decay to 0 at ``training.max_steps``."""
+
+    warmup_steps: CountOrNone = 0
+    """Optimizer steps from 0 to the peak learning rate."""
+
+
+class Evaluation(Section):
+    """``[evaluation]``: loss on ``data.validation``."""
+
+    every_steps: CountOrNone = 0
+    """Optimizer steps between evaluations; 0 = only at the end."""
+    num_sequences: Count = 1024
+    """Sequences of the validation file that are read each time (at most what it holds)."""
+
+
+class Parallel(Section):
+    """``[parallel]``: world = tensor x pipeline x data parallel size."""
+
+    tensor_parallel_size: Count = 1
+    """Ranks that share every layer (attention heads and FFN are cut)."""
+    pipeline_parallel_size: Count = 1
+    """Ranks along the layers."""
+    data_parallel_size: Count | Auto = AUTO
+    """Replicas that read different data and own ZeRO-3 shards; ``auto`` = what the world leaves."""
+    schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble"] = "1f1b"
+    """Order of forward and backward passes in the pipeline."""
+    stages_per_rank: Count = 1
+    """Stages held by one pipeline rank; more than 1 with the interleaved schedules only."""
+    layers_per_stage: Auto | Layers = AUTO
+    """Encoder layers of each stage, first to last; ``auto`` = balanced when the model is built."""
+
+
+class Run(Section):
+    """``[run]``: where the run writes and how DeepSpeed runs it."""
+
+    directory: File
+    """Run directory: resolved configuration, metrics, checkpoints, result."""
+    deepspeed: File
+    """The DeepSpeed JSON (precision, offload, buckets, monitors)."""
+    timeout_minutes: Positive = 10.0
+    """A collective that waits longer (minutes) ends the run."""
+
+
+class RunConfig(Section):
+    """Everything a pre-training TOML says. ``source`` names the file in messages."""
+
+    model: Model
+    data: Data
+    training: Training
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    evaluation: Evaluation = Evaluation()
+    parallel: Parallel = Parallel()
+    run: Run
+
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> str:
+        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
+        return str(self._source) if self._source else "configuration"
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        warmup, steps = self.schedule.warmup_steps, self.training.max_steps
+        if warmup > steps:
+            raise ValueError(f"schedule.warmup_steps = {warmup} is more than training.max_steps = {steps}")
+        return self

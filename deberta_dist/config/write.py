@@ -1,0 +1,71 @@
+"""The resolved pair, written into a run directory so that the run can be read and started again.
+
+``run_config.toml`` names ``deepspeed.json`` beside it; every other path in it is absolute. The three
+batch numbers of the JSON are written as ``"auto"``, as they have to be read (see ``deepspeed_json``).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.config.deepspeed_json import BATCH_KEYS
+from deberta_dist.config.schema import AUTO, RunConfig
+
+TOML_NAME = "run_config.toml"
+JSON_NAME = "deepspeed.json"
+
+
+def write_resolved(config: RunConfig, ds: Mapping[str, Any], directory: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Writes ``run_config.toml`` and ``deepspeed.json``; one process calls it.
+
+    Args:
+        config: From ``resolve``.
+        ds: From ``deepspeed_config``.
+        directory: Made if absent; the files in it are replaced, each at once.
+
+    Returns:
+        Paths of the TOML and the JSON.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    loadable = {key: AUTO if key in BATCH_KEYS else value for key, value in ds.items()}
+    toml, json_file = folder / TOML_NAME, folder / JSON_NAME
+    _replace(json_file, json.dumps(loadable, indent=2) + "\n")
+    _replace(toml, to_toml(config))
+    return toml, json_file
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML that ``load_config`` reads back to the same values."""
+    lines = ["# Written by the run itself: every default and derived size in full.", f"# Read from {config.source!r}."]
+    for section, table in config.model_dump(exclude_none=True).items():
+        lines += ["", f"[{section}]"]
+        for key, value in table.items():
+            lines.append(f"{_key(key)} = {_value(JSON_NAME if (section, key) == ('run', 'deepspeed') else value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _key(name: str) -> str:
+    bare = name.isascii() and name.replace("_", "").replace("-", "").isalnum()
+    return name if bare else _value(name)
+
+
+def _value(value: bool | int | float | str | Path | tuple[Any, ...]) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case tuple() | list():
+            return f"[{', '.join(_value(item) for item in value)}]"
+        case _:
+            # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
+            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,261 @@
+"""Masked batches from a token file, by global sample position, and a thread that makes them ahead.
+
+Every pipeline stage and rank of a run calls ``MaskedLMData.batch`` with positions only; the same positions
+give the same batch everywhere, so nothing has to be sent or stored.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from deberta_dist.data.masking import MaskingConfig, mask_sequence, sample_rng
+from deberta_dist.data.sampler import Permutation, check_seed, position
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import ConfigError, DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences of one batch, int64 [B, S] each.
+
+    Attributes:
+        input_ids: ids after masking.
+        attention_mask: 1 for every token; sequences are full, nothing is padded.
+        labels: original id of targets, 0 elsewhere.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a model whose vocabulary is smaller than the tokenizer's.
+
+    Args:
+        tokenizer: the run's tokenizer.
+        vocab_size: rows of the model's word embeddings; more than the tokenizer has is fine.
+
+    Raises:
+        DataError: ``vocab_size`` is less than ``tokenizer.num_tokens``.
+    """
+    if vocab_size < tokenizer.num_tokens:
+        raise DataError(
+            f"vocab_size = {vocab_size} of the model is less than the {tokenizer.num_tokens} tokens of "
+            f"{tokenizer.path} ([MASK] included): raise it to at least that"
+        )
+
+
+class MaskedLMData:
+    """Samples of a token file for masked language modelling.
+
+    Sample i is ``[CLS]``, the S-2 tokens from i * (S-2) on, ``[SEP]``, with S = max_seq_length: as
+    published, documents follow each other without a mark, and a sample may span several. What is left
+    behind the last full sample is not used.
+
+    Positions run on through the epochs: position p is the sample at p % num_samples of epoch
+    p // num_samples. Its mask depends on (seed, epoch, sample).
+
+    Attributes:
+        num_samples: samples per epoch.
+        num_dropped_tokens: tokens behind the last full sample.
+        max_seq_length: tokens per sample, S.
+    """
+
+    def __init__(
+        self,
+        token_file: TokenFile,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_length: int,
+        masking: MaskingConfig,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        """Checks that file and tokenizer belong together.
+
+        Args:
+            token_file: the corpus.
+            tokenizer: the tokenizer it was made with.
+            max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
+            masking: how targets are chosen.
+            seed: seed of order and masks.
+            shuffle: every epoch in its own order; otherwise in the order of the file.
+
+        Raises:
+            ConfigError: ``max_seq_length`` is less than 3 or ``seed`` outside 0 .. 2**64 - 1.
+            DataError: the file was made with another tokenizer, or has less than one sample.
+        """
+        if max_seq_length < 3:
+            raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
+        if token_file.tokenizer_sha256 != tokenizer.sha256 or token_file.vocab_size != tokenizer.num_tokens:
+            raise DataError(
+                f"{token_file.path} was made with the tokenizer {token_file.tokenizer_sha256[:12]}... of "
+                f"{token_file.vocab_size} tokens, {tokenizer.path} is {tokenizer.sha256[:12]}... of "
+                f"{tokenizer.num_tokens}: give the tokenizer it was made with, or prepare the corpus again"
+            )
+        self.max_seq_length = max_seq_length
+        self.num_samples, self.num_dropped_tokens = divmod(token_file.num_tokens, max_seq_length - 2)
+        if self.num_samples == 0:
+            raise DataError(
+                f"{token_file.path} has {token_file.num_tokens} tokens, less than one sample of "
+                f"max_seq_length - 2 = {max_seq_length - 2}: give more text or a smaller max_seq_length"
+            )
+        self._token_file = token_file
+        self._tokenizer = tokenizer
+        self._masking = masking
+        self._seed = check_seed(seed)
+        self._shuffle = shuffle
+
+    def samples_at(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(epoch, sample) at global positions start .. start + count - 1."""
+        found: list[tuple[int, int]] = []
+        while len(found) < count:
+            epoch, index = position(start + len(found), self.num_samples)
+            # All that this epoch still has: the permutation is much cheaper per sample on an array.
+            last = min(index + count - len(found), self.num_samples)
+            samples = np.arange(index, last)
+            if self._shuffle:
+                samples = Permutation(self.num_samples, seed=self._seed, epoch=epoch)(samples)
+            found += [(epoch, sample) for sample in samples.tolist()]
+        return found
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at global positions start .. start + count - 1.
+
+        Args:
+            start: first position, from 0: the number of samples consumed before.
+            count: number of samples, at least 1.
+
+        Returns:
+            A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
+
+        Raises:
+            DataError: the file holds an id outside the vocabulary, hence is damaged.
+        """
+        assert start >= 0 and count >= 1
+        input_ids = np.empty((count, self.max_seq_length), dtype=np.int64)
+        labels = np.empty_like(input_ids)
+        for row, (epoch, sample) in enumerate(self.samples_at(start, count)):
+            input_ids[row], labels[row] = mask_sequence(
+                self._sequence(sample),
+                is_word_start=self._tokenizer.is_word_start,
+                special_ids=self._tokenizer.special_ids,
+                mask_id=self._tokenizer.mask_id,
+                vocab_size=self._tokenizer.num_tokens,
+                rng=sample_rng(self._seed, epoch=epoch, sample=sample),
+                config=self._masking,
+            )
+        ids = torch.from_numpy(input_ids)
+        return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.from_numpy(labels))
+
+    def _sequence(self, sample: int) -> np.ndarray:
+        """Sample ``sample`` before masking, int64 [S]."""
+        length = self.max_seq_length - 2
+        sequence = np.empty(self.max_seq_length, dtype=np.int64)
+        sequence[0], sequence[-1] = self._tokenizer.cls_id, self._tokenizer.sep_id
+        sequence[1:-1] = self._token_file.ids[sample * length : (sample + 1) * length]
+        if sequence.max() >= self._tokenizer.num_tokens:
+            raise DataError(
+                f"{self._token_file.path} is damaged: sample {sample} holds the id {sequence.max()} of "
+                f"{self._tokenizer.num_tokens}; prepare the corpus again"
+            )
+        return sequence
+
+
+class Prefetcher(Generic[T]):
+    """Makes batches ahead of their use in one background thread; an iterator and a context manager.
+
+    ``make_batch(start)``, ``make_batch(start + 1)`` and so on, in order. An error in it is raised where the
+    batch would have been returned, after the batches before it.
+    """
+
+    def __init__(
+        self, make_batch: Callable[[int], T], *, start: int, depth: int, stop: int | None = None
+    ) -> None:
+        """Starts the thread.
+
+        Args:
+            make_batch: makes the batch of a number; called by one thread only.
+            start: first number.
+            depth: most batches made and not yet taken, at least 1.
+            stop: number to end before; None: never.
+        """
+        assert depth >= 1
+        self._make_batch = make_batch
+        self._next = start
+        self._stop = stop
+        self._depth = depth
+        self._ready: deque[T] = deque()
+        self._error: BaseException | None = None
+        self._finished = False
+        self._closed = False
+        self._changed = threading.Condition()
+        # A daemon: a run that ends by an exception elsewhere is not held up by its data.
+        self._thread = threading.Thread(target=self._work, name="prefetcher", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while self._stop is None or self._next < self._stop:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._depth)
+                    if self._closed:
+                        return
+                batch = self._make_batch(self._next)
+                with self._changed:
+                    self._ready.append(batch)
+                    self._next += 1
+                    self._changed.notify_all()
+        except BaseException as error:  # handed to the thread that asks for the batch
+            self._error = error
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def __iter__(self) -> "Prefetcher[T]":
+        return self
+
+    def __next__(self) -> T:
+        """The next batch, waiting for it where it is not ready.
+
+        Raises:
+            StopIteration: ``stop`` is reached, or the prefetcher is closed.
+            BaseException: whatever ``make_batch`` raised.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._ready or self._finished)
+            if self._ready and not self._closed:
+                batch = self._ready.popleft()
+                self._changed.notify_all()
+                return batch
+        if self._error is not None and not self._closed:
+            self.close()
+            raise self._error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the thread, after the batch it is making, and drops what is ready. May be called again."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> "Prefetcher[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

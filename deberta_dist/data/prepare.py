@@ -1,0 +1,135 @@
+"""Text files to one token file, streaming: a corpus of any size in the memory of its largest document.
+
+Called by tools/prepare_corpus.py.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deberta_dist.data.new_file import refuse_existing
+from deberta_dist.data.text_files import list_inputs, read_documents
+from deberta_dist.data.token_file import TokenFileWriter
+from deberta_dist.data.tokenizer import Tokenizer, clean_text
+from deberta_dist.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a preparation is.
+
+    Attributes:
+        num_bytes: bytes of input read.
+        total_bytes: bytes of all inputs.
+        num_tokens: tokens written.
+        seconds: time since the start.
+    """
+
+    num_bytes: int
+    total_bytes: int
+    num_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """Share done, speed in MB (10**6 bytes) per second and time left."""
+        speed = self.num_bytes / max(self.seconds, 1e-9)
+        left = round((self.total_bytes - self.num_bytes) / max(speed, 1e-9))
+        return (
+            f"{100 * self.num_bytes / max(self.total_bytes, 1):.1f}% of {self.total_bytes / 1e6:,.1f} MB, "
+            f"{self.num_tokens:,} tokens, {speed / 1e6:.1f} MB/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What a preparation read and wrote.
+
+    Attributes:
+        num_files: input files.
+        num_bytes: bytes read.
+        num_documents: documents written.
+        num_tokens: tokens written.
+        num_empty_documents: documents skipped because no token came of them.
+        num_cleaned_documents: documents in which NUL or lone surrogates became spaces.
+        seconds: time taken.
+    """
+
+    num_files: int
+    num_bytes: int
+    num_documents: int
+    num_tokens: int
+    num_empty_documents: int
+    num_cleaned_documents: int
+    seconds: float
+
+
+def prepare_corpus(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    text_field: str = "text",
+    progress: Callable[[Progress], None] | None = None,
+    progress_seconds: float = 5.0,
+) -> PrepareReport:
+    """Writes the documents of ``inputs``, in order, as one token file.
+
+    Args:
+        inputs: files and folders, as for ``list_inputs``.
+        output: token file to make.
+        tokenizer: turns text into ids.
+        text_field: field of .jsonl objects which holds the text.
+        progress: called every ``progress_seconds`` while it runs.
+        progress_seconds: seconds between calls.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        DataError: ``output`` exists, no document has a token, or an input cannot be read (as
+            ``list_inputs`` and ``read_documents``). No file is left behind.
+    """
+    refuse_existing(output)
+    files = list_inputs(inputs)
+    total_bytes = sum(file.stat().st_size for file in files)
+    begin = last = time.monotonic()
+    num_bytes = num_empty = num_cleaned = 0
+    with TokenFileWriter(
+        output,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.num_tokens,
+        source=" ".join(file.name for file in files),
+    ) as writer:
+        for file in files:
+            for document in read_documents(file, text_field=text_field):
+                num_bytes += document.num_bytes
+                num_cleaned += clean_text(document.text) != document.text
+                ids = tokenizer.encode(document.text)
+                if ids:
+                    writer.add_document(ids)
+                else:
+                    num_empty += 1
+                now = time.monotonic()
+                if progress and now - last >= progress_seconds:
+                    last = now
+                    progress(
+                        Progress(
+                            num_bytes=num_bytes,
+                            total_bytes=total_bytes,
+                            num_tokens=writer.num_tokens,
+                            seconds=now - begin,
+                        )
+                    )
+        if writer.num_tokens == 0:
+            raise DataError(f"no text was read from {len(files)} files ({num_empty} empty documents)")
+    return PrepareReport(
+        num_files=len(files),
+        num_bytes=total_bytes,
+        num_documents=writer.num_documents,
+        num_tokens=writer.num_tokens,
+        num_empty_documents=num_empty,
+        num_cleaned_documents=num_cleaned,
+        seconds=time.monotonic() - begin,
+    )

@@ -1,0 +1,223 @@
+"""The only door to sentencepiece: training a vocabulary, and turning text into ids and back.
+
+Ids follow the published ``spm.model`` of DeBERTa v2: ``[PAD] [CLS] [SEP] [UNK]`` are 0 to 3, and ``[MASK]``
+is no piece of the model but the first id after its pieces. Preparation, the loader and the benchmarks use
+it; a file is known by the SHA-256 of its bytes, which token files and checkpoints carry.
+"""
+
+import hashlib
+import io
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from deberta_dist.data.new_file import new_file
+from deberta_dist.errors import ConfigError, DataError
+
+SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+MASK_PIECE = "[MASK]"
+WORD_START = "\u2581"
+
+# The floating point sums of the trainer depend on how sentences are dealt to threads: a constant, not the
+# machine's number of cores, makes the same text give the same file everywhere.
+_NUM_THREADS = 4
+_MAX_SENTENCE_BYTES = 1 << 30
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+def clean_text(text: str) -> str:
+    """Text without NUL and lone surrogates, each replaced by a space.
+
+    sentencepiece would drop or refuse them, and a JSON escape can hold either.
+    """
+    return _NOT_TEXT.sub(" ", text)
+
+
+def train_tokenizer(
+    texts: Iterable[str], model_path: str | Path, *, vocab_size: int, character_coverage: float = 0.9995
+) -> None:
+    """Trains a unigram vocabulary and writes it as a sentencepiece model.
+
+    The same texts in the same order give the same bytes. Normalisation is sentencepiece's default
+    (``nmt_nfkc``); there is no byte fallback, a character outside the vocabulary is ``[UNK]``.
+
+    Args:
+        texts: documents; each line of each is one sentence to the trainer. Held in memory by the trainer.
+        model_path: file to write. An identical file there is left alone.
+        vocab_size: number of pieces including the four special ones, without ``[MASK]``.
+        character_coverage: fraction of all characters in ``texts`` which must become pieces.
+
+    Raises:
+        ConfigError: ``vocab_size`` is less than 5.
+        DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
+            possible one) or has more characters than that, or ``model_path`` holds something else.
+    """
+    if vocab_size <= len(SPECIAL_PIECES):
+        raise ConfigError(f"vocab_size = {vocab_size} leaves no piece after {' '.join(SPECIAL_PIECES)}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=SPECIAL_PIECES[0],
+            bos_piece=SPECIAL_PIECES[1],
+            eos_piece=SPECIAL_PIECES[2],
+            unk_piece=SPECIAL_PIECES[3],
+            max_sentence_length=_MAX_SENTENCE_BYTES,
+            num_threads=_NUM_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _training_error(error, vocab_size=vocab_size) from error
+    path = Path(model_path)
+    if path.is_file() and path.read_bytes() == model.getvalue():
+        return
+    with new_file(path) as file:
+        file.write(model.getvalue())
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in clean_text(text).split("\n"):
+            if line.strip():
+                yield line
+
+
+def _training_error(error: RuntimeError, *, vocab_size: int) -> DataError | RuntimeError:
+    """What the trainer's message means for who gave the text; any other failure is returned as it is."""
+    message = str(error)
+    too_large = re.search(r"Please set it to a value <= (\d+)", message)
+    if too_large:
+        return DataError(
+            f"vocab_size = {vocab_size} is too large for this text: the largest possible is "
+            f"{too_large[1]}; give more text or a smaller vocab_size"
+        )
+    too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if too_small:
+        return DataError(
+            f"vocab_size = {vocab_size} is too small: characters and special pieces of this text alone "
+            f"take {too_small[1]}"
+        )
+    if "sentences_.empty()" in message:
+        return DataError("the tokenizer was given no text to learn from")
+    return error
+
+
+class Tokenizer:
+    """Text to ids and back with one sentencepiece model.
+
+    Attributes:
+        path: the model file.
+        sha256: SHA-256 of its bytes, in hexadecimal.
+        num_tokens: number of ids: the pieces and ``[MASK]``.
+        pad_id, cls_id, sep_id, unk_id, mask_id: the special ids.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the model file.
+
+        Raises:
+            DataError: the file is missing, no sentencepiece model, or its special pieces are not those of
+                the published model.
+        """
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"tokenizer {path} cannot be read ({error.strerror}): give the path of an spm.model, "
+                "for example one made by tools/train_tokenizer.py"
+            ) from error
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
+        except RuntimeError as error:
+            raise DataError(f"tokenizer {path} is not a sentencepiece model, or is damaged") from error
+        if not pieces:
+            raise DataError(f"tokenizer {path} is not a sentencepiece model: it holds no pieces")
+        if tuple(pieces[:4]) != SPECIAL_PIECES or MASK_PIECE in pieces:
+            raise DataError(
+                f"tokenizer {path} begins with {' '.join(pieces[:4])}, expected {' '.join(SPECIAL_PIECES)} "
+                f"as ids 0 to 3 and no piece {MASK_PIECE}, as in the published spm.model"
+            )
+        self._pieces = [*pieces, MASK_PIECE]
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.num_tokens = len(self._pieces)
+        self.pad_id, self.cls_id, self.sep_id, self.unk_id = range(4)
+        self.mask_id = self.num_tokens - 1
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """``[PAD] [CLS] [SEP] [UNK] [MASK]``: the ids that are never masked."""
+        return (self.pad_id, self.cls_id, self.sep_id, self.unk_id, self.mask_id)
+
+    @cached_property
+    def is_word_start(self) -> np.ndarray:
+        """Whether an id begins a word, bool [num_tokens], read-only.
+
+        As published (``part_of_whole_word`` in deberta/spm_tokenizer.py): a piece that begins with U+2581,
+        a piece which is a single punctuation, space or control character, and the special ones.
+        """
+        starts = np.array([p.startswith(WORD_START) or _stands_alone(p) for p in self._pieces])
+        starts[list(self.special_ids)] = True
+        starts.flags.writeable = False
+        return starts
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without ``[CLS]`` and ``[SEP]``.
+
+        Special pieces written out in the text are ordinary characters. NUL and lone surrogates count as
+        spaces.
+        """
+        return self._processor.encode(clean_text(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones written out as ``[CLS]`` and so on.
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        words: list[str] = []
+        run: list[int] = []
+        pieces = self.pieces(ids)
+        special = set(self.special_ids)
+        for i, piece in zip(ids, pieces, strict=True):
+            if i in special:
+                words += [self._processor.decode(run), piece]
+                run = []
+            else:
+                run.append(int(i))
+        words.append(self._processor.decode(run))
+        return " ".join(word for word in words if word)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The piece of every id.
+
+        Raises:
+            DataError: an id is outside the vocabulary.
+        """
+        for i in ids:
+            if not 0 <= i < self.num_tokens:
+                raise DataError(f"id {i} is outside the {self.num_tokens} tokens of {self.path}")
+        return [self._pieces[i] for i in ids]
+
+
+def _stands_alone(piece: str) -> bool:
+    """Whether a piece is one character that is neither letter nor digit (ASCII symbols count as such)."""
+    if len(piece) != 1:
+        return False
+    ascii_symbol = piece.isascii() and not piece.isalnum()
+    category = unicodedata.category(piece)
+    return ascii_symbol or category[0] in "PC" or category == "Zs"

@@ -1,0 +1,171 @@
+"""Models with a small head on the last hidden states: sequence classification and replaced-token detection."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.models import dropout as sites
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import Dropout, child_key
+from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.layers import ACTIVATIONS
+from deberta_dist.models.positions import token_mask
+from deberta_dist.models.published_state import accept_published_weights
+
+
+class Pooler(nn.Module):
+    """act(dense(dropout(first token)))."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.pooler_dropout, site=sites.POOLER_SITE)
+        self.activation = ACTIVATIONS[config.pooler_hidden_act]
+
+    def forward(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> Tensor:
+        return self.activation(self.dense(self.dropout(hidden_BSD[:, 0], dropout_key)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationOutput:
+    """What a model with a small head returns.
+
+    Attributes:
+        loss: mean over labelled samples or tokens, float32; None without labels.
+        logits: [B, num_labels], or [B, S] of the detector.
+        hidden_BD: pooled state [B, D]; None from the detector.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_BD: Tensor | None = None
+
+
+class _WithBackbone(nn.Module):
+    """The part that both heads share."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.deberta = DebertaModel(config, seed=None)
+        accept_published_weights(self, head_size=config.head_size)
+
+    @property
+    def recompute(self) -> str:
+        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        return self.deberta.recompute
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        self.deberta.recompute = mode
+
+
+class DebertaForSequenceClassification(_WithBackbone):
+    """Classifier, or regressor with one label, on the first token.
+
+    Args:
+        config: sizes and switches.
+        num_labels: classes; 1 means regression.
+        seed: start of the parameters; without effect on the meta device.
+    """
+
+    def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(config)
+        rate = config.hidden_dropout_prob if config.cls_drop_out is None else config.cls_drop_out
+        self.dropout = Dropout(rate, site=sites.CLASSIFIER_SITE)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        initialise_(self, seed=seed, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        token_type_ids: Tensor | None = None,
+        dropout_key: int | None = None,
+    ) -> ClassificationOutput:
+        """Logits, and with labels the loss.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: see `DebertaModel.forward`.
+            labels: int64 [B], negative where unknown; floating point for regression.
+            token_type_ids: see `DebertaModel.forward`.
+            dropout_key: see `DebertaModel.forward`.
+        """
+        backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
+        head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
+        pooled_BD = self.pooler(backbone.last_hidden_state, dropout_key=head_key)
+        logits = self.classifier(self.dropout(pooled_BD, head_key))
+        loss = None if labels is None else self._loss(logits.float(), labels)
+        return ClassificationOutput(loss=loss, logits=logits, hidden_BD=pooled_BD)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.classifier.out_features == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        is_known = labels >= 0
+        # Sum over count, not mean: a batch without a label has loss 0, not NaN.
+        return F.cross_entropy(logits[is_known], labels[is_known], reduction="sum") / is_known.sum().clamp(min=1)
+
+
+class ReplacedTokenHead(nn.Module):
+    """classifier(act(dense(LayerNorm(h + h_first)))): one logit per token."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        x = self.LayerNorm(hidden_BSD + hidden_BSD[:, :1])
+        return self.classifier(self.activation(self.dense(x))).squeeze(-1)
+
+
+class DebertaForReplacedTokenDetection(_WithBackbone):
+    """The discriminator of v3: which tokens did the generator replace?
+
+    Args:
+        config: sizes and switches.
+        seed: start of the parameters; without effect on the meta device.
+
+    Source: microsoft/DeBERTa DeBERTa/apps/models/replaced_token_detection_model.py@4d7fe0bd.
+    """
+
+    def __init__(self, config: DebertaConfig, *, seed: int = 0) -> None:
+        super().__init__(config)
+        self.mask_predictions = ReplacedTokenHead(config)
+        initialise_(self, seed=seed, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        dropout_key: int | None = None,
+    ) -> ClassificationOutput:
+        """Logits per token [B, S], positive for replaced; with labels the mean loss over real tokens.
+
+        Args:
+            input_ids: int64 [B, S], with the generator's tokens in place.
+            attention_mask: see `DebertaModel.forward`.
+            labels: original tokens where one was masked, 0 elsewhere; a token that the generator got right counts as
+                original.
+            dropout_key: see `DebertaModel.forward`.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        backbone = self.deberta(input_ids, attention_mask, dropout_key=dropout_key)
+        logits = self.mask_predictions(backbone.last_hidden_state)
+        if labels is None:
+            return ClassificationOutput(loss=None, logits=logits)
+        is_replaced = (labels > 0) & (labels != input_ids)
+        is_token = token_mask(attention_mask)
+        loss = F.binary_cross_entropy_with_logits(logits[is_token].float(), is_replaced[is_token].float())
+        return ClassificationOutput(loss=loss, logits=logits)

@@ -1,0 +1,74 @@
+"""Dropout whose mask is a function of a key, so that nothing has to save a random state.
+
+A mask depends on (key, site, shard) alone: recomputed activations, a resumed run and another cut of the
+layers see the same masks. Callers pass the key down; every level derives its children's with `mix_key`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ATTENTION_SITE, POSITION_SITE, ATTENTION_OUTPUT_SITE, LAYER_OUTPUT_SITE = 0, 1, 2, 3
+CONVOLUTION_SITE, EMBEDDING_SITE, POOLER_SITE, CLASSIFIER_SITE = 4, 5, 6, 7
+
+_WORD = (1 << 64) - 1
+
+
+def mix_key(key: int, *numbers: int) -> int:
+    """A 64-bit key derived from ``key`` and each of ``numbers`` in order.
+
+    Source: splitmix64 (Steele, Lea, Flood 2014), chained.
+    """
+    for number in numbers:
+        key = _splitmix64((key & _WORD) ^ _splitmix64(number & _WORD))
+    return key & _WORD
+
+
+def child_key(key: int | None, *numbers: int) -> int | None:
+    """`mix_key`, passing on the absence of a key."""
+    return None if key is None else mix_key(key, *numbers)
+
+
+def _splitmix64(state: int) -> int:
+    state = (state + 0x9E3779B97F4A7C15) & _WORD
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+    return state ^ (state >> 31)
+
+
+class Dropout(nn.Module):
+    """Inverted dropout: y = x * keep / (1 - p).
+
+    Args:
+        p: probability of dropping, in [0, 1).
+        site: tells the dropouts apart that share a key.
+
+    Attributes:
+        shard: 0, or the part of the activation that this process holds where the activation is split.
+    """
+
+    def __init__(self, p: float, *, site: int) -> None:
+        super().__init__()
+        self.p = p
+        self.site = site
+        self.shard = 0
+
+    def forward(self, x: Tensor, key: int | None) -> Tensor:
+        """Drops in training mode; ``key`` None draws from torch's global generator."""
+        if not self.training or self.p == 0.0:
+            return x
+        if key is None:
+            return F.dropout(x, self.p)
+        # Four 16-bit numbers per word: Bernoulli draws cost more than the product whose result they mask.
+        dropped_of_65536 = min(round(self.p * 65536), 65535)
+        generator = torch.Generator(x.device).manual_seed(mix_key(key, self.site, self.shard))
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
+        dropped = (numbers < dropped_of_65536 - 32768)[: x.numel()].view(x.shape)
+        # The rate that 16 bits can express, not p: otherwise the expectation is off by up to 1e-5.
+        return (x * (65536 / (65536 - dropped_of_65536))).masked_fill(dropped, 0.0)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, site={self.site}, shard={self.shard}"

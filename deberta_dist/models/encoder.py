@@ -1,0 +1,271 @@
+"""The backbone: embeddings, layers, relative table, and the model that runs them all.
+
+Letters: B batch, S sequence, D hidden, R rows of the relative table.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from deberta_dist.models import dropout as sites
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import Dropout, child_key
+from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.layers import ConvLayer, Layer
+from deberta_dist.models.positions import pair_mask, relative_index, token_mask
+from deberta_dist.models.published_state import accept_published_weights
+from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
+
+
+class Embeddings(nn.Module):
+    """dropout(m LayerNorm(proj(word + type + position))), m the token mask; absent parts left out.
+
+    ``position_embeddings`` is made whether or not positions are added here: the enhanced mask decoder uses it.
+    """
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.position_biased_input = config.position_biased_input
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.padding_idx)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        if config.type_vocab_size > 0:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        else:
+            self.token_type_embeddings = None
+        self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob, site=sites.EMBEDDING_SITE)
+
+    def forward(
+        self, input_ids: Tensor, *, is_token_BS: Tensor, token_type_ids: Tensor | None, dropout_key: int | None
+    ) -> Tensor:
+        x = self.word_embeddings(input_ids)
+        if self.token_type_embeddings is not None:
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type_embeddings(types)
+        if self.position_biased_input:
+            x = x + self.absolute_positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+        if self.embed_proj is not None:
+            x = self.embed_proj(x)
+        x = self.LayerNorm(x)
+        return self.dropout(x * is_token_BS.unsqueeze(-1).to(x.dtype), dropout_key)
+
+    def absolute_positions(self, positions: Tensor) -> Tensor:
+        """Rows of the absolute position table."""
+        return self.position_embeddings(positions)
+
+
+class Encoder(nn.Module):
+    """Layers, the relative table they all share, and the convolution beside layer 0."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.num_layers = config.num_hidden_layers
+        self.position_buckets = config.position_buckets
+        self.max_relative_distance = config.max_relative_distance
+        self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.rel_embeddings = nn.Embedding(config.num_position_rows, config.hidden_size)
+        normalises = config.norm_rel_ebd == "layer_norm"
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if normalises else None
+        self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
+        self.recompute = "none"
+
+    def relative_table(self) -> Tensor:
+        """The shared table [R, D], normalised where the generation does; once per forward."""
+        table_RD = self.rel_embeddings.weight
+        return table_RD if self.LayerNorm is None else self.LayerNorm(table_RD)
+
+    def relative_index(self, length: int, *, device: torch.device) -> Tensor:
+        """Row of the relative table for every (query, key), int64 [S, S]."""
+        return relative_index(
+            length,
+            key_length=length,
+            num_buckets=self.position_buckets,
+            max_distance=self.max_relative_distance,
+            device=device,
+        )
+
+    def run_layers(
+        self,
+        hidden_BSD: Tensor,
+        *,
+        layers: range,
+        rel_RD: Tensor,
+        attention_mask: Tensor,
+        dropout_key: int | None,
+        hidden_states: list[Tensor] | None = None,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Ordinary passes of ``layers`` in order, with the convolution after layer 0.
+
+        Args:
+            hidden_BSD: input of the first of them; the embeddings if that is layer 0.
+            layers: contiguous.
+            rel_RD: `relative_table`.
+            attention_mask: [B, S] or [B, S, S].
+            dropout_key: key of the model's call.
+            hidden_states: receives every output.
+            attentions: receives the attention probabilities of every layer.
+        """
+        if not layers:
+            return hidden_BSD
+        mask = pair_mask(attention_mask)
+        index = self.relative_index(hidden_BSD.shape[1], device=hidden_BSD.device)
+        for number in layers:
+            layer_key = child_key(dropout_key, number + 1)
+            layer = self.layer[number]
+            assert layer is not None, f"layer {number} was dropped by keep_layers"
+
+            def one_layer(x: Tensor, table: Tensor, layer: Layer = layer, key: int | None = layer_key):
+                return layer(
+                    x,
+                    rel_RD=table,
+                    relative_index=index,
+                    mask=mask,
+                    dropout_key=key,
+                    recompute_mode=self.recompute,
+                    return_probabilities=attentions is not None,
+                )
+
+            output_BSD, probabilities = call_with_recompute(
+                one_layer, hidden_BSD, rel_RD, recompute=self.recompute == "full", dropout_key=dropout_key, owner=self
+            )
+            if number == 0 and self.conv is not None:
+                output_BSD = self.conv(
+                    hidden_BSD, output_BSD, is_token_BS=token_mask(attention_mask), dropout_key=layer_key
+                )
+            hidden_BSD = output_BSD
+            if hidden_states is not None:
+                hidden_states.append(hidden_BSD)
+            if attentions is not None:
+                attentions.append(probabilities)
+        return hidden_BSD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DebertaOutput:
+    """What the backbone returns.
+
+    Attributes:
+        last_hidden_state: [B, S, D].
+        hidden_states: the embeddings, then the output of every layer; None unless asked for.
+        attentions: probabilities [B, N, S, S] of every layer, before dropout; None unless asked for.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class DebertaModel(nn.Module):
+    """The backbone of every generation.
+
+    Args:
+        config: sizes and switches.
+        seed: start of the parameters (see `initialisation`); None leaves them to the caller.
+    """
+
+    def __init__(self, config: DebertaConfig, *, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        accept_published_weights(self, head_size=config.head_size, backbone="")
+        if seed is not None:
+            initialise_(self, seed=seed, std=config.initializer_range, prefix="deberta.")
+
+    @property
+    def recompute(self) -> str:
+        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        return self.encoder.recompute
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        self.encoder.recompute = require_recompute_mode(mode)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: int | None = None,
+    ) -> DebertaOutput:
+        """Hidden states of every token.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
+            token_type_ids: int64 [B, S]; absent: all 0. Ignored by models without type embeddings.
+            output_hidden_states: also return the embeddings and every layer's output.
+            output_attentions: also return the attention probabilities.
+            dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embedded_BSD = self.embed(
+            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key
+        )
+        hidden_states = [embedded_BSD] if output_hidden_states else None
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        last_BSD = self.encoder.run_layers(
+            embedded_BSD,
+            layers=range(self.encoder.num_layers),
+            rel_RD=self.encoder.relative_table(),
+            attention_mask=attention_mask,
+            dropout_key=dropout_key,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+        return DebertaOutput(
+            last_hidden_state=last_BSD,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        dropout_key: int | None,
+    ) -> Tensor:
+        """Input of layer 0, [B, S, D].
+
+        Raises:
+            ValueError: the sequence is longer than the absolute position table that is added.
+        """
+        self.require_positions(input_ids.shape[1], added=self.config.position_biased_input)
+        return self.embeddings(
+            input_ids,
+            is_token_BS=token_mask(attention_mask),
+            token_type_ids=token_type_ids,
+            dropout_key=child_key(dropout_key, 0),
+        )
+
+    def require_positions(self, length: int, *, added: bool) -> None:
+        """Refuses a sequence for which absolute positions are added but missing; on a GPU the look-up would abort."""
+        if added and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {length} tokens needs as many absolute positions; max_position_embeddings = "
+                f"{self.config.max_position_embeddings}"
+            )
+
+    def keep_layers(self, layers: Collection[int]) -> None:
+        """Sets to None what ``layers`` do not use; `DebertaForMaskedLM.keep_layers` says what that is."""
+        last = self.encoder.num_layers - 1
+        for number in range(self.encoder.num_layers):
+            if number not in layers:
+                self.encoder.layer[number] = None
+        if 0 not in layers:
+            self.embeddings.LayerNorm = self.embeddings.embed_proj = self.embeddings.token_type_embeddings = None
+            self.encoder.conv = None
+        if 0 not in layers and last not in layers:
+            self.embeddings.word_embeddings = None
+        if (0 if self.config.position_biased_input else last) not in layers:
+            self.embeddings.position_embeddings = None

@@ -1,0 +1,46 @@
+"""The same start everywhere: an initial value is a function of the seed and the published parameter name.
+
+The full tensor is drawn on the CPU and cut afterwards, so every layout, and a model built on the meta device
+and filled later, begins with the same numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:
+    """Initial value of one full parameter, float32 on the CPU.
+
+    N(0, std) for matrices, convolutions and tables; ones for LayerNorm weights; zeros for biases.
+
+    Args:
+        name: published parameter name, e.g. ``deberta.encoder.layer.0.output.dense.weight``.
+        shape: full (unsplit) shape.
+        seed: seed of the run.
+        std: ``initializer_range`` of the model.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(*shape, device="cpu", dtype=torch.float32)
+    if name.endswith("LayerNorm.weight"):
+        return torch.ones(*shape, device="cpu", dtype=torch.float32)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(*shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise_(model: nn.Module, *, seed: int, std: float, prefix: str = "") -> None:
+    """Fills a whole, materialised model; parameters on the meta device are left to whoever fills them.
+
+    Args:
+        model: a model with published parameter names.
+        seed: seed of the run.
+        std: ``initializer_range`` of the model.
+        prefix: what the published names have in front of this model's own.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            parameter.copy_(initial_tensor(prefix + name, parameter.shape, seed=seed, std=std))

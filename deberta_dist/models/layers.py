@@ -1,0 +1,272 @@
+"""One transformer layer with disentangled attention, part by part, under the published parameter names.
+
+The modules named ``enter`` compute nothing: they mark where an activation that every tensor-parallel rank
+holds in full enters a region that is split, and are replaced there. Heads are counted from the projections'
+outputs, never from the configuration, because a projection may have been split. nn.LayerNorm keeps its
+statistics and the published epsilon, 1e-7, in float32 for half-precision inputs.
+
+Letters: B batch, S sequence, Q queries, D hidden, N heads here, H head size, R rows of the relative table.
+
+Source: microsoft/DeBERTa DeBERTa/deberta/{bert,disentangled_attention}.py@4d7fe0bd.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.kernels import attention_scale, disentangled_attention, position_scores
+from deberta_dist.models import dropout as sites
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import Dropout, child_key
+from deberta_dist.models.recompute import call_with_recompute
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "linear": torch.positive,
+}
+
+
+class AttentionMemory(NamedTuple):
+    """What queries attend to: content and, per position term, the projected relative table.
+
+    Attributes:
+        p2c_BNSR: products of the keys with ``rel_query_NRH``; set instead of it where attended to twice.
+    """
+
+    key_BNSH: Tensor
+    value_BNSH: Tensor
+    rel_key_NRH: Tensor | None
+    rel_query_NRH: Tensor | None
+    p2c_BNSR: Tensor | None = None
+
+
+class DisentangledSelfAttention(nn.Module):
+    """Projections around `kernels.disentangled_attention`."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.has_c2p = "c2p" in config.pos_att_type
+        self.has_p2c = "p2c" in config.pos_att_type
+        self.enter = nn.Identity()
+        self.query_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.key_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.value_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.share_att_key = config.share_att_key
+        if not config.share_att_key:
+            if self.has_c2p:
+                self.pos_key_proj = nn.Linear(config.hidden_size, config.all_head_size)
+            if self.has_p2c:
+                self.pos_query_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.pos_dropout = Dropout(config.hidden_dropout_prob, site=sites.POSITION_SITE)
+        self.dropout = Dropout(config.attention_probs_dropout_prob, site=sites.ATTENTION_SITE)
+
+    def memory(self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
+        """Keys, values and projected relative table of hidden states that have passed ``enter``."""
+        rel_RD = self.pos_dropout(rel_RD, dropout_key)
+        # The table does not pass ``enter``: split over heads, its gradient is a partial sum that is completed once
+        # per optimizer step instead of once per layer. Hence the bare product with the projections' parameters.
+        rel_key = rel_query = None
+        if self.has_c2p:
+            projection = self.key_proj if self.share_att_key else self.pos_key_proj
+            rel_key = self._heads(F.linear(rel_RD, projection.weight, projection.bias))
+        if self.has_p2c:
+            projection = self.query_proj if self.share_att_key else self.pos_query_proj
+            rel_query = self._heads(F.linear(rel_RD, projection.weight, projection.bias))
+        key, value = self._heads(self.key_proj(entered_BSD)), self._heads(self.value_proj(entered_BSD))
+        return AttentionMemory(key, value, rel_key, rel_query)
+
+    def with_position_scores(self, memory: AttentionMemory) -> AttentionMemory:
+        """``memory`` with the products of keys and relative table made once, for repeated `attend`."""
+        if memory.rel_query_NRH is None:
+            return memory
+        scale = attention_scale(self.head_size, has_c2p=self.has_c2p, has_p2c=True)
+        p2c = position_scores(memory.key_BNSH, memory.rel_query_NRH, scale=scale)
+        return memory._replace(rel_query_NRH=None, p2c_BNSR=p2c)
+
+    def attend(
+        self,
+        entered_BQD: Tensor,
+        memory: AttentionMemory,
+        *,
+        relative_index: Tensor,
+        mask: Tensor | None,
+        dropout_key: int | None,
+        recompute_mode: str = "none",
+        return_probabilities: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context [B, Q, N * H] of query states that have passed ``enter``; probabilities if asked for."""
+        core = functools.partial(
+            disentangled_attention,
+            relative_index=relative_index,
+            mask=mask,
+            dropout=functools.partial(self.dropout, key=dropout_key),
+            return_probabilities=return_probabilities,
+        )
+        context, probabilities = call_with_recompute(
+            lambda query, key, value, rel_key, rel_query, p2c: core(
+                query, key, value, rel_key_NRH=rel_key, rel_query_NRH=rel_query, p2c_BNSR=p2c
+            ),
+            self._heads(self.query_proj(entered_BQD)),
+            *memory,
+            recompute=recompute_mode == "selective",
+            dropout_key=dropout_key,
+            owner=self,
+        )
+        return context.transpose(1, 2).flatten(2), probabilities
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., S, N * H] -> [..., N, S, H]."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual): the end of the attention and of the feed-forward."""
+
+    def __init__(self, config: DebertaConfig, *, input_size: int, site: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob, site=site)
+
+    def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x), dropout_key) + residual)
+
+
+class Attention(nn.Module):
+    """Self-attention and its output; a holder of published names."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.self = DisentangledSelfAttention(config)
+        self.output = ResidualOutput(config, input_size=config.all_head_size, site=sites.ATTENTION_OUTPUT_SITE)
+
+
+class Intermediate(nn.Module):
+    """act(dense(x)): the first half of the feed-forward."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.enter = nn.Identity()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(self.enter(x)))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, normalised after each residual sum."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, input_size=config.intermediate_size, site=sites.LAYER_OUTPUT_SITE)
+
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        *,
+        rel_RD: Tensor,
+        relative_index: Tensor,
+        mask: Tensor | None,
+        dropout_key: int | None,
+        recompute_mode: str = "none",
+        return_probabilities: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The ordinary pass: every position attends to every position.
+
+        Args:
+            hidden_BSD: input.
+            rel_RD: relative table, normalised, before dropout.
+            relative_index: see `kernels.disentangled_attention`.
+            mask: likewise.
+            dropout_key: key of this layer, micro-batch and step, or None.
+            recompute_mode: only "selective" matters here.
+            return_probabilities: also return the attention probabilities.
+        """
+        attention = self.attention.self
+        entered_BSD = attention.enter(hidden_BSD)
+        context, probabilities = attention.attend(
+            entered_BSD,
+            attention.memory(entered_BSD, rel_RD=rel_RD, dropout_key=dropout_key),
+            relative_index=relative_index,
+            mask=mask,
+            dropout_key=dropout_key,
+            recompute_mode=recompute_mode,
+            return_probabilities=return_probabilities,
+        )
+        return self._after_attention(context, hidden_BSD, dropout_key=dropout_key), probabilities
+
+    def decode(
+        self,
+        query_BQD: Tensor,
+        *,
+        hidden_BSD: Tensor,
+        num_passes: int,
+        rel_RD: Tensor,
+        relative_index: Tensor,
+        mask: Tensor | None,
+        dropout_key: int | None,
+        recompute_mode: str = "none",
+    ) -> Tensor:
+        """Passes of this layer over queries of their own, each the next one's queries, all attending to ``hidden_BSD``.
+
+        Keys, values, projected table and the products of keys with it are made once. So all passes share one dropout
+        mask on the table, where the published code draws one each; all other masks differ between passes.
+        """
+        attention = self.attention.self
+        memory = attention.memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
+        memory = attention.with_position_scores(memory)
+        for number in range(num_passes):
+            pass_key = child_key(dropout_key, number + 1)
+            context, _ = attention.attend(
+                attention.enter(query_BQD),
+                memory,
+                relative_index=relative_index,
+                mask=mask,
+                dropout_key=pass_key,
+                recompute_mode=recompute_mode,
+            )
+            query_BQD = self._after_attention(context, query_BQD, dropout_key=pass_key)
+        return query_BQD
+
+    def _after_attention(self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None) -> Tensor:
+        attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key)
+        return self.output(self.intermediate(attended), attended, dropout_key=dropout_key)
+
+
+class ConvLayer(nn.Module):
+    """Local n-gram convolution of the embeddings, added after layer 0 (nGiE of v2).
+
+    y = LayerNorm(x_1 + act(dropout(m conv(x_0)))) m, x_0 the embeddings, x_1 the output of layer 0, m the token mask.
+    As published, it sees the neighbours of a token whatever document they belong to.
+    """
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        taps = config.conv_kernel_size
+        self.conv = nn.Conv1d(
+            config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups
+        )
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CONVOLUTION_SITE)
+        self.activation = ACTIVATIONS[config.conv_act]
+
+    def forward(
+        self, embeddings_BSD: Tensor, layer_BSD: Tensor, *, is_token_BS: Tensor, dropout_key: int | None
+    ) -> Tensor:
+        local = self.conv(embeddings_BSD.transpose(1, 2)).transpose(1, 2)
+        local = local.masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
+        local = self.activation(self.dropout(local, dropout_key))
+        return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)

@@ -1,0 +1,263 @@
+"""Masked language modelling with the enhanced mask decoder, whole or as one stage of several.
+
+Letters: B batch, S sequence, D hidden, T targets (padded per sample in [B, T], all of the batch in [T]), V vocabulary.
+
+Source: arXiv 2006.03654 section 3.2; microsoft/DeBERTa DeBERTa/apps/models/masked_language_model.py@4d7fe0bd.
+"""
+
+import dataclasses
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import child_key
+from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.layers import ACTIVATIONS
+from deberta_dist.models.positions import padded_targets, pair_mask, token_mask
+from deberta_dist.models.published_state import accept_published_weights
+from deberta_dist.models.recompute import call_with_recompute
+
+NUM_DECODER_PASSES = 2
+"""Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
+
+
+class CrossEntropy(nn.Module):
+    """Loss and hit per target; a module of its own so that a vocabulary-parallel one can take its place."""
+
+    def forward(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy in float32 [T], and whether the largest logit is the label's, bool [T]."""
+        loss_T = F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
+        return loss_T, logits_TV.detach().argmax(dim=-1) == labels_T
+
+
+class MaskedLMHead(nn.Module):
+    """LayerNorm(act(dense(x))) E^T + bias, E the word embeddings."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        width = config.embedding_width
+        self.dense = nn.Linear(config.hidden_size, width)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.enter = nn.Identity()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_TD: Tensor, *, word_embeddings_VD: Tensor) -> Tensor:
+        transformed_TD = self.LayerNorm(self.activation(self.dense(hidden_TD)))
+        return F.linear(self.enter(transformed_TD), word_embeddings_VD, self.bias)
+
+
+class MaskedLMPredictions(nn.Module):
+    """A holder of published names."""
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.lm_head = MaskedLMHead(config)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLMOutput:
+    """What a masked language model returns.
+
+    Attributes:
+        loss: mean over targets, float32; 0 if there are none; None without labels.
+        logits: one row per target in row-major order, [T, V]; without labels one row per real token.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class DebertaForMaskedLM(nn.Module):
+    """Masked language model of every generation.
+
+    With ``position_biased_input`` false the last layer decodes: two passes over queries = hidden state + absolute
+    position, attending to the input of the last layer. Only target positions are queries, gathered first, and the
+    last layer's ordinary pass, of which the loss sees nothing, is not run. Both are exact.
+
+    Args:
+        config: sizes and switches.
+        seed: start of the parameters; without effect on the meta device.
+
+    Raises:
+        ConfigError: the enhanced mask decoder cannot be built (`DebertaConfig.require_masked_lm`).
+    """
+
+    def __init__(self, config: DebertaConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        config.require_masked_lm()
+        self.config = config
+        self.deberta = DebertaModel(config, seed=None)
+        self.lm_predictions = MaskedLMPredictions(config)
+        self.cross_entropy = CrossEntropy()
+        accept_published_weights(self, head_size=config.head_size)
+        initialise_(self, seed=seed, std=config.initializer_range)
+
+    @property
+    def recompute(self) -> str:
+        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        return self.deberta.recompute
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        self.deberta.recompute = mode
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        dropout_key: int | None = None,
+    ) -> MaskedLMOutput:
+        """Loss and logits of the targets; without labels, logits of every real token.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
+            labels: int64 [B, S], 0 where nothing is to be predicted.
+            dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        is_target_BS = token_mask(attention_mask) if labels is None else labels > 0
+        all_layers = range(self.config.num_hidden_layers)
+        hidden_TD = self._run(
+            None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            is_target_BS=is_target_BS,
+            layers=all_layers,
+            dropout_key=dropout_key,
+        )
+        logits_TV = self._logits(hidden_TD)
+        if labels is None:
+            return MaskedLMOutput(loss=None, logits=logits_TV)
+        loss_T, _ = self.cross_entropy(logits_TV, labels[is_target_BS])
+        return MaskedLMOutput(loss=loss_T.sum() / max(loss_T.numel(), 1), logits=logits_TV)
+
+    def forward_stage(
+        self,
+        hidden_BSD: Tensor | None,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        layers: range,
+        dropout_key: int | None,
+    ) -> Tensor:
+        """A contiguous part of the model; the parts in order compute what `forward` computes.
+
+        Args:
+            hidden_BSD: output of the layer before; None, or ignored, if ``layers`` begins with 0.
+            input_ids: as in `forward`.
+            attention_mask: as in `forward`.
+            labels: as in `forward`.
+            layers: contiguous. Layer 0 brings embeddings and convolution with it, the last layer the head. An empty
+                range returns ``hidden_BSD``.
+            dropout_key: as in `forward`; the same for all parts of one micro-batch.
+
+        Returns:
+            Without the last layer: hidden states [B, S, D]. With it: float32 [1, 3], the sum of the targets' losses,
+            the number of correct targets, the number of targets; only the first has a gradient.
+
+        Raises:
+            ValueError: ``layers`` is not a contiguous range of this model's, or hidden states are missing.
+        """
+        num_layers = self.config.num_hidden_layers
+        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= num_layers:
+            raise ValueError(f"layers = {layers} is not a contiguous range within 0..{num_layers}")
+        if hidden_BSD is None and (layers.start > 0 or not layers):
+            raise ValueError(f"layers = {layers} needs the hidden states of the layers before")
+        if not layers:
+            return hidden_BSD
+        is_target_BS = labels > 0
+        hidden = self._run(
+            hidden_BSD,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            is_target_BS=is_target_BS,
+            layers=layers,
+            dropout_key=dropout_key,
+        )
+        if layers.stop < num_layers:
+            return hidden
+        loss_T, is_correct_T = self.cross_entropy(self._logits(hidden), labels[is_target_BS])
+        count = torch.full_like(loss_T.detach().sum(), loss_T.numel())
+        return torch.stack([loss_T.sum(), is_correct_T.sum().to(loss_T.dtype), count])[None]
+
+    def keep_layers(self, layers: Collection[int]) -> None:
+        """Sets to None what a stage of these layers does not use; what stays keeps its published name.
+
+        Kept: ``encoder.layer.N`` of ``layers``; rel_embeddings and encoder.LayerNorm always; the embeddings' LayerNorm,
+        embed_proj and type embeddings, and the convolution, with layer 0; word_embeddings with layer 0 or the last;
+        position_embeddings with layer 0 if position_biased_input, else with the last; lm_predictions with the last.
+        """
+        self.deberta.keep_layers(layers)
+        if self.config.num_hidden_layers - 1 not in layers:
+            self.lm_predictions = None
+
+    def _run(
+        self,
+        hidden_BSD: Tensor | None,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        is_target_BS: Tensor,
+        layers: range,
+        dropout_key: int | None,
+    ) -> Tensor:
+        """Hidden states [B, S, D] after ``layers``; of the targets alone, [T, D], if the last is among them."""
+        if layers.start == 0:
+            hidden_BSD = self.deberta.embed(input_ids, attention_mask=attention_mask, dropout_key=dropout_key)
+        rel_RD = self.deberta.encoder.relative_table()
+        is_last = layers.stop == self.config.num_hidden_layers
+        decodes = is_last and self.config.uses_enhanced_mask_decoder
+        hidden_BSD = self.deberta.encoder.run_layers(
+            hidden_BSD,
+            layers=layers[:-1] if decodes else layers,
+            rel_RD=rel_RD,
+            attention_mask=attention_mask,
+            dropout_key=dropout_key,
+        )
+        if decodes:
+            return self._decode_targets(hidden_BSD, rel_RD, attention_mask, is_target_BS, dropout_key)
+        return hidden_BSD[is_target_BS] if is_last else hidden_BSD
+
+    def _decode_targets(
+        self, hidden_BSD: Tensor, rel_RD: Tensor, attention_mask: Tensor, is_target_BS: Tensor, dropout_key: int | None
+    ) -> Tensor:
+        """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h). Targets only, [T, D]."""
+        length = hidden_BSD.shape[1]
+        self.deberta.require_positions(length, added=True)
+        encoder = self.deberta.encoder
+        positions_BT, slots = padded_targets(is_target_BS)
+        index_BTS = encoder.relative_index(length, device=hidden_BSD.device)[positions_BT]
+        mask = pair_mask(attention_mask, queries_BT=positions_BT)
+        layer_key = child_key(dropout_key, encoder.num_layers)
+
+        def decode(hidden_BSD: Tensor, table_RD: Tensor) -> Tensor:
+            gather = positions_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[-1])
+            queries_BTD = hidden_BSD.gather(1, gather) + self.deberta.embeddings.absolute_positions(positions_BT)
+            return encoder.layer[-1].decode(
+                queries_BTD,
+                hidden_BSD=hidden_BSD,
+                num_passes=NUM_DECODER_PASSES,
+                rel_RD=table_RD,
+                relative_index=index_BTS,
+                mask=mask,
+                dropout_key=layer_key,
+                recompute_mode=self.recompute,
+            )
+
+        decoded_BTD = call_with_recompute(
+            decode, hidden_BSD, rel_RD, recompute=self.recompute == "full", dropout_key=dropout_key, owner=self
+        )
+        return decoded_BTD.flatten(0, 1)[slots]
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        words_VD = self.deberta.embeddings.word_embeddings.weight
+        return self.lm_predictions.lm_head(hidden_TD, word_embeddings_VD=words_VD)

@@ -1,0 +1,96 @@
+"""Who may look at whom, and at which distance: index and mask tensors of the attention.
+
+Letters: B batch, Q queries, S keys, T targets per sample (padded).
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=16)
+def position_row_of_distance(num_buckets: int, max_distance: int) -> tuple[int, ...]:
+    """Row of the relative table for each distance -max_distance .. max_distance (query minus key).
+
+    row(d) = d + max_distance, at most 2 max_distance - 1, without buckets; with them, m = num_buckets / 2,
+    d first clamped to +-(max_distance - 1):
+    row(d) = num_buckets + (d if |d| <= m else sign(d) (ceil(ln(|d|/m) / ln((max_distance-1)/m) (m-1)) + m)).
+    Clamping comes first: buckets of larger distances would leave the table or hit rows never trained.
+
+    Args:
+        num_buckets: buckets per direction; below 1 means none.
+        max_distance: tokens.
+
+    Source: microsoft/DeBERTa DeBERTa/deberta/da_utils.py@4d7fe0bd.
+    """
+    distances = range(-max_distance, max_distance + 1)
+    if num_buckets < 1:
+        return tuple(min(distance + max_distance, 2 * max_distance - 1) for distance in distances)
+    middle, last = num_buckets // 2, max_distance - 1
+
+    def row(distance: int) -> int:
+        size = min(abs(distance), last)
+        if size > middle:
+            size = math.ceil(math.log(size / middle) / math.log(last / middle) * (middle - 1)) + middle
+        return num_buckets + (size if distance > 0 else -size)
+
+    return tuple(row(distance) for distance in distances)
+
+
+@functools.lru_cache(maxsize=32)
+def relative_index(
+    query_length: int, *, key_length: int, num_buckets: int, max_distance: int, device: torch.device
+) -> Tensor:
+    """Row of the relative table for every (query, key), both counted from 0; int64 [Q, S]. Do not write to it."""
+    # A tensor made in inference mode could not be saved for backward by the training step that finds it here.
+    with torch.inference_mode(False):
+        rows = torch.tensor(position_row_of_distance(num_buckets, max_distance), device=device)
+        queries = torch.arange(query_length, device=device)
+        keys = torch.arange(key_length, device=device)
+        distance = (queries[:, None] - keys[None, :]).clamp(-max_distance, max_distance)
+        return rows[distance + max_distance]
+
+
+def token_mask(attention_mask: Tensor) -> Tensor:
+    """Real tokens, bool [B, S], of a mask [B, S] or [B, S, S]: with the latter, tokens that any query sees."""
+    return attention_mask.bool() if attention_mask.dim() == 2 else attention_mask.bool().any(dim=-2)
+
+
+def pair_mask(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> Tensor:
+    """Which query sees which key, bool [B, 1, Q, S]; padding neither sees nor is seen.
+
+    Args:
+        attention_mask: [B, S], or [B, S, S] with row i saying what token i sees (documents in one sequence).
+        queries_BT: positions of the queries; all positions if absent.
+
+    Raises:
+        ValueError: the mask has neither two nor three dimensions.
+    """
+    mask = attention_mask.bool()
+    if mask.dim() == 2:
+        queries = mask if queries_BT is None else mask.gather(1, queries_BT)
+        return (queries[:, :, None] & mask[:, None, :])[:, None]
+    if mask.dim() != 3:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens] or [batch, tokens, tokens]"
+        )
+    if queries_BT is not None:
+        mask = mask.gather(1, queries_BT[:, :, None].expand(-1, -1, mask.shape[-1]))
+    return mask[:, None]
+
+
+def padded_targets(is_target_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the targets of each sample, padded to the largest count of the batch.
+
+    Returns:
+        ``positions`` int64 [B, T] with T at least 1, the unused slots holding other positions of the sample, and
+        ``slots`` int64 [targets]: where each target, in row-major order, lies in the flattened [B * T].
+    """
+    counts = is_target_BS.sum(dim=1)
+    width = max(int(counts.max()), 1)
+    # Stable sort: targets first, in their order.
+    positions = torch.argsort(is_target_BS.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
+    is_used = torch.arange(width, device=counts.device)[None, :] < counts[:, None]
+    return positions, is_used.flatten().nonzero().squeeze(1)

@@ -1,0 +1,274 @@
+"""Masked language model pre-training: what every launcher's Python half calls.
+
+    deepspeed launchers/pretrain_demo.sh [--section.key value ...] [--dry-run [--world-size N]]
+
+reads the TOML beside the launcher, checks everything, and trains:
+configuration -> preflight -> process group -> mesh -> build -> steps -> evaluation -> weights.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+import torch.distributed as dist
+
+from deberta_dist.config import load_config, smallest_world_size, write_resolved
+from deberta_dist.data.loader import Batch, MaskedLMData, Prefetcher
+from deberta_dist.data.unigram import unigram_counts, unigram_loss
+from deberta_dist.errors import ConfigError, DebertaDistError
+from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
+from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.training.dry_run import describe
+from deberta_dist.training.export import gather_full_weights, write_weights
+from deberta_dist.training.flops import device_peak_flops
+from deberta_dist.training.lr_schedule import learning_rate
+from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.preflight import Plan, RunData, check_plan, check_run_directory, open_data
+from deberta_dist.training.trainer import EvaluationResult, Trainer
+
+# Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
+MAX_SKIPPED_IN_A_ROW = 50
+# Tokens of the training file that the unigram yardstick is fitted on at most.
+UNIGRAM_TOKENS = 100_000_000
+BATCHES_AHEAD = 2
+
+
+class DivergedError(DebertaDistError):
+    """Gradients stayed non-finite; the run cannot go on."""
+
+    exit_code = 76
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A launcher's command line."""
+
+    overrides: list[str]
+    dry_run: bool
+    world_size: int | None
+
+
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Takes our own flags and DeepSpeed's ``--local_rank`` out; the rest are overrides for ``load_config``."""
+    overrides: list[str] = []
+    dry_run, world_size = False, None
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            if not equals:
+                rest.pop(0)  # the launcher's environment says it as well
+        elif name == "--dry-run":
+            dry_run = True
+        elif name == "--world-size":
+            value = value if equals else (rest.pop(0) if rest else "")
+            if not value.isdecimal() or int(value) < 1:
+                raise ConfigError(f"command line: --world-size needs a number of processes, got {value!r}")
+            world_size = int(value)
+        else:
+            overrides.append(name + equals + value)
+    if world_size is not None and not dry_run:
+        raise ConfigError("command line: --world-size belongs to --dry-run; a real run has the processes it has")
+    return Arguments(overrides=overrides, dry_run=dry_run, world_size=world_size)
+
+
+def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of a launcher: runs it and ends the process with the right exit code.
+
+    Args:
+        launcher_file: Path of the launcher; its TOML has the same stem.
+        arguments: Command line; ``sys.argv[1:]`` by default.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\nKeys and their meaning: deberta_dist/config/schema.py")
+        return
+    is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        _run(Path(launcher_file), arguments)
+    except DebertaDistError as error:
+        # Ranks of one node fail alike: one of them says it.
+        if is_speaker or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(error.exit_code)
+    except Exception:
+        traceback.print_exc()
+        _leave(70)
+
+
+def _leave(code: int) -> None:
+    """Ends the process; with peers, at once: an orderly shutdown would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(launcher: Path, arguments: Sequence[str]) -> None:
+    parsed = parse_arguments(arguments)
+    config = load_config(launcher.with_suffix(".toml"), parsed.overrides)
+    launch = discover_launch()
+    if parsed.dry_run:
+        if launch.rank == 0:
+            plan = check_plan(config, world_size=parsed.world_size or smallest_world_size(config))
+            print(describe(plan), end="")
+        return
+    plan = check_plan(config, world_size=launch.world_size)
+    data = open_data(plan)
+    directory = Path(plan.config.run.directory)
+    if launch.rank == 0:
+        check_run_directory(directory)
+
+    device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
+    if launch.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_resolved(plan.config, plan.deepspeed, directory)
+    dist.barrier()
+    mesh = make_mesh(mesh_shape(plan.config), device=device)
+    training = plan.config.training
+    log = MetricsLog(
+        directory,
+        is_writer=mesh.rank == 0,
+        max_steps=training.max_steps,
+        print_every=training.log_every_steps,
+    )
+    log.say(headline(plan, device))
+    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
+    trainer = Trainer(parts, mesh=mesh, seed=training.seed)
+
+    result = train(trainer, plan=plan, data=data, mesh=mesh, log=log)
+
+    weights = gather_full_weights(parts, mesh=mesh)
+    if mesh.rank == 0:
+        write_weights(weights, config=plan.model_config.to_dict(), directory=directory / "weights")
+    dist.barrier()
+    dist.destroy_process_group()
+    if mesh.rank == 0:
+        log.say(write_result(result, plan=plan, data=data, directory=directory))
+    log.close()
+
+
+def train(trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> EvaluationResult:
+    """All optimizer steps and evaluations of a run; returns the last evaluation.
+
+    Raises:
+        DivergedError: too many steps in a row had a non-finite gradient.
+    """
+    training, optimizer = plan.config.training, plan.config.optimizer
+    tokens = training.global_batch_size * plan.config.data.max_seq_length
+    device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    peak = device_peak_flops(device_name)
+    skipped_in_a_row = 0
+    result: EvaluationResult | None = None
+
+    def make_batch(step: int) -> Batch:
+        return own_rows(data.train, plan=plan, mesh=mesh, start=step * training.global_batch_size)
+
+    with Prefetcher(make_batch, start=0, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
+        for step, batch in enumerate(batches):
+            started = monotonic()
+            lr = learning_rate(
+                step,
+                peak=optimizer.learning_rate,
+                warmup_steps=plan.config.schedule.warmup_steps,
+                max_steps=training.max_steps,
+            )
+            outcome = trainer.step(batch, step=step, learning_rate=lr)
+            per_second = tokens / (monotonic() - started)
+            log.step(
+                StepMetrics(
+                    step=step + 1,
+                    loss=outcome.loss,
+                    grad_norm=outcome.grad_norm,
+                    lr=lr,
+                    tokens_per_second=per_second,
+                    mfu=None if peak is None else per_second * plan.flops.training / (peak * mesh.shape.world_size),
+                    consumed_samples=(step + 1) * training.global_batch_size,
+                    skipped=outcome.skipped,
+                )
+            )
+            skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(
+                    f"{skipped_in_a_row} steps in a row had a non-finite gradient, the last one step {step + 1}; "
+                    "lower optimizer.learning_rate or look at the data"
+                )
+            every, is_last = plan.config.evaluation.every_steps, step + 1 == training.max_steps
+            if is_last or (every and (step + 1) % every == 0):
+                result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+                log.evaluation(step=step + 1, **asdict(result))
+    assert result is not None
+    return result
+
+
+def evaluate(trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh) -> EvaluationResult:
+    """Loss and accuracy on the first ``evaluation.num_sequences`` held-out sequences."""
+    size = plan.config.training.global_batch_size
+    count = num_evaluation_sequences(plan, validation)
+    return trainer.evaluate(
+        [own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size)]
+    )
+
+
+def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:
+    """What is asked for, or all there are."""
+    return min(plan.config.evaluation.num_sequences, validation.num_samples)
+
+
+def own_rows(data: MaskedLMData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None) -> Batch:
+    """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
+    rows = plan.config.training.global_batch_size // mesh.shape.data
+    first = start + mesh.coordinate.data * rows
+    batch = data.batch(first, rows)
+    if stop is not None and first + rows > stop:
+        batch.labels[max(stop - first, 0) :] = 0
+    return batch
+
+
+def headline(plan: Plan, device: torch.device) -> str:
+    """One line on what is about to run."""
+    parallel, training = plan.config.parallel, plan.config.training
+    count = sum(torch.Size(shape).numel() for shape in plan.layout.full_shapes.values())
+    return (
+        f"{count:,} parameters on {mesh_shape(plan.config).world_size} x {device.type}: "
+        f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} x "
+        f"data {parallel.data_parallel_size}; {training.max_steps} steps of {training.global_batch_size} sequences "
+        f"({training.num_micro_batches} micro-batches of {training.micro_batch_size})"
+    )
+
+
+def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directory: Path) -> str:
+    """Writes ``result.json`` and ``result.txt`` and returns the text: the held-out loss beside its yardsticks."""
+    count = num_evaluation_sequences(plan, data.validation)
+    labels = data.validation.batch(0, count).labels
+    vocab_size = data.tokenizer.num_tokens
+    unigram = unigram_loss(
+        unigram_counts(data.train_file, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
+        labels[labels > 0].numpy(),
+        vocab_size=vocab_size,
+    )
+    numbers = {
+        **asdict(result),
+        "unigram_loss": unigram.loss,
+        "unigram_entropy_of_targets": unigram.entropy,
+        "beats_unigram": result.loss < unigram.entropy,
+    }
+    text = (
+        f"held-out masked tokens   loss {result.loss:.4f}, accuracy {result.accuracy:.2%} ({result.num_targets:,} of them)\n"
+        f"unigram of the training tokens on the same targets      loss {unigram.loss:.4f}\n"
+        f"entropy of these targets (best without any context)     loss {unigram.entropy:.4f}\n"
+        f"run directory            {directory}\n"
+        "  metrics.jsonl          one JSON object per step\n"
+        "  weights/               config.json and model.safetensors, published names, float32\n"
+        "  run_config.toml, deepspeed.json   everything this run was started with"
+    )
+    (directory / "result.txt").write_text(text + "\n", encoding="utf-8")
+    (directory / "result.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return text

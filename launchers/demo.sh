@@ -1,0 +1,57 @@
+#!/bin/sh
+# From text to a trained small DeBERTa, on 8 CPU processes or on the GPUs of this machine.
+#   sh launchers/demo.sh [--section.key value ...]
+# Every step is skipped where its result exists; remove demo_data/ or runs/pretrain_demo/ to do it again.
+set -eu
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+cd "$root"
+text=launchers/demo_text
+data=demo_data
+result=runs/pretrain_demo/result
+
+say() { echo "demo: $*"; }
+
+if [ -f "$result.json" ]; then
+    say "already trained (remove runs/pretrain_demo to train again):"
+    cat "$result.txt"
+    exit 0
+fi
+
+sh launchers/setup_env.sh
+PATH="$root/.venv/bin:$PATH"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PATH PYTHONPATH
+
+pieces=4000 # and [MASK]: model.vocab_size in pretrain_demo.toml is this, rounded up
+mkdir -p "$data"
+if [ ! -f "$data/spm.model" ]; then
+    say "training the tokenizer ($pieces pieces)"
+    python tools/train_tokenizer.py --input "$text/train.jsonl" --output "$data/spm.model" --vocab-size "$pieces"
+fi
+for part in train valid; do
+    if [ ! -f "$data/$part.tokens" ]; then
+        say "writing $data/$part.tokens"
+        python tools/prepare_corpus.py --input "$text/$part.jsonl" --output "$data/$part.tokens" \
+            --tokenizer "$data/spm.model"
+    fi
+done
+
+gpus=0
+if command -v nvidia-smi >/dev/null 2>&1; then
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+fi
+# processes and sizes: all three parallelisms where there is room, else fewer of them
+if [ "$gpus" -eq 0 ] || [ "$gpus" -ge 8 ]; then
+    processes=8 tensor=2 pipeline=2
+elif [ "$gpus" -ge 4 ]; then
+    processes=4 tensor=2 pipeline=2
+elif [ "$gpus" -ge 2 ]; then
+    processes=2 tensor=2 pipeline=1
+else
+    processes=1 tensor=1 pipeline=1
+fi
+say "$processes processes: tensor $tensor x pipeline $pipeline x data $((processes / tensor / pipeline))"
+# --quiet: without it DeepSpeed prints the command line of every process; errors are still shown.
+sh launchers/pretrain_demo.sh --quiet --num_gpus "$processes" --parallel.tensor_parallel_size "$tensor" \
+    --parallel.pipeline_parallel_size "$pipeline" "$@"

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Makes .venv with the pinned requirements, once: demo.sh and tests/run.sh both start here.
+#   sh launchers/setup_env.sh [test]     "test" adds requirements-test.txt
+# PYTHON=...             interpreter to build .venv with (default: the first Python >= 3.11 found)
+# PYTORCH_CPU_INDEX=...  where torch without CUDA comes from, on Linux without a GPU; empty = do not ask
+set -eu
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+venv="$root/.venv"
+here="$root/launchers"
+
+say() { echo "setup_env: $*"; }
+die() { echo "setup_env: $*" >&2; exit 2; }
+
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        new_enough "$PYTHON" || die "PYTHON=$PYTHON is not a Python 3.11 or newer"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 or newer is needed; found: $(python3 --version 2>&1 || echo none). Set PYTHON=/path/to/python"
+}
+
+has_nvidia_gpu() {
+    command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU '
+}
+
+# $1 requirements file; done if its stamp holds the hash of everything that decides what is installed.
+install() {
+    stamp="$venv/.installed-$(basename "$1" .txt)"
+    hash=$(cat "$root/pyproject.toml" "$here/requirements.txt" "$1" | "$venv/bin/python" -c \
+        'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
+        return
+    fi
+    say "installing $(basename "$1") into $venv"
+    if [ "$1" = "$here/requirements.txt" ]; then
+        install_torch
+    fi
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1" || die "pip could not install $1"
+    echo "$hash" >"$stamp"
+}
+
+install_torch() {
+    torch=$(grep '^torch==' "$here/requirements.txt")
+    index=${PYTORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
+    # The default index has CUDA builds for Linux: gigabytes that a machine without a GPU has no use for.
+    if [ "$(uname -s)" = Linux ] && [ -n "$index" ] && ! has_nvidia_gpu; then
+        # No retries and --no-deps: what torch needs comes from the default index in the next step.
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 5 --no-deps \
+            --index-url "$index" "$torch+cpu" >/dev/null 2>&1 ||
+            say "PyTorch's CPU index cannot be reached; $torch comes from the default index"
+    fi
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python)
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv" || die "'$python -m venv' failed; on Debian and Ubuntu: apt install python3-venv"
+fi
+new_enough "$venv/bin/python" ||
+    die "$venv has $("$venv/bin/python" --version 2>&1), but 3.11 or newer is needed; remove it"
+
+install "$here/requirements.txt"
+if [ "${1:-}" = test ]; then
+    install "$here/requirements-test.txt"
+fi

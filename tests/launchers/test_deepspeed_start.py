@@ -1,0 +1,76 @@
+"""DeepSpeed's own launcher and ours, together: a copy of the launchers with a stand-in for training."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = """\
+import os, sys
+
+def main(launcher_file):
+    # one write per rank: the ranks share the pipe
+    line = " ".join((os.environ["RANK"], os.environ["WORLD_SIZE"], os.path.basename(launcher_file), repr(sys.argv[1:])))
+    os.write(1, f"HERE {line} {os.environ.get('OMP_NUM_THREADS')}\\n".encode())
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The launchers and what starts them, with a training that only says that it was called."""
+    home = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launchers", home / "launchers")
+    for part in ("__init__.py", "errors.py", "config", "training/__init__.py", "training/launch.py"):
+        source, target = ROOT / "deberta_dist" / part, home / "deberta_dist" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    (home / "deberta_dist" / "training" / "pretrain.py").write_text(STAND_IN)
+    return home
+
+
+def start(words: list[str], cwd: Path) -> list[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    environment = kept | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+    }
+    result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return sorted(line for line in result.stdout.splitlines() if line.startswith("HERE"))
+
+
+@pytest.fixture(autouse=True)
+def _deepspeed_is_installed() -> None:
+    if not (Path(sys.executable).parent / "deepspeed").exists():
+        pytest.skip("the deepspeed command is not installed beside this Python")
+
+
+def test_deepspeed_starts_the_launcher(checkout: Path, tmp_path: Path) -> None:
+    script = str(checkout / "launchers" / "pretrain_demo.sh")
+    lines = start(["deepspeed", "--num_gpus", "2", script, "--run.directory", "a b"], tmp_path)
+    said = ["--local_rank={}", "--run.directory", "a b"]
+    assert lines == [
+        f"HERE {rank} 2 pretrain_demo.sh {[said[0].format(rank), *said[1:]]!r} None" for rank in range(2)
+    ]
+
+
+def test_shell_starts_as_many_as_the_toml_needs(checkout: Path, tmp_path: Path) -> None:
+    script = str(checkout / "launchers" / "pretrain_demo.sh")
+    lines = start(["sh", script, "--training.seed", "3"], tmp_path)
+    threads = max(1, (os.cpu_count() or 1) // 4)
+    assert lines == [
+        f"HERE {rank} 4 pretrain_demo.sh {[f'--local_rank={rank}', '--training.seed', '3']!r} {threads}"
+        for rank in range(4)
+    ]
+
+
+def test_dry_run_is_one_process(checkout: Path) -> None:
+    (checkout / "deberta_dist" / "training" / "pretrain.py").write_text(
+        "import sys\ndef main(file): print('HERE', sys.argv[1:])\n"
+    )
+    lines = start(["sh", "launchers/pretrain_1.5b.sh", "--dry-run", "--hostfile", "h", "--training.seed=3"], checkout)
+    assert lines == ["HERE ['--dry-run', '--training.seed=3']"]

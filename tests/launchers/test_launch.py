@@ -1,0 +1,192 @@
+"""Launcher's command line -> DeepSpeed's command line and environment."""
+
+import argparse
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.training import launch
+
+ROOT = Path(__file__).resolve().parents[2]
+BIG = "launchers/pretrain_1.5b.sh"
+DEMO = "launchers/pretrain_demo.sh"
+
+
+def test_tables_equal_deepspeeds_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    parsers: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, args=None: parsers.append(self))
+    runner.parse_args([])
+    with_value, alone = set(), set()
+    for action in parsers[0]._actions:
+        if action.dest != "help" and action.option_strings:
+            (alone if action.nargs == 0 else with_value).update(action.option_strings)
+    assert launch.FLAGS_WITH_VALUE == with_value
+    assert launch.FLAGS_ALONE == alone
+    assert launch.PLACEMENT_FLAGS <= with_value
+
+
+def test_default_hostfile_is_deepspeeds() -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    assert launch.DEFAULT_HOSTFILE == runner.DLTS_HOSTFILE
+
+
+def test_arguments_are_sorted() -> None:
+    split = launch.split_arguments(
+        ["--hostfile", "h", "--training.seed", "7", "-i", "a@b", "--no_ssh", "--num_nodes=4", "--run.directory=--x",
+         "--launcher_args", "--oversubscribe --num_gpus 3", "--model.preset", "--num_gpus"]
+    )  # fmt: skip
+    assert split.deepspeed == [
+        "--hostfile=h", "-i", "a@b", "--no_ssh", "--num_nodes=4", "--launcher_args=--oversubscribe --num_gpus 3",
+    ]  # fmt: skip
+    # the value of a dotted key is never taken for a flag
+    assert split.script == ["--training.seed", "7", "--run.directory=--x", "--model.preset", "--num_gpus"]
+    assert not split.dry_run
+    assert launch.split_arguments(["--dry-run", "--training.seed=7"]) == ([], ["--dry-run", "--training.seed=7"], True)
+
+
+@pytest.mark.parametrize("words", [["--num_gpus"], ["--module"], ["--no_python"]])
+def test_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=words[0]):
+        launch.split_arguments(words)
+
+
+def test_without_gpu_processes_and_environment_come_from_the_toml(start: Callable, called: Callable) -> None:
+    call = called(start("bash", BIG, "--run.directory", "a b'c", "--parallel.data_parallel_size=2"))
+    flags, rest = call["argv"][:2], call["argv"][2:]
+    assert flags[0].startswith("--master_port=")
+    assert flags[1] == "--num_gpus=16"
+    assert rest == [BIG, "--run.directory", "a b'c", "--parallel.data_parallel_size=2"]
+    threads = max(1, (os.cpu_count() or 1) // 16)
+    assert call["env"] == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("shell", [["sh"], ["bash"], []])
+def test_other_directory_and_direct_execution(
+    shell: list[str], tmp_path: Path, start: Callable, called: Callable
+) -> None:
+    call = called(start(*shell, str(ROOT / DEMO), "--num_gpus", "8", cwd=tmp_path))
+    assert call["argv"][0] == "--num_gpus=8"
+    assert call["argv"][2:] == [str(ROOT / DEMO)]
+
+
+def test_hostfile_leaves_placement_and_port_to_deepspeed(start: Callable, called: Callable) -> None:
+    call = called(start("bash", BIG, "--hostfile", "hosts", "--num_nodes", "4", "--training.max_steps", "5"))
+    assert call["argv"] == ["--hostfile=hosts", "--num_nodes=4", BIG, "--training.max_steps", "5"]
+
+
+def test_given_environment_is_kept(start: Callable, called: Callable) -> None:
+    call = called(start("bash", DEMO, "--num_gpus", "8", env={"OMP_NUM_THREADS": "3", "PYTHONPATH": "/other"}))
+    assert call["env"]["OMP_NUM_THREADS"] == "3"
+    assert call["env"]["PYTHONPATH"] == f"{ROOT}:/other"
+
+
+def test_with_gpus_nothing_is_added(start: Callable, called: Callable) -> None:
+    call = called(start("bash", BIG, "--master_port", "29501", env={"DS_ACCELERATOR": "cuda"}))
+    assert call["argv"] == ["--master_port=29501", BIG]
+    assert call["env"]["OMP_NUM_THREADS"] is None
+
+
+def test_dry_run_starts_python_itself() -> None:
+    environment = {"DS_ACCELERATOR": "cpu"}
+    split = launch.split_arguments(["--num_gpus", "8", "--dry-run", "--training.seed=7"])
+    words = launch.command(ROOT / DEMO, split, environment)
+    assert words == [sys.executable, str(ROOT / DEMO), "--dry-run", "--training.seed=7"]
+
+
+def test_wrong_parallel_section_is_said_before_anything_starts(start: Callable) -> None:
+    result = start("bash", DEMO, "--parallel.tensor_parallel_sise", "2")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "command line: unknown key parallel.tensor_parallel_sise; did you mean parallel.tensor_parallel_size?\n"
+    )
+
+
+def bare_shell(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script by sh in an environment that has nothing but the system's commands."""
+    environment = {"PATH": "/usr/bin:/bin", **environment}
+    return subprocess.run(["sh", *words], env=environment, capture_output=True, text=True, timeout=20, check=False)
+
+
+def test_no_environment_at_all(tmp_path: Path) -> None:
+    script = tmp_path / "launchers" / "start.sh"
+    script.parent.mkdir()
+    script.write_text((ROOT / "launchers" / "start.sh").read_text())
+    result = bare_shell(str(script), "x.sh")
+    assert result.returncode == 2
+    assert "setup_env.sh" in result.stderr
+
+
+def test_existing_venv_is_put_on_path(tmp_path: Path) -> None:
+    script = tmp_path / "launchers" / "start.sh"
+    script.parent.mkdir()
+    script.write_text((ROOT / "launchers" / "start.sh").read_text())
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for name in ("deepspeed", "python"):
+        (binaries / name).write_text('#!/bin/sh\necho "$(basename "$0") $* $PYTHONPATH"\n')
+        (binaries / name).chmod(0o755)
+    result = bare_shell(str(script), "x.sh", "a b")
+    assert result.stdout == f"python -m deberta_dist.training.launch x.sh a b {tmp_path}\n"
+
+
+def test_gpu_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.has_gpu({"DS_ACCELERATOR": "cuda"})
+    assert not launch.has_gpu({"DS_ACCELERATOR": "cpu"})
+    assert not launch.has_gpu({"CUDA_VISIBLE_DEVICES": ""})
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "2.13.0")
+    answer = subprocess.CompletedProcess([], 0, "GPU 0: NVIDIA H100\n", "")
+    monkeypatch.setattr(launch.subprocess, "run", lambda *args, **kwargs: answer)
+    assert launch.has_gpu({})
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    assert not launch.has_gpu({})
+
+
+def test_imports_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, deberta_dist.training.launch; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
+    words = [sys.executable, "-c", code]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_demo_shows_a_finished_run_again(tmp_path: Path) -> None:
+    (tmp_path / "launchers").mkdir()
+    demo = tmp_path / "launchers" / "demo.sh"
+    demo.write_text((ROOT / "launchers" / "demo.sh").read_text())
+    run = tmp_path / "runs" / "pretrain_demo"
+    run.mkdir(parents=True)
+    (run / "result.json").write_text("{}")
+    (run / "result.txt").write_text("loss 1.25\n")
+    result = subprocess.run(["sh", str(demo)], cwd="/", capture_output=True, text=True, timeout=20, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("loss 1.25\n")
+
+
+def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    (tmp_path / "launchers").mkdir()
+    setup = tmp_path / "launchers" / "setup_env.sh"
+    setup.write_text((ROOT / "launchers" / "setup_env.sh").read_text())
+    result = bare_shell(str(setup), PYTHON=str(old))
+    assert result.returncode == 2
+    assert "3.11" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_requirements_satisfy_the_ranges() -> None:
+    lines = (ROOT / "launchers" / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {Requirement(text).name: Requirement(text).specifier for text in project["dependencies"]}
+    assert set(pins) == set(ranges)
+    assert [name for name, version in pins.items() if version not in ranges[name]] == []
+    assert "apex" not in pins  # the package of that name on the index is a web toolkit

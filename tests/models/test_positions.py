@@ -1,0 +1,90 @@
+"""Relative rows, masks and the gathering of targets."""
+
+import hashlib
+
+import pytest
+import torch
+
+from deberta_dist.models.positions import (
+    padded_targets,
+    pair_mask,
+    position_row_of_distance,
+    relative_index,
+    token_mask,
+)
+
+ANCHORS = {0: 0, 1: 1, 127: 127, 128: 128, 129: 129, 131: 131, 132: 131, 140: 137, 160: 149}
+ANCHORS |= {192: 166, 256: 192, 300: 207, 384: 229, 448: 243, 500: 254, 506: 255, 511: 255}
+
+
+def buckets(num_buckets: int, max_distance: int) -> torch.Tensor:
+    """Bucket of every distance that clamping leaves."""
+    return torch.tensor(position_row_of_distance(num_buckets, max_distance)[1:-1]) - num_buckets
+
+
+def test_log_buckets_of_the_release():
+    table = buckets(256, 512)
+    digest = hashlib.sha256(table.to(torch.int16).numpy().astype("<i2").tobytes()).hexdigest()
+    assert digest == "8a32a2f2502450fa77c691b0d1308ea1a98607507629d281d68be4d27651ef27"
+    for distance, bucket in ANCHORS.items():
+        assert table[511 + distance] == bucket
+        assert table[511 - distance] == -bucket
+    assert table.tolist() == (-table.flip(0)).tolist()
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(8, 64), (16, 64), (256, 512), (256, 1024), (256, 2048)])
+def test_buckets_are_those_of_the_published_float32_formula(num_buckets, max_distance):
+    distance = torch.arange(-max_distance + 1, max_distance)
+    middle = num_buckets // 2
+    size = torch.where(distance.abs() < middle, torch.tensor(middle - 1), distance.abs())
+    last = torch.log(torch.tensor((max_distance - 1) / middle, dtype=torch.float64)).item()
+    logarithmic = torch.ceil(torch.log(size / middle) / last * (middle - 1)) + middle
+    expected = torch.where(size <= middle, distance, (logarithmic * distance.sign()).long())
+    assert torch.equal(buckets(num_buckets, max_distance), expected)
+
+
+def test_distances_beyond_the_largest_never_reach_untrained_row_0():
+    index = relative_index(1024, key_length=1024, num_buckets=256, max_distance=512, device=torch.device("cpu"))
+    assert (index.min(), index.max()) == (1, 511)
+    assert torch.all(index[:500, 1012:] == 1) and torch.all(index[1012:, :500] == 511)
+
+
+def test_without_buckets_every_distance_has_a_row_and_both_ends_are_clamped():
+    index = relative_index(9, key_length=9, num_buckets=-1, max_distance=4, device=torch.device("cpu"))
+    assert index[8].tolist() == [7, 7, 7, 7, 7, 7, 6, 5, 4]
+    assert index[0].tolist() == [4, 3, 2, 1, 0, 0, 0, 0, 0]
+
+
+def test_index_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        index = relative_index(3, key_length=3, num_buckets=-1, max_distance=77, device=torch.device("cpu"))
+    x = torch.zeros(3, 154, requires_grad=True)
+    x.gather(-1, index).sum().backward()
+    assert x.grad.sum() == 9
+
+
+def test_masks():
+    tokens = torch.tensor([[1, 1, 0]])
+    assert pair_mask(tokens)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    documents = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 1, 1]]])
+    assert torch.equal(pair_mask(documents)[:, 0], documents.bool())
+    assert token_mask(documents).tolist() == [[True, True, True]]
+    for mask in (tokens, documents):
+        queries = torch.tensor([[2, 0]])
+        assert torch.equal(pair_mask(mask, queries_BT=queries), pair_mask(mask)[:, :, [2, 0]])
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        pair_mask(torch.ones(1, 1, 3, 3))
+
+
+def test_targets_are_padded_to_the_largest_count():
+    is_target = torch.tensor([[False, True, False, True], [False, False, True, False], [False] * 4])
+    positions, slots = padded_targets(is_target)
+    assert positions.shape == (3, 2)
+    rows = torch.arange(3)[:, None].expand_as(positions).flatten()[slots]
+    chosen = torch.stack([rows, positions.flatten()[slots]], dim=1)
+    assert torch.equal(chosen, is_target.nonzero())
+
+
+def test_no_target_leaves_one_slot_and_selects_none():
+    positions, slots = padded_targets(torch.zeros(2, 4, dtype=torch.bool))
+    assert positions.shape == (2, 1) and slots.shape == (0,)

@@ -1,0 +1,233 @@
+"""Holds the floors of the house: who may import whom, and where each heavy dependency comes in.
+
+The rules are the tables below; ``violations`` reads a tree with ``ast`` and imports nothing. Imports
+inside functions and under TYPE_CHECKING count like any other. The checker is itself tested on small
+trees with one planted fault each.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "deberta_dist"
+
+# Top to bottom; a room imports from lower floors only, never from its own floor.
+FLOORS = (
+    ("launchers", "tools"),
+    ("training",),
+    ("checkpoint",),
+    ("tensor_parallel", "pipeline_parallel", "zero"),
+    ("models", "mesh", "tasks"),
+    ("kernels", "data"),
+    ("config",),
+    ("errors",),
+)
+# Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and
+# the model side know nothing of each other, and data knows no configuration.
+CLOSED = {
+    "tensor_parallel": {"models", "kernels", "tasks", "data"},
+    "pipeline_parallel": {"models", "kernels", "tasks", "data"},
+    "zero": {"models", "kernels", "tasks", "data"},
+    "models": {"data"},
+    "tasks": {"kernels"},
+    "mesh": {"kernels", "data"},
+    "data": {"config"},
+}
+PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
+DOORS = {
+    "deepspeed": (f"{PACKAGE}/zero.py",),
+    "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
+    "mpi4py": (f"{PACKAGE}/data/prepare.py",),
+    "apex": (f"{PACKAGE}/training/optimizer.py",),
+    "pydantic": (f"{PACKAGE}/config/",),
+    "transformers": (),
+}
+MAX_LINES = 300
+# Path -> why one file is better here than two.
+LONG_FILES: dict[str, str] = {}
+
+Imports = dict[str, set[str]]
+
+
+def python_files(root: Path) -> Iterator[Path]:
+    """The program's files, and launchers, whose Python half is in a .sh."""
+    for folder in (PACKAGE, "tools"):
+        yield from sorted((root / folder).rglob("*.py"))
+    for launcher in sorted((root / "launchers").glob("*.sh")):
+        if launcher.with_suffix(".toml").exists():
+            yield launcher
+
+
+def module_name(path: Path, root: Path) -> str:
+    """deberta_dist/data/__init__.py -> deberta_dist.data"""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str | None:
+    """Room of a module; None for the package itself and for what is not ours."""
+    parts = module.split(".")
+    if parts[0] in ("launchers", "tools"):
+        return parts[0]
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
+
+
+def imported(path: Path, module: str) -> set[str]:
+    """Full dotted names a file imports; ``from a import b`` gives ``a.b``."""
+    found: set[str] = set()
+    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, *([node.module] if node.module else [])])
+            found.update(f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found.update(str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
+    return found
+
+
+def within(name: str, module: str) -> bool:
+    """Whether a dotted name is the module or lies in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
+def violations(root: Path) -> list[str]:
+    """Every broken rule of a tree, one line each."""
+    files = {path: module_name(path, root) for path in python_files(root)}
+    imports = {path: imported(path, module) for path, module in files.items()}
+    found: list[str] = []
+    for path, names in imports.items():
+        here = path.relative_to(root).as_posix()
+        found += _floor_violations(here, room_of(files[path]), names)
+        found += [
+            f"{here}: imports {dependency}; its only door is {' '.join(doors) or 'the tests'}"
+            for dependency, doors in DOORS.items()
+            if any(within(name, dependency) for name in names) and not here.startswith(doors or ("\0",))
+        ]
+    return found + _cycles({files[path]: names for path, names in imports.items()}) + _long_files(root)
+
+
+def _floor_violations(here: str, room: str | None, names: set[str]) -> list[str]:
+    floor = {name: number for number, names_on_it in enumerate(FLOORS) for name in names_on_it}
+    if room is not None and room not in floor:
+        return [f"{here}: room {room} has no floor; add it to FLOORS"]
+    found = []
+    for other in sorted({room_of(name) for name in names} - {None, room}):
+        if room is None:
+            found.append(f"{here}: the package itself imports {other}; it has to stay empty")
+        elif floor.get(other, -1) <= floor[room] or other in CLOSED.get(room, ()):
+            found.append(f"{here}: {room} must not import {other}")
+    if room in PLAIN_ROOMS and any(within(name, "torch.distributed") for name in names):
+        found.append(f"{here}: {room} must not import torch.distributed")
+    return found
+
+
+def _cycles(names: Imports) -> list[str]:
+    graph: Imports = {}
+    for module, targets in names.items():
+        # the longest prefix that is a module of ours: a.b.c.function -> a.b.c
+        hits = {max((m for m in names if within(target, m)), key=len, default="") for target in targets}
+        graph[module] = hits - {"", module}
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        if module in trail:
+            found.append(f"import cycle: {' -> '.join((*trail[trail.index(module):], module))}")
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+    return found
+
+
+def _long_files(root: Path) -> list[str]:
+    found = []
+    for path in sorted({*python_files(root), *(root / "tests").rglob("*.py")}):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        here = path.relative_to(root).as_posix()
+        if lines > MAX_LINES and here not in LONG_FILES:
+            found.append(f"{here}: {lines} lines, more than {MAX_LINES}; split it, or give a reason in LONG_FILES")
+        if lines <= MAX_LINES and here in LONG_FILES:
+            found.append(f"{here}: {lines} lines; take it out of LONG_FILES")
+    return found
+
+
+def test_the_house_stands() -> None:
+    assert violations(ROOT) == []
+
+
+def test_the_checker_sees_the_files() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in python_files(ROOT)}
+    assert {f"{PACKAGE}/errors.py", f"{PACKAGE}/config/load.py", "launchers/pretrain_demo.sh"} <= names
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        ("models/a.py", "import torch.distributed as dist", "models must not import torch.distributed"),
+        ("kernels/a.py", "from torch import distributed", "kernels must not import torch.distributed"),
+        ("tasks/a.py", "def f():\n    from torch.distributed.pipelining import x", "tasks must not import torch.distributed"),
+        ("models/a.py", "from deberta_dist.training.build import x", "models must not import training"),
+        ("models/a.py", "from deberta_dist import checkpoint", "models must not import checkpoint"),
+        ("models/a.py", "from ..mesh import Mesh", "models must not import mesh"),
+        ("tensor_parallel/a.py", "import deberta_dist.pipeline_parallel.stages", "tensor_parallel must not import pipeline_parallel"),
+        ("pipeline_parallel/a.py", "from deberta_dist.zero import x", "pipeline_parallel must not import zero"),
+        ("zero.py", "from deberta_dist.models import x", "zero must not import models"),
+        ("config/a.py", "from deberta_dist.data import x", "config must not import data"),
+        ("data/a.py", "from deberta_dist.config import x", "data must not import config"),
+        ("errors.py", "import deberta_dist.config", "errors must not import config"),
+        ("__init__.py", "from deberta_dist.config import x", "it has to stay empty"),
+        ("cellar/a.py", "", "room cellar has no floor"),
+        ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero.py"),
+        ("data/a.py", "import sentencepiece", "its only door is deberta_dist/data/tokenizer.py"),
+        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/data/prepare.py"),
+        ("training/a.py", 'import importlib\nimportlib.import_module("apex.optimizers")', "imports apex"),
+        ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is the tests"),
+        ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),
+        ("data/a.py", "x = 1\n" * 301, "301 lines, more than 300"),
+    ],
+)  # fmt: skip
+def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: str) -> None:
+    other = tmp_path / PACKAGE / "data" / "b.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("from deberta_dist.data.a import x\n")
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    found = violations(tmp_path)
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("zero.py", "import deepspeed, torch.distributed\nfrom deberta_dist.mesh import Mesh"),
+        ("models/a.py", "import torch\nfrom deberta_dist.kernels import x\nfrom .b import y\nfrom . import c"),
+        ("tasks/a.py", "from deberta_dist.data.tokenizer import x\nimport deberta_dist.config"),
+        ("checkpoint/a.py", "from deberta_dist.tensor_parallel import x\nfrom deberta_dist.models import y"),
+        ("training/a.py", "from deberta_dist.checkpoint.save import x\nimport apexlike"),
+        ("training/optimizer.py", "import apex"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, file: str, text: str) -> None:
+    path = tmp_path / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert violations(tmp_path) == []
+
+
+def test_tools_may_not_be_imported(tmp_path: Path) -> None:
+    path = tmp_path / PACKAGE / "training" / "a.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from tools import benchmark")
+    assert violations(tmp_path) == ["deberta_dist/training/a.py: training must not import tools"]

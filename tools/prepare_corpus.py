@@ -1,0 +1,59 @@
+#!/usr/bin/env python
+"""Turns text files into one token file for pre-training.
+
+    tools/prepare_corpus.py --input corpus/ more.jsonl --output corpus.tokens --tokenizer spm.model
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# A checkout works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deberta_dist.errors import DebertaDistError  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Turn text files into one token file for pre-training.")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help=".jsonl files (one object per line), .txt files (documents separated by an empty line), folders",
+    )
+    parser.add_argument("--output", required=True, help="token file to make, X.tokens; never replaced")
+    parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
+    parser.add_argument("--text-field", default="text", help="field of .jsonl objects (default: text)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the tool; the exit code is 0, or that of the error printed."""
+    arguments = parse_arguments()
+    try:
+        from deberta_dist.data.prepare import prepare_corpus
+        from deberta_dist.data.tokenizer import Tokenizer
+
+        report = prepare_corpus(
+            arguments.input,
+            arguments.output,
+            tokenizer=Tokenizer(arguments.tokenizer),
+            text_field=arguments.text_field,
+            progress=lambda progress: print(progress, file=sys.stderr, flush=True),
+        )
+    except DebertaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(
+        f"{arguments.output}: {report.num_tokens:,} tokens in {report.num_documents:,} documents, from "
+        f"{report.num_files:,} files of {report.num_bytes / 1e6:,.1f} MB in {report.seconds:.1f} s "
+        f"({report.num_bytes / 1e6 / max(report.seconds, 1e-9):.1f} MB/s); "
+        f"{report.num_empty_documents:,} empty documents skipped, {report.num_cleaned_documents:,} cleaned"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
