@@ -54,4 +54,4 @@ fi
 say "$processes processes: tensor $tensor x pipeline $pipeline x data $((processes / tensor / pipeline))"
 # --quiet: without it DeepSpeed prints the command line of every process; errors are still shown.
 sh launchers/pretrain_demo.sh --quiet --num_gpus "$processes" --parallel.tensor_parallel_size "$tensor" \
-    --parallel.pipeline_parallel_size "$pipeline" "$@"
+    --parallel.pipeline_parallel_size "$pipeline" --parallel.data_parallel_size auto "$@"

@@ -108,8 +108,8 @@ def _pipeline_problems(config: RunConfig, num_micro_batches: int | None) -> list
     interleaved = parallel.schedule not in SINGLE_STAGE_SCHEDULES
     if per_rank > 1 and not interleaved:
         problems.append(
-            f'parallel.stages_per_rank = {per_rank} needs parallel.schedule = "interleaved_1f1b" or '
-            f'"interleaved_zero_bubble", not "{parallel.schedule}"'
+            f'parallel.stages_per_rank = {per_rank} needs parallel.schedule = "interleaved_1f1b", '
+            f'not "{parallel.schedule}"'
         )
     if per_rank > 1 and ranks == 1:
         problems.append(f"parallel.stages_per_rank = {per_rank} needs a pipeline_parallel_size of 2 or more, not 1")
@@ -121,11 +121,6 @@ def _pipeline_problems(config: RunConfig, num_micro_batches: int | None) -> list
         )
     if num_micro_batches is None or ranks == 1:
         return problems
-    if not interleaved and num_micro_batches < ranks:
-        problems.append(
-            f'training.num_micro_batches = {num_micro_batches} is fewer than the {ranks} stages that schedule '
-            f'"{parallel.schedule}" has to fill; lower micro_batch_size or data_parallel_size'
-        )
     # torch runs an interleaved schedule in rounds of as many micro-batches as there are ranks.
     rounds = max(1, num_micro_batches // ranks)
     if interleaved and num_micro_batches % rounds:

@@ -77,11 +77,12 @@ class Data(Section):
     max_seq_length: Annotated[int, Field(ge=3)] = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
     masking: Literal["official", "uniform"] = "official"
-    """``official``: n-grams of whole words, as released. ``uniform``: single tokens, independently."""
+    """``official``: the released sampling, which masks less towards the end of a sequence. ``uniform``: the same
+    n-grams of whole words, without that bias."""
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens to predict."""
     max_ngram: Count = 3
-    """Longest masked span (words); read by ``official`` only."""
+    """Longest masked span (words)."""
 
 
 class Training(Section):
@@ -145,8 +146,9 @@ class Parallel(Section):
     """Ranks along the layers."""
     data_parallel_size: Count | Auto = AUTO
     """Replicas that read different data and own ZeRO-3 shards; ``auto`` = what the world leaves."""
-    schedule: Literal["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble"] = "1f1b"
-    """Order of forward and backward passes in the pipeline."""
+    schedule: Literal["1f1b", "gpipe", "interleaved_1f1b"] = "1f1b"
+    """Order of forward and backward passes in the pipeline. torch's zero-bubble schedules split the backward
+    pass, which the relative table that all layers share does not allow (torch 2.13)."""
     stages_per_rank: Count = 1
     """Stages held by one pipeline rank; more than 1 with the interleaved schedules only."""
     layers_per_stage: Auto | Layers = AUTO

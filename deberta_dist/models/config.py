@@ -258,8 +258,8 @@ def _require(condition: bool, message: str) -> None:
 
 def _position_terms(published: Any) -> tuple[str, ...]:
     """Reads "c2p|p2c" or a sequence of terms."""
-    terms = published.split("|") if isinstance(published, str) else list(published or ())
-    terms = tuple(term.strip().lower() for term in terms)
+    listed = published.split("|") if isinstance(published, str) else (published or ())
+    terms = tuple(term.strip().lower() for term in listed)
     if "p2p" in terms:
         raise ConfigError(
             "model configuration: pos_att_type has 'p2p', which the published code names but cannot run "
@@ -274,7 +274,7 @@ def _position_terms(published: Any) -> tuple[str, ...]:
 
 def _of_declared_type(key: str, value: Any, declared: Any) -> Any:
     """Lets JSON's 1 stand for 1.0 and nothing else: "512" or 1 for true would pass silently otherwise."""
-    if key == "pos_att_type" or value is None and declared not in (int, float, bool, str):
+    if key == "pos_att_type" or (value is None and declared not in (int, float, bool, str)):
         return value
     wanted = next(kind for kind in (bool, int, float, str) if declared in (kind, kind | None))
     if wanted is float and type(value) is int:

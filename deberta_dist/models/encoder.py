@@ -119,7 +119,9 @@ class Encoder(nn.Module):
             layer = self.layer[number]
             assert layer is not None, f"layer {number} was dropped by keep_layers"
 
-            def one_layer(x: Tensor, table: Tensor, layer: Layer = layer, key: int | None = layer_key):
+            def one_layer(
+                x: Tensor, table: Tensor, layer: nn.Module = layer, key: int | None = layer_key
+            ) -> tuple[Tensor, Tensor | None]:
                 return layer(
                     x,
                     rel_RD=table,

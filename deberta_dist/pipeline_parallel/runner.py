@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
-from deberta_dist.errors import ConfigError
 from deberta_dist.mesh import Mesh
 
 # Our name -> the library's.
@@ -21,7 +20,6 @@ SCHEDULES = {
     "1f1b": "1F1B",
     "gpipe": "GPipe",
     "interleaved_1f1b": "Interleaved1F1B",
-    "interleaved_zero_bubble": "InterleavedZeroBubble",
 }
 
 
@@ -66,26 +64,6 @@ class Stage(nn.Module):
             layers=self.layers,
             dropout_key=int(dropout_keys[0]),
         )
-
-
-def check_schedule(*, schedule: str, num_micro_batches: int, pipeline_parallel_size: int, stages_per_rank: int) -> None:
-    """Refuses what a schedule cannot run. Needs no process group.
-
-    Raises:
-        ConfigError: names the keys concerned.
-    """
-    interleaved = schedule.startswith("interleaved")
-    if not interleaved and stages_per_rank != 1:
-        raise ConfigError(
-            f'parallel.stages_per_rank = {stages_per_rank} needs an interleaved schedule; parallel.schedule = "{schedule}"'
-        )
-    if interleaved:
-        rounds = max(1, num_micro_batches // pipeline_parallel_size)
-        if num_micro_batches % rounds:
-            raise ConfigError(
-                f'parallel.schedule = "{schedule}" needs training.num_micro_batches = {num_micro_batches} to be a '
-                f"multiple of its {rounds} rounds (micro-batches // parallel.pipeline_parallel_size)"
-            )
 
 
 def loss_of_output(output: Tensor, target: Tensor, *, scale: float | Tensor) -> Tensor:

@@ -41,7 +41,6 @@ def test_given_numbers_are_checked(toml: Path) -> None:
         (8, ["--training.global_batch_size=4"], ["a global_batch_size of 8 fits"]),
         (8, ["--training.num_micro_batches=3"], ["num_micro_batches = 3 x micro_batch_size = 4 x data_parallel_size = 2 = 24", 'num_micro_batches = 4 or "auto" fits']),
         (8, ["--training.num_micro_batches=3", "--training.global_batch_size=30"], ["a global_batch_size of 24 fits"]),
-        (8, ["--training.micro_batch_size=16"], ["num_micro_batches = 1 is fewer than the 2 stages"]),
         (8, ["--parallel.stages_per_rank=2"], ['stages_per_rank = 2 needs parallel.schedule = "interleaved_1f1b"']),
         (8, ["--parallel.layers_per_stage=[1,1,2]"], ["has 3 entries", "makes 2 stages"]),
         (4, ["--parallel.pipeline_parallel_size=1", "--parallel.schedule=interleaved_1f1b", "--parallel.stages_per_rank=2"], ["needs a pipeline_parallel_size of 2 or more"]),
@@ -55,7 +54,7 @@ def test_refused(toml: Path, world_size: int, overrides: list[str], expected: li
 
 
 def test_interleaved(toml: Path) -> None:
-    words = ["--parallel.schedule=interleaved_zero_bubble", "--parallel.stages_per_rank=2"]
+    words = ["--parallel.schedule=interleaved_1f1b", "--parallel.stages_per_rank=2"]
     resolved = resolve(load_config(toml, [*words, "--parallel.layers_per_stage=[1,1,1,1]"]), 8)
     assert resolved.parallel.layers_per_stage == (1, 1, 1, 1)
 

@@ -11,7 +11,7 @@ from deberta_dist.config.write import to_toml
 from deberta_dist.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLDS = [("pretrain_1.5b.toml", 64), ("pretrain_1.5b.toml", 8), ("pretrain_demo.toml", 8), ("pretrain_demo.toml", 4)]
+WORLDS = [("pretrain_1.5b.toml", 64), ("pretrain_1.5b.toml", 8), ("pretrain_demo.toml", 8)]
 
 
 @pytest.mark.parametrize(("name", "world_size"), WORLDS)

@@ -61,10 +61,10 @@ def test_deepspeed_starts_the_launcher(checkout: Path, tmp_path: Path) -> None:
 def test_shell_starts_as_many_as_the_toml_needs(checkout: Path, tmp_path: Path) -> None:
     script = str(checkout / "launchers" / "pretrain_demo.sh")
     lines = start(["sh", script, "--training.seed", "3"], tmp_path)
-    threads = max(1, (os.cpu_count() or 1) // 4)
+    threads = max(1, (os.cpu_count() or 1) // 8)
     assert lines == [
-        f"HERE {rank} 4 pretrain_demo.sh {[f'--local_rank={rank}', '--training.seed', '3']!r} {threads}"
-        for rank in range(4)
+        f"HERE {rank} 8 pretrain_demo.sh {[f'--local_rank={rank}', '--training.seed', '3']!r} {threads}"
+        for rank in range(8)
     ]
 
 

@@ -1,0 +1,107 @@
+"""Every layout trains the same model: losses, norms, gradients and weights against one plain-PyTorch process."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.harness import run_ranks
+from tests.integration.parallel_run import Case, relative_error, train, train_plain
+
+LAYOUTS = [
+    Case(tensor=tensor, pipeline=pipeline, data=data)
+    for tensor in (1, 2)
+    for pipeline in (1, 2)
+    for data in (1, 2)
+] + [
+    Case(tensor=4),
+    Case(pipeline=4, micro_batches=4),
+    Case(pipeline=4, micro_batches=1),
+    Case(pipeline=4, micro_batches=5),
+    Case(tensor=2, pipeline=2, micro_batches=5, schedule="gpipe"),
+    Case(tensor=2, pipeline=2, micro_batches=1),
+    Case(pipeline=2, data=2, micro_batches=2, schedule="gpipe"),
+    Case(pipeline=2, layers_per_stage=(1, 4)),
+    Case(tensor=2, pipeline=2, layers_per_stage=(4, 1)),
+    Case(pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2, micro_batches=4),
+    Case(tensor=2, pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2, micro_batches=2),
+    Case(tensor=2, pipeline=2, data=2, model="v1"),
+    Case(tensor=2, pipeline=2, recompute="full"),
+    Case(tensor=2, pipeline=2, recompute="selective"),
+    Case(data=2, offload=True),
+]
+
+
+def label(case: Case) -> str:
+    """The fields of a case that differ from its defaults."""
+    default = Case()
+    changed = {k: v for k, v in vars(case).items() if v != getattr(default, k)}
+    return ",".join(f"{k}={v}" for k, v in changed.items()) or "one-rank"
+
+
+@cache
+def oracle(global_batch_size: int, model: str) -> dict[str, Any]:
+    """The plain process, once per (batch, model): its layout does not matter to it."""
+    return train_plain(Case(micro_batches=1, micro_batch_size=global_batch_size, model=model))
+
+
+def without_gradient(name: str) -> bool:
+    """Biases whose gradient is zero in exact arithmetic, so that only rounding noise can be compared.
+
+    A bias on the projected position keys adds the same amount to all scores of a query, which softmax does
+    not see. (Not so under ``share_att_key``, where the key bias is used in two places.)
+    """
+    return name.endswith("pos_key_proj.bias")
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=label)
+def test_layout_equals_one_process(case: Case) -> None:
+    expected = oracle(case.global_batch_size, case.model)
+    found = run_ranks(case.world_size, train, case)
+    for rank in found:
+        np.testing.assert_allclose(rank["history"], expected["history"], rtol=1e-5, err_msg="loss, norm per step")
+    clipping_was_active = [norm > case.clipping for _, norm in expected["history"]]
+    assert all(clipping_was_active)
+
+    full = found[0]
+    assert full["gradients"].keys() == full["weights"].keys() == expected["weights"].keys()
+    total = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in expected["gradients"].values()))
+    for name, gradient in expected["gradients"].items():
+        if without_gradient(name):
+            assert np.linalg.norm(full["gradients"][name]) < 1e-6 * total, name
+            continue
+        assert relative_error(full["gradients"][name], gradient) < 1e-5, f"gradient of {name}"
+        assert relative_error(full["weights"][name], expected["weights"][name]) < 1e-4, f"weight {name}"
+
+
+def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
+    # Eight micro-batches of two sequences each time.
+    layouts = [
+        Case(micro_batches=8, dropout=0.1),
+        Case(pipeline=2, micro_batches=8, dropout=0.1),
+        Case(pipeline=2, data=2, micro_batches=4, dropout=0.1),
+        Case(data=4, micro_batches=2, dropout=0.1),
+        Case(pipeline=2, micro_batches=8, dropout=0.1, recompute="full"),
+    ]
+    histories = [run_ranks(case.world_size, train, case)[0]["history"] for case in layouts]
+    for history in histories[1:]:
+        np.testing.assert_allclose(history, histories[0], rtol=1e-5)
+    plain = oracle(16, "v2")["history"]
+    assert abs(histories[0][0][0] - plain[0][0]) > 1e-4, "dropout was not on"
+
+
+def test_bf16_master_weights_follow_float32() -> None:
+    case = Case(tensor=2, pipeline=2, data=2, precision="bf16")
+    expected = oracle(case.global_batch_size, case.model)
+    found = run_ranks(case.world_size, train, case)
+    # bf16 has 8 bits of mantissa: losses agree to their rounding, and so does the first norm.
+    np.testing.assert_allclose(
+        [loss for loss, _ in found[0]["history"]], [loss for loss, _ in expected["history"]], rtol=2**-8
+    )
+    assert abs(found[0]["history"][0][1] / expected["history"][0][1] - 1) < 2**-5
+    weights = found[0]["weights"]
+    assert all(weight.dtype == np.float32 for weight in weights.values())
+    word = weights["deberta.embeddings.word_embeddings.weight"]
+    as_bf16 = (word.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    assert np.any(word != as_bf16), "master weights were rounded to bf16"
