@@ -164,6 +164,10 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
     else:
         device = torch.device("cpu")
         backend = "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            # DeepSpeed's launcher leaves every rank all cores: many times more threads than there are.
+            ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     dist.init_process_group(
         backend,
         init_method=init_method,

@@ -18,6 +18,12 @@ if [ -f "$result.json" ]; then
     exit 0
 fi
 
+if [ -f runs/pretrain_demo/metrics.jsonl ]; then
+    aside=runs/pretrain_demo.unfinished-$(date +%Y%m%d-%H%M%S)
+    mv runs/pretrain_demo "$aside"
+    say "an unfinished run was there; it is in $aside now"
+fi
+
 sh launchers/setup_env.sh
 PATH="$root/.venv/bin:$PATH"
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

@@ -48,12 +48,15 @@ class MetricsLog:
             self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._max_steps = max_steps
         self._print_every = print_every
-        self._started = time.monotonic()
+        self._first_step_ended: float | None = None
         self._done = 0
 
     def step(self, metrics: StepMetrics) -> None:
         """Records one optimizer step."""
-        self._done += 1
+        if self._first_step_ended is None:
+            self._first_step_ended = time.monotonic()
+        else:
+            self._done += 1
         self._write(asdict(metrics))
         if metrics.skipped:
             self.say(
@@ -83,13 +86,15 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
 
     def _line(self, metrics: StepMetrics) -> str:
-        elapsed = time.monotonic() - self._started
-        left = elapsed / self._done * (self._max_steps - metrics.step)
+        # The first step also sets up; what is left is told from those after it, evaluations included.
+        elapsed = time.monotonic() - self._first_step_ended
+        steps_left = self._max_steps - metrics.step
+        left = format_seconds(elapsed / self._done * steps_left) if self._done else "..."
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
         return (
             f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | loss {metrics.loss:7.4f} | "
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
-            f"{mfu} | left {format_seconds(left)}"
+            f"{mfu} | left {left}"
         )
 
 

@@ -1,0 +1,23 @@
+"""A tiny corpus, tokenizer and token files, made once with the tools' own functions."""
+
+from pathlib import Path
+
+import pytest
+
+from deberta_dist.data.prepare import prepare_corpus
+from deberta_dist.data.text_files import read_texts
+from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = Path(__file__).parents[2] / "launchers" / "demo_text"
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with spm.model, train.tokens and valid.tokens of the held-out demo text."""
+    directory = tmp_path_factory.mktemp("corpus")
+    inputs = [TEXT / "valid.jsonl"]
+    train_tokenizer(read_texts(inputs), directory / "spm.model", vocab_size=1000)
+    tokenizer = Tokenizer(directory / "spm.model")
+    for name in ("train", "valid"):
+        prepare_corpus(inputs, directory / f"{name}.tokens", tokenizer=tokenizer)
+    return directory

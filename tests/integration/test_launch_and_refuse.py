@@ -1,0 +1,147 @@
+"""Runs as users start them: through the launchers, to the end or to one clear message."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deberta_dist import DebertaConfig, DebertaForMaskedLM
+from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "launchers" / "pretrain_demo.sh")
+ONE_RANK = ["--parallel.tensor_parallel_size=1", "--parallel.pipeline_parallel_size=1", "--parallel.data_parallel_size=1"]
+
+
+def start(words: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Starts a command with this interpreter's environment first on PATH, from another directory."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, cwd="/", check=False)
+
+
+def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:
+    """A run of four steps of the demo on the tiny corpus."""
+    settings = {
+        "data.train": corpus / "train.tokens",
+        "data.validation": corpus / "valid.tokens",
+        "data.tokenizer": corpus / "spm.model",
+        "data.max_seq_length": 64,
+        "model.hidden_size": 32,
+        "model.attention_head_size": 8,
+        "model.intermediate_size": 64,
+        "training.max_steps": 4,
+        "training.global_batch_size": 8,
+        "training.micro_batch_size": 2,
+        "schedule.warmup_steps": 1,
+        "evaluation.every_steps": 2,
+        "evaluation.num_sequences": 11,
+        "run.directory": run,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["deepspeed", "--num_gpus", "8", DEMO], ["bash", DEMO]],
+    ids=["deepspeed", "bash"],
+)
+def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = start([*command, *overrides(corpus, run)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tensor 2 x pipeline 2 x data 2; 4 steps of 8 sequences" in done.stdout
+
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [s for s in steps if "loss" in s]
+    assert [s["step"] for s in trained] == [1, 2, 3, 4]
+    assert [s["consumed_samples"] for s in trained] == [8, 16, 24, 32]
+    assert all(s["grad_norm"] > 0 and s["tokens_per_second"] > 0 and s["mfu"] is None for s in trained)
+    assert trained[0]["lr"] == 4e-3 and trained[-1]["lr"] < trained[1]["lr"]
+    assert [s["step"] for s in steps if "valid_loss" in s] == [2, 4]
+
+    result = json.loads((run / "result.json").read_text())
+    assert {"loss", "accuracy", "num_targets", "unigram_loss", "unigram_entropy_of_targets"} <= result.keys()
+    assert result["loss"] == steps[-1]["valid_loss"]
+    assert (run / "result.txt").read_text().strip() in done.stdout
+
+    config = DebertaConfig.from_dict(json.loads((run / "weights" / "config.json").read_text()))
+    model = DebertaForMaskedLM(config)
+    model.load_state_dict(load_file(run / "weights" / "model.safetensors"), strict=True)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+    again = start([*command, *overrides(corpus, run)])
+    assert again.returncode != 0
+    assert "holds a run already" in again.stdout + again.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(steps), "the first run was touched"
+
+
+def refused(corpus: Path, run: Path, *words: str, **changes: object) -> str:
+    """Starts one rank that must refuse; returns its message, which must be one line."""
+    done = start([sys.executable, DEMO, *ONE_RANK, *overrides(corpus, run, **changes), *words], timeout=60)
+    assert done.returncode in (2, 65), done.stdout + done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    assert not run.exists(), "something was written"
+    return message
+
+
+def test_sizes_and_keys_are_refused(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "training.max_step" in refused(corpus, run, "--training.max_step=3")
+    assert "hiden_size" in refused(corpus, run, "--model.hiden_size=3")
+    message = refused(corpus, run, data__max_seq_length=200)
+    assert "data.max_seq_length = 200" in message and "max_position_embeddings = 128" in message
+    assert "global_batch_size = 9" in refused(corpus, run, training__global_batch_size=9)
+    assert "vocab_size = 900" in refused(corpus, run, "--model.vocab_size=900")
+
+
+def test_a_wrong_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    done = start([sys.executable, DEMO, *overrides(corpus, tmp_path / "run")], timeout=60)
+    assert done.returncode == 2
+    assert "makes 8 processes, but there are 1" in done.stderr
+
+
+def test_heads_that_do_not_divide_are_refused_by_all_ranks_without_a_hang(corpus: Path, tmp_path: Path) -> None:
+    words = ["--parallel.tensor_parallel_size=3", "--parallel.pipeline_parallel_size=1", "--parallel.data_parallel_size=1"]
+    done = start(["deepspeed", "--num_gpus", "3", DEMO, *overrides(corpus, tmp_path / "run"), *words], timeout=90)
+    assert done.returncode == 2
+    assert done.stderr.count("does not divide model.num_attention_heads = 4") == 1
+
+
+def test_damaged_and_foreign_files_are_refused(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "absent.tokens" in refused(corpus, run, data__train=tmp_path / "absent.tokens")
+    empty = tmp_path / "empty.tokens"
+    empty.touch()
+    assert "empty.tokens" in refused(corpus, run, data__train=empty)
+    torn = tmp_path / "torn.tokens"
+    torn.write_bytes((corpus / "train.tokens").read_bytes()[:-1000])
+    assert "torn.tokens" in refused(corpus, run, data__train=torn)
+    train_tokenizer(iter(["an entirely different text of a few words " * 20] * 30), tmp_path / "other.model", vocab_size=20)
+    assert Tokenizer(tmp_path / "other.model").num_tokens == 21
+    message = refused(corpus, run, data__tokenizer=tmp_path / "other.model")
+    assert "train.tokens" in message and "other.model" in message
+    shutil.copy(corpus / "train.tokens", tmp_path / "not_a_model")
+    assert "not_a_model" in refused(corpus, run, data__tokenizer=tmp_path / "not_a_model")
+
+
+def test_text_that_is_not_utf8_is_refused(corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "latin1.txt"
+    text.write_bytes("good line\n\nna\xefve\n".encode("latin-1"))
+    tool = str(ROOT / "tools" / "prepare_corpus.py")
+    output = tmp_path / "out.tokens"
+    done = start(
+        [sys.executable, tool, "--input", str(text), "--output", str(output), "--tokenizer", str(corpus / "spm.model")]
+    )
+    assert done.returncode == 65
+    assert "latin1.txt" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["latin1.txt"]
