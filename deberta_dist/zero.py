@@ -25,53 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh
 
-# Element count to which every tensor is aligned inside its flat parameter: 128 bytes in bf16.
-ALIGNMENT = 64
-
-
 @dataclass(frozen=True)
-class FlatLayout:
-    """Where each owned tensor lies in the flat parameters.
+class ShardState:
+    """This rank's part of one flat parameter, float32 [size / data_parallel_size] each.
 
     Attributes:
-        sizes: Elements of each flat parameter (padded to a multiple of the data-parallel size).
-        places: name -> (index of the flat parameter, offset, shape).
+        weight: Master weights.
+        exp_avg: Adam's first moment.
+        exp_avg_sq: Adam's second moment.
     """
 
-    sizes: tuple[int, ...]
-    places: Mapping[str, tuple[int, int, tuple[int, ...]]]
-
-    def views(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The owned tensors by name as views of ``flats``."""
-        return {
-            name: flats[index][offset : offset + torch.Size(shape).numel()].view(shape)
-            for name, (index, offset, shape) in self.places.items()
-        }
-
-
-def lay_out(
-    shapes: Mapping[str, tuple[int, ...]], *, groups: Sequence[Callable[[str], bool]], data_parallel_size: int
-) -> FlatLayout:
-    """Lays tensors out in one flat parameter per group, in the order of ``shapes``.
-
-    Every rank has the same number of flat parameters whatever its stage holds, because DeepSpeed compares
-    parameter ids across the whole world; a group without tensors is one aligned row of padding.
-
-    Args:
-        shapes: Local shape of every owned tensor by name.
-        groups: Predicates on the name; exactly one holds for each.
-        data_parallel_size: Number of shards.
-    """
-    lengths = [0] * len(groups)
-    places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        (index,) = [i for i, belongs in enumerate(groups) if belongs(name)]
-        places[name] = (index, lengths[index], tuple(shape))
-        lengths[index] += _round_up(torch.Size(shape).numel(), ALIGNMENT)
-    sizes = tuple(_round_up(max(length, 1), ALIGNMENT * data_parallel_size) for length in lengths)
-    return FlatLayout(sizes=sizes, places=places)
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 class _Surrogate(torch.autograd.Function):
@@ -147,7 +116,7 @@ class WeightStore:
         mesh: Mesh,
         dtype: torch.dtype,
     ) -> None:
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self.layout = layout
         self.dtype = dtype
         self._mesh = mesh
@@ -168,6 +137,8 @@ class WeightStore:
             self._set_master_weights(flats)
         self._gathered: Any = None
         self._gradients: list[Tensor] = []
+        self.optimizer_steps = 0
+        """Steps applied so far; skipped ones do not count."""
 
     @property
     def loss_scale(self) -> float:
@@ -226,6 +197,7 @@ class WeightStore:
         self._engine.backward(loss)
         self._engine.step()
         self.release()
+        self.optimizer_steps += 1
         return float(self._engine.get_global_grad_norm())
 
     def skip(self) -> None:
@@ -233,6 +205,45 @@ class WeightStore:
         if self.dtype == torch.float16:
             self._engine.optimizer.loss_scaler.update_scale(True)
         self.release()
+
+    @torch.no_grad()
+    def copy_shards(self) -> list[ShardState]:
+        """Host copies of this rank's shard of every flat parameter: all that an exact resume needs."""
+        shards = []
+        for flat, state in self._flat_states():
+            values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
+            # Before the first step there are no moments yet: they are zeros.
+            values = [torch.zeros_like(flat) if value is None else value for value in values]
+            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
+        return shards
+
+    @torch.no_grad()
+    def load_moments(self, shards: Sequence[ShardState], *, optimizer_steps: int) -> None:
+        """Sets this rank's moments; the weights came in as ``initial``. Before the first step.
+
+        Args:
+            shards: In the order of the flat parameters.
+            optimizer_steps: Applied steps behind these moments (Adam's bias correction).
+        """
+        optimizer = self._engine.optimizer.optimizer
+        for (flat, _), shard, group in zip(self._flat_states(), shards, optimizer.param_groups, strict=True):
+            state = {"exp_avg": shard.exp_avg.to(flat.device), "exp_avg_sq": shard.exp_avg_sq.to(flat.device)}
+            if "fused" in group:  # torch's AdamW counts per parameter, on the device where it is fused
+                state["step"] = torch.tensor(float(optimizer_steps), device=flat.device if group["fused"] else "cpu")
+            else:  # apex's FusedAdam counts per group
+                group["step"] = optimizer_steps
+            optimizer.state[flat] = state
+        self.optimizer_steps = optimizer_steps
+
+    def _flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Master shard and optimizer state of every flat parameter.
+
+        The flat parameters have parameter groups of their own, hence one DeepSpeed sub-group each.
+        """
+        masters = self._engine.optimizer.fp32_partitioned_groups_flat
+        assert len(masters) == len(self._parameters)
+        state = self._engine.optimizer.optimizer.state
+        return [(master, state.get(master, {})) for master in masters]
 
     @torch.no_grad()
     def master_weights(self) -> dict[str, Tensor]:
@@ -252,11 +263,11 @@ class WeightStore:
         """Bytes this rank holds between steps: weights at rest and optimizer state (master weights, moments)."""
         at_rest = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
         gathered = sum(p.numel() * p.element_size() for p in self._parameters)
-        state = 0
-        for values in self._engine.optimizer.optimizer.state.values():
-            state += sum(v.numel() * v.element_size() for v in values.values() if torch.is_tensor(v) and v.ndim)
-        master = sum(flat.numel() * flat.element_size() for flat in self._engine.optimizer.fp32_partitioned_groups_flat)
-        return {"weights": at_rest, "gathered": gathered, "master_weights": master, "optimizer_states": state}
+        masters, moments = 0, 0
+        for master, state in self._flat_states():
+            masters += master.numel() * master.element_size()
+            moments += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v) and v.ndim)
+        return {"weights": at_rest, "gathered": gathered, "master_weights": masters, "optimizer_states": moments}
 
     def _set_master_weights(self, flats: Sequence[Tensor]) -> None:
         from deepspeed.utils import safe_set_local_fp32_param
@@ -271,7 +282,7 @@ class WeightStore:
         return GatheredParameters(self._parameters)
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     """Imports deepspeed, quiet and without its start-up compilation.
 
     On a CPU DeepSpeed compiles a shared-memory extension when communication starts: minutes, and a process
@@ -286,7 +297,3 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -10,4 +10,4 @@ import torch.distributed.pipelining  # noqa: E402, F401
 
 from deberta_dist import zero  # noqa: E402
 
-zero._import_deepspeed()
+zero.import_deepspeed()

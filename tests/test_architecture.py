@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("checkpoint",),
     ("tensor_parallel", "pipeline_parallel", "zero"),
-    ("models", "mesh", "tasks"),
+    ("models", "mesh", "flat_layout", "tasks"),
     ("kernels", "data"),
     ("config",),
     ("errors",),

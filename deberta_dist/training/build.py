@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.config import RunConfig, precision
+from deberta_dist.flat_layout import lay_out
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
@@ -22,7 +23,7 @@ from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor
 from deberta_dist.training.layout import Layout, meta_model
 from deberta_dist.training.optimizer import is_decayed, make_optimizer
 from deberta_dist.training.sharded_model import ShardedModel
-from deberta_dist.zero import WeightStore, lay_out
+from deberta_dist.zero import WeightStore
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

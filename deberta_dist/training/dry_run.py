@@ -1,1 +1,261 @@
-def describe(plan): return "todo\n"
+"""What a run would be, as text: who holds and sends what, and what it costs. Needs no GPU and no processes.
+
+``describe`` is what ``--dry-run`` prints; ``rank_reports`` are its numbers, read by ``tools/plan_layout.py`` as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deberta_dist.config import precision
+from deberta_dist.tensor_parallel.plan import padded_vocabulary
+from deberta_dist.training.communication import RankCommunication, rank_communication
+from deberta_dist.training.flops import PEAK_FLOPS
+from deberta_dist.training.layout import Layout
+from deberta_dist.training.memory import RankMemory, expected_targets, rank_memory
+from deberta_dist.training.preflight import Plan
+
+# The step time is an orientation: this device, at this share of its peak.
+REFERENCE_GPU, REFERENCE_UTILISATION = "H100", 0.4
+
+COLUMN_WIDTH, LABEL_WIDTH, COLUMNS_PER_TABLE = 9, 26, 8
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One pipeline rank, each number the largest over its tensor-parallel ranks.
+
+    Attributes:
+        flops: Forward FLOPs per token of its stages.
+        owned: Parameters (elements).
+        borrowed: Parameters (elements).
+        memory: Of the tensor-parallel rank with the highest peak.
+        communication: Of the one that communicates most.
+    """
+
+    flops: float
+    owned: int
+    borrowed: int
+    memory: RankMemory
+    communication: RankCommunication
+
+
+def rank_reports(plan: Plan) -> list[RankReport]:
+    """The numbers of every pipeline rank, first to last."""
+    layout, reports = plan.layout, []
+    for pipeline_rank in range(len(layout.stages_by_rank)):
+        # The first tensor-parallel rank owns what is replicated, the second borrows it, and so do all others.
+        tensor_ranks = range(min(layout.tensor_parallel_size, 2))
+        options = {"config": plan.config, "deepspeed_config": plan.deepspeed, "pipeline_rank": pipeline_rank}
+        memories = [rank_memory(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
+        messages = [rank_communication(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
+        reports.append(
+            RankReport(
+                flops=sum(plan.flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
+                owned=max(memory.owned for memory in memories),
+                borrowed=max(memory.borrowed for memory in memories),
+                memory=max(memories, key=lambda memory: memory.peak),
+                communication=max(messages, key=lambda message: message.total),
+            )
+        )
+    return reports
+
+
+def count_parameters(layout: Layout) -> tuple[int, int]:
+    """(whole model, backbone as Hugging Face counts it: no head, no absolute positions where the input has none)."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in layout.full_shapes.items()}
+    backbone = sum(size for name, size in sizes.items() if name.startswith("deberta."))
+    if not layout.config.position_biased_input:
+        backbone -= sizes["deberta.embeddings.position_embeddings.weight"]
+    return sum(sizes.values()), backbone
+
+
+def bubble_fraction(plan: Plan) -> float:
+    """Share of a step in which a pipeline rank waits: (P - 1) / (v M + P - 1), stages of equal cost assumed."""
+    parallel = plan.config.parallel
+    waits = parallel.pipeline_parallel_size - 1
+    return waits / (parallel.stages_per_rank * plan.config.training.num_micro_batches + waits)
+
+
+def step_seconds(plan: Plan) -> float:
+    """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
+    world = _world_size(plan)
+    return plan.flops.training * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
+
+
+def describe(plan: Plan) -> str:
+    """The dry run's text."""
+    reports = rank_reports(plan)
+    blocks = [
+        _headline(plan),
+        _stages(plan, reports),
+        _memory(plan, reports),
+        _communication(plan, reports),
+        _compute(plan),
+        _notes(plan),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _headline(plan: Plan) -> str:
+    config, model = plan.config, plan.model_config
+    training, parallel = config.training, config.parallel
+    total, backbone = count_parameters(plan.layout)
+    name = config.model.preset or config.model.config
+    changed = f" with {', '.join(sorted(config.model.overrides))} changed" if config.model.overrides else ""
+    loops = f", {parallel.stages_per_rank} stages per rank" if parallel.stages_per_rank > 1 else ""
+    tokens = _tokens_per_step(plan)
+    rows = (
+        ("model", f"{name}{changed}"),
+        ("", f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, FFN {model.intermediate_size}, "
+             f"{model.num_attention_heads} heads of {model.head_size}, vocabulary {model.vocab_size}"),
+        ("parameters", f"{total:,} in all; backbone {backbone:,} (Hugging Face's count)"),
+        ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
+        ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
+                      f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"),
+        ("schedule", f"{parallel.schedule}{loops}, {training.num_micro_batches} micro-batches per step"),
+        ("batch", f"{training.global_batch_size} sequences = micro-batch {training.micro_batch_size} x "
+                  f"{training.num_micro_batches} micro-batches x data {parallel.data_parallel_size}"),
+        ("tokens", f"{training.max_steps:,} steps x {training.global_batch_size} x {config.data.max_seq_length} = "
+                   f"{training.max_steps * tokens / 1e9:,.2f} G tokens"),
+    )  # fmt: skip
+    return "\n".join(f"{label:<12}{text}" for label, text in rows)
+
+
+def _stages(plan: Plan, reports: Sequence[RankReport]) -> str:
+    layout = plan.layout
+    total = plan.flops.forward
+    lines = ["STAGES                        GFLOP/token   share   parameters of a rank (millions)",
+             "  rank stage layers               forward              owned   borrowed   also holds"]  # fmt: skip
+    for rank, (stages, report) in enumerate(zip(layout.stages_by_rank, reports, strict=True)):
+        for number, index in enumerate(stages):
+            layers = layout.stages[index]
+            flops = sum(plan.flops.units[layer] for layer in layers)
+            owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if number == 0 else " " * 22
+            span = f"{layers.start}-{layers.stop - 1} ({len(layers)})"
+            lines.append(
+                f"  {rank:>4} {index:>5} {span:<15} {flops / 1e9:12.3f} {flops / total:8.1%}{owned}   "
+                f"{_also_holds(layout, index)}"
+            )
+    loads = [report.flops for report in reports]
+    bubble = bubble_fraction(plan)
+    lines.append(f"  busiest rank / mean: {max(loads) * len(loads) / total:.3f};   pipeline bubble: {bubble:.1%} of a step")
+    return "\n".join(lines)
+
+
+def _also_holds(layout: Layout, index: int) -> str:
+    config, parts = layout.config, []
+    if index == 0:
+        parts += ["embedding"] + ["conv"] * (config.conv_kernel_size > 0)
+    if index == len(layout.stages) - 1:
+        parts += ["EMD, head"] if config.uses_enhanced_mask_decoder else ["head"]
+    return ", ".join([*parts, "rel. table"])
+
+
+def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
+    memories = [report.memory for report in reports]
+    offload = memories[0].offload
+    where = "" if offload == "none" else f" [{offload}]"
+    rows: list[tuple[str, Sequence[int]]] = [
+        ("weights at rest, 1/dp", [m.weights for m in memories]),
+        (f"float32 master, 1/dp{where}", [m.master_weights for m in memories]),
+        (f"2 Adam moments, 1/dp{where}", [m.moments for m in memories]),
+        (f"gradient shard, 1/dp{where}", [m.gradient_shard for m in memories]),
+        ("ZeRO reduce bucket", [m.reduce_bucket for m in memories]),
+        ("pipeline receive buffers", [m.receive_buffers for m in memories]),
+        ("= between steps", [m.at_rest for m in memories]),
+        ("weights gathered", [m.gathered for m in memories]),
+        ("weights borrowed", [m.borrowed_weights for m in memories]),
+        ("float32 gradients", [m.gradients for m in memories]),
+        ("  of borrowed weights", [m.borrowed_gradients for m in memories]),
+        ("activations in flight", [m.activations for m in memories]),
+        ("head: logits in flight", [m.logits for m in memories]),
+        ("temporaries, one at a time", [m.working for m in memories]),
+        ("= in the micro-batches", [m.in_micro_batches for m in memories]),
+        ("gradient copies at the end", [m.hand_over for m in memories]),
+        ("= at the hand-over", [m.in_hand_over for m in memories]),
+        ("PEAK", [m.peak for m in memories]),
+    ]
+    if offload != "none":
+        rows.append((f"on the host [{offload}]", [m.optimizer for m in memories]))
+    return _table("MEMORY of a rank", rows)
+
+
+def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
+    messages = [report.communication for report in reports]
+    table = _table("COMMUNICATION of a rank", [
+        ("ZeRO all-gather weights *", [m.zero_gather for m in messages]),
+        ("ZeRO reduce-scatter *", [m.zero_reduce for m in messages]),
+        ("ties: broadcast weights *", [m.tie_lend for m in messages]),
+        ("ties: reduce gradients *", [m.tie_collect for m in messages]),
+        ("tensor: layers", [m.tensor_layers for m in messages]),
+        ("tensor: embedding", [m.tensor_embedding for m in messages]),
+        ("tensor: mask decoder", [m.tensor_decoder for m in messages]),
+        ("tensor: head and loss", [m.tensor_head for m in messages]),
+        ("pipeline: activations", [m.pipeline_activations for m in messages]),
+        ("pipeline: gradients", [m.pipeline_gradients for m in messages]),
+        ("TOTAL", [m.total for m in messages]),
+    ], per=" per optimizer step")  # fmt: skip
+    return (
+        f"{table}\n  * once per step, whatever the number of micro-batches. Bytes of the message buffers (pipeline:"
+        f"\n    what the rank sends), no algorithm factor. {messages[0].scalars} bytes of scalars besides."
+    )
+
+
+def _table(title: str, rows: Sequence[tuple[str, Sequence[int]]], *, per: str = "") -> str:
+    """Kinds down, pipeline ranks across, one unit for all; broken into several where there are many ranks."""
+    largest = max(max(values) for _, values in rows)
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if largest >= s), ("kB", 1e3))
+    count = len(rows[0][1])
+    lines = []
+    for start in range(0, count, COLUMNS_PER_TABLE):
+        ranks = range(start, min(start + COLUMNS_PER_TABLE, count))
+        head = f"{title}, {unit}" if start == 0 else ""
+        lines.append(f"{head:<{LABEL_WIDTH + 2}}" + "".join(f"{f'rank {r}':>{COLUMN_WIDTH}}" for r in ranks))
+        for label, values in rows:
+            numbers = "".join(f"{values[r] / size:>{COLUMN_WIDTH}.3f}" for r in ranks)
+            lines.append(f"  {label:<{LABEL_WIDTH}}{numbers}")
+    return "\n".join([*lines, f"  ({unit} = {size:,.0f} bytes{per}; of each pipeline rank the largest tensor rank)"])
+
+
+def _compute(plan: Plan) -> str:
+    flops, seconds = plan.flops, step_seconds(plan)
+    per_step = flops.training * _tokens_per_step(plan)
+    peak = PEAK_FLOPS[REFERENCE_GPU] / 1e12
+    days = seconds * plan.config.training.max_steps / 86400
+    return (
+        f"COMPUTE     {flops.forward / 1e9:.3f} GFLOP/token forward, {flops.training / 1e9:.3f} training; "
+        f"{per_step / 1e15:,.3f} PFLOP per step\n"
+        f"  orientation: {seconds:,.2f} s per step, {days:,.1f} days for the run, if every process is one "
+        f"{REFERENCE_GPU}\n  at {REFERENCE_UTILISATION:.0%} of its {peak:.0f} TFLOP/s dense bf16 "
+        "(recomputation not counted as work done)"
+    )
+
+
+def _notes(plan: Plan) -> str:
+    config, vocabulary = plan.config, plan.model_config.vocab_size
+    padded = padded_vocabulary(vocabulary, tensor_parallel_size=plan.layout.tensor_parallel_size)
+    notes = [f"{expected_targets(config)} targets per sequence of {config.data.max_seq_length} tokens are assumed"]
+    if padded > vocabulary:
+        notes.append(
+            f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not "
+            "exported"
+        )
+    for key in ("train", "validation", "tokenizer"):
+        path = getattr(config.data, key)
+        if not path.exists():
+            notes.append(f"data.{key} = {path} does not exist yet")
+    offload = plan.deepspeed["zero_optimization"].get("offload_param", {}).get("device", "none")
+    if offload != "none":
+        notes.append(f"offload_param is {offload}: the weights at rest are there and not on the device")
+    return "NOTES\n" + "\n".join(f"  - {note}" for note in notes)
+
+
+def _tokens_per_step(plan: Plan) -> int:
+    return plan.config.training.global_batch_size * plan.config.data.max_seq_length
+
+
+def _world_size(plan: Plan) -> int:
+    parallel = plan.config.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size

@@ -1,0 +1,175 @@
+"""What one micro-batch on one stage keeps for its backward pass: measured, not guessed.
+
+Every stage runs forward and backward once on the meta device, with one tensor-parallel rank's share of heads,
+feed-forward and vocabulary, while the bytes of live storages are counted. Called by ``memory.py``.
+"""
+
+import dataclasses
+import weakref
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import Dropout
+from deberta_dist.models.masked_lm import CrossEntropy, DebertaForMaskedLM
+from deberta_dist.tensor_parallel.plan import padded_vocabulary
+from deberta_dist.training.layout import meta_model
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """One micro-batch on one stage, bytes.
+
+    Attributes:
+        saved: Kept from forward to backward (without the received input and without ``logits``).
+        logits: Kept by the head on the last stage; 0 on the others.
+        working: On top of what is kept, at the highest moment of the forward and backward passes: temporaries,
+            gradients of activations, what recomputation makes again.
+    """
+
+    saved: int
+    logits: int
+    working: int
+
+
+@lru_cache(maxsize=1024)
+def stage_activations(
+    config: DebertaConfig,
+    *,
+    layers: range,
+    tensor_parallel_size: int,
+    batch_shape: tuple[int, int],
+    targets_per_sequence: int,
+    dtype: torch.dtype,
+    recompute: str,
+) -> StageActivations:
+    """Measures one micro-batch on one stage.
+
+    Args:
+        config: The model.
+        layers: Of the stage.
+        tensor_parallel_size: Ranks that share them.
+        batch_shape: (B, S), sequences and tokens.
+        targets_per_sequence: Tokens to predict.
+        dtype: Compute dtype.
+        recompute: ``training.recompute``.
+    """
+    batch, length = batch_shape
+    model = local_model(config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
+    model.recompute = recompute
+    is_last = layers.stop == config.num_hidden_layers
+    # Which tokens are targets decides shapes, so this one is real.
+    labels = torch.zeros(batch, length, dtype=torch.int64)
+    labels[:, :targets_per_sequence] = 1
+    model.deberta.encoder.relative_index(length, device=torch.device("meta"))  # kept for all micro-batches
+    with torch.device("meta"):
+        inputs = {"attention_mask": torch.empty(batch, length, dtype=torch.int64)}
+        if layers.start == 0:
+            hidden, inputs["input_ids"] = None, torch.empty(batch, length, dtype=torch.int64)
+        else:
+            hidden, inputs["input_ids"] = _hidden(batch, length, config.hidden_size, dtype=dtype), None
+    gradient = _hidden(batch, length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
+    with LiveBytes() as live:
+        output = model.forward_stage(hidden, **inputs, labels=labels, layers=layers, dropout_key=1)
+        saved = live.now
+        if is_last:
+            output[0, 0].backward()
+        else:
+            output.backward(gradient)
+    logits = 0
+    if is_last:
+        rows = batch * targets_per_sequence
+        with LiveBytes() as head:
+            words = model.deberta.embeddings.word_embeddings.weight
+            scores = model.lm_predictions.lm_head(
+                _hidden(rows, config.hidden_size, dtype=dtype), word_embeddings_VD=words
+            )
+            result = model.cross_entropy(scores, labels[labels > 0])
+            del scores
+            logits = head.now
+            del result
+    return StageActivations(saved=saved - logits, logits=logits, working=live.peak - saved)
+
+
+def local_model(
+    config: DebertaConfig, *, layers: range, tensor_parallel_size: int, dtype: torch.dtype
+) -> DebertaForMaskedLM:
+    """A plain model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
+
+    It lacks the copies that all-reduces work on; they are gone at once.
+    """
+    size = tensor_parallel_size
+    local = dataclasses.replace(
+        config,
+        num_attention_heads=config.num_attention_heads // size,
+        attention_head_size=config.head_size,
+        intermediate_size=config.intermediate_size // size,
+        vocab_size=padded_vocabulary(config.vocab_size, tensor_parallel_size=size) // size,
+    )
+    model = meta_model(local).to(dtype)
+    model.keep_layers(layers)
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.__class__ = _DropoutOnMeta
+    model.cross_entropy = _CrossEntropyOnMeta()
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.empty_like(parameter, dtype=torch.float32)
+    return model
+
+
+def _hidden(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages made while it is entered: bytes that live ``now`` and at the ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tree_map_only(Tensor, self._remember, (args, kwargs))
+        output = func(*args, **kwargs)
+        tree_map_only(Tensor, self._count, output)
+        return output
+
+    def _remember(self, tensor: Tensor) -> None:
+        self._known.setdefault(tensor.untyped_storage(), 0)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        self._known[storage] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+class _DropoutOnMeta(Dropout):
+    """Keeps what the real one keeps; the meta device has no random generator."""
+
+    def forward(self, x: Tensor, key: int | None) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        return (x * (1 / (1 - self.p))).masked_fill(torch.empty(x.shape, dtype=torch.bool, device=x.device), 0.0)
+
+
+class _CrossEntropyOnMeta(CrossEntropy):
+    def forward(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(logits_TV, labels_T.to(logits_TV.device))

@@ -1,0 +1,173 @@
+"""Bytes that every rank communicates per optimizer step, by kind, found without a process.
+
+Convention: bytes of the message buffer that the rank hands to the collective (the larger one where input and
+output differ, as in all-gather and reduce-scatter); for the pipeline what the rank sends. Factors of the
+algorithm, such as 2 (n - 1) / n of a ring all-reduce, are not applied. A group of one rank communicates nothing.
+
+Every message is a hidden state, or rows of one for the targets: [B, S, D] unless said otherwise.
+
+    per layer       2 all-reduces forward (again in the backward pass if it recomputes layers), 2 backward
+    embedding       1 forward
+    mask decoder    2 per pass forward, 2 per pass backward over the padded targets [B, T, D]; 1 backward for the
+                    hidden states that all passes attend to
+    head            1 backward over the targets; its cross entropy float32 [T] and [2, T] and int64 [T] forward
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deberta_dist.config import RunConfig, precision
+from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.training.build import DTYPES
+from deberta_dist.training.layout import Layout
+from deberta_dist.training.memory import FLOAT32, expected_targets, flat_layout, reduced_width
+
+# float32 largest logit, float32 sum and target logit, int64 winner: per target.
+CROSS_ENTROPY_BYTES = 4 + 2 * 4 + 8
+
+
+@dataclass(frozen=True)
+class MicroBatchTargets:
+    """Tokens to predict in one micro-batch.
+
+    Attributes:
+        total: Of all its sequences.
+        widest: Of the sequence with most.
+    """
+
+    total: int
+    widest: int
+
+
+@dataclass(frozen=True)
+class RankCommunication:
+    """One rank and one optimizer step, bytes by kind (see the module for the convention).
+
+    Attributes:
+        zero_gather: Weights all-gathered over the data axis, once per step.
+        zero_reduce: Gradients reduce-scattered over the data axis, once per step.
+        tie_lend: Tied weights broadcast from their owners, once per step.
+        tie_collect: Their gradients reduced to their owners, once per step.
+        tensor_layers: All-reduces of the ordinary layers.
+        tensor_embedding: Of the word embedding.
+        tensor_decoder: Of the enhanced mask decoder.
+        tensor_head: Of the head and its cross entropy.
+        pipeline_activations: Sent to later stages.
+        pipeline_gradients: Sent to earlier stages.
+        scalars: Targets, losses and the agreement on finite gradients (DeepSpeed's norms not counted).
+    """
+
+    zero_gather: int
+    zero_reduce: int
+    tie_lend: int
+    tie_collect: int
+    tensor_layers: int
+    tensor_embedding: int
+    tensor_decoder: int
+    tensor_head: int
+    pipeline_activations: int
+    pipeline_gradients: int
+    scalars: int
+
+    @property
+    def tensor(self) -> int:
+        """All all-reduces over the tensor axis."""
+        return self.tensor_layers + self.tensor_embedding + self.tensor_decoder + self.tensor_head
+
+    @property
+    def once_per_step(self) -> int:
+        """What does not depend on the number of micro-batches."""
+        return self.zero_gather + self.zero_reduce + self.tie_lend + self.tie_collect + self.scalars
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.once_per_step + self.tensor + self.pipeline_activations + self.pipeline_gradients
+
+
+def rank_communication(
+    layout: Layout,
+    *,
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    pipeline_rank: int,
+    tensor_rank: int,
+    targets: Sequence[MicroBatchTargets] | None = None,
+) -> RankCommunication:
+    """Adds up one rank.
+
+    Args:
+        layout: From ``plan_layout``.
+        config: Resolved configuration.
+        deepspeed_config: Filled-in DeepSpeed JSON.
+        pipeline_rank, tensor_rank: The rank's place.
+        targets: Of every micro-batch; by default the expected number.
+    """
+    training, parallel = config.training, config.parallel
+    if targets is None:
+        targets = expected_micro_batches(config)
+    assert len(targets) == training.num_micro_batches
+    width, replicas = DTYPES[precision(deepspeed_config)].itemsize, parallel.data_parallel_size
+    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
+    flat = sum(flats.sizes) if replicas > 1 else 0
+
+    lent, collected = 0, 0
+    for tie in layout.ties:
+        if (pipeline_rank, tensor_rank) in tie.users:
+            size = sum(torch.Size(layout.local_shape(name)).numel() for name in tie.names)
+            lent += size
+            collected += size * tie.is_sum
+
+    stages = layout.stages_by_rank[pipeline_rank]
+    last = len(layout.stages) - 1
+    tokens = training.micro_batch_size * config.data.max_seq_length
+    hidden = tokens * layout.config.hidden_size * width * training.num_micro_batches
+    in_decoder, in_head = _target_bytes(layout, config=config, width=width, targets=targets)
+    is_split, has_last = layout.tensor_parallel_size > 1, last in stages
+    decodes = has_last and layout.config.uses_enhanced_mask_decoder
+    layers = len(layout.layers_of_rank(pipeline_rank)) - decodes
+    per_layer = 4 + 2 * (training.recompute == "full")
+    embedding = tokens * layout.config.embedding_width * width * training.num_micro_batches
+    return RankCommunication(
+        zero_gather=flat * width,
+        zero_reduce=flat * reduced_width(deepspeed_config),
+        tie_lend=lent * width,
+        tie_collect=collected * FLOAT32,
+        tensor_layers=is_split * layers * per_layer * hidden,
+        tensor_embedding=is_split * (0 in stages) * embedding,
+        tensor_decoder=is_split * decodes * (hidden + in_decoder),
+        tensor_head=is_split * has_last * in_head,
+        pipeline_activations=sum(index < last for index in stages) * hidden,
+        pipeline_gradients=sum(index > 0 for index in stages) * hidden,
+        scalars=_scalars(config),
+    )
+
+
+def expected_micro_batches(config: RunConfig) -> list[MicroBatchTargets]:
+    """Every micro-batch with the expected number of targets in every sequence."""
+    per_sequence = expected_targets(config)
+    one = MicroBatchTargets(total=config.training.micro_batch_size * per_sequence, widest=per_sequence)
+    return [one] * config.training.num_micro_batches
+
+
+def _target_bytes(
+    layout: Layout, *, config: RunConfig, width: int, targets: Sequence[MicroBatchTargets]
+) -> tuple[int, int]:
+    """All-reduces whose size depends on the targets: (mask decoder's passes, head), bytes per step."""
+    sequences = config.training.micro_batch_size
+    # The decoder has at least one row per sequence, also where there is nothing to predict.
+    rows = sum(sequences * max(one.widest, 1) for one in targets)
+    per_pass = 4 + 2 * (config.training.recompute == "full")
+    decoder = NUM_DECODER_PASSES * per_pass * rows * layout.config.hidden_size * width
+    total = sum(one.total for one in targets)
+    return decoder, total * (layout.config.embedding_width * width + CROSS_ENTROPY_BYTES)
+
+
+def _scalars(config: RunConfig) -> int:
+    """The trainer's own: int64 number of targets over the data axis, float64 [4] over the world."""
+    parallel = config.parallel
+    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+    return 8 * (parallel.data_parallel_size > 1) + 32 * (world > 1)

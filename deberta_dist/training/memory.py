@@ -1,0 +1,205 @@
+"""Bytes that every rank of a run holds, found without a device and without a process.
+
+What follows from the layout is added up from the same functions that ``build.py`` calls; what the backward pass
+keeps is measured (``activations.py``). Not in the numbers: the allocator's fragmentation, communication
+libraries, the framework itself. ``dry_run.py`` prints them; tests hold them to what a real run holds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deberta_dist.config import RunConfig, precision
+from deberta_dist.training.activations import stage_activations
+from deberta_dist.training.build import DTYPES, FLAT_GROUPS
+from deberta_dist.training.layout import Layout
+from deberta_dist.flat_layout import FlatLayout, lay_out
+
+FLOAT32 = 4  # bytes
+# DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.
+DEFAULT_REDUCE_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank, bytes by kind.
+
+    Attributes:
+        owned: Parameters that this rank owns (elements, without padding).
+        borrowed: Parameters that it uses and another rank owns (elements).
+        weights: Owned weights at rest: 1/dp, compute dtype.
+        master_weights: Float32 master weights, 1/dp. Also in float32 runs: DeepSpeed 0.19.8 means to share them with
+            ``weights`` there, but compares a torch.device with a string, which is never equal, and copies.
+        moments: Both Adam moments, float32, 1/dp.
+        gradient_shard: DeepSpeed's buffer for the reduced gradient, 1/dp, compute dtype.
+        reduce_bucket: DeepSpeed's bucket, reserved from start to end.
+        gathered: All owned weights while a step runs, compute dtype; 0 with one replica, where nothing is gathered.
+        borrowed_weights: What other ranks lend, compute dtype.
+        gradients: Float32 sums over the micro-batches, of owned weights.
+        borrowed_gradients: The same of borrowed weights.
+        receive_buffers: For every micro-batch one received activation and one received gradient.
+        activations: Kept for backward by all micro-batches in flight.
+        logits: Of these, the head's.
+        working: Temporaries of the micro-batch that is being computed.
+        hand_over: When all micro-batches are done: gradients scaled in float32 and cast to the compute dtype.
+        offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
+            ``"nvme"``.
+    """
+
+    owned: int
+    borrowed: int
+    weights: int
+    master_weights: int
+    moments: int
+    gradient_shard: int
+    reduce_bucket: int
+    gathered: int
+    borrowed_weights: int
+    gradients: int
+    borrowed_gradients: int
+    receive_buffers: int
+    activations: int
+    logits: int
+    working: int
+    hand_over: int
+    offload: str
+
+    @property
+    def optimizer(self) -> int:
+        """Master weights, moments and gradient shard, wherever they are."""
+        return self.master_weights + self.moments + self.gradient_shard
+
+    @property
+    def at_rest(self) -> int:
+        """On the device between steps."""
+        optimizer = self.optimizer if self.offload == "none" else 0
+        return self.weights + optimizer + self.reduce_bucket + self.receive_buffers
+
+    @property
+    def in_micro_batches(self) -> int:
+        """On the device at the highest moment of the micro-batches."""
+        step = self.gathered + self.borrowed_weights + self.gradients + self.borrowed_gradients
+        return self.at_rest + step + self.activations + self.logits + self.working
+
+    @property
+    def in_hand_over(self) -> int:
+        """On the device while the gradient is handed over; nothing borrowed is left."""
+        return self.at_rest + self.gathered + self.gradients + self.hand_over
+
+    @property
+    def peak(self) -> int:
+        """On the device at the highest moment of a step."""
+        return max(self.in_micro_batches, self.in_hand_over)
+
+
+def rank_memory(
+    layout: Layout, *, config: RunConfig, deepspeed_config: dict[str, Any], pipeline_rank: int, tensor_rank: int
+) -> RankMemory:
+    """Adds up one rank; all its data-parallel replicas hold the same.
+
+    Args:
+        layout: From ``plan_layout``.
+        config: Resolved configuration.
+        deepspeed_config: Filled-in DeepSpeed JSON.
+        pipeline_rank, tensor_rank: The rank's place.
+    """
+    parallel, training = config.parallel, config.training
+    dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
+    zero = deepspeed_config.get("zero_optimization", {})
+    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
+    flat, share = sum(flats.sizes), sum(flats.sizes) // replicas
+    used = sum(torch.Size(layout.local_shape(name)).numel() for name in layout.names_by_rank[pipeline_rank])
+    owned = sum(torch.Size(shape).numel() for _, _, shape in flats.places.values())
+    borrowed = used - owned
+
+    stages = [
+        stage_activations(
+            layout.config,
+            layers=layout.stages[index],
+            tensor_parallel_size=layout.tensor_parallel_size,
+            batch_shape=(training.micro_batch_size, config.data.max_seq_length),
+            targets_per_sequence=expected_targets(config),
+            dtype=dtype,
+            recompute=training.recompute,
+        )
+        for index in layout.stages_by_rank[pipeline_rank]
+    ]
+    counts = max(
+        micro_batches_in_flight(
+            parallel.schedule,
+            pipeline_rank=pipeline_rank,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            stages_per_rank=parallel.stages_per_rank,
+            num_micro_batches=training.num_micro_batches,
+        ),
+        key=lambda counts: sum(n * (stage.saved + stage.logits) for n, stage in zip(counts, stages, strict=True)),
+    )
+    last = len(layout.stages) - 1
+    received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
+    hidden = training.micro_batch_size * config.data.max_seq_length * layout.config.hidden_size * dtype.itemsize
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    bucket = int(float(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)))
+    return RankMemory(
+        owned=owned,
+        borrowed=borrowed,
+        weights=share * dtype.itemsize,
+        master_weights=share * FLOAT32,
+        moments=2 * share * FLOAT32,
+        gradient_shard=share * dtype.itemsize,
+        reduce_bucket=bucket * reduced_width(deepspeed_config) if zero.get("contiguous_gradients", True) else 0,
+        gathered=flat * dtype.itemsize if replicas > 1 else 0,
+        borrowed_weights=borrowed * dtype.itemsize,
+        gradients=flat * FLOAT32,
+        borrowed_gradients=borrowed * FLOAT32,
+        receive_buffers=received * training.num_micro_batches * hidden,
+        activations=sum(n * stage.saved for n, stage in zip(counts, stages, strict=True)),
+        logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
+        working=max(stage.working for stage in stages),
+        hand_over=flat * dtype.itemsize + (max(flats.sizes) * FLOAT32 if dtype.itemsize < FLOAT32 else 0),
+        offload=offload,
+    )
+
+
+def flat_layout(
+    layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int
+) -> FlatLayout:
+    """The flat parameters of one rank's weight store."""
+    shapes = {name: layout.local_shape(name) for name in layout.owned(pipeline_rank, tensor_rank)}
+    return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)
+
+
+def reduced_width(deepspeed_config: dict[str, Any]) -> int:
+    """Bytes of a gradient element on its way through DeepSpeed's reduce-scatter."""
+    name = str(deepspeed_config.get("communication_data_type") or precision(deepspeed_config)).lower()
+    return FLOAT32 if name == "fp32" else 2
+
+
+def expected_targets(config: RunConfig) -> int:
+    """Tokens to predict per sequence, rounded."""
+    return max(1, round(config.data.mask_probability * config.data.max_seq_length))
+
+
+def micro_batches_in_flight(
+    schedule: str, *, pipeline_rank: int, pipeline_parallel_size: int, stages_per_rank: int, num_micro_batches: int
+) -> list[tuple[int, ...]]:
+    """How many micro-batches each stage of a rank has run forward and not yet backward, after every forward.
+
+    1F1B warms up with as many forwards as there are stages from here to the end; GPipe (and 1F1B with fewer
+    micro-batches than stages, which is run as GPipe) runs all forwards first; the interleaved schedule goes
+    round its stages as ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` does (a test compares).
+    """
+    ranks, loops, micro_batches = pipeline_parallel_size, stages_per_rank, num_micro_batches
+    if schedule != "interleaved_1f1b":
+        all_first = schedule == "gpipe" or micro_batches < ranks
+        return [(micro_batches if all_first else min(micro_batches, ranks - pipeline_rank),)]
+    per_round = micro_batches // max(1, micro_batches // ranks)
+    forwards = micro_batches * loops
+    warm_up = min((loops - 1) * per_round + 2 * (ranks - 1 - pipeline_rank), forwards)
+    counts, states = [0] * loops, []
+    for step in range(forwards):
+        counts[(step // per_round) % loops] += 1
+        states.append(tuple(counts))
+        if step >= warm_up:
+            counts[loops - 1 - ((step - warm_up) // per_round) % loops] -= 1
+    return states
