@@ -1,6 +1,6 @@
 """What a run would be, as text: who holds and sends what, and what it costs. Needs no GPU and no processes.
 
-``describe`` is what ``--dry-run`` prints; ``rank_reports`` are its numbers, read by ``tools/plan_layout.py`` as well.
+``describe`` is what ``--dry-run`` prints; ``rank_reports`` are its numbers.
 """
 
 from collections.abc import Sequence
