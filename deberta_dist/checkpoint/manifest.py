@@ -15,7 +15,6 @@ from typing import Any
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
-from deberta_dist.errors import ConfigError
 
 FORMAT = "deberta_dist-checkpoint"
 VERSION = 1
@@ -146,6 +145,7 @@ def to_json(manifest: Manifest) -> bytes:
         "files": {name: vars(entry) for name, entry in manifest.files.items()},
         "tensors": {name: _tensor_to_json(entry) for name, entry in manifest.tensors.items()},
     }
+    document = strict_json.plain(document)
     document["sha256"] = _checksum(document)
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode("utf-8")
 
@@ -181,7 +181,7 @@ def from_json(text: bytes, *, file: object = MANIFEST_NAME) -> Manifest:
         )
     keys = ("format", "version", *Manifest.__dataclass_fields__, "sha256")
     document = strict_json.fields(document, keys=keys, where=str(file))
-    if document.pop("sha256") != _checksum(document):
+    if document.pop("sha256") != _checksum(document, file=file):
         raise CheckpointError(f"{file}: its checksum does not fit its contents; it is damaged or was edited")
 
     def number(key: str) -> int:
@@ -220,32 +220,6 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...
     return tuple(key for key in sorted({*a, *b}) if a.get(key, _ABSENT) != b.get(key, _ABSENT))
 
 
-def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer_sha256: str) -> None:
-    """Refuses to go on with another model or vocabulary than the checkpoint's.
-
-    Args:
-        manifest: Of the checkpoint.
-        model_config: Published configuration of the model that is to be loaded.
-        tokenizer_sha256: Of the SentencePiece model in use.
-
-    Raises:
-        ConfigError: they differ; the message has every difference.
-    """
-    mine, theirs = strict_json.plain(model_config), manifest.model_config
-    found = [
-        f"model.{key} is {json.dumps(mine[key]) if key in mine else 'absent'}, in the checkpoint "
-        f"{json.dumps(theirs[key]) if key in theirs else 'absent'}"
-        for key in differing_keys(mine, theirs)
-    ]
-    if tokenizer_sha256 != manifest.tokenizer_sha256:
-        found.append(
-            f"data.tokenizer has sha256 {tokenizer_sha256[:12]}..., in the checkpoint "
-            f"{manifest.tokenizer_sha256[:12]}...: another vocabulary"
-        )
-    if found:
-        raise ConfigError(f"the checkpoint of step {manifest.step} is of another model: {'; '.join(found)}")
-
-
 def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
     regions = [
         {"start": region.start, "stop": region.stop, "pieces": [vars(piece) for piece in region.pieces]}
@@ -254,8 +228,11 @@ def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
     return {"shape": list(entry.shape), "cut_dim": entry.cut_dim, "regions": regions}
 
 
-def _checksum(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def _checksum(document: Mapping[str, Any], *, file: object = MANIFEST_NAME) -> str:
+    try:
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except RecursionError as error:
+        raise CheckpointError(f"{file} is nested too deep for a manifest") from error
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

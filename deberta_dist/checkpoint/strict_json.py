@@ -5,6 +5,7 @@ functions here do not. ``where`` in all of them is a path inside the document, f
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ def parse(text: bytes, *, file: object) -> dict[str, Any]:
         CheckpointError: not an object of strict JSON.
     """
     try:
-        value = json.loads(text.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(
+            text.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -81,6 +87,12 @@ def plain(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

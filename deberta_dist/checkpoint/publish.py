@@ -1,0 +1,147 @@
+"""Giving finished directories their names and taking old ones away, so that a crash at any point does no harm.
+
+Names beside the checkpoints: ``.tmp-`` is being written, ``.old-`` stood where a new one was to go, ``.gone-``
+is being deleted. Under the run's lock none of them belongs to anybody at the start of a run.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.find import LATEST_NAME, checkpoints, step_name, step_of
+from deberta_dist.checkpoint.lock import RunLock
+from deberta_dist.checkpoint.reader import CheckpointReader
+
+TEMPORARY, OLD, GONE = ".tmp-", ".old-", ".gone-"
+
+
+def temporary_directory(directory: Path, *, step: int, token: str) -> Path:
+    """Where the ranks write the checkpoint of a step."""
+    return directory / f"{TEMPORARY}{step_name(step)}-{token}"
+
+
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Writes a small file and forces it to disk. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_directory(path: Path) -> None:
+    """Forces a directory's entries to disk. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def put_in_place(temporary: Path, final: Path, *, token: str) -> None:
+    """Renames a complete directory; what stands in its way is moved aside first and removed afterwards.
+
+    Raises:
+        OSError: it could not be renamed; then what stood there stands there again.
+    """
+    parent = final.parent
+    aside = parent / f"{OLD}{final.name}-{token}"
+    if os.path.lexists(final):
+        remove(aside)
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        _restore(aside, final)
+        raise
+    sync_directory(parent)
+    remove(aside)
+
+
+def point_latest(directory: Path, name: str) -> None:
+    """Writes ``latest``, whole at any time. Raises OSError."""
+    temporary = directory / f"{TEMPORARY}{LATEST_NAME}"
+    write_and_sync(temporary, f"{name}\n".encode())
+    os.replace(temporary, directory / LATEST_NAME)
+    sync_directory(directory)
+
+
+def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path) -> None:
+    """Removes checkpoints that are older than the newest ``keep_last`` complete ones.
+
+    Complete means here: a sound manifest and every file in full length. Where there are fewer of them,
+    nothing is removed.
+
+    Args:
+        directory: ``<run>/checkpoints``.
+        keep_last: At least 1.
+        keep_every: Steps that are multiples of it stay; 0 = none.
+        written: The one just written, which stays in any case.
+
+    Raises:
+        OSError: a directory could not be renamed.
+    """
+    assert keep_last >= 1 and keep_every >= 0
+    num_complete = 0
+    for path in checkpoints(directory):
+        step = step_of(path)
+        assert step is not None
+        if num_complete < keep_last:
+            num_complete += _is_complete(path)
+        elif path != written and not (keep_every and step % keep_every == 0):
+            # Renamed first: a half-deleted checkpoint must not look like one.
+            gone = directory / f"{GONE}{path.name}"
+            remove(gone)
+            os.rename(path, gone)
+            remove(gone)
+
+
+def sweep(directory: str | Path, *, lock: RunLock, on_remove: Callable[[str], None] = lambda message: None) -> None:
+    """Removes what dead writers left, at the start of a run and before looking for a checkpoint.
+
+    Args:
+        directory: ``<run>/checkpoints``; may be missing.
+        lock: The run's, held: otherwise the writers might live.
+        on_remove: Told of each directory.
+    """
+    assert lock.is_held
+    directory = Path(directory)
+    if not directory.is_dir():
+        return
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(OLD):
+            name = path.name.removeprefix(OLD).rpartition("-")[0]
+            if step_of(Path(name)) is not None and _restore(path, directory / name):
+                on_remove(f"{path} is {name} again: the run ended while it was being replaced")
+                continue
+        if path.name.startswith((TEMPORARY, OLD, GONE)):
+            on_remove(f"{path} is removed: an unfinished checkpoint of an earlier start")
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or directory as far as possible; the next sweep takes the rest."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _restore(aside: Path, final: Path) -> bool:
+    if os.path.lexists(final) or not os.path.lexists(aside):
+        return False
+    os.rename(aside, final)
+    return True
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        CheckpointReader(path).check_sizes()
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,191 @@
+"""Which bytes of which file hold which slice: computed for a whole layout, and checked.
+
+Pure functions. The writer's rank 0 turns everybody's ``FlatLayout`` into the manifest's table of tensors; a
+reader turns its own into the parts that fill its shards. Only this file and the plan know how a rank's slice
+of a tensor is cut.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.manifest import FileEntry, Piece, Region, TensorEntry
+from deberta_dist.checkpoint.rectangles import Cut, window
+from deberta_dist.checkpoint.shard_file import STATES
+from deberta_dist.flat_layout import FlatLayout
+from deberta_dist.mesh import Coordinate, MeshShape
+from deberta_dist.tensor_parallel import plan
+
+Place = tuple[int, int]
+"""(pipeline rank, tensor rank)."""
+
+
+@dataclass(frozen=True)
+class ShardPart:
+    """Elements [begin, begin + count) of a flattened slice of a tensor, and where they lie in a rank's shard.
+
+    Attributes:
+        name: Published name.
+        cut: The rank's slice of it.
+        begin: First element, in the flattened slice.
+        count: Elements.
+        offset: Place of the first element in the shard.
+    """
+
+    name: str
+    cut: Cut | None
+    begin: int
+    count: int
+    offset: int
+
+
+def shard_file_name(rank: int) -> str:
+    """Name of the file that global ``rank`` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int) -> Cut | None:
+    """The slice of a published tensor that tensor-parallel ``rank`` of ``size`` holds, vocabulary padding included."""
+    cut = plan.parameter_cut(name)
+    if cut.dim is None or size == 1:
+        return None
+    length = full_shape[cut.dim]
+    if cut.kind == plan.VOCAB:
+        length = plan.padded_vocabulary(length, tensor_parallel_size=size)
+    part = plan.local_slice(length, rank=rank, size=size)
+    return cut.dim, part.start, part.stop
+
+
+def tensor_table(
+    layouts: Mapping[Place, FlatLayout], *, shape: MeshShape, full_shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorEntry]:
+    """The manifest's ``tensors`` for everything that a layout owns.
+
+    Args:
+        layouts: What the ranks at each (pipeline, tensor) place own, every place of the grid.
+        shape: The grid.
+        full_shapes: Full shape of every published parameter.
+    """
+    owners: dict[str, list[Place]] = {name: [] for name in full_shapes}
+    for place in sorted(layouts, key=lambda place: place[1]):
+        for name in layouts[place].places:
+            owners[name].append(place)
+    table: dict[str, TensorEntry] = {}
+    for name, full_shape in full_shapes.items():
+        dim = plan.parameter_cut(name).dim
+        expected = [None] if dim is None else list(range(shape.tensor))
+        assert len(owners[name]) == len(expected), f"{name} is owned by {owners[name]}"
+        regions = []
+        for tensor, place in zip(expected, owners[name], strict=True):
+            assert tensor in (None, place[1]), f"slice {tensor} of {name} is owned by {place}"
+            cut = local_cut(name, full_shape=full_shape, rank=place[1], size=shape.tensor)
+            start, stop = cut[1:] if cut else (0, full_shape[dim or 0] if full_shape else 1)
+            local_shape = layouts[place].places[name][2]
+            assert math.prod(local_shape) == window(full_shape, cut=cut).num_elements, (name, local_shape)
+            regions.append(Region(start, stop, _pieces(name, layouts[place], shape=shape, place=place)))
+        table[name] = TensorEntry(shape=tuple(full_shape), cut_dim=dim, regions=tuple(regions))
+    return table
+
+
+def shard_parts(
+    layout: FlatLayout, *, shape: MeshShape, coordinate: Coordinate, full_shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[ShardPart, ...], ...]:
+    """What a rank's shard of each flat parameter consists of, in order; between the parts lies padding.
+
+    Args:
+        layout: What the rank's place owns.
+        shape: The grid.
+        coordinate: The rank.
+        full_shapes: Full shape of every published parameter.
+    """
+    parts: list[list[ShardPart]] = [[] for _ in layout.sizes]
+    for name, (flat, offset, local_shape) in layout.places.items():
+        cut = local_cut(name, full_shape=full_shapes[name], rank=coordinate.tensor, size=shape.tensor)
+        for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
+            if data == coordinate.data:
+                parts[flat].append(ShardPart(name, cut, begin, count, shard_offset))
+    return tuple(tuple(sorted(found, key=lambda part: part.offset)) for found in parts)
+
+
+def check_table(tensors: Mapping[str, TensorEntry], *, files: Mapping[str, FileEntry], where: object) -> None:
+    """Checks that regions tile every tensor, pieces tile every region, and no element of a file is used twice.
+
+    Args:
+        tensors: The manifest's table.
+        files: Its files.
+        where: Named in messages.
+
+    Raises:
+        CheckpointError: something is missing, overlaps, or lies outside its file.
+    """
+    used: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for name, entry in tensors.items():
+        problem = _problem(entry)
+        for region in entry.regions:
+            for piece in region.pieces:
+                used.setdefault((piece.file, piece.flat), []).append((piece.offset, piece.count))
+                if piece.file not in files:
+                    problem = problem or f"{piece.file[:100]!r} is not one of the files"
+        if problem:
+            raise CheckpointError(f"{where}: {name}: {problem}")
+    for (file, flat), runs in used.items():
+        end = 0
+        for offset, count in sorted(runs):
+            if offset < end:
+                raise CheckpointError(f"{where}: elements of {file}, flat parameter {flat}, are used twice")
+            end = offset + count
+        if end * len(STATES) * 4 > files[file].bytes:
+            raise CheckpointError(f"{where}: pieces of flat parameter {flat} lie outside {file}")
+
+
+def _problem(entry: TensorEntry) -> str | None:
+    dim, shape = entry.cut_dim, entry.shape
+    if dim is not None and (dim not in (0, 1) or dim >= len(shape)):
+        return f"a tensor of shape {list(shape)} cannot be cut along dimension {dim}"
+    if not entry.regions or (dim is None and len(entry.regions) > 1):
+        return f"it has {len(entry.regions)} regions"
+    length = shape[dim or 0] if shape else 1
+    end = 0
+    for region in entry.regions:
+        if region.start != end or region.stop <= region.start:
+            return f"its regions do not lie side by side at {region.start}"
+        end = region.stop
+        # Rows behind the real ones are vocabulary padding; columns have none.
+        if end > length and dim != 0:
+            return f"its regions end at {end} and not at {length}"
+        slice_shape = [end - region.start if i == dim else size for i, size in enumerate(shape)]
+        begin = 0
+        for piece in region.pieces:
+            if piece.begin != begin or piece.count < 1:
+                return f"the pieces of its region at {region.start} do not lie side by side"
+            begin += piece.count
+        if begin != math.prod(slice_shape):
+            return f"the pieces of its region at {region.start} have {begin} elements, not {math.prod(slice_shape)}"
+    if end < length:
+        return f"its regions end at {end} and not at {length}"
+    return None
+
+
+def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: Place) -> tuple[Piece, ...]:
+    flat, offset, local_shape = layout.places[name]
+    pieces = []
+    for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
+        rank = shape.rank(Coordinate(pipeline=place[0], data=data, tensor=place[1]))
+        pieces.append(Piece(shard_file_name(rank), flat, shard_offset, begin, count))
+    return tuple(pieces)
+
+
+def _spread(
+    layout: FlatLayout, flat: int, offset: int, count: int, data_parallel_size: int
+) -> list[tuple[int, int, int, int]]:
+    """A run of a flat parameter over its shards: (data rank, begin in the run, elements, offset in the shard)."""
+    assert layout.sizes[flat] % data_parallel_size == 0 and offset + count <= layout.sizes[flat]
+    shard = layout.sizes[flat] // data_parallel_size
+    found, begin = [], 0
+    while begin < count:
+        data, shard_offset = divmod(offset + begin, shard)
+        length = min(count - begin, shard - shard_offset)
+        found.append((data, begin, length, shard_offset))
+        begin += length
+    return found
