@@ -94,13 +94,15 @@ def discover_launch() -> Launch:
 
 def _master_address(rank_variable: str, launch: Launch) -> str:
     if rank_variable == "SLURM_PROCID":
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
-        return hosts[0]
+        try:
+            nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+            listing = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+            return listing.stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            raise ConfigError(
+                "MASTER_ADDR is not exported and scontrol does not tell the first host of SLURM_JOB_NODELIST: export "
+                "MASTER_ADDR=<host> before srun"
+            ) from None
     local_size = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")
     if launch.world_size == 1 or (local_size is not None and int(local_size) == launch.world_size):
         return "127.0.0.1"

@@ -5,7 +5,7 @@ belongs to it: unit 0 also holds the embeddings and the convolution (which needs
 layer 0's), the last unit is the enhanced mask decoder with the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from deberta_dist.errors import ConfigError
@@ -31,25 +31,33 @@ def balance_stages(costs: Sequence[float], *, num_stages: int) -> list[range]:
             f"model.num_hidden_layers = {num_units} layers: every stage needs at least one"
         )
     total = [0.0, *accumulate(costs)]
-    # best[k][n]: (largest stage, sum of squares, start of the last stage) for the first n units in k stages
-    infinite = (float("inf"), float("inf"), 0)
-    best = [[infinite] * (num_units + 1) for _ in range(num_stages + 1)]
-    best[0][0] = (0.0, 0.0, 0)
-    for k in range(1, num_stages + 1):
-        for n in range(k, num_units + 1):
-            candidates = []
-            for start in range(k - 1, n):
-                cost = total[n] - total[start]
-                largest, squares, _ = best[k - 1][start]
-                candidates.append((max(largest, cost), squares + cost * cost, start))
-            best[k][n] = min(candidates)
-    stages: list[range] = []
-    stop = num_units
-    for k in range(num_stages, 0, -1):
-        start = best[k][stop][2]
-        stages.append(range(start, stop))
-        stop = start
-    return stages[::-1]
+    limit = _cut(total, num_stages=num_stages, limit=float("inf"), weigh=max)[0]
+    # A second pass among the cuts that keep to it: the smallest sum of squares.
+    starts = _cut(total, num_stages=num_stages, limit=limit, weigh=lambda so_far, cost: so_far + cost * cost)[1]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], num_units], strict=True)]
+
+
+def _cut(
+    total: Sequence[float], *, num_stages: int, limit: float, weigh: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The cheapest cut by ``weigh(so far, cost of the next stage)`` with no stage over ``limit``, and where stages start.
+
+    Args:
+        total: Sum of the costs before each unit, and of all.
+    """
+    num_units = len(total) - 1
+    best: list[tuple[float, list[int]] | None] = [(0.0, []), *[None] * num_units]
+    for _ in range(num_stages):
+        longer: list[tuple[float, list[int]] | None] = [None] * (num_units + 1)
+        for stop in range(1, num_units + 1):
+            options = [
+                (weigh(best[start][0], total[stop] - total[start]), [*best[start][1], start])
+                for start in range(stop)
+                if best[start] is not None and total[stop] - total[start] <= limit
+            ]
+            longer[stop] = min(options, default=None)
+        best = longer
+    return best[num_units]
 
 
 def explicit_stages(layers_per_stage: Sequence[int], *, num_layers: int, num_stages: int) -> list[range]:

@@ -36,7 +36,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         )
         dist.all_reduce(sums_2T, group=group)
         sum_T, target_logit_T = sums_2T
-        loss_T = torch.log(sum_T) + max_T - target_logit_T
+        loss_T = torch.log(sum_T) - (target_logit_T - max_T)
 
         # The lowest id with the highest logit wins, as argmax over the whole vocabulary would say.
         no_vote = torch.iinfo(torch.int64).max

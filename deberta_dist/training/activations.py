@@ -5,6 +5,7 @@ feed-forward and vocabulary, while the bytes of live storages are counted. Calle
 """
 
 import dataclasses
+import math
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,7 +40,6 @@ class StageActivations:
     working: int
 
 
-@lru_cache(maxsize=1024)
 def stage_activations(
     config: DebertaConfig,
     *,
@@ -52,6 +52,11 @@ def stage_activations(
 ) -> StageActivations:
     """Measures one micro-batch on one stage.
 
+    Where a stage sits among others does not matter, only whether it is the first or the last; and all its layers
+    but those at the ends are alike. So of a long stage 3 and 4 layers are measured and the others are as the fourth.
+    The backward pass is highest at its start, however many layers there are, or at its end in the embeddings, when
+    the layers above hold nothing any more; then a stage that is not the first tells what its start takes.
+
     Args:
         config: The model.
         layers: Of the stage.
@@ -61,6 +66,40 @@ def stage_activations(
         dtype: Compute dtype.
         recompute: ``training.recompute``.
     """
+    is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
+
+    def measure(count: int, *, is_first: bool = is_first) -> StageActivations:
+        start = 0 if is_first else 1
+        return _measure(
+            dataclasses.replace(config, num_hidden_layers=start + count + (0 if is_last else 1)),
+            layers=range(start, start + count),
+            tensor_parallel_size=tensor_parallel_size,
+            batch_shape=batch_shape,
+            targets_per_sequence=targets_per_sequence,
+            dtype=dtype,
+            recompute=recompute,
+        )
+
+    # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
+    if len(layers) <= 4 or (is_first and is_last):
+        return measure(len(layers))
+    three, four = measure(3), measure(4)
+    more = (len(layers) - 4) * (four.saved - three.saved)
+    working = max(measure(4, is_first=False).working, four.working - more)
+    return StageActivations(saved=four.saved + more, logits=four.logits, working=working)
+
+
+@lru_cache(maxsize=1024)
+def _measure(
+    config: DebertaConfig,
+    *,
+    layers: range,
+    tensor_parallel_size: int,
+    batch_shape: tuple[int, int],
+    targets_per_sequence: int,
+    dtype: torch.dtype,
+    recompute: str,
+) -> StageActivations:
     batch, length = batch_shape
     model = local_model(config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
     model.recompute = recompute
@@ -162,12 +201,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _DropoutOnMeta(Dropout):
-    """Keeps what the real one keeps; the meta device has no random generator."""
+    """Makes and keeps what the real one does; the meta device has no random generator."""
 
     def forward(self, x: Tensor, key: int | None) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        return (x * (1 / (1 - self.p))).masked_fill(torch.empty(x.shape, dtype=torch.bool, device=x.device), 0.0)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
+        dropped = (words.view(torch.int16) < 0)[: x.numel()].view(x.shape)
+        return (x * (1 / (1 - self.p))).masked_fill(dropped, 0.0)
 
 
 class _CrossEntropyOnMeta(CrossEntropy):

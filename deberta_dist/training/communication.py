@@ -129,7 +129,7 @@ def rank_communication(
     is_split, has_last = layout.tensor_parallel_size > 1, last in stages
     decodes = has_last and layout.config.uses_enhanced_mask_decoder
     layers = len(layout.layers_of_rank(pipeline_rank)) - decodes
-    per_layer = 4 + 2 * (training.recompute == "full")
+    per_layer = layer_all_reduces(config)
     embedding = tokens * layout.config.embedding_width * width * training.num_micro_batches
     return RankCommunication(
         zero_gather=flat * width,
@@ -146,6 +146,11 @@ def rank_communication(
     )
 
 
+def layer_all_reduces(config: RunConfig) -> int:
+    """All-reduces over the tensor axis that one layer makes in one micro-batch, forward and backward."""
+    return 4 + 2 * (config.training.recompute == "full")
+
+
 def expected_micro_batches(config: RunConfig) -> list[MicroBatchTargets]:
     """Every micro-batch with the expected number of targets in every sequence."""
     per_sequence = expected_targets(config)
@@ -160,8 +165,7 @@ def _target_bytes(
     sequences = config.training.micro_batch_size
     # The decoder has at least one row per sequence, also where there is nothing to predict.
     rows = sum(sequences * max(one.widest, 1) for one in targets)
-    per_pass = 4 + 2 * (config.training.recompute == "full")
-    decoder = NUM_DECODER_PASSES * per_pass * rows * layout.config.hidden_size * width
+    decoder = NUM_DECODER_PASSES * layer_all_reduces(config) * rows * layout.config.hidden_size * width
     total = sum(one.total for one in targets)
     return decoder, total * (layout.config.embedding_width * width + CROSS_ENTROPY_BYTES)
 

@@ -10,7 +10,7 @@ import torch
 
 from deberta_dist.config import precision
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
-from deberta_dist.training.communication import RankCommunication, rank_communication
+from deberta_dist.training.communication import RankCommunication, layer_all_reduces, rank_communication
 from deberta_dist.training.flops import PEAK_FLOPS
 from deberta_dist.training.layout import Layout
 from deberta_dist.training.memory import RankMemory, expected_targets, rank_memory
@@ -31,6 +31,7 @@ class RankReport:
         owned: Parameters (elements).
         borrowed: Parameters (elements).
         memory: Of the tensor-parallel rank with the highest peak.
+        peak_of_first: Peak memory of tensor-parallel rank 0, which owns what all hold (bytes).
         communication: Of the one that communicates most.
     """
 
@@ -38,6 +39,7 @@ class RankReport:
     owned: int
     borrowed: int
     memory: RankMemory
+    peak_of_first: int
     communication: RankCommunication
 
 
@@ -56,6 +58,7 @@ def rank_reports(plan: Plan) -> list[RankReport]:
                 owned=max(memory.owned for memory in memories),
                 borrowed=max(memory.borrowed for memory in memories),
                 memory=max(memories, key=lambda memory: memory.peak),
+                peak_of_first=memories[0].peak,
                 communication=max(messages, key=lambda message: message.total),
             )
         )
@@ -110,7 +113,8 @@ def _headline(plan: Plan) -> str:
         ("model", f"{name}{changed}"),
         ("", f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, FFN {model.intermediate_size}, "
              f"{model.num_attention_heads} heads of {model.head_size}, vocabulary {model.vocab_size}"),
-        ("parameters", f"{total:,} in all; backbone {backbone:,} (Hugging Face's count)"),
+        ("parameters", f"{total:,} in all; backbone {backbone:,} as Hugging Face counts it"),
+        ("", "(without position table and head)" if not model.position_biased_input else "(without head)"),
         ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
         ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
                       f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"),
@@ -118,7 +122,7 @@ def _headline(plan: Plan) -> str:
         ("batch", f"{training.global_batch_size} sequences = micro-batch {training.micro_batch_size} x "
                   f"{training.num_micro_batches} micro-batches x data {parallel.data_parallel_size}"),
         ("tokens", f"{training.max_steps:,} steps x {training.global_batch_size} x {config.data.max_seq_length} = "
-                   f"{training.max_steps * tokens / 1e9:,.2f} G tokens"),
+                   f"{_scaled(training.max_steps * tokens)}tokens"),
     )  # fmt: skip
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
 
@@ -126,8 +130,9 @@ def _headline(plan: Plan) -> str:
 def _stages(plan: Plan, reports: Sequence[RankReport]) -> str:
     layout = plan.layout
     total = plan.flops.forward
-    lines = ["STAGES                        GFLOP/token   share   parameters of a rank (millions)",
-             "  rank stage layers               forward              owned   borrowed   also holds"]  # fmt: skip
+    unit, size = ("G", 1e9) if total >= 1e8 else ("M", 1e6)
+    lines = [f"STAGES                      {unit}FLOP/token   share   parameters of a rank (millions)",
+             "  rank stage layers             forward              owned   borrowed   also holds"]  # fmt: skip
     for rank, (stages, report) in enumerate(zip(layout.stages_by_rank, reports, strict=True)):
         for number, index in enumerate(stages):
             layers = layout.stages[index]
@@ -135,7 +140,7 @@ def _stages(plan: Plan, reports: Sequence[RankReport]) -> str:
             owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if number == 0 else " " * 22
             span = f"{layers.start}-{layers.stop - 1} ({len(layers)})"
             lines.append(
-                f"  {rank:>4} {index:>5} {span:<15} {flops / 1e9:12.3f} {flops / total:8.1%}{owned}   "
+                f"  {rank:>4} {index:>5} {span:<13} {flops / size:12.3f} {flops / total:8.1%}{owned}   "
                 f"{_also_holds(layout, index)}"
             )
     loads = [report.flops for report in reports]
@@ -173,10 +178,12 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
         ("head: logits in flight", [m.logits for m in memories]),
         ("temporaries, one at a time", [m.working for m in memories]),
         ("= in the micro-batches", [m.in_micro_batches for m in memories]),
-        ("gradient copies at the end", [m.hand_over for m in memories]),
+        ("gradient check, copy, norm", [m.hand_over for m in memories]),
         ("= at the hand-over", [m.in_hand_over for m in memories]),
         ("PEAK", [m.peak for m in memories]),
     ]
+    if any(report.peak_of_first < 0.99 * report.memory.peak for report in reports):
+        rows.append(("PEAK of tensor rank 0", [report.peak_of_first for report in reports]))
     if offload != "none":
         rows.append((f"on the host [{offload}]", [m.optimizer for m in memories]))
     return _table("MEMORY of a rank", rows)
@@ -200,6 +207,7 @@ def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     return (
         f"{table}\n  * once per step, whatever the number of micro-batches. Bytes of the message buffers (pipeline:"
         f"\n    what the rank sends), no algorithm factor. {messages[0].scalars} bytes of scalars besides."
+        f"\n    Layers: per micro-batch {layer_all_reduces(plan.config)} all-reduces of a hidden state each."
     )
 
 
@@ -225,8 +233,8 @@ def _compute(plan: Plan) -> str:
     peak = PEAK_FLOPS[REFERENCE_GPU] / 1e12
     days = seconds * plan.config.training.max_steps / 86400
     return (
-        f"COMPUTE     {flops.forward / 1e9:.3f} GFLOP/token forward, {flops.training / 1e9:.3f} training; "
-        f"{per_step / 1e15:,.3f} PFLOP per step\n"
+        f"COMPUTE     {_scaled(flops.forward)}FLOP/token forward, {_scaled(flops.training)}FLOP/token training; "
+        f"{_scaled(per_step)}FLOP per step\n"
         f"  orientation: {seconds:,.2f} s per step, {days:,.1f} days for the run, if every process is one "
         f"{REFERENCE_GPU}\n  at {REFERENCE_UTILISATION:.0%} of its {peak:.0f} TFLOP/s dense bf16 "
         "(recomputation not counted as work done)"
@@ -242,6 +250,7 @@ def _notes(plan: Plan) -> str:
             f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not "
             "exported"
         )
+    notes.append("whether NVIDIA apex works is not checked here but where the run starts; its Adam takes the same memory")
     for key in ("train", "validation", "tokenizer"):
         path = getattr(config.data, key)
         if not path.exists():
@@ -250,6 +259,12 @@ def _notes(plan: Plan) -> str:
     if offload != "none":
         notes.append(f"offload_param is {offload}: the weights at rest are there and not on the device")
     return "NOTES\n" + "\n".join(f"  - {note}" for note in notes)
+
+
+def _scaled(number: float) -> str:
+    """``1,048.58 G``, to be followed by a unit."""
+    prefix, size = next(((p, s) for p, s in (("P", 1e15), ("G", 1e9), ("M", 1e6)) if number >= s), ("", 1))
+    return f"{number / size:,.2f} {prefix}"
 
 
 def _tokens_per_step(plan: Plan) -> int:

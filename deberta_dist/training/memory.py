@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, precision
+from deberta_dist.flat_layout import FlatLayout, lay_out
 from deberta_dist.training.activations import stage_activations
 from deberta_dist.training.build import DTYPES, FLAT_GROUPS
 from deberta_dist.training.layout import Layout
-from deberta_dist.flat_layout import FlatLayout, lay_out
 
-FLOAT32 = 4  # bytes
+FLOAT32, FLOAT64 = 4, 8  # bytes
 # DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.
 DEFAULT_REDUCE_BUCKET = 500_000_000
 
@@ -41,8 +41,10 @@ class RankMemory:
         receive_buffers: For every micro-batch one received activation and one received gradient.
         activations: Kept for backward by all micro-batches in flight.
         logits: Of these, the head's.
-        working: Temporaries of the micro-batch that is being computed.
-        hand_over: When all micro-batches are done: gradients scaled in float32 and cast to the compute dtype.
+        working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
+        hand_over: When all micro-batches are done, the largest of what one after the other needs: the check that all
+            is finite (what is borrowed and a tie's message may still be there), the gradient scaled and cast, its
+            norm in float64.
         offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
             ``"nvme"``.
     """
@@ -84,7 +86,7 @@ class RankMemory:
 
     @property
     def in_hand_over(self) -> int:
-        """On the device while the gradient is handed over; nothing borrowed is left."""
+        """On the device at the highest moment after the micro-batches."""
         return self.at_rest + self.gathered + self.gradients + self.hand_over
 
     @property
@@ -108,10 +110,16 @@ def rank_memory(
     dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
     zero = deepspeed_config.get("zero_optimization", {})
     flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
-    flat, share = sum(flats.sizes), sum(flats.sizes) // replicas
+    flat, largest, share = sum(flats.sizes), max(flats.sizes), sum(flats.sizes) // replicas
     used = sum(torch.Size(layout.local_shape(name)).numel() for name in layout.names_by_rank[pipeline_rank])
     owned = sum(torch.Size(shape).numel() for _, _, shape in flats.places.values())
     borrowed = used - owned
+    tie_sizes = [
+        sum(torch.Size(layout.local_shape(name)).numel() for name in tie.names)
+        for tie in layout.ties
+        if tie.is_sum and tie.users[0] == (pipeline_rank, tensor_rank)
+    ]
+    largest_tie = max(tie_sizes, default=0)
 
     stages = [
         stage_activations(
@@ -155,8 +163,12 @@ def rank_memory(
         receive_buffers=received * training.num_micro_batches * hidden,
         activations=sum(n * stage.saved for n, stage in zip(counts, stages, strict=True)),
         logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
-        working=max(stage.working for stage in stages),
-        hand_over=flat * dtype.itemsize + (max(flats.sizes) * FLOAT32 if dtype.itemsize < FLOAT32 else 0),
+        working=max(stage.working for stage in stages) + (hidden if len(layout.stages) > 1 else 0),
+        hand_over=max(
+            borrowed * (dtype.itemsize + FLOAT32) + (largest + largest_tie) * FLOAT32,
+            flat * dtype.itemsize + (largest * FLOAT32 if dtype.itemsize < FLOAT32 else 0),
+            largest // replicas * FLOAT64,
+        ),
         offload=offload,
     )
 

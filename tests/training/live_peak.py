@@ -1,0 +1,35 @@
+"""The most bytes that one real step holds, counted storage by storage."""
+
+from typing import Any
+
+import torch
+
+from deberta_dist.data.loader import Batch
+from deberta_dist.training.activations import LiveBytes
+from deberta_dist.training.memory import expected_targets
+from deberta_dist.training.trainer import Trainer
+from tests.integration.parallel_run import LEARNING_RATE, Case, own_batch
+
+
+def even_batch(case: Case) -> Batch:
+    """Every sequence is full and has the expected number of targets."""
+    batch = own_batch(case, step=0)
+    labels = torch.zeros_like(batch.labels)
+    labels[:, 1 : 1 + expected_targets(case.run_config())] = 5
+    return Batch(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.attention_mask), labels=labels)
+
+
+def step_peaks(trainer: Trainer, case: Case) -> dict[str, int]:
+    """Bytes that a step adds to what is there between steps: in its micro-batches, and after them."""
+    model, batch, peaks = trainer.parts.sharded_model, even_batch(case), {}
+    collect_gradients = model.collect_gradients
+
+    def look_and_collect() -> Any:
+        peaks["in_micro_batches"], live.peak = live.peak, live.now
+        return collect_gradients()
+
+    model.collect_gradients = look_and_collect
+    with LiveBytes() as live:
+        trainer.step(batch, step=9, learning_rate=LEARNING_RATE)
+    peaks["in_hand_over"] = live.peak
+    return peaks
