@@ -1,4 +1,4 @@
-"""Where the tensors that a rank owns lie in its flat parameters.
+"""Where the tensors that a rank owns lie in its flat parameters, and what a rank keeps of each.
 
 Pure arithmetic: the weight store shards flat parameters without knowing what is in them, and a checkpoint
 finds every slice in them by this table.
@@ -32,6 +32,21 @@ class FlatLayout:
             name: flats[index][offset : offset + torch.Size(shape).numel()].view(shape)
             for name, (index, offset, shape) in self.places.items()
         }
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """This rank's part of one flat parameter, float32 [size / data_parallel_size] each.
+
+    Attributes:
+        weight: Master weights.
+        exp_avg: Adam's first moment.
+        exp_avg_sq: Adam's second moment.
+    """
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 def lay_out(

@@ -18,29 +18,17 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deberta_dist.flat_layout import FlatLayout
+from deberta_dist.flat_layout import FlatLayout, ShardState
 from deberta_dist.mesh import Mesh
 
-@dataclass(frozen=True)
-class ShardState:
-    """This rank's part of one flat parameter, float32 [size / data_parallel_size] each.
-
-    Attributes:
-        weight: Master weights.
-        exp_avg: Adam's first moment.
-        exp_avg_sq: Adam's second moment.
-    """
-
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+# What DeepSpeed's dynamic loss scaler remembers.
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class _Surrogate(torch.autograd.Function):
@@ -234,6 +222,19 @@ class WeightStore:
                 group["step"] = optimizer_steps
             optimizer.state[flat] = state
         self.optimizer_steps = optimizer_steps
+
+    def loss_scale_state(self) -> dict[str, float] | None:
+        """State of the fp16 loss scaler; None for other precisions."""
+        if self.dtype != torch.float16:
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        return {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
+
+    def load_loss_scale_state(self, state: Mapping[str, float] | None) -> None:
+        """Sets what ``loss_scale_state`` gave; a run of another precision starts its scaler anew."""
+        if self.dtype == torch.float16 and state is not None:
+            for key, value in state.items():
+                setattr(self._engine.optimizer.loss_scaler, key, value)
 
     def _flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Master shard and optimizer state of every flat parameter.

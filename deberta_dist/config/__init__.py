@@ -3,7 +3,7 @@
 The story for a user::
 
     launchers/pretrain_1.5b.toml    WHAT: [model] [data] [training] [optimizer] [schedule]
-                                    [evaluation] [parallel] [run]
+                                    [evaluation] [checkpoint] [parallel] [run]
     ds_configs/zero3_bf16.json      HOW: precision, offload, buckets, monitors
     --section.key value             overrides of the TOML, for one start
 
@@ -48,6 +48,7 @@ from deberta_dist.config.deepspeed_json import deepspeed_config, precision
 from deberta_dist.config.load import load_config
 from deberta_dist.config.resolve import resolve, smallest_world_size
 from deberta_dist.config.schema import (
+    Checkpoint,
     Data,
     Evaluation,
     Model,
@@ -62,6 +63,7 @@ from deberta_dist.config.schema import (
 from deberta_dist.config.write import write_resolved
 
 __all__ = [
+    "Checkpoint",
     "Data",
     "Evaluation",
     "Model",

@@ -100,6 +100,9 @@ class Training(Section):
     """Decides initial weights, order of the data, masks and dropout."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    init: File | None = None
+    """Directory with ``config.json`` and ``model.safetensors`` (published names) to start from instead of
+    random weights, head and decoder included."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 
@@ -135,6 +138,20 @@ class Evaluation(Section):
     """Optimizer steps between evaluations; 0 = only at the end."""
     num_sequences: Count = 1024
     """Sequences of the validation file that are read each time (at most what it holds)."""
+
+
+class Checkpoint(Section):
+    """``[checkpoint]``: what an interrupted run continues from; written below ``run.directory``."""
+
+    every_steps: CountOrNone = 0
+    """Optimizer steps between two checkpoints; 0 = only one, at the end."""
+    keep_last: Count = 2
+    """Newest checkpoints that stay."""
+    keep_every: CountOrNone = 0
+    """Checkpoints of every so many steps stay for ever; 0 = none does."""
+    resume: Literal["auto", "required", "never"] = "auto"
+    """``auto``: continue from the newest complete checkpoint, from the start where there is none.
+    ``required``: none is an error. ``never``: a run directory that holds a run is an error."""
 
 
 class Parallel(Section):
@@ -175,6 +192,7 @@ class RunConfig(Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
     run: Run
 

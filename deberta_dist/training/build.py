@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Order of the flat parameters, as ``optimizer.make_optimizer`` expects them.
 FLAT_GROUPS = (is_decayed, lambda name: not is_decayed(name))
 
-LoadTensor = Callable[[str], Tensor]
+LoadSlice = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def build(
     layout: Layout,
     deepspeed_config: dict[str, Any],
     mesh: Mesh,
-    load_tensor: LoadTensor | None = None,
+    load_slice: LoadSlice | None = None,
 ) -> TrainingParts:
     """Makes this rank's part of a run. Collective.
 
@@ -73,12 +73,12 @@ def build(
         layout: From ``plan_layout`` for the same configuration.
         deepspeed_config: Filled-in DeepSpeed JSON.
         mesh: The grid.
-        load_tensor: Full float32 value of a published parameter; by default its initial value, a function of
-            (seed, name) alone.
+        load_slice: Float32 value of this tensor-parallel rank's slice of a published parameter; by default its
+            initial value, a function of (seed, name) alone.
     """
     here, shape = mesh.coordinate, mesh.shape
     dtype = DTYPES[precision(deepspeed_config)]
-    load_tensor = load_tensor or initial_values(layout, seed=config.training.seed)
+    load_slice = load_slice or initial_slices(layout, seed=config.training.seed, tensor_rank=here.tensor)
 
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
@@ -94,7 +94,7 @@ def build(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     owned = layout.owned(here.pipeline, here.tensor)
     store = WeightStore(
-        {name: cut_tensor(load_tensor(name), name, rank=here.tensor, size=shape.tensor) for name in owned},
+        {name: load_slice(name) for name in owned},
         layout=lay_out(
             {name: shapes[name] for name in owned}, groups=FLAT_GROUPS, data_parallel_size=shape.data
         ),
@@ -121,10 +121,11 @@ def build(
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
 
 
-def initial_values(layout: Layout, *, seed: int) -> LoadTensor:
-    """The start of every published parameter as a function of (seed, name)."""
+def initial_slices(layout: Layout, *, seed: int, tensor_rank: int) -> LoadSlice:
+    """The start of every published parameter as a function of (seed, name), cut for a tensor-parallel rank."""
 
     def load(name: str) -> Tensor:
-        return initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
+        full = initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
+        return cut_tensor(full, name, rank=tensor_rank, size=layout.tensor_parallel_size)
 
     return load

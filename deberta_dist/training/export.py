@@ -5,6 +5,7 @@ Every slice is asked of its owner by name, joined by the plan and stripped of vo
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,5 +65,7 @@ def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], d
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(dict(full), temporary / "model.safetensors", metadata={"format": "pt"})
+    if directory.exists():
+        shutil.rmtree(directory)  # of a start that ended between its weights and its result
     os.rename(temporary, directory)
     return directory

@@ -71,6 +71,18 @@ class MetricsLog:
         self._write({"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_targets": num_targets})
         self.say(f"step {step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%} over {num_targets:,} masked tokens")
 
+    def checkpoint(self, *, step: int, path: Path, copy_seconds: float, write_seconds: float) -> None:
+        """Records a finished checkpoint: seconds of the pause, and of writing in the background."""
+        self._write({"step": step, "checkpoint": path.name, "copy_seconds": copy_seconds, "write_seconds": write_seconds})
+        self.say(f"step {step}: checkpoint {path} (pause {copy_seconds:.2f} s, written in {write_seconds:.2f} s)")
+
+    def resumed(self, *, step: int, path: Path, changed: list[str]) -> None:
+        """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start."""
+        self._write({"resumed_from_step": step, "checkpoint": path.name, "changed": changed})
+        self.say(f"continues from {path} (step {step})")
+        for line in changed:
+            self.say(f"  changed since: {line}")
+
     def say(self, text: str) -> None:
         """Prints one line (rank 0 only)."""
         if self._file is not None:

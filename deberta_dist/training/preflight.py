@@ -4,16 +4,20 @@ Every rank checks the same things from the same files, so either all go on or al
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from deberta_dist.config import RunConfig, deepspeed_config, resolve
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError
+from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.presets import preset
 from deberta_dist.training.flops import ForwardFlops, forward_flops
@@ -128,16 +132,28 @@ def open_data(plan: Plan) -> RunData:
     )
 
 
-def check_run_directory(directory: Path) -> None:
-    """Refuses to write into the directory of another run.
+
+def open_initial_weights(plan: Plan) -> Callable[[str], Tensor] | None:
+    """Full float32 tensors of ``training.init`` by published name; None where nothing is to be loaded.
 
     Raises:
-        ConfigError: it holds a run already, or is not a directory.
+        ConfigError: it is of another model.
+        DataError: a file or a tensor is missing, or has another shape.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"run.directory = {directory} is a file")
-    if (directory / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"run.directory = {directory} holds a run already (metrics.jsonl is there); nothing is overwritten: move "
-            "it away or give another --run.directory"
-        )
+    directory = plan.config.training.init
+    if directory is None:
+        return None
+    try:
+        published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        weights = safe_open(directory / "model.safetensors", framework="pt")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise DataError(f"training.init = {directory}: {error}") from None
+    there, here = DebertaConfig.from_dict(published).to_dict(), plan.model_config.to_dict()
+    if differing := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+        listing = ", ".join(f"{key} = {there.get(key)} there, {here.get(key)} here" for key in differing)
+        raise ConfigError(f"{plan.config.source}: training.init = {directory} is another model: {listing}")
+    names = set(weights.keys())
+    for name, shape in plan.layout.full_shapes.items():
+        if name not in names or tuple(weights.get_slice(name).get_shape()) != shape:
+            raise DataError(f"training.init = {directory / 'model.safetensors'}: no tensor {name} of shape {list(shape)}")
+    return lambda name: weights.get_tensor(name).float()

@@ -3,39 +3,48 @@
     deepspeed launchers/pretrain_demo.sh [--section.key value ...] [--dry-run [--world-size N]]
 
 reads the TOML beside the launcher, checks everything, and trains:
-configuration -> preflight -> process group -> mesh -> build -> steps -> evaluation -> weights.
+configuration -> preflight -> checkpoint to continue from -> process group -> mesh -> build -> steps,
+evaluations, checkpoints -> weights -> result.
 """
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
 import torch
 import torch.distributed as dist
 
+from deberta_dist.checkpoint.lock import RunLock
+from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, smallest_world_size, write_resolved
-from deberta_dist.data.loader import Batch, MaskedLMData, Prefetcher
-from deberta_dist.data.unigram import unigram_counts, unigram_loss
+from deberta_dist.data.loader import Batch, Prefetcher
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
-from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.tensor_parallel.apply import cut_tensor
+from deberta_dist.training.build import LoadSlice, build, mesh_shape
+from deberta_dist.training.checkpointing import (
+    Checkpointing,
+    changed_settings,
+    find_checkpoint,
+    load_state,
+    share_checkpoint,
+)
 from deberta_dist.training.dry_run import describe
+from deberta_dist.training.evaluation import evaluate, own_rows, write_result
 from deberta_dist.training.export import gather_full_weights, write_weights
 from deberta_dist.training.flops import device_peak_flops
 from deberta_dist.training.lr_schedule import learning_rate
 from deberta_dist.training.metrics import MetricsLog, StepMetrics
-from deberta_dist.training.preflight import Plan, RunData, check_plan, check_run_directory, open_data
+from deberta_dist.training.preflight import Plan, RunData, check_plan, open_data, open_initial_weights
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
-# Tokens of the training file that the unigram yardstick is fitted on at most.
-UNIGRAM_TOKENS = 100_000_000
 BATCHES_AHEAD = 2
 
 
@@ -122,15 +131,17 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         return
     plan = check_plan(config, world_size=launch.world_size)
     data = open_data(plan)
+    initial_weights = open_initial_weights(plan)
     directory = Path(plan.config.run.directory)
+    lock, found = None, None
     if launch.rank == 0:
-        check_run_directory(directory)
+        lock = RunLock(directory)
+        found = find_checkpoint(plan, tokenizer_sha256=data.tokenizer.sha256, lock=lock)
 
     device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
+    checkpoint = share_checkpoint(found, plan=plan)
     if launch.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
         write_resolved(plan.config, plan.deepspeed, directory)
-    dist.barrier()
     mesh = make_mesh(mesh_shape(plan.config), device=device)
     training = plan.config.training
     log = MetricsLog(
@@ -140,10 +151,26 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
+    load_slice: LoadSlice | None = None
+    if checkpoint is not None:
+        load_slice = partial(
+            checkpoint.read_local, tensor_rank=mesh.coordinate.tensor, tensor_size=mesh.shape.tensor
+        )
+    elif initial_weights is not None:
+        load_slice = lambda name: cut_tensor(  # noqa: E731
+            initial_weights(name), name, rank=mesh.coordinate.tensor, size=mesh.shape.tensor
+        )
+    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh, load_slice=load_slice)
+    if checkpoint is not None:
+        load_state(parts, checkpoint, mesh=mesh)
+        manifest = checkpoint.manifest
+        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, manifest))
     trainer = Trainer(parts, mesh=mesh, seed=training.seed)
+    checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, tokenizer_sha256=data.tokenizer.sha256, log=log)
 
-    result = train(trainer, plan=plan, data=data, mesh=mesh, log=log)
+    result = train(
+        trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, checkpoint=checkpoint
+    )
 
     weights = gather_full_weights(parts, mesh=mesh)
     if mesh.rank == 0:
@@ -153,10 +180,21 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     if mesh.rank == 0:
         log.say(write_result(result, plan=plan, data=data, directory=directory))
     log.close()
+    if lock is not None:
+        lock.release()
 
 
-def train(trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> EvaluationResult:
-    """All optimizer steps and evaluations of a run; returns the last evaluation.
+def train(
+    trainer: Trainer,
+    *,
+    plan: Plan,
+    data: RunData,
+    mesh: Mesh,
+    log: MetricsLog,
+    checkpointing: Checkpointing,
+    checkpoint: CheckpointReader | None,
+) -> EvaluationResult:
+    """All optimizer steps that are left, evaluations and checkpoints of a run; returns the last evaluation.
 
     Raises:
         DivergedError: too many steps in a row had a non-finite gradient.
@@ -167,12 +205,17 @@ def train(trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: Metri
     peak = device_peak_flops(device_name)
     skipped_in_a_row = 0
     result: EvaluationResult | None = None
+    first_step = 0 if checkpoint is None else checkpoint.manifest.step
+    consumed_before = 0 if checkpoint is None else checkpoint.manifest.consumed_samples
+
+    def consumed(step: int) -> int:
+        return consumed_before + (step - first_step) * training.global_batch_size
 
     def make_batch(step: int) -> Batch:
-        return own_rows(data.train, plan=plan, mesh=mesh, start=step * training.global_batch_size)
+        return own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step))
 
-    with Prefetcher(make_batch, start=0, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
-        for step, batch in enumerate(batches):
+    with Prefetcher(make_batch, start=first_step, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
+        for step, batch in enumerate(batches, start=first_step):
             started = monotonic()
             lr = learning_rate(
                 step,
@@ -190,7 +233,7 @@ def train(trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: Metri
                     lr=lr,
                     tokens_per_second=per_second,
                     mfu=None if peak is None else per_second * plan.flops.training / (peak * mesh.shape.world_size),
-                    consumed_samples=(step + 1) * training.global_batch_size,
+                    consumed_samples=consumed(step + 1),
                     skipped=outcome.skipped,
                 )
             )
@@ -204,32 +247,12 @@ def train(trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: Metri
             if is_last or (every and (step + 1) % every == 0):
                 result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
                 log.evaluation(step=step + 1, **asdict(result))
-    assert result is not None
-    return result
-
-
-def evaluate(trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh) -> EvaluationResult:
-    """Loss and accuracy on the first ``evaluation.num_sequences`` held-out sequences."""
-    size = plan.config.training.global_batch_size
-    count = num_evaluation_sequences(plan, validation)
-    return trainer.evaluate(
-        [own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size)]
-    )
-
-
-def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:
-    """What is asked for, or all there are."""
-    return min(plan.config.evaluation.num_sequences, validation.num_samples)
-
-
-def own_rows(data: MaskedLMData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None) -> Batch:
-    """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
-    rows = plan.config.training.global_batch_size // mesh.shape.data
-    first = start + mesh.coordinate.data * rows
-    batch = data.batch(first, rows)
-    if stop is not None and first + rows > stop:
-        batch.labels[max(stop - first, 0) :] = 0
-    return batch
+            checkpointing.poll()
+            if checkpointing.is_due(step + 1):
+                checkpointing.save(step=step + 1, consumed_samples=consumed(step + 1))
+    checkpointing.poll(wait=True)
+    # A run that was stopped after its last step has only this left.
+    return result or evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
 
 
 def headline(plan: Plan, device: torch.device) -> str:
@@ -242,33 +265,3 @@ def headline(plan: Plan, device: torch.device) -> str:
         f"data {parallel.data_parallel_size}; {training.max_steps} steps of {training.global_batch_size} sequences "
         f"({training.num_micro_batches} micro-batches of {training.micro_batch_size})"
     )
-
-
-def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directory: Path) -> str:
-    """Writes ``result.json`` and ``result.txt`` and returns the text: the held-out loss beside its yardsticks."""
-    count = num_evaluation_sequences(plan, data.validation)
-    labels = data.validation.batch(0, count).labels
-    vocab_size = data.tokenizer.num_tokens
-    unigram = unigram_loss(
-        unigram_counts(data.train_file, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
-        labels[labels > 0].numpy(),
-        vocab_size=vocab_size,
-    )
-    numbers = {
-        **asdict(result),
-        "unigram_loss": unigram.loss,
-        "unigram_entropy_of_targets": unigram.entropy,
-        "beats_unigram": result.loss < unigram.entropy,
-    }
-    text = (
-        f"held-out masked tokens   loss {result.loss:.4f}, accuracy {result.accuracy:.2%} ({result.num_targets:,} of them)\n"
-        f"unigram of the training tokens on the same targets      loss {unigram.loss:.4f}\n"
-        f"entropy of these targets (best without any context)     loss {unigram.entropy:.4f}\n"
-        f"run directory            {directory}\n"
-        "  metrics.jsonl          one JSON object per step\n"
-        "  weights/               config.json and model.safetensors, published names, float32\n"
-        "  run_config.toml, deepspeed.json   everything this run was started with"
-    )
-    (directory / "result.txt").write_text(text + "\n", encoding="utf-8")
-    (directory / "result.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    return text

@@ -1,0 +1,69 @@
+"""Held-out text: which rows, what loss, and what a predictor without context would reach."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from deberta_dist.data.loader import Batch, MaskedLMData
+from deberta_dist.data.unigram import unigram_counts, unigram_loss
+from deberta_dist.mesh import Mesh
+from deberta_dist.training.preflight import Plan, RunData
+from deberta_dist.training.trainer import EvaluationResult, Trainer
+
+# Tokens of the training file that the unigram yardstick is fitted on at most.
+UNIGRAM_TOKENS = 100_000_000
+
+
+def evaluate(trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh) -> EvaluationResult:
+    """Loss and accuracy on the first ``evaluation.num_sequences`` held-out sequences."""
+    size = plan.config.training.global_batch_size
+    count = num_evaluation_sequences(plan, validation)
+    return trainer.evaluate(
+        [own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size)]
+    )
+
+
+def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:
+    """What is asked for, or all there are."""
+    return min(plan.config.evaluation.num_sequences, validation.num_samples)
+
+
+def own_rows(data: MaskedLMData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None) -> Batch:
+    """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
+    rows = plan.config.training.global_batch_size // mesh.shape.data
+    first = start + mesh.coordinate.data * rows
+    batch = data.batch(first, rows)
+    if stop is not None and first + rows > stop:
+        batch.labels[max(stop - first, 0) :] = 0
+    return batch
+
+
+def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directory: Path) -> str:
+    """Writes ``result.json`` and ``result.txt`` and returns the text: the held-out loss beside its yardsticks."""
+    count = num_evaluation_sequences(plan, data.validation)
+    labels = data.validation.batch(0, count).labels
+    vocab_size = data.tokenizer.num_tokens
+    unigram = unigram_loss(
+        unigram_counts(data.train_file, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
+        labels[labels > 0].numpy(),
+        vocab_size=vocab_size,
+    )
+    numbers = {
+        **asdict(result),
+        "unigram_loss": unigram.loss,
+        "unigram_entropy_of_targets": unigram.entropy,
+        "beats_unigram": result.loss < unigram.entropy,
+    }
+    text = (
+        f"held-out masked tokens   loss {result.loss:.4f}, accuracy {result.accuracy:.2%} ({result.num_targets:,} of them)\n"
+        f"unigram of the training tokens on the same targets      loss {unigram.loss:.4f}\n"
+        f"entropy of these targets (best without any context)     loss {unigram.entropy:.4f}\n"
+        f"run directory            {directory}\n"
+        "  metrics.jsonl          one JSON object per step\n"
+        "  checkpoints/           what an interrupted run continues from\n"
+        "  weights/               config.json and model.safetensors, published names, float32\n"
+        "  run_config.toml, deepspeed.json   everything this run was started with"
+    )
+    (directory / "result.txt").write_text(text + "\n", encoding="utf-8")
+    (directory / "result.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return text

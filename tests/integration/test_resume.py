@@ -1,0 +1,184 @@
+"""A run that was interrupted ends as if it had not been, on the same layout and on any other."""
+
+import json
+import os
+import shutil
+import socket
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deberta_dist.training import pretrain
+from tests.harness import run_ranks
+from tests.integration.parallel_run import relative_error
+
+ROOT = Path(__file__).parents[2]
+STEPS, SAVED = 6, 2
+
+Layout = tuple[int, int, int]
+
+
+def pretrain_rank(arguments: list[str], port: int) -> None:
+    """What a launcher's Python half does on one rank."""
+    os.environ["MASTER_PORT"] = str(port)
+    pretrain._run(ROOT / "launchers" / "pretrain_demo.sh", arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(corpus: Path, directory: Path, layout: Layout, **changes: object) -> None:
+    """Six steps of the demo's model, small, on a layout (tensor, pipeline, data), continuing where it can."""
+    tensor, pipeline, data = layout
+    settings = {
+        "data.train": corpus / "train.tokens",
+        "data.validation": corpus / "valid.tokens",
+        "data.tokenizer": corpus / "spm.model",
+        "data.max_seq_length": 32,
+        "model.hidden_size": 32,
+        "model.attention_head_size": 8,
+        "model.intermediate_size": 64,
+        "model.vocab_size": 1003,  # padded for every tensor split
+        "training.max_steps": STEPS,
+        "training.global_batch_size": 8,
+        "training.micro_batch_size": 2,
+        "schedule.warmup_steps": 2,
+        "evaluation.every_steps": 0,
+        "evaluation.num_sequences": 8,
+        "checkpoint.every_steps": 2,
+        "checkpoint.keep_last": 9,
+        "parallel.tensor_parallel_size": tensor,
+        "parallel.pipeline_parallel_size": pipeline,
+        "parallel.data_parallel_size": data,
+        "run.directory": directory,
+    }
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    run_ranks(
+        tensor * pipeline * data, pretrain_rank, [f"--{k}={v}" for k, v in settings.items()], free_port()
+    )
+
+
+def interrupted(whole: Path, directory: Path) -> Path:
+    """A run directory as a kill after step 2 leaves it."""
+    shutil.copytree(whole / "checkpoints" / f"step-{SAVED:08d}", directory / "checkpoints" / f"step-{SAVED:08d}")
+    return directory
+
+
+def history(directory: Path) -> list[tuple[float, float, float, int]]:
+    """(loss, norm, learning rate, consumed samples) of the steps after the saved one."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (s["loss"], s["grad_norm"], s["lr"], s["consumed_samples"]) for s in lines if "loss" in s and s["step"] > SAVED
+    ]
+
+
+def weights(directory: Path) -> dict[str, np.ndarray]:
+    return load_file(directory / "weights" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Uninterrupted runs by layout and changes, each made once."""
+
+    @cache
+    def make(layout: Layout, changes: tuple[tuple[str, object], ...] = ()) -> Path:
+        directory = tmp_path_factory.mktemp("whole")
+        run(corpus, directory, layout, **dict(changes))
+        return directory
+
+    return make
+
+
+DROPOUT = (("model__hidden_dropout_prob", 0.1), ("model__attention_probs_dropout_prob", 0.1))
+BF16 = (("run__deepspeed", ROOT / "ds_configs" / "zero3_bf16.json"),)
+OFFLOAD = (("run__deepspeed", ROOT / "ds_configs" / "zero3_offload.json"),)
+
+
+@pytest.mark.parametrize("changes", [DROPOUT, DROPOUT + BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_same_layout_is_bit_equal(corpus: Path, tmp_path: Path, whole_run, layout: Layout, changes) -> None:
+    whole = whole_run(layout, changes)
+    continued = interrupted(whole, tmp_path / "run")
+    run(corpus, continued, layout, **dict(changes))
+    assert history(continued) == history(whole)
+    expected, found = weights(whole), weights(continued)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    records = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
+    assert records[0]["resumed_from_step"] == SAVED
+    saved = [r for r in records if "copy_seconds" in r]
+    assert [r["step"] for r in saved] == [4, 6] and all(r["write_seconds"] >= 0 for r in saved)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        ((2, 2, 2), (1, 1, 1)),
+        ((1, 1, 1), (2, 2, 2)),
+        ((2, 2, 2), (4, 1, 1)),
+        ((4, 1, 1), (1, 2, 2)),
+        ((1, 4, 1), (2, 1, 2)),
+        ((1, 1, 4), (1, 4, 1)),
+        ((2, 1, 2), (1, 2, 1)),
+    ],
+    ids=str,
+)
+def test_another_layout_continues_the_same_training(
+    corpus: Path, tmp_path: Path, whole_run, writer: Layout, reader: Layout
+) -> None:
+    whole = whole_run(writer)
+    continued = interrupted(whole, tmp_path / "run")
+    run(corpus, continued, reader)
+    np.testing.assert_allclose(history(continued), history(whole), rtol=1e-5)
+    expected, found = weights(whole), weights(continued)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-4, name
+
+
+def test_dropout_goes_on_across_pipeline_and_data_layouts(corpus: Path, tmp_path: Path, whole_run) -> None:
+    whole = whole_run((1, 2, 2), DROPOUT)
+    continued = interrupted(whole, tmp_path / "run")
+    run(corpus, continued, (1, 1, 1), **dict(DROPOUT))
+    np.testing.assert_allclose(history(continued), history(whole), rtol=1e-5)
+
+
+def test_precision_and_offload_may_change(corpus: Path, tmp_path: Path, whole_run) -> None:
+    whole = whole_run((2, 2, 2), BF16)
+    continued = interrupted(whole, tmp_path / "fp32")
+    run(corpus, continued, (1, 1, 2))
+    np.testing.assert_allclose([h[0] for h in history(continued)], [h[0] for h in history(whole)], rtol=2**-8)
+    offloaded = interrupted(whole_run((1, 1, 1), BF16), tmp_path / "offload")
+    run(corpus, offloaded, (1, 1, 1), **dict(OFFLOAD))
+    # The norm is added up on the other device, in another order.
+    np.testing.assert_allclose(history(offloaded), history(whole_run((1, 1, 1), BF16)), rtol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus: Path, tmp_path: Path, whole_run) -> None:
+    whole = whole_run((1, 1, 1))
+    continued = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", continued / "checkpoints")
+    for step in (4, 6):
+        file = continued / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    run(corpus, continued, (1, 1, 1))
+    assert history(continued) == history(whole)
+
+
+def test_another_model_is_refused(corpus: Path, tmp_path: Path, whole_run) -> None:
+    continued = interrupted(whole_run((1, 1, 1)), tmp_path / "run")
+    with pytest.raises(AssertionError, match="intermediate_size"):
+        run(corpus, continued, (1, 1, 1), model__intermediate_size=128)
+
+
+def test_a_run_starts_from_given_weights(corpus: Path, tmp_path: Path, whole_run) -> None:
+    whole = whole_run((1, 1, 1))
+    last_loss = json.loads((whole / "result.json").read_text())["loss"]
+    run(corpus, tmp_path / "run", (2, 1, 1), training__init=whole / "weights", optimizer__learning_rate=1e-12)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["loss"] == pytest.approx(last_loss, rel=1e-5)
