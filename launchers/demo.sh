@@ -1,7 +1,8 @@
 #!/bin/sh
 # From text to a trained small DeBERTa, on 8 CPU processes or on the GPUs of this machine.
 #   sh launchers/demo.sh [--section.key value ...]
-# Every step is skipped where its result exists; remove demo_data/ or runs/pretrain_demo/ to do it again.
+# Every step is skipped where its result exists, an interrupted training continues from its last checkpoint;
+# remove demo_data/ or runs/pretrain_demo/ to do it again.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -16,12 +17,6 @@ if [ -f "$result.json" ]; then
     say "already trained (remove runs/pretrain_demo to train again):"
     cat "$result.txt"
     exit 0
-fi
-
-if [ -f runs/pretrain_demo/metrics.jsonl ]; then
-    aside=runs/pretrain_demo.unfinished-$(date +%Y%m%d-%H%M%S)
-    mv runs/pretrain_demo "$aside"
-    say "an unfinished run was there; it is in $aside now"
 fi
 
 sh launchers/setup_env.sh
