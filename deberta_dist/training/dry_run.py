@@ -3,6 +3,7 @@
 ``describe`` is what ``--dry-run`` prints; ``rank_reports`` are its numbers.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from deberta_dist.training.communication import RankCommunication, layer_all_red
 from deberta_dist.training.flops import PEAK_FLOPS
 from deberta_dist.training.layout import Layout
 from deberta_dist.training.memory import RankMemory, expected_targets, rank_memory
+from deberta_dist.training.metrics import format_seconds
 from deberta_dist.training.preflight import Plan
 
 # The step time is an orientation: this device, at this share of its peak.
@@ -122,9 +124,11 @@ def _headline(plan: Plan) -> str:
         ("batch", f"{training.global_batch_size} sequences = micro-batch {training.micro_batch_size} x "
                   f"{training.num_micro_batches} micro-batches x data {parallel.data_parallel_size}"),
         ("tokens", f"{training.max_steps:,} steps x {training.global_batch_size} x {config.data.max_seq_length} = "
-                   f"{_scaled(training.max_steps * tokens)}tokens"),
+                   f"{_scaled(training.max_steps * tokens)} tokens"),
     )  # fmt: skip
-    return "\n".join(f"{label:<12}{text}" for label, text in rows)
+    lines = [(label if number == 0 else "", line)
+             for label, text in rows for number, line in enumerate(textwrap.wrap(text, 88))]  # fmt: skip
+    return "\n".join(f"{label:<12}{line}" for label, line in lines)
 
 
 def _stages(plan: Plan, reports: Sequence[RankReport]) -> str:
@@ -231,11 +235,13 @@ def _compute(plan: Plan) -> str:
     flops, seconds = plan.flops, step_seconds(plan)
     per_step = flops.training * _tokens_per_step(plan)
     peak = PEAK_FLOPS[REFERENCE_GPU] / 1e12
+    time = f"{seconds:,.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:,.2f} ms"
     days = seconds * plan.config.training.max_steps / 86400
+    whole = f"{days:,.1f} days" if days >= 1 else format_seconds(days * 86400)
     return (
         f"COMPUTE     {_scaled(flops.forward)}FLOP/token forward, {_scaled(flops.training)}FLOP/token training; "
         f"{_scaled(per_step)}FLOP per step\n"
-        f"  orientation: {seconds:,.2f} s per step, {days:,.1f} days for the run, if every process is one "
+        f"  orientation: {time} per step, {whole} for the run, if every process is one "
         f"{REFERENCE_GPU}\n  at {REFERENCE_UTILISATION:.0%} of its {peak:.0f} TFLOP/s dense bf16 "
         "(recomputation not counted as work done)"
     )
@@ -250,7 +256,7 @@ def _notes(plan: Plan) -> str:
             f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not "
             "exported"
         )
-    notes.append("whether NVIDIA apex works is not checked here but where the run starts; its Adam takes the same memory")
+    notes.append("NVIDIA apex is looked for where the run starts, not here; its Adam takes the same memory")
     for key in ("train", "validation", "tokenizer"):
         path = getattr(config.data, key)
         if not path.exists():
@@ -262,7 +268,7 @@ def _notes(plan: Plan) -> str:
 
 
 def _scaled(number: float) -> str:
-    """``1,048.58 G``, to be followed by a unit."""
+    """``1,048.58 G``, to be followed by what is counted."""
     prefix, size = next(((p, s) for p, s in (("P", 1e15), ("G", 1e9), ("M", 1e6)) if number >= s), ("", 1))
     return f"{number / size:,.2f} {prefix}"
 

@@ -65,9 +65,9 @@ CASES = {
         tensor=2, pipeline=2,
         changes=(("vocab_size", 60), ("type_vocab_size", 2), ("conv_groups", 4), ("conv_kernel_size", 5)),
     ),
-    "no-clipping": Unusual(tensor=2, data=2, clipping=0.0),
+    "no-clipping": Unusual(tensor=2, clipping=0.0),
     "buckets-smaller-than-a-flat": Unusual(
-        pipeline=2, data=2,
+        data=2,
         zero=(("reduce_bucket_size", 100), ("stage3_prefetch_bucket_size", 10), ("sub_group_size", 100),
               ("stage3_max_live_parameters", 10), ("overlap_comm", True), ("contiguous_gradients", False)),
     ),
@@ -96,15 +96,14 @@ def test_equals_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if parameter.endswith("pos_key_proj.bias"):  # softmax does not see it: rounding noise on both sides
             assert np.linalg.norm(full["gradients"][parameter]) < 1e-6 * total
             continue
-        if gradient.any():
-            assert relative_error(full["gradients"][parameter], gradient) < 1e-5, f"gradient of {parameter}"
-        else:
-            assert not full["gradients"][parameter].any(), f"gradient of {parameter}"
+        error = np.linalg.norm(full["gradients"][parameter] - gradient)
+        # A gradient that all but cancels (v1's key bias) is measured by the noise of the sums it comes from.
+        assert error < 1e-5 * max(np.linalg.norm(gradient), 1e-6 * total), f"gradient of {parameter}"
         assert relative_error(full["weights"][parameter], expected["weights"][parameter]) < 1e-4, parameter
 
 
 def test_a_run_with_dropout_repeats_bit_for_bit() -> None:
-    case = Case(tensor=2, pipeline=2, dropout=0.1, recompute="selective", steps=3)
+    case = Case(tensor=2, dropout=0.1, recompute="selective", steps=2)
     first, second = (run_ranks(case.world_size, train, case) for _ in range(2))
     assert [rank["history"] for rank in first] == [rank["history"] for rank in second]
     for name, weight in first[0]["weights"].items():

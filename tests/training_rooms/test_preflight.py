@@ -1,0 +1,113 @@
+"""What is refused before any process group exists, by key and value; and which held-out rows count."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deberta_dist import preset
+from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.mesh import Mesh, MeshShape
+from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
+from deberta_dist.training.preflight import check_plan, open_data, read_model_config
+from tests.training_rooms.conftest import VOCABULARY, MakeRun
+
+
+def test_a_good_run_is_resolved(make_run: MakeRun) -> None:
+    plan = check_plan(make_run(), world_size=2)
+    assert plan.config.parallel.data_parallel_size == 2
+    assert plan.config.training.num_micro_batches == 2
+    assert plan.model_config == preset("tiny-v2", vocab_size=VOCABULARY)
+    assert plan.deepspeed["train_batch_size"] == 2
+    assert open_data(plan).tokenizer.num_tokens <= VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": {"max_seq_length": 4096}}, ["data.max_seq_length = 4096", "model.max_position_embeddings = "]),
+        ({"model": {"preset": "tiny-v9"}}, ["'tiny-v9'", "tiny-v2"]),
+        ({"model": {"hiden_size": 3}}, ["'hiden_size'", "'hidden_size'"]),
+        ({"model": {"hidden_size": 30}}, ["num_attention_heads = 4", "hidden_size = 30"]),
+        ({"model": {"num_hidden_layers": 1}}, ["num_hidden_layers = 1", "at least 2"]),
+        ({"parallel": {"tensor_parallel_size": 8}}, ["tensor_parallel_size = 8", "num_attention_heads = 4"]),
+        ({"parallel": {"pipeline_parallel_size": 8}}, ["8 pipeline stages", "num_hidden_layers = "]),
+        ({"parallel": {"layers_per_stage": (1,)}}, ["layers_per_stage = [1]", "num_hidden_layers = "]),
+        ({"training": {"global_batch_size": 9}}, ["global_batch_size = 9"]),
+    ],
+)
+def test_plan_is_refused(make_run: MakeRun, changes: dict[str, Any], words: list[str]) -> None:
+    config = make_run(**changes)
+    sizes = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    with pytest.raises(ConfigError) as refusal:
+        check_plan(config, world_size=sizes)
+    for word in [config.source, *words]:
+        assert word in str(refusal.value)
+
+
+def test_a_published_configuration_is_a_model(make_run: MakeRun, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(preset("tiny-v1").to_dict()))
+    config = make_run()
+    section = type(config.model)(config=file, num_hidden_layers=3)
+    found = read_model_config(config.model_copy(update={"model": section}))
+    assert found == preset("tiny-v1", num_hidden_layers=3)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"model\.config = .*config\.json"):
+        read_model_config(config.model_copy(update={"model": section}))
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"model\.config = .*config\.json"):
+        read_model_config(config.model_copy(update={"model": section}))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_run: MakeRun) -> None:
+    tokens = open_data(check_plan(make_run(), world_size=1)).tokenizer.num_tokens
+    exact = make_run(model={"vocab_size": tokens})
+    open_data(check_plan(exact, world_size=1))
+    plan = check_plan(make_run(model={"vocab_size": tokens - 1}), world_size=1)
+    with pytest.raises(DataError, match=rf"vocab_size = {tokens - 1} .*{tokens} tokens"):
+        open_data(plan)
+
+
+def test_tokens_of_another_tokenizer_are_refused(make_run: MakeRun, corpus: Path) -> None:
+    plan = check_plan(make_run(data={"tokenizer": corpus / "another.model"}), world_size=1)
+    with pytest.raises(DataError, match=r"text\.tokens was made with .*another\.model"):
+        open_data(plan)
+
+
+def test_a_missing_token_file_is_named(make_run: MakeRun, corpus: Path, tmp_path: Path) -> None:
+    # The file of the other key is there: the right one of the two is named.
+    shutil.copy(corpus / "text.tokens", tmp_path / "there.tokens")
+    changes = {"train": tmp_path / "there.tokens", "validation": tmp_path / "absent.tokens"}
+    with pytest.raises(DataError, match=r"absent\.tokens"):
+        open_data(check_plan(make_run(data=changes), world_size=1))
+
+
+@pytest.mark.parametrize(("data_parallel_size", "count"), [(1, 11), (2, 11), (4, 11), (4, 8), (2, 3), (4, 1)])
+def test_every_held_out_sequence_counts_once(make_run: MakeRun, data_parallel_size: int, count: int) -> None:
+    """Also where their number is no multiple of the batch, and where a rank has none."""
+    plan = check_plan(make_run(evaluation={"num_sequences": count}), world_size=data_parallel_size)
+    validation = open_data(plan).validation
+    assert validation.num_samples > 16, "otherwise there is less to count than was asked for"
+    assert num_evaluation_sequences(plan, validation) == count
+    rows = []
+    for start in range(0, count, 8):
+        for rank in range(data_parallel_size):
+            shape = MeshShape(data=data_parallel_size)
+            mesh = Mesh(shape=shape, rank=rank, device=torch.device("cpu"), groups={})
+            batch = own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count)
+            assert batch.input_ids.shape == (8 // data_parallel_size, 32), "every rank runs the same shapes"
+            rows.append(batch.labels)
+    labels, expected = torch.cat(rows), validation.batch(0, count).labels
+    assert torch.equal(labels[:count], expected)
+    assert (expected > 0).any(dim=1).all()
+    assert not labels[count:].any()
+
+
+def test_more_held_out_sequences_than_there_are_means_all(make_run: MakeRun) -> None:
+    plan = check_plan(make_run(evaluation={"num_sequences": 10**9}), world_size=1)
+    validation = open_data(plan).validation
+    assert num_evaluation_sequences(plan, validation) == validation.num_samples
