@@ -76,31 +76,37 @@ def discover_launch() -> Launch:
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+        # The step's size, not the job's: a shell inside an allocation is a step of one.
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     )
     env = os.environ
-    found = next((n for n in names if n[0] in env and n[1] in env), None)
+    # Under srun with PMI2 there is a PMI_RANK without a local rank: then Slurm's own variables know it.
+    present = [n for n in names if env.get(n[0]) and env.get(n[1])]
+    found = next((n for n in present if n[0] == "RANK" or env.get(n[2])), next(iter(present), None))
     if found is None or (found[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in env):
         # Inside a Slurm batch script but not under srun the variables describe the script, not a rank.
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         found = names[0]
-    launch = Launch(rank=int(env[found[0]]), world_size=int(env[found[1]]), local_rank=int(env.get(found[2], "0")))
-    env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    launch = Launch(rank=int(env[found[0]]), world_size=int(env[found[1]]), local_rank=int(env.get(found[2]) or "0"))
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _master_address(found[0], launch)
+    if launch.world_size > 1 and found[0] != "RANK" and not env.get(found[2]):
+        raise ConfigError(f"{found[0]} is there and {found[2]} is not: a rank must know its number on its node")
     env.setdefault("MASTER_PORT", "29500")
+    env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     return launch
 
 
 def _master_address(rank_variable: str, launch: Launch) -> str:
     if rank_variable == "SLURM_PROCID":
         try:
-            nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+            nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
             listing = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
             return listing.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise ConfigError(
-                "MASTER_ADDR is not exported and scontrol does not tell the first host of SLURM_JOB_NODELIST: export "
+                "MASTER_ADDR is not exported and scontrol does not tell the first host of SLURM_STEP_NODELIST: export "
                 "MASTER_ADDR=<host> before srun"
             ) from None
     local_size = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from deberta_dist.flat_layout import FlatLayout, ShardState
 from deberta_dist.mesh import Mesh
 
-# What DeepSpeed's dynamic loss scaler remembers.
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -58,7 +57,7 @@ class _Store(nn.Module):
 
 
 class _ModelParallelUnit:
-    """The ``mpu`` object DeepSpeed asks: the ranks of one data-parallel replica, and of one shard group."""
+    """The ``mpu`` object DeepSpeed asks about its groups."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -191,7 +190,9 @@ class WeightStore:
     def skip(self) -> None:
         """The agreed answer to a non-finite gradient: no weight moves; under fp16 the loss scale falls."""
         if self.dtype == torch.float16:
-            self._engine.optimizer.loss_scaler.update_scale(True)
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.raise_error_at_min_scale = False  # the run's own count of skipped steps decides
+            scaler.update_scale(True)
         self.release()
 
     @torch.no_grad()
@@ -200,8 +201,7 @@ class WeightStore:
         shards = []
         for flat, state in self._flat_states():
             values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
-            # Before the first step there are no moments yet: they are zeros.
-            values = [torch.zeros_like(flat) if value is None else value for value in values]
+                values = [torch.zeros_like(flat) if value is None else value for value in values]
             shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
         return shards
 

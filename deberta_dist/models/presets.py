@@ -61,7 +61,7 @@ PRESETS: Mapping[str, DebertaConfig] = MappingProxyType(
 )
 
 
-def preset(name: str, **overrides: Any) -> DebertaConfig:
+def preset(name: str, /, **overrides: Any) -> DebertaConfig:
     """A published configuration with some fields replaced.
 
     Args:

@@ -2,19 +2,20 @@
 
 A multiply-add counts 2. What recomputation repeats is not counted: these are the model's FLOPs, not the
 hardware's. B sequences of S tokens in a micro-batch, D hidden, F feed-forward, A all heads together, R rows
-of the relative table, V vocabulary, m share of masked tokens:
+of the relative table, V vocabulary, W width of the embeddings, m share of masked tokens:
 
     layer       8 D A + 4 D F + 4 S A + 2 R A per position term + projections of the table / (B S)
     convolution 2 D D K
     EMD         keys and values once; twice for the masked share: query, output, feed-forward, scores
-    head        m (2 D D + 2 D V)
+    head        m (2 D W + 2 W V)
 """
 
+import re
 from dataclasses import dataclass
 
 from deberta_dist.models.config import DebertaConfig
 
-# Dense bf16/fp16 tensor-core peaks, FLOP/s, from the vendors' data sheets, by a part of the device's name.
+# Dense bf16/fp16 tensor-core peaks of the SXM parts, FLOP/s, from the vendor's data sheets, by a word of the name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
 
 
@@ -65,10 +66,13 @@ def forward_flops(
         keys_once = 4 * hidden * heads + table + positions / terms * ("p2c" in config.pos_att_type)
         per_query = 4 * hidden * heads + feed_forward + attended + positions / terms * ("c2p" in config.pos_att_type)
         units[-1] = keys_once + 2 * mask_probability * per_query
-    units[-1] += mask_probability * (2 * hidden * hidden + 2 * hidden * config.vocab_size)
+    width = config.embedding_width
+    if width != hidden:
+        units[0] += 2 * width * hidden
+    units[-1] += mask_probability * 2 * width * (hidden + config.vocab_size)
     return ForwardFlops(units=tuple(units))
 
 
 def device_peak_flops(device_name: str) -> float | None:
     """Peak of one device, FLOP/s, or None where none is known (a CPU has no such number)."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", device_name)), None)

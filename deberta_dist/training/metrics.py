@@ -1,6 +1,7 @@
 """What a run tells while it runs: one JSON object per step on disk, one line now and then on screen."""
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ class StepMetrics:
 
     Attributes:
         step: Optimizer steps done, this one included.
-        loss: Mean over the step's targets (nats).
+        loss: Mean over the step's targets (nats); null on disk where it is not finite.
         grad_norm: Global L2 norm before clipping; None when the step was skipped.
         lr: Learning rate of the step.
         tokens_per_second: Of the whole run.
@@ -95,7 +96,8 @@ class MetricsLog:
 
     def _write(self, values: dict) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def _line(self, metrics: StepMetrics) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.

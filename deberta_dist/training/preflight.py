@@ -101,11 +101,13 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
         if section.preset is not None:
             return preset(section.preset, **section.overrides)
         published = json.loads(Path(section.config).read_text(encoding="utf-8"))
+        if not isinstance(published, dict):
+            raise ConfigError(f"model.config = {section.config} is not a JSON object")
         return DebertaConfig.from_dict({**published, **section.overrides})
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{config.source}: model.config = {section.config}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{config.source}, [model]: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config.source}: model.config = {section.config}: {error}") from None
 
 
 def open_data(plan: Plan) -> RunData:
@@ -146,7 +148,7 @@ def open_initial_weights(plan: Plan) -> Callable[[str], Tensor] | None:
     try:
         published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         weights = safe_open(directory / "model.safetensors", framework="pt")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"training.init = {directory}: {error}") from None
     there, here = DebertaConfig.from_dict(published).to_dict(), plan.model_config.to_dict()
     if differing := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):

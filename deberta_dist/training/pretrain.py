@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.checkpoint.reader import CheckpointReader
-from deberta_dist.config import load_config, smallest_world_size, write_resolved
+from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import Batch, Prefetcher
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
@@ -130,6 +130,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
             print(describe(plan), end="")
         return
     plan = check_plan(config, world_size=launch.world_size)
+    if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
     data = open_data(plan)
     initial_weights = open_initial_weights(plan)
     directory = Path(plan.config.run.directory)
