@@ -201,7 +201,7 @@ class WeightStore:
         shards = []
         for flat, state in self._flat_states():
             values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
-                values = [torch.zeros_like(flat) if value is None else value for value in values]
+            values = [torch.zeros_like(flat) if value is None else value for value in values]
             shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
         return shards
 
