@@ -1,0 +1,137 @@
+"""The tokenizer of a conversion: found, checked against the model, written in the form of the target."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deberta_dist.checkpoint.formats import files, huggingface
+from deberta_dist.checkpoint.formats.output import OutputDirectory
+from deberta_dist.checkpoint.formats.source import Source
+from deberta_dist.checkpoint.formats.tokenizer_files import MASK_PROBE, PROBE, compare, tokenizer_texts
+from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import DataError
+from deberta_dist.models.config import DebertaConfig
+
+SPM_NAME = "spm.model"
+_CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    SPM_NAME,
+)
+
+
+@dataclass
+class TokenizerResult:
+    """What was done about the tokenizer.
+
+    Attributes:
+        files: Written.
+        sha256: Of the SentencePiece model, None without one.
+        message: One sentence for the user and the model card.
+        compared: Whether the exported tokenizer was compared with SentencePiece.
+        differences: Texts that it splits differently.
+    """
+
+    files: list[str] = field(default_factory=list)
+    sha256: str | None = None
+    message: str = "No tokenizer was found; give --tokenizer spm.model."
+    compared: bool = False
+    differences: list[str] = field(default_factory=list)
+
+
+def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig) -> tuple[Tokenizer | None, str]:
+    """The SentencePiece model that belongs to a checkpoint, and why there is none.
+
+    Args:
+        source: The checkpoint.
+        given: By the user; otherwise the source's directory is searched, and where a run had it.
+        config: The model.
+
+    Raises:
+        DataError: it is not one, another than the run used, or has more tokens than the model.
+    """
+    if given is not None:
+        tokenizer = Tokenizer(given)
+        if source.tokenizer_sha256 not in (None, tokenizer.sha256):
+            raise DataError(
+                f"--tokenizer {given} has SHA-256 {tokenizer.sha256[:12]}..., the run used {source.tokenizer_sha256[:12]}...: "
+                "give the file that the run was trained with"
+            )
+    else:
+        try:
+            tokenizer = _found(source)
+        except DataError as error:
+            return None, f"{error}; no tokenizer was written."
+    if tokenizer is not None and tokenizer.num_tokens > config.vocab_size:
+        raise DataError(f"{tokenizer.path} has {tokenizer.num_tokens} tokens, the model {config.vocab_size}: another model's")
+    return tokenizer, TokenizerResult().message
+
+
+def _found(source: Source) -> Tokenizer | None:
+    if files.has(source.directory, SPM_NAME):
+        return Tokenizer(files.inside(source.directory, SPM_NAME))
+    if source.tokenizer_hint is not None and source.tokenizer_hint.is_file():
+        tokenizer = Tokenizer(source.tokenizer_hint)
+        return tokenizer if tokenizer.sha256 == source.tokenizer_sha256 else None
+    return None
+
+
+def write_tokenizer(
+    output: OutputDirectory,
+    source: Source,
+    *,
+    tokenizer: Tokenizer | None,
+    message: str,
+    for_huggingface: bool,
+    is_given: bool,
+    max_length: int,
+) -> TokenizerResult:
+    """Writes the tokenizer's files.
+
+    Args:
+        output: The conversion's directory.
+        source: The checkpoint.
+        tokenizer: From `find_tokenizer`.
+        message: Likewise.
+        for_huggingface: Write their files too.
+        is_given: The user named the tokenizer, so the source's own files do not matter.
+        max_length: Longest text that the model can take, tokens.
+    """
+    result = TokenizerResult(message=message)
+    if for_huggingface and source.format is huggingface.FORMAT and not is_given:
+        names = [name for name in _CARRIED if files.has(source.directory, name)]
+        if "tokenizer.json" in names or "vocab.json" in names:
+            for name in names:
+                output.copy(files.inside(source.directory, name), name=name)
+            result.files, result.message = names, "The tokenizer files of the source, unchanged."
+            return result
+    if tokenizer is None:
+        return result
+    output.copy(tokenizer.path, name=SPM_NAME)
+    result.files, result.sha256 = [SPM_NAME], tokenizer.sha256
+    result.message = f"`{SPM_NAME}`, SHA-256 {tokenizer.sha256}."
+    if not for_huggingface:
+        return result
+    try:
+        texts = tokenizer_texts(tokenizer, max_length=max_length)
+    except DataError as error:
+        result.message += f" {error}."
+        return result
+    for name, text in texts.items():
+        output.write_text(name, text)
+        result.files.append(name)
+    differences = compare(texts["tokenizer.json"], tokenizer=tokenizer)
+    result.compared = differences is not None
+    result.differences = differences or []
+    result.message += f" `{MASK_PROBE}` has the mask token in it, where SentencePiece sees ordinary characters."
+    if differences is None:
+        result.message += " `tokenizer.json` was not compared with it: the tokenizers library is not installed."
+    else:
+        result.message += (
+            f" `tokenizer.json` splits {len(PROBE) - len(differences)} of {len(PROBE)} difficult probe texts as it does"
+            + (f"; not {', '.join(map(ascii, differences))}." if differences else ".")
+        )
+    return result

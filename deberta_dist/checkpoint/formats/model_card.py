@@ -1,0 +1,82 @@
+"""The README.md of a Hugging Face directory: where the weights come from, and what their classes do not use."""
+
+from deberta_dist.checkpoint.formats.source import Published, Source
+from deberta_dist.checkpoint.formats.weights import POSITION_TABLE
+
+_DIVIDER = "\n\n"
+
+
+def model_card(
+    source: Source, published: Published, *, architecture: str, dtype: str, why_class: str, tokenizer: str
+) -> str:
+    """The text of the card.
+
+    Args:
+        source: Where the weights come from.
+        published: The model.
+        architecture: Class named in config.json.
+        dtype: Number formats, for people.
+        why_class: Reason for the pair of classes; may be empty.
+        tokenizer: What was done about the tokenizer, one sentence.
+    """
+    config = published.config
+    origin = f"Converted by `tools/convert_checkpoint.py` of deberta_dist from: {source.description}"
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- deberta\n---",
+        f"# {architecture}",
+        f"{origin}. Numbers are {dtype}. {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}." + (f" {why_class}." if why_class else ""),
+        "`conversion_report.json` tells what became of every key and has the SHA-256 of every file.",
+        "## What these classes do not use, and why it is in the file",
+        "\n".join(_unused(published, architecture=architecture)),
+        "## Tokenizer",
+        f"{tokenizer} Use `AutoTokenizer`: `DebertaV2Tokenizer` replaces the normalisation rules by others and splits "
+        "some text differently.",
+    ]
+    return _DIVIDER.join(parts) + "\n"
+
+
+def _unused(published: Published, *, architecture: str) -> list[str]:
+    config, names = published.config, published.weights
+    found = []
+    if POSITION_TABLE in names and not config.position_biased_input:
+        found.append(
+            "- `deberta.embeddings.position_embeddings.weight`: absolute positions, added by DeBERTa's enhanced mask "
+            "decoder after the encoder. Hugging Face has no such decoder: it ignores the table, and drops it when it "
+            "saves. It stays here because the masked language modelling head was trained with it, so that pre-training "
+            "can go on from this file."
+        )
+    if any(name.startswith("lm_predictions.") for name in names):
+        found.append(
+            "- `lm_predictions.lm_head.*`: the head of masked language modelling; only `AutoModelForMaskedLM` uses it, "
+            "other classes report it as unexpected."
+            + (
+                ""
+                if config.position_biased_input
+                else " Its logits differ from DeBERTa's own there, because the enhanced mask decoder is missing: "
+                "do not judge the model by them, and do not continue pre-training with that class."
+            )
+        )
+    if any(name.startswith("mask_predictions.") for name in names):
+        found.append(
+            "- `mask_predictions.*`: the head that detects replaced tokens. No Hugging Face class has it; "
+            "`AutoModelForMaskedLM` ignores it, others report it as unexpected."
+        )
+    if "classifier.weight" in names:
+        found.append(
+            "- `pooler.*`, `classifier.*`: used by `AutoModelForSequenceClassification`; other classes report them as "
+            "unexpected."
+        )
+    else:
+        found.append(
+            "- There is no classifier: `AutoModelForSequenceClassification` reports `pooler.*` and `classifier.*` as "
+            "missing and starts them at random, for fine-tuning."
+        )
+    if not any(name.startswith("lm_predictions.") for name in names):
+        found.append("- There is no masked language modelling head: `AutoModelForMaskedLM` would start one at random.")
+    if config.position_buckets >= 1:
+        found.append(
+            f"- Sequences longer than {config.max_relative_distance} tokens: Hugging Face does not limit the distance before "
+            "it looks up a bucket, and uses a row of `rel_embeddings` that was never trained. Stay below."
+        )
+    return found

@@ -1,0 +1,230 @@
+"""The directory that a conversion makes: complete under its name, or not there at all."""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
+from deberta_dist.errors import ConfigError
+
+REPORT_NAME = "conversion_report.json"
+_MINE = r"\.{name}\.converting-{host}-(\d+)"
+
+
+class Progress:
+    """Percent and speed on a terminal, nothing elsewhere.
+
+    Args:
+        total: Bytes to come.
+        stream: Where to; standard error by default.
+    """
+
+    def __init__(self, total: int, *, stream: IO[str] | None = None) -> None:
+        self._total, self._stream = total, stream or sys.stderr
+        self._shows = self._stream.isatty()
+        self._start = self._last = time.monotonic()
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Counts bytes; shows them at most five times a second."""
+        self._done += num_bytes
+        now = time.monotonic()
+        if self._shows and now - self._last > 0.2:
+            self._last = now
+            speed = self._done / 1e6 / (now - self._start)
+            percent = min(100, 100 * self._done // max(self._total, 1))
+            print(f"\r{percent:3d} %  {speed:,.0f} MB/s ", end="", file=self._stream, flush=True)
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._shows:
+            print("\r" + " " * 24 + "\r", end="", file=self._stream, flush=True)
+
+
+class OutputDirectory:
+    """Files of one conversion, written beside their destination.
+
+    Attributes:
+        path: Where they are until they are published.
+        files: Name -> bytes and SHA-256 of what was written so far.
+    """
+
+    def __init__(self, path: Path, *, progress: Progress) -> None:
+        self.path = path
+        self.files: dict[str, dict[str, object]] = {}
+        self._progress = progress
+
+    def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
+        """Writes a file through ``fill`` and forces it to disk."""
+        with open(self.path / name, "xb") as raw:
+            file = HashedFile(raw, on_bytes=self._progress.add)
+            fill(file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        self.files[name] = {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file."""
+        self.write(name, lambda file: file.write(text.encode("utf-8")))
+
+    def copy(self, source: Path, *, name: str) -> None:
+        """Copies a small file byte for byte."""
+        self.write(name, lambda file: file.write(source.read_bytes()))
+
+
+class HashedFile:
+    """A file that can only be appended to, hashed on the way: what zipfile and the writers here need."""
+
+    def __init__(self, file: IO[bytes], *, on_bytes: Callable[[int], None]) -> None:
+        self.sha256 = hashlib.sha256()
+        self._file, self._on_bytes, self._position = file, on_bytes, 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Appends, in parts so that progress shows within a large tensor."""
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), 16 << 20):
+            part = view[begin : begin + (16 << 20)]
+            self._file.write(part)
+            self.sha256.update(part)
+            self._on_bytes(len(part))
+        self._position += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._position
+
+    def flush(self) -> None:
+        """Nothing is kept back here."""
+
+
+@contextmanager
+def new_directory(target: Path, *, force: bool, needed_bytes: int, progress: Progress) -> Iterator[OutputDirectory]:
+    """A directory that gets its name when the block ends without error; an error removes it.
+
+    A killed conversion leaves ``.NAME.converting-HOST-PID``; the next one to the same target on the same host
+    removes it.
+
+    Args:
+        target: Its name.
+        force: Replace what a conversion or export has made there.
+        needed_bytes: About what will be written.
+        progress: Told of every byte.
+
+    Raises:
+        ConfigError: something is there and ``force`` is not given, or it does not look like a converted checkpoint.
+        CheckpointWriteError: no room, or it cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    require_free(target, force=force)
+    host = re.sub(r"[^A-Za-z0-9_.]", "_", socket.gethostname())
+    temporary = target.with_name(f".{target.name}.converting-{host}-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target, host=host)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise CheckpointWriteError(
+                f"{target} needs {needed_bytes / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB left"
+            )
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointWriteError(f"{target} cannot be made ({error.strerror})") from error
+    try:
+        yield OutputDirectory(temporary, progress=progress)
+        _sync(temporary)
+        _publish(temporary, target, force=force)
+    except OSError as error:
+        raise CheckpointWriteError(f"{target} is not written ({error.strerror or error})") from error
+    finally:
+        progress.end()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(target: Path, *, force: bool) -> None:
+    """Refuses a target that must not be replaced.
+
+    Raises:
+        ConfigError: see `new_directory`.
+    """
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise ConfigError(f"{target} exists already and is left as it is: name another target, or give --force")
+    names = {entry.name for entry in target.iterdir()} if target.is_dir() and not target.is_symlink() else None
+    known = {"config.json", "model_config.json"}
+    if names is None or (names and (not names & known or any((target / name).is_dir() for name in names))):
+        raise ConfigError(f"{target} does not look like a converted checkpoint and is not replaced, --force or not")
+
+
+def _publish(temporary: Path, target: Path, *, force: bool) -> None:
+    require_free(target, force=force)
+    aside = temporary.with_name(temporary.name + ".old")
+    if os.path.lexists(target):
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if os.path.lexists(aside):
+            os.rename(aside, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(target: Path, *, host: str) -> None:
+    mine = re.compile(_MINE.format(name=re.escape(target.name), host=re.escape(host)))
+    for path in target.parent.iterdir():
+        match = mine.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(directory: Path) -> None:
+    folder = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def require_apart(source: Path, target: Path) -> None:
+    """Refuses a target that is, holds, or lies in the source directory.
+
+    Raises:
+        ConfigError: it does.
+    """
+    a, b = source.resolve(), target.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise ConfigError(f"{target} and the source {source} lie in one another: name a target elsewhere")
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error

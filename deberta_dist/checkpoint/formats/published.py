@@ -1,0 +1,18 @@
+"""This package's own form: ``config.json`` and ``model.safetensors`` with the published names and nothing else.
+
+Runs export it, and training starts from it. A configuration without ``model_type`` tells it from Hugging Face's.
+"""
+
+from typing import Any
+
+from deberta_dist.checkpoint.formats.rules import Format
+from deberta_dist.models.config import DebertaConfig
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+FORMAT = Format(name="deberta_dist")
+
+
+def to_config(config: DebertaConfig, *, labels: dict[str, Any]) -> dict[str, Any]:
+    """``config.json``: the published fields, and of a classifier the names of its classes."""
+    return {**config.to_dict(), **labels}

@@ -1,0 +1,144 @@
+"""What a format is: a list of renames, a list of keys without meaning, and a few structural rules.
+
+Applied in that order they lead from the keys of a file to published names.
+"""
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.formats.weights import Dropped, Weights, shorten
+from deberta_dist.models.config import DebertaConfig
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Keys that match ``pattern`` are called ``name`` (as in ``re.sub``)."""
+
+    pattern: str
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Keys that match ``pattern`` from end to end carry nothing that a model needs."""
+
+    pattern: str
+    why: str
+
+
+@dataclass
+class Reading:
+    """A checkpoint on its way to published names.
+
+    Attributes:
+        weights: By the names so far.
+        config: Of the model.
+        dropped: Keys that are left behind.
+        warnings: What a user should know.
+        generator: Weights of the generator that lies beside a discriminator, published names.
+    """
+
+    weights: Weights
+    config: DebertaConfig
+    dropped: list[Dropped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    generator: Weights | None = None
+
+    def drop(self, name: str, *, why: str) -> None:
+        """Leaves out the weight called ``name``."""
+        self.dropped += [Dropped(key, why) for key in self.weights.pop(name).origin]
+
+
+Rule = Callable[[Reading], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How the keys of one format lead to published names.
+
+    Attributes:
+        name: What messages call it.
+        renames: Applied in order.
+        drops: Applied to renamed keys.
+        rules: Structural ones, in order; each changes the ``Reading``.
+    """
+
+    name: str
+    renames: Sequence[Rename] = ()
+    drops: Sequence[Drop] = ()
+    rules: Sequence[Rule] = ()
+
+
+# A backbone on its own has no prefix, and the first releases have another: every format knows both.
+COMMON_RENAMES = (
+    Rename(r"^bert\.", "deberta.", "prefix of the first releases"),
+    Rename(r"^(?=(embeddings|encoder)\.)", "deberta.", "a backbone saved on its own has no prefix"),
+)
+COMMON_DROPS = (
+    Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, made anew by every model"),
+)
+
+
+def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
+    """The weights under their new names.
+
+    Raises:
+        CheckpointError: two keys get the same name.
+    """
+    found: Weights = {}
+    for key, weight in weights.items():
+        name, reasons = key, []
+        for rename in renames:
+            changed = re.sub(rename.pattern, rename.name, name)
+            if changed != name:
+                reasons.append(rename.why)
+            name = changed
+        if name in found:
+            raise CheckpointError(f"keys {found[name].origin[0]} and {key} are both {name}")
+        found[name] = replace(weight, why="; ".join(reasons)) if reasons else weight
+    return found
+
+
+def apply(fmt: Format, reading: Reading, *, allow_unmapped: Sequence[str]) -> None:
+    """Brings ``reading`` to published names.
+
+    Args:
+        fmt: Format of the keys.
+        reading: Changed in place.
+        allow_unmapped: fnmatch patterns of keys to leave out without another reason.
+    """
+    for key in list(reading.weights):
+        pattern = allowed_by(key, allow_unmapped)
+        if pattern is not None:
+            reading.drop(key, why=f"--allow-unmapped {pattern}")
+    reading.weights = renamed(reading.weights, fmt.renames)
+    for name in list(reading.weights):
+        for drop in fmt.drops:
+            if re.fullmatch(drop.pattern, name):
+                reading.drop(name, why=drop.why)
+                break
+    for rule in fmt.rules:
+        rule(reading)
+
+
+def allowed_by(key: str, patterns: Sequence[str]) -> str | None:
+    """The first fnmatch pattern that matches, or None."""
+    return next((pattern for pattern in patterns if fnmatch.fnmatchcase(key, pattern)), None)
+
+
+def require_known(reading: Reading, *, shapes: Mapping[str, object], fmt: Format, where: object) -> None:
+    """Refuses keys that no rule explains.
+
+    Raises:
+        CheckpointError: there are some; the message names them.
+    """
+    unknown = [key for name, weight in reading.weights.items() if name not in shapes for key in weight.origin or (name,)]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: {len(unknown)} keys of this {fmt.name} checkpoint are not explained: {shorten(unknown)}; "
+            "to leave them out, give --allow-unmapped PATTERN"
+        )

@@ -1,0 +1,168 @@
+"""``.bin`` files of torch.save, read and written one tensor at a time, and never executed.
+
+Reading: the pickle inside is interpreted with ``weights_only`` alone, tensors stay in the mapped file. Writing: the
+same archive that torch.save makes, but streamed, because torch.save wants all tensors in memory first. Every version
+of torch since 1.6 reads it.
+"""
+
+import collections
+import functools
+import io
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.formats.safetensors_files import tensor_bytes
+from deberta_dist.checkpoint.formats.weights import Weight, Weights
+
+_REMAP_BYTES = 256 * 2**20
+_ALIGNMENT = 64
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+}
+
+
+class TorchFile:
+    """One ``.bin`` file.
+
+    Attributes:
+        weights: Its tensors, unread.
+        config: The published code's ``config`` entry, if there is one; otherwise None.
+        is_streamed: Whether tensors are read one by one. Files from before torch 1.6 are read whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the table of contents.
+
+        Raises:
+            CheckpointError: the file is damaged, not one of torch.save, or its pickle asks for anything but tensors.
+        """
+        self._path = path
+        self.is_streamed = zipfile.is_zipfile(path)
+        self._state: dict[str, Any] | None = None
+        self._bytes_read = 0
+        self.config: dict[str, Any] | None = None
+        self.weights: Weights = {}
+        state = self._mapped()
+        if self.is_streamed:
+            self._require_records(state)
+        for key, value in state.items():
+            if key == "config" and isinstance(value, dict):
+                self.config = value
+            elif not isinstance(key, str) or not isinstance(value, Tensor):
+                raise CheckpointError(f"{path}: {str(key)[:100]!r} is {type(value).__name__}, no tensor with a name")
+            else:
+                self._require_dense(key, value)
+                self.weights[key] = Weight(tuple(value.shape), value.dtype, functools.partial(self._read, key), (key,))
+
+    def _require_records(self, state: Mapping[str, Any]) -> None:
+        """Refuses storages that are no record of the archive: a mapped reader would run on into the next one."""
+        tensors = [value for value in state.values() if isinstance(value, Tensor) and value.layout == torch.strided]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        with zipfile.ZipFile(self._path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
+        if collections.Counter(size for size in storages.values() if size) - collections.Counter(sizes):
+            raise CheckpointError(f"{self._path}: its tensors are larger or smaller than what is stored of them")
+
+    def _require_dense(self, key: str, value: Tensor) -> None:
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise CheckpointError(f"{self._path}: {key} is not a dense tensor in memory")
+        # A view that repeats a few stored numbers could be of any size.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{self._path}: {key} is {list(value.shape)}, more than the file stores of it")
+
+    def _mapped(self) -> dict[str, Any]:
+        # What has been read of a map counts as memory of this process until it is unmapped.
+        if self._state is None or (self.is_streamed and self._bytes_read > _REMAP_BYTES):
+            self._state, self._bytes_read = None, 0
+            try:
+                with warnings.catch_warnings():
+                    # About the version of the pickle: a refusal, if any, says more.
+                    warnings.simplefilter("ignore")
+                    self._state = torch.load(self._path, map_location="cpu", mmap=self.is_streamed, weights_only=True)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be read ({error.strerror})") from error
+            except MemoryError as error:
+                raise CheckpointError(f"{self._path} asks for more memory than there is") from error
+            # Damaged archives and hostile pickles fail in every part of the reader, each with an error of its own.
+            except Exception as error:
+                raise CheckpointError(f"{self._path} is refused: {_reason(error)}") from error
+            if not isinstance(self._state, dict):
+                raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, no state dictionary")
+        return self._state
+
+    def _read(self, key: str) -> Tensor:
+        value = self._mapped()[key]
+        self._bytes_read += value.numel() * value.element_size()
+        return value.detach().contiguous()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "Unsupported global" in text or "weights_only" in text or "Weights only load failed" in text:
+        asked = text.partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+        return "its pickle asks for code to be run" + (f" ({asked})" if asked else "") + ", which is never done here"
+    return f"it is damaged or not a file of torch.save ({text.splitlines()[0][:200] if text else type(error).__name__})"
+
+
+def write_torch_file(file: BinaryIO, weights: Mapping[str, Weight]) -> None:
+    """Writes a state dictionary as torch.save would, one tensor in memory at a time."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry("data.pkl"), _state_pickle(weights))
+        archive.writestr(_entry("byteorder"), b"little")
+        for number, (name, weight) in enumerate(weights.items()):
+            entry = _entry(f"data/{number}")
+            # Tensors are mapped in place by readers, so their bytes begin on a boundary, as torch.save has it:
+            # 30 bytes of header, the name, 20 bytes of large-file field, and this padding with 4 bytes of its own.
+            begin = file.tell() + 30 + len(entry.filename) + 20 + 4
+            padding = -begin % _ALIGNMENT
+            entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+            entry.file_size = weight.num_bytes
+            with archive.open(entry, "w", force_zip64=True) as record:
+                record.write(tensor_bytes(weight, name=name))
+        archive.writestr(_entry("version"), b"3\n")
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    # A fixed time, so that equal weights give equal files.
+    return zipfile.ZipInfo(f"archive/{name}", date_time=(1980, 1, 1, 0, 0, 0))
+
+
+class _Storage:
+    """Stands for the bytes of one tensor in the pickle."""
+
+    def __init__(self, number: int, weight: Weight) -> None:
+        self.reference = ("storage", _STORAGES[weight.dtype], str(number), "cpu", math.prod(weight.shape))
+
+
+class _Stub:
+    """Pickles as the tensor that torch will rebuild."""
+
+    def __init__(self, number: int, weight: Weight) -> None:
+        strides = [math.prod(weight.shape[i + 1 :]) for i in range(len(weight.shape))]
+        self._parts = (_Storage(number, weight), 0, weight.shape, tuple(strides), False, collections.OrderedDict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch._utils._rebuild_tensor_v2, self._parts
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
+        return obj.reference if isinstance(obj, _Storage) else None
+
+
+def _state_pickle(weights: Mapping[str, Weight]) -> bytes:
+    buffer = io.BytesIO()
+    state = collections.OrderedDict((name, _Stub(i, weight)) for i, (name, weight) in enumerate(weights.items()))
+    _Pickler(buffer, protocol=2).dump(state)
+    return buffer.getvalue()

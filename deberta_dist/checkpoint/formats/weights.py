@@ -1,0 +1,172 @@
+"""Where all formats meet: full tensors by published name, each read only when it is written.
+
+A conversion passes a table of these through renames and structural rules, so no more than one tensor is in memory.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.errors import ConfigError
+from deberta_dist.models.classification import Pooler, ReplacedTokenHead
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.masked_lm import MaskedLMPredictions
+
+POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
+WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
+_PART = 1 << 22
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor that has not been read yet.
+
+    Attributes:
+        shape: Its shape.
+        dtype: As ``read`` returns it.
+        read: Reads it.
+        origin: Keys of the source it is made of; empty where it is made of nothing.
+        why: Reason for a key that is not the source's own; empty for a plain copy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    origin: tuple[str, ...]
+    why: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in its own dtype."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def as_dtype(self, dtype: torch.dtype, *, name: str) -> "Weight":
+        """Rounded to ``dtype`` when read; ``name`` is for the error.
+
+        Raises (when read):
+            CheckpointError: a finite value is outside the range of ``dtype``.
+        """
+        if dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, read=lambda: _rounded(self.read(), dtype, name=name))
+
+
+Weights = dict[str, Weight]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A key of the source that the result does not hold, and why that is right."""
+
+    key: str
+    why: str
+
+
+def published_shapes(config: DebertaConfig, *, keys: Iterable[str], num_labels: int | None) -> dict[str, tuple[int, ...]]:
+    """Every published name of a model and its full shape, in model order.
+
+    Args:
+        config: The model.
+        keys: Published names that a checkpoint holds; they tell which heads the model has.
+        num_labels: Rows of the classifier; None without one.
+
+    Raises:
+        ConfigError: sizes that no tensor can have.
+    """
+    heads = {key.split(".")[0] for key in keys}
+    try:
+        with torch.device("meta"):
+            parts: dict[str, nn.Module] = {"deberta": DebertaModel(config, seed=None)}
+            if "lm_predictions" in heads:
+                parts["lm_predictions"] = MaskedLMPredictions(config)
+            if "mask_predictions" in heads:
+                parts["mask_predictions"] = ReplacedTokenHead(config)
+            if heads & {"pooler", "classifier"}:
+                parts["pooler"] = Pooler(config)
+                parts["classifier"] = nn.Linear(config.hidden_size, num_labels or 1)
+    except RuntimeError as error:
+        raise ConfigError(f"model configuration: its sizes make no tensors ({str(error).splitlines()[0]})") from error
+    return {name: tuple(p.shape) for name, p in nn.ModuleDict(parts).named_parameters()}
+
+
+def require_layers(config: DebertaConfig, keys: Iterable[str], *, where: object) -> None:
+    """Refuses a number of layers that the weights do not have, before a model of that size is built.
+
+    Raises:
+        CheckpointError: the numbers differ.
+    """
+    prefix = "deberta.encoder.layer."
+    found = {key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)}
+    if len(found) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{where}: the configuration has num_hidden_layers = {config.num_hidden_layers}, the weights have "
+            f"{len(found)} layers"
+        )
+
+
+def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: Iterable[str], where: object) -> Weights:
+    """The weights in model order, after a check that names and shapes are those of the configuration.
+
+    Args:
+        weights: Published names; none that ``shapes`` lacks.
+        shapes: See `published_shapes`.
+        may_lack: Names that may be absent.
+        where: For messages.
+
+    Raises:
+        CheckpointError: names are missing, shapes differ, or numbers are not floating point.
+    """
+    missing = [name for name in shapes if name not in weights and name not in set(may_lack)]
+    if missing:
+        raise CheckpointError(f"{where}: {len(missing)} tensors of this configuration are missing: {shorten(missing)}")
+    wrong = [
+        f"{name} is {list(weight.shape)}, expected {list(shapes[name])}"
+        for name, weight in weights.items()
+        if weight.shape != shapes[name]
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: {len(wrong)} tensors do not fit the configuration: {shorten(wrong)}")
+    odd = [f"{name} ({weight.dtype})" for name, weight in weights.items() if weight.dtype not in DTYPES.values()]
+    if odd:
+        raise CheckpointError(f"{where}: neither float32, bfloat16 nor float16: {shorten(odd)}")
+    return {name: weights[name] for name in shapes if name in weights}
+
+
+def require_square_output(config: DebertaConfig, *, target: str) -> None:
+    """Refuses heads that are together not as wide as the hidden states: only this package computes them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if config.all_head_size != config.hidden_size:
+        raise ConfigError(
+            f"num_attention_heads x attention_head_size = {config.all_head_size} differs from hidden_size = "
+            f"{config.hidden_size}: the code that loads the target {target} cannot build this model"
+        )
+
+
+def shorten(items: Iterable[str], *, most: int = 4) -> str:
+    """The first few of many, for messages."""
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
+    # In parts: what the check needs beside the tensor would be as large as the tensor.
+    result = torch.empty(tensor.shape, dtype=dtype)
+    for source, target in zip(tensor.flatten().split(_PART), result.flatten().split(_PART), strict=True):
+        target.copy_(source)
+        if source.numel() and not torch.isfinite(torch.stack(torch.aminmax(source)).to(dtype)).all():
+            # Infinity and not-a-number of the source may stay what they are; a number may not become one.
+            numbers = source[torch.isfinite(source)]
+            if numbers.numel() and not torch.isfinite(numbers.to(dtype)).all():
+                raise CheckpointError(
+                    f"{name} holds {numbers.abs().max().item():.4g}, outside the range of "
+                    f"{str(dtype).removeprefix('torch.')}: convert to bfloat16 or float32"
+                )
+    return result

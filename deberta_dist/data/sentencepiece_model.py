@@ -1,0 +1,109 @@
+"""What stands in a SentencePiece model file, without the protobuf package.
+
+The sentencepiece library tells pieces and scores, not the compiled normalisation rules, which other tokenizer
+libraries need to split text alike. The few fields needed are read from the wire format here.
+
+Source: google/sentencepiece src/sentencepiece_model.proto.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deberta_dist.errors import DataError
+
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3
+UNIGRAM = 1
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece: its text, its log probability, and NORMAL, UNKNOWN, CONTROL or another kind."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceModel:
+    """The parts of a model file that decide how text is split.
+
+    Attributes:
+        pieces: In order of their ids.
+        model_type: UNIGRAM or another.
+        byte_fallback: Unknown characters become bytes.
+        suffix_whitespace: Spaces go to the word before.
+        charsmap: Compiled normalisation rules; empty for none.
+        add_dummy_prefix: A text begins with a space.
+        remove_extra_whitespaces: Runs of spaces are one, and none are left at the ends.
+    """
+
+    pieces: tuple[Piece, ...]
+    model_type: int
+    byte_fallback: bool
+    suffix_whitespace: bool
+    charsmap: bytes
+    add_dummy_prefix: bool
+    remove_extra_whitespaces: bool
+
+
+def parse_model(content: bytes) -> SentencePieceModel:
+    """Reads the bytes of an ``spm.model``.
+
+    Raises:
+        DataError: they are cut short or not of this format.
+    """
+    try:
+        pieces, trainer, normalizer = [], {}, {}
+        for number, value in _fields(content):
+            if number == _PIECES:
+                piece = dict(_fields(value))
+                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
+                pieces.append(Piece(piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+            elif number == _TRAINER:
+                trainer = dict(_fields(value))
+            elif number == _NORMALIZER:
+                normalizer = dict(_fields(value))
+    except (IndexError, KeyError, TypeError, AttributeError, struct.error, ValueError) as error:
+        raise DataError("the SentencePiece model is damaged") from error
+    return SentencePieceModel(
+        pieces=tuple(pieces),
+        model_type=trainer.get(3, UNIGRAM),
+        byte_fallback=bool(trainer.get(35, False)),
+        suffix_whitespace=bool(trainer.get(24, False)),
+        charsmap=normalizer.get(2, b""),
+        add_dummy_prefix=bool(normalizer.get(3, True)),
+        remove_extra_whitespaces=bool(normalizer.get(4, True)),
+    )
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of every field of one message: integers, or bytes for everything else."""
+    at = 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        if key & 7 == 0:
+            value, at = _varint(content, at)
+            yield key >> 3, value
+            continue
+        if key & 7 == 2:
+            length, at = _varint(content, at)
+        else:
+            length = {1: 8, 5: 4}[key & 7]
+        if at + length > len(content):
+            raise ValueError("cut short")
+        yield key >> 3, content[at : at + length]
+        at += length
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7

@@ -1,0 +1,122 @@
+"""The tool as a user runs it: summary, report, --force, refusals, and death in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from deberta_dist.checkpoint.formats import convert as convert_module
+from deberta_dist.checkpoint.formats.convert import convert
+from deberta_dist.checkpoint.formats.output import REPORT_NAME
+from deberta_dist.errors import ConfigError
+from tests.checkpoint.conversion import FOLDER, call, export, make_model, published_tensors, same, write
+from tests.data.test_tools import assert_one_line_error, run
+
+TOOL = "convert_checkpoint.py"
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    model = make_model("v1")
+    tensors = {**published_tensors(model), "extra": published_tensors(model)["lm_predictions.lm_head.bias"] + 1}
+    write(tensors, tmp_path / "source", config=model.config.to_dict())
+    result = call(TOOL, "source", "target", "--to", "official", cwd=tmp_path)
+    assert_one_line_error(result, code=65, words="1 keys of this deberta_dist checkpoint are not explained: extra")
+    arguments = ("source", "target", "--to", "official", "--fused", "--allow-unmapped", "ext*", "--dtype", "bfloat16")
+    made = run(TOOL, *arguments, "--report", "report.json", cwd=tmp_path)
+    assert made.returncode == 0 and made.stderr == "", made.stderr
+    for words in (
+        "found: deberta_dist weights with published names",
+        "made:  official",
+        "parameters",
+        "(e.g. extra): --allow-unmapped ext*",
+        "query, key and value joined",
+        "numbers were rounded",
+        "No tokenizer was found",
+    ):
+        assert words in made.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads((tmp_path / "target" / REPORT_NAME).read_text())
+    assert report["target"]["dtype"] == ["bfloat16"] and str(tmp_path) not in json.dumps(report)
+
+    before = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
+    assert_one_line_error(call(TOOL, *arguments, cwd=tmp_path), code=2, words="target exists already")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()} == before
+    words = "--report nowhere/r.json: its directory does not exist"
+    assert_one_line_error(call(TOOL, *arguments, "--force", "--report", "nowhere/r.json", cwd=tmp_path), code=2, words=words)
+    made = call(TOOL, "target", "back", "--to", "deberta_dist", cwd=tmp_path)
+    assert made.returncode == 0 and "Microsoft's published form, fused projections of v1" in made.stdout
+    assert call(TOOL, "--help", cwd=tmp_path).returncode == 0
+    assert call(TOOL, "target", "x", "--to", "onnx", cwd=tmp_path).returncode == 2
+
+
+def test_force_replaces_a_conversion_and_nothing_else(tmp_path: Path) -> None:
+    source = export(make_model("v2"), tmp_path / "source")
+    target = tmp_path / "target"
+    convert(source, target, to="huggingface")
+    convert(source, target, to="deberta_dist", force=True)
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", REPORT_NAME, "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("work")
+    (target / "folder").mkdir()
+    for path in ("work", "file", "link", "target"):
+        with pytest.raises(ConfigError, match="does not look like a converted checkpoint"):
+            convert(source, tmp_path / path, to="deberta_dist", force=True)
+    assert (tmp_path / "work/thesis.txt").read_text() == "years"
+    for path in (source, source / "inside", tmp_path):
+        with pytest.raises(ConfigError):
+            convert(source, path, to="deberta_dist", force=True)
+    assert same(load_file(source / "model.safetensors"), published_tensors(make_model("v2")))
+
+
+def test_an_error_in_the_middle_leaves_the_old_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = export(make_model("v2"), tmp_path / "source"), tmp_path / "target"
+    convert(source, target, to="deberta_dist")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_module, "write_safetensors", full)
+    with pytest.raises(Exception, match="target is not written .No space left on device.") as caught:
+        convert(source, target, to="huggingface", force=True)
+    assert caught.value.exit_code == 74
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from deberta_dist.checkpoint.formats import safetensors_files
+fast = safetensors_files.tensor_bytes
+def slow(weight, *, name):
+    time.sleep(0.05)
+    return fast(weight, name=name)
+safetensors_files.tensor_bytes = slow
+from pathlib import Path
+from deberta_dist.checkpoint.formats.convert import convert
+convert(Path("source"), Path("target"), to="huggingface", force=True)
+"""
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    source = export(make_model("v2"), tmp_path / "source")
+    process = subprocess.Popen([sys.executable, "-c", SLOW.format(root=str(FOLDER))], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (started := list(tmp_path.glob(".target.converting-*/model.safetensors"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "target").exists() and started[0].exists()
+    convert(source, tmp_path / "target", to="huggingface")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""Converts a checkpoint between a run's own form, the published names, Microsoft's and Hugging Face's.
+
+    tools/convert_checkpoint.py runs/demo hf/ --to huggingface --tokenizer spm.model
+    tools/convert_checkpoint.py deberta-v2-xxlarge/ start/ --to deberta_dist
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# A checkout works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deberta_dist.errors import ConfigError, DebertaDistError  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory, or weights file; recognised")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
+    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist"), help="format to make")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
+    )
+    parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
+    parser.add_argument("--report", type=Path, help="also write the key report here; replaced if it is there")
+    parser.add_argument(
+        "--allow-unmapped",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
+    )
+    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
+    parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the tool; the exit code is 0, or that of the error printed."""
+    arguments = parse_arguments()
+    try:
+        from deberta_dist.checkpoint.formats.convert import convert
+        from deberta_dist.checkpoint.formats.report import summary
+
+        if arguments.report is not None and not arguments.report.parent.is_dir():
+            raise ConfigError(f"--report {arguments.report}: its directory does not exist")
+        report = convert(
+            arguments.source,
+            arguments.target,
+            to=arguments.to,
+            dtype=arguments.dtype,
+            is_fused=arguments.fused,
+            allow_unmapped=arguments.allow_unmapped,
+            tokenizer_path=arguments.tokenizer,
+            force=arguments.force,
+        )
+        if arguments.report is not None:
+            arguments.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except DebertaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(summary(report))
+    print(f"{arguments.target}: {len(report['files'])} files, {sum(f['bytes'] for f in report['files'].values()):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Shows what a checkpoint is, and how two differ. The exit code is 1 where --diff finds different tensors.
+
+    tools/inspect_checkpoint.py runs/demo
+    tools/inspect_checkpoint.py hf/ --diff start/
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# A checkout works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deberta_dist.errors import DebertaDistError  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Show what a checkpoint is, and how two differ.")
+    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint directory, or weights file; recognised")
+    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this checkpoint, of whatever format")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the tool; the exit code is 0, 1 for different tensors, or that of the error printed."""
+    arguments = parse_arguments()
+    try:
+        from deberta_dist.checkpoint.formats import inspect
+
+        if arguments.diff is None:
+            found = inspect.inspect(arguments.path)
+            text, code = inspect.describe(found), 0
+        else:
+            found = inspect.difference(arguments.path, arguments.diff)
+            text, code = inspect.describe_difference(found), int(inspect.differs(found))
+    except DebertaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found, indent=1) if arguments.json else text)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
