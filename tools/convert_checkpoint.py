@@ -19,9 +19,9 @@ from deberta_dist.errors import ConfigError, DebertaDistError  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory, or weights file; recognised")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
-    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist"), help="format to make")
+    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist"), help="format")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
     )
@@ -64,7 +64,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(summary(report))
-    print(f"{arguments.target}: {len(report['files'])} files, {sum(f['bytes'] for f in report['files'].values()):,} bytes")
+    num_bytes = sum(file["bytes"] for file in report["files"].values())
+    print(f"{arguments.target}: {len(report['files'])} files, {num_bytes:,} bytes")
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Shows what a checkpoint is, and how two differ. The exit code is 1 where --diff finds different tensors.
+"""Shows what a checkpoint is, and how two differ. The exit code is 1 where --diff finds a difference.
 
     tools/inspect_checkpoint.py runs/demo
     tools/inspect_checkpoint.py hf/ --diff start/
@@ -19,14 +19,14 @@ from deberta_dist.errors import DebertaDistError  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Show what a checkpoint is, and how two differ.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint directory, or weights file; recognised")
+    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint directory or weights file")
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this checkpoint, of whatever format")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Runs the tool; the exit code is 0, 1 for different tensors, or that of the error printed."""
+    """Runs the tool; the exit code is 0, 1 for differences, or that of the error printed."""
     arguments = parse_arguments()
     try:
         from deberta_dist.checkpoint.formats import inspect

@@ -48,7 +48,9 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert_one_line_error(call(TOOL, *arguments, cwd=tmp_path), code=2, words="target exists already")
     assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()} == before
     words = "--report nowhere/r.json: its directory does not exist"
-    assert_one_line_error(call(TOOL, *arguments, "--force", "--report", "nowhere/r.json", cwd=tmp_path), code=2, words=words)
+    assert_one_line_error(
+        call(TOOL, *arguments, "--force", "--report", "nowhere/r.json", cwd=tmp_path), code=2, words=words
+    )
     made = call(TOOL, "target", "back", "--to", "deberta_dist", cwd=tmp_path)
     assert made.returncode == 0 and "Microsoft's published form, fused projections of v1" in made.stdout
     assert call(TOOL, "--help", cwd=tmp_path).returncode == 0

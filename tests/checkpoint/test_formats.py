@@ -19,7 +19,9 @@ WORDS = "deberta.embeddings.word_embeddings"
 POSITIONS = "deberta.embeddings.position_embeddings"
 
 
-def official(state: dict[str, Any], directory: Path, *, config: dict[str, Any], name: str = "pytorch_model.bin", **options: Any) -> Path:
+def official(
+    state: dict[str, Any], directory: Path, *, config: dict[str, Any], name: str = "pytorch_model.bin", **options: Any
+) -> Path:
     directory.mkdir(exist_ok=True)
     torch.save(state, directory / name, **options)
     (directory / "model_config.json").write_text(json.dumps(config))
@@ -124,7 +126,9 @@ def test_unexplained_keys_are_refused_unless_allowed(tmp_path: Path) -> None:
     extra = {**tensors, "qa_outputs.weight": torch.zeros(2, 64), "deberta.pooler.dense.bias": torch.zeros(64)}
     source = export(model, tmp_path / "source")
     save_file(extra, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"2 keys .* not explained: .*qa_outputs.weight.*--allow-unmapped") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"2 keys .* not explained: .*qa_outputs.weight.*--allow-unmapped"
+    ) as caught:
         converted(source, tmp_path / "no")
     assert caught.value.exit_code == 65
     with pytest.raises(CheckpointError, match="1 keys"):

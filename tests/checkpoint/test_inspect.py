@@ -53,7 +53,11 @@ def test_differences_across_formats(tmp_path: Path) -> None:
         assert found["equal"] == len(published_tensors(model))
         assert not found["values"] and not found["only_here"] and not found["only_there"]
     tensors = published_tensors(model)
-    changed = {**tensors, TABLE: tensors[TABLE].clone(), "lm_predictions.lm_head.bias": tensors["lm_predictions.lm_head.bias"].clone()}
+    changed = {
+        **tensors,
+        TABLE: tensors[TABLE].clone(),
+        "lm_predictions.lm_head.bias": tensors["lm_predictions.lm_head.bias"].clone(),
+    }
     changed[TABLE][5, 7] += 0.25
     changed["lm_predictions.lm_head.bias"][3] = float("nan")
     save_file(changed, source / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Hostile files: nothing in them runs, nothing outside their directory is read, and every refusal is one clear error."""
+"""Hostile files: nothing in them runs, nothing outside their directory is read, every refusal is one clear error."""
 
 import contextlib
 import json
@@ -106,7 +106,9 @@ def test_damaged_archives(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, match="larger or smaller than what is stored")
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b", 7, None])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b", 7, None]
+)
 def test_an_index_does_not_lead_elsewhere(name: object, source: Path, tmp_path: Path) -> None:
     os.rename(source / "model.safetensors", tmp_path / "secret.safetensors")
     (source / "sub").mkdir()
@@ -178,7 +180,14 @@ def test_safetensors_headers(length: int | None, header: Any, source: Path, tmp_
 
 def test_json_bombs(source: Path, tmp_path: Path) -> None:
     config = source / "config.json"
-    for text in ("[" * 10**6, '{"vocab_size": 1, "vocab_size": 2}', '{"x": NaN}', "[]", "\xff", '{"x": ' + "9" * 5000 + "}"):
+    for text in (
+        "[" * 10**6,
+        '{"vocab_size": 1, "vocab_size": 2}',
+        '{"x": NaN}',
+        "[]",
+        "\xff",
+        '{"x": ' + "9" * 5000 + "}",
+    ):
         config.write_text(text, encoding="latin-1")
         refused(source, tmp_path, match="config.json")
     with open(config, "wb") as file:

@@ -57,8 +57,8 @@ def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig)
         tokenizer = Tokenizer(given)
         if source.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise DataError(
-                f"--tokenizer {given} has SHA-256 {tokenizer.sha256[:12]}..., the run used {source.tokenizer_sha256[:12]}...: "
-                "give the file that the run was trained with"
+                f"--tokenizer {given} has SHA-256 {tokenizer.sha256[:12]}..., the run used "
+                f"{source.tokenizer_sha256[:12]}...: give the file that the run was trained with"
             )
     else:
         try:
@@ -66,7 +66,9 @@ def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig)
         except DataError as error:
             return None, f"{error}; no tokenizer was written."
     if tokenizer is not None and tokenizer.num_tokens > config.vocab_size:
-        raise DataError(f"{tokenizer.path} has {tokenizer.num_tokens} tokens, the model {config.vocab_size}: another model's")
+        raise DataError(
+            f"{tokenizer.path} has {tokenizer.num_tokens} tokens, the model {config.vocab_size}: it is another model's"
+        )
     return tokenizer, TokenizerResult().message
 
 

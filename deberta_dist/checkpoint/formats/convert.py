@@ -87,7 +87,7 @@ def convert(
     # Said before the work, not after it.
     require_free(target_path, force=force)
     if is_fused and to == "deberta_dist":
-        raise ConfigError("--fused is a form of the targets official and huggingface; deberta_dist has separate projections")
+        raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
     source = open_source(source_path)
     require_apart(source.directory, target_path)
     model = to_published(source, allow_unmapped=allow_unmapped)

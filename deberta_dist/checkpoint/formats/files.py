@@ -32,7 +32,9 @@ def inside(directory: Path, name: object) -> Path:
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if real.parent not in allowed:
-        raise CheckpointError(f"{path} is a link that leads out of its directory, to {real}: copy the file there instead")
+        raise CheckpointError(
+            f"{path} is a link that leads out of its directory, to {real}: copy the file there instead"
+        )
     if not real.is_file():
         raise CheckpointError(f"{path} is missing, or is no file")
     return path
@@ -68,7 +70,7 @@ def indexed_files(index: Path) -> dict[str, list[str]]:
     table = strict_json.mapping(read_json(index).get("weight_map"), where=f"{index}: weight_map")
     found: dict[str, list[str]] = {}
     for key, name in table.items():
-        if name not in found if isinstance(name, str) else True:
+        if not isinstance(name, str) or name not in found:
             inside(index.parent, name)
         found.setdefault(name, []).append(key)
     return found

@@ -56,8 +56,8 @@ def drop_tied_decoder(reading: Reading) -> None:
             reading.drop(name, why=f"tied: equal to {original}")
         else:
             raise CheckpointError(
-                f"{reading.weights[name].origin[0]} differs from {original}, to which DeBERTa ties it; to leave it out, "
-                f"give --allow-unmapped '{reading.weights[name].origin[0]}'"
+                f"{reading.weights[name].origin[0]} differs from {original}, to which DeBERTa ties it; to leave it "
+                f"out, give --allow-unmapped '{reading.weights[name].origin[0]}'"
             )
 
 

@@ -25,7 +25,8 @@ def model_card(
         "---\nlibrary_name: transformers\ntags:\n- deberta\n---",
         f"# {architecture}",
         f"{origin}. Numbers are {dtype}. {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}." + (f" {why_class}." if why_class else ""),
+        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}."
+        + (f" {why_class}." if why_class else ""),
         "`conversion_report.json` tells what became of every key and has the SHA-256 of every file.",
         "## What these classes do not use, and why it is in the file",
         "\n".join(_unused(published, architecture=architecture)),
@@ -76,7 +77,7 @@ def _unused(published: Published, *, architecture: str) -> list[str]:
         found.append("- There is no masked language modelling head: `AutoModelForMaskedLM` would start one at random.")
     if config.position_buckets >= 1:
         found.append(
-            f"- Sequences longer than {config.max_relative_distance} tokens: Hugging Face does not limit the distance before "
-            "it looks up a bucket, and uses a row of `rel_embeddings` that was never trained. Stay below."
+            f"- Sequences longer than {config.max_relative_distance} tokens: Hugging Face does not limit the distance "
+            "before it looks up a bucket, and uses a row of `rel_embeddings` that was never trained. Stay below."
         )
     return found

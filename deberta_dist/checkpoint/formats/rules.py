@@ -136,7 +136,9 @@ def require_known(reading: Reading, *, shapes: Mapping[str, object], fmt: Format
     Raises:
         CheckpointError: there are some; the message names them.
     """
-    unknown = [key for name, weight in reading.weights.items() if name not in shapes for key in weight.origin or (name,)]
+    unknown = [
+        key for name, weight in reading.weights.items() if name not in shapes for key in weight.origin or (name,)
+    ]
     if unknown:
         raise CheckpointError(
             f"{where}: {len(unknown)} keys of this {fmt.name} checkpoint are not explained: {shorten(unknown)}; "

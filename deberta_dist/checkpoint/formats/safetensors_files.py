@@ -49,7 +49,9 @@ def read_safetensors(path: Path) -> Weights:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} is no safetensors file: it has {size} bytes and claims a header of {length}")
+                raise CheckpointError(
+                    f"{path} is no safetensors file: it has {size} bytes and claims a header of {length}"
+                )
             header = strict_json.parse(file.read(length), file=f"{path}: header")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error

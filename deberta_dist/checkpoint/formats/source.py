@@ -106,8 +106,8 @@ def open_source(path: Path, *, verify: bool = True) -> Source:
             names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
             if len(names) != 1:
                 raise CheckpointError(
-                    f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), nor "
-                    f"{' nor '.join(_WEIGHTS_NAMES)}" + (f"; of {shorten(names)} name one" if names else "")
+                    f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
+                    f"nor {' nor '.join(_WEIGHTS_NAMES)}" + (f"; of {shorten(names)} name one" if names else "")
                 )
         return _from_files(path, path, files.inside(path, names[0]))
     return _from_files(path, path.parent, path)

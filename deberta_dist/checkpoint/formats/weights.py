@@ -67,7 +67,9 @@ class Dropped:
     why: str
 
 
-def published_shapes(config: DebertaConfig, *, keys: Iterable[str], num_labels: int | None) -> dict[str, tuple[int, ...]]:
+def published_shapes(
+    config: DebertaConfig, *, keys: Iterable[str], num_labels: int | None
+) -> dict[str, tuple[int, ...]]:
     """Every published name of a model and its full shape, in model order.
 
     Args:
