@@ -177,11 +177,11 @@ class CheckpointWriter:
             write_and_sync(_note(temporary, self._rank), json.dumps(vars(entry)).encode("ascii"))
             self._state = WriteState("written")
         except OSError as error:
-            _remove_own(temporary, self._rank)
+            _remove_own(temporary, self._rank, with_directory=False)
             self._state = WriteState("failed", _describe(error, path, needed=needed))
         except Exception as error:
             # The end of a thread: whatever it was, the ranks must not wait for ever for this file.
-            _remove_own(temporary, self._rank)
+            _remove_own(temporary, self._rank, with_directory=False)
             self._state = WriteState("failed", f"{path} is not written ({type(error).__name__}: {error})")
 
 
@@ -223,12 +223,13 @@ def _is_same(final: Path, manifest: Manifest) -> bool:
     )
 
 
-def _remove_own(temporary: Path, rank: int) -> None:
+def _remove_own(temporary: Path, rank: int, *, with_directory: bool = True) -> None:
     """Removes this rank's file and note, and the directory when nothing else is in it."""
     try:
         for path in (temporary / shard_file_name(rank), _note(temporary, rank)):
             path.unlink(missing_ok=True)
-        temporary.rmdir()
+        if with_directory:  # not while another rank may be about to write into it
+            temporary.rmdir()
     except OSError:
         pass  # other ranks' files, or a disk that is gone: the next start sweeps
 
