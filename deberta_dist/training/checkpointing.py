@@ -18,7 +18,7 @@ from deberta_dist.checkpoint.compatible import compatible
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import newest_complete, step_name
 from deberta_dist.checkpoint.lock import RunLock
-from deberta_dist.checkpoint.manifest import Manifest, WrittenLayout
+from deberta_dist.checkpoint.manifest import Manifest, TensorEntry, WrittenLayout
 from deberta_dist.checkpoint.publish import sweep
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.checkpoint.slices import tensor_table
@@ -122,6 +122,8 @@ class Checkpointing:
         token = [f"{os.getpid():x}{time.time_ns():x}"]
         dist.broadcast_object_list(token, src=0)
         self._token: str = token[0]
+        # Where every slice lies follows from the layout: once, not in the pause of every save.
+        self._tensors = self._tensor_table()
         self._pending: Manifest | None = None
         self._copy_seconds = self._started = 0.0
 
@@ -182,14 +184,18 @@ class Checkpointing:
             write_seconds=time.monotonic() - self._started - self._copy_seconds,
         )
 
-    def _manifest(self, *, step: int, consumed_samples: int) -> Manifest:
-        plan, shape, layout = self._plan, self._mesh.shape, self._parts.layout
-        store = self._parts.sharded_model.store
+    def _tensor_table(self) -> dict[str, TensorEntry]:
+        shape, layout = self._mesh.shape, self._parts.layout
         layouts = {
             (p, t): flat_layout(layout, pipeline_rank=p, tensor_rank=t, data_parallel_size=shape.data)
             for p in range(shape.pipeline)
             for t in range(shape.tensor)
         }
+        return tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes)
+
+    def _manifest(self, *, step: int, consumed_samples: int) -> Manifest:
+        plan, shape = self._plan, self._mesh.shape
+        store = self._parts.sharded_model.store
         return Manifest(
             step=step,
             consumed_samples=consumed_samples,
@@ -205,7 +211,7 @@ class Checkpointing:
                 data=shape.data,
                 schedule=plan.config.parallel.schedule,
             ),
-            tensors=tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes),
+            tensors=self._tensors,
         )
 
 
