@@ -18,7 +18,7 @@ PACKAGE = "deberta_dist"
 FLOORS = (
     ("launchers", "tools"),
     ("training",),
-    ("checkpoint",),
+    ("planning", "checkpoint"),
     ("tensor_parallel", "pipeline_parallel", "zero"),
     ("models", "mesh", "flat_layout", "tasks"),
     ("kernels", "data"),

@@ -69,8 +69,8 @@ def candidates(toml: str, overrides: Sequence[str], *, world_size: int, bandwidt
         bandwidth: GB/s.
     """
     from deberta_dist.config import load_config
-    from deberta_dist.training.dry_run import bubble_fraction, rank_reports, step_seconds
-    from deberta_dist.training.preflight import check_plan, read_model_config
+    from deberta_dist.planning.dry_run import bubble_fraction, rank_reports, step_seconds
+    from deberta_dist.planning.plan import check_plan, read_model_config
 
     config = load_config(toml, overrides)
     layers = read_model_config(config).num_hidden_layers

@@ -14,7 +14,6 @@ renamed, and one rename publishes all of it. Preparation writes these files, the
 
 import hashlib
 import json
-import os
 import struct
 import tempfile
 import zlib

@@ -10,25 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deberta_dist.config import RunConfig, precision
-from deberta_dist.flat_layout import lay_out
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
 from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
+from deberta_dist.planning.layout import DTYPES, Layout, flat_layout, meta_model
 from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor
-from deberta_dist.training.layout import Layout, meta_model
-from deberta_dist.training.optimizer import is_decayed, make_optimizer
+from deberta_dist.training.optimizer import make_optimizer
 from deberta_dist.training.sharded_model import ShardedModel
 from deberta_dist.zero import WeightStore
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Order of the flat parameters, as ``optimizer.make_optimizer`` expects them.
-FLAT_GROUPS = (is_decayed, lambda name: not is_decayed(name))
 
 LoadSlice = Callable[[str], Tensor]
 
@@ -92,11 +85,10 @@ def build(
     )
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    owned = layout.owned(here.pipeline, here.tensor)
     store = WeightStore(
-        {name: load_slice(name) for name in owned},
-        layout=lay_out(
-            {name: shapes[name] for name in owned}, groups=FLAT_GROUPS, data_parallel_size=shape.data
+        {name: load_slice(name) for name in layout.owned(here.pipeline, here.tensor)},
+        layout=flat_layout(
+            layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
         ),
         make_optimizer=lambda flats: make_optimizer(flats, settings=config.optimizer),
         deepspeed_config=deepspeed_config,

@@ -25,10 +25,10 @@ from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.errors import ConfigError
 from deberta_dist.mesh import Mesh
+from deberta_dist.planning.layout import flat_layout
+from deberta_dist.planning.plan import Plan
 from deberta_dist.training.build import TrainingParts
-from deberta_dist.training.memory import flat_layout
 from deberta_dist.training.metrics import MetricsLog
-from deberta_dist.training.preflight import Plan
 
 
 def checkpoint_directory(plan: Plan) -> Path:

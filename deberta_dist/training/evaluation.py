@@ -7,7 +7,8 @@ from pathlib import Path
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.unigram import unigram_counts, unigram_loss
 from deberta_dist.mesh import Mesh
-from deberta_dist.training.preflight import Plan, RunData
+from deberta_dist.planning.plan import Plan
+from deberta_dist.training.inputs import RunData
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
 # Tokens of the training file that the unigram yardstick is fitted on at most.

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from deberta_dist.planning.dry_run import format_seconds
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -110,12 +112,3 @@ class MetricsLog:
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
             f"{mfu} | left {left}"
         )
-
-
-def format_seconds(seconds: float) -> str:
-    """``1d 02:03:04`` or ``02:03:04`` or ``03:04``."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    clock = f"{hour:02d}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
-    return f"{days}d {clock}" if days else clock

@@ -17,11 +17,6 @@ from deberta_dist.errors import ConfigError
 DECAYED, NOT_DECAYED = 0, 1
 
 
-def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the published parameter ``name``: not to biases and LayerNorms."""
-    return not (name.endswith("bias") or name.endswith("LayerNorm.weight"))
-
-
 def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
     """NVIDIA apex's FusedAdam where it can run, else None."""
     if not torch.cuda.is_available():

@@ -3,7 +3,7 @@
     deepspeed launchers/pretrain_demo.sh [--section.key value ...] [--dry-run [--world-size N]]
 
 reads the TOML beside the launcher, checks everything, and trains:
-configuration -> preflight -> checkpoint to continue from -> process group -> mesh -> build -> steps,
+configuration -> plan -> inputs -> checkpoint to continue from -> process group -> mesh -> build -> steps,
 evaluations, checkpoints -> weights -> result.
 """
 
@@ -25,6 +25,9 @@ from deberta_dist.config import load_config, precision, smallest_world_size, wri
 from deberta_dist.data.loader import Batch, Prefetcher
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
+from deberta_dist.planning.dry_run import describe
+from deberta_dist.planning.flops import device_peak_flops
+from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.tensor_parallel.apply import cut_tensor
 from deberta_dist.training.build import LoadSlice, build, mesh_shape
 from deberta_dist.training.checkpointing import (
@@ -34,13 +37,11 @@ from deberta_dist.training.checkpointing import (
     load_state,
     share_checkpoint,
 )
-from deberta_dist.training.dry_run import describe
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
 from deberta_dist.training.export import gather_full_weights, write_weights
-from deberta_dist.training.flops import device_peak_flops
+from deberta_dist.training.inputs import RunData, open_data, open_initial_weights
 from deberta_dist.training.lr_schedule import learning_rate
 from deberta_dist.training.metrics import MetricsLog, StepMetrics
-from deberta_dist.training.preflight import Plan, RunData, check_plan, open_data, open_initial_weights
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.

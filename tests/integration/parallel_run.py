@@ -8,15 +8,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import make_mesh, start_process_group
-from deberta_dist import DebertaConfig, DebertaForMaskedLM
+from deberta_dist.planning.flops import forward_flops
+from deberta_dist.planning.layout import is_decayed, plan_layout
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.export import gather_full_weights
-from deberta_dist.training.flops import forward_flops
-from deberta_dist.training.layout import plan_layout
-from deberta_dist.training.optimizer import is_decayed
 from deberta_dist.training.trainer import Trainer
 
 LENGTH = 24

@@ -13,9 +13,9 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.mesh import MeshShape
 from deberta_dist.pipeline_parallel.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.pipeline_parallel.ties import Tie, find_ties, owned_names, tie_ranks
+from deberta_dist.planning.flops import forward_flops
+from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.tensor_parallel import plan
-from deberta_dist.training.flops import forward_flops
-from deberta_dist.training.layout import Layout, plan_layout
 
 
 def stage_costs(costs: list[float], stages: list[range]) -> list[float]:

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from deberta_dist.data.loader import Batch
-from deberta_dist.training.activations import LiveBytes
-from deberta_dist.training.memory import expected_targets
+from deberta_dist.planning.activations import LiveBytes
+from deberta_dist.planning.memory import expected_targets
 from deberta_dist.training.trainer import Trainer
 from tests.integration.parallel_run import LEARNING_RATE, Case, own_batch
 

@@ -11,9 +11,10 @@ import torch
 from deberta_dist import preset
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.mesh import Mesh, MeshShape
+from deberta_dist.planning.plan import check_plan, read_model_config
 from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
-from deberta_dist.training.preflight import check_plan, open_data, read_model_config
-from tests.training_rooms.conftest import VOCABULARY, MakeRun
+from deberta_dist.training.inputs import open_data
+from tests.training.conftest import VOCABULARY, MakeRun
 
 
 def test_a_good_run_is_resolved(make_run: MakeRun) -> None:

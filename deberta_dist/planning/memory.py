@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, precision
-from deberta_dist.flat_layout import FlatLayout, lay_out
-from deberta_dist.training.activations import stage_activations
-from deberta_dist.training.build import DTYPES, FLAT_GROUPS
-from deberta_dist.training.layout import Layout
+from deberta_dist.planning.activations import stage_activations
+from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
 # DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.
@@ -171,14 +169,6 @@ def rank_memory(
         ),
         offload=offload,
     )
-
-
-def flat_layout(
-    layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int
-) -> FlatLayout:
-    """The flat parameters of one rank's weight store."""
-    shapes = {name: layout.local_shape(name) for name in layout.owned(pipeline_rank, tensor_rank)}
-    return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)
 
 
 def reduced_width(deepspeed_config: dict[str, Any]) -> int:

@@ -21,9 +21,8 @@ import torch
 
 from deberta_dist.config import RunConfig, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
-from deberta_dist.training.build import DTYPES
-from deberta_dist.training.layout import Layout
-from deberta_dist.training.memory import FLOAT32, expected_targets, flat_layout, reduced_width
+from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
+from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
 
 # float32 largest logit, float32 sum and target logit, int64 winner: per target.
 CROSS_ENTROPY_BYTES = 4 + 2 * 4 + 8

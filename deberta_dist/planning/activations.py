@@ -20,8 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.masked_lm import CrossEntropy, DebertaForMaskedLM
+from deberta_dist.planning.layout import meta_model
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
-from deberta_dist.training.layout import meta_model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist import DebertaForMaskedLM, preset
-from deberta_dist.training.flops import forward_flops
+from deberta_dist.planning.flops import device_peak_flops, forward_flops
 
 BATCH, LENGTH, TARGETS = 3, 64, 8
 
@@ -48,3 +48,20 @@ def test_largest_model_per_token(micro_batch: int, billions: float) -> None:
         preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=micro_batch, mask_probability=0.15
     )
     assert flops.training == pytest.approx(billions * 1e9, abs=0.005e9)
+
+
+def test_flops_of_one_layer_by_hand() -> None:
+    units = forward_flops(preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=4, mask_probability=0.15).units
+    hidden, rows, length = 1536, 512, 512
+    weights = 4 * hidden * hidden + 2 * hidden * 4 * hidden
+    scores = 2 * length * hidden + 2 * rows * hidden  # QK and PV; c2p and p2c, each over the whole table
+    table = 2 * rows * hidden * hidden / (4 * length)  # its two projections, shared by the micro-batch
+    assert units[1] == pytest.approx(2 * (weights + scores + table), rel=1e-12)
+    assert units[0] - units[1] == 2 * hidden * hidden * 3  # the convolution
+    assert len(units) == 48 and len(set(units[1:-1])) == 1
+
+
+def test_device_peaks() -> None:
+    assert device_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert device_peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert device_peak_flops("cpu") is None

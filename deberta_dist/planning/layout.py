@@ -10,13 +10,25 @@ from functools import cached_property
 import torch
 
 from deberta_dist.config import Parallel
+from deberta_dist.flat_layout import FlatLayout, lay_out
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.pipeline_parallel.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.pipeline_parallel.ties import Tie, find_ties, owned_names
+from deberta_dist.planning.flops import ForwardFlops
 from deberta_dist.tensor_parallel import plan
 from deberta_dist.tensor_parallel.apply import check_split, cut_tensor
-from deberta_dist.training.flops import ForwardFlops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to the published parameter ``name``: not to biases and LayerNorms."""
+    return not (name.endswith("bias") or name.endswith("LayerNorm.weight"))
+
+
+# Flat parameters of the weight store in order, as ``optimizer.make_optimizer`` expects them.
+FLAT_GROUPS = (is_decayed, lambda name: not is_decayed(name))
 
 
 @dataclass(frozen=True)
@@ -119,3 +131,11 @@ def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:
     """The whole model without any memory."""
     with torch.device("meta"):
         return DebertaForMaskedLM(config)
+
+
+def flat_layout(
+    layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int
+) -> FlatLayout:
+    """The flat parameters of one rank's weight store."""
+    shapes = {name: layout.local_shape(name) for name in layout.owned(pipeline_rank, tensor_rank)}
+    return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from deberta_dist.training.activations import local_model, stage_activations
-from deberta_dist.training.communication import MicroBatchTargets, rank_communication
-from deberta_dist.training.flops import forward_flops
-from deberta_dist.training.layout import Layout, plan_layout
-from deberta_dist.training.memory import micro_batches_in_flight, rank_memory
+from deberta_dist.planning.activations import local_model, stage_activations
+from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
+from deberta_dist.planning.flops import forward_flops
+from deberta_dist.planning.layout import Layout, plan_layout
+from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
 from tests.harness import run_ranks
 from tests.integration.parallel_run import (
     LEARNING_RATE,
@@ -22,7 +22,7 @@ from tests.integration.parallel_run import (
     make_trainer,
     own_batch,
 )
-from tests.training.live_peak import step_peaks
+from tests.planning.live_peak import step_peaks
 
 # Functions of torch.distributed -> kind; one may be written on top of another, the outermost call is the message.
 FUNCTIONS = {

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from deberta_dist.config import precision
+from deberta_dist.planning.communication import RankCommunication, layer_all_reduces, rank_communication
+from deberta_dist.planning.flops import PEAK_FLOPS
+from deberta_dist.planning.layout import Layout
+from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memory
+from deberta_dist.planning.plan import Plan
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
-from deberta_dist.training.communication import RankCommunication, layer_all_reduces, rank_communication
-from deberta_dist.training.flops import PEAK_FLOPS
-from deberta_dist.training.layout import Layout
-from deberta_dist.training.memory import RankMemory, expected_targets, rank_memory
-from deberta_dist.training.metrics import format_seconds
-from deberta_dist.training.preflight import Plan
 
 # The step time is an orientation: this device, at this share of its peak.
 REFERENCE_GPU, REFERENCE_UTILISATION = "H100", 0.4
@@ -280,3 +279,12 @@ def _tokens_per_step(plan: Plan) -> int:
 def _world_size(plan: Plan) -> int:
     parallel = plan.config.parallel
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+
+
+def format_seconds(seconds: float) -> str:
+    """``1d 02:03:04`` or ``02:03:04`` or ``03:04``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02d}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+    return f"{days}d {clock}" if days else clock

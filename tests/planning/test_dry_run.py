@@ -11,11 +11,11 @@ import torch
 
 from deberta_dist.config import load_config
 from deberta_dist.models.presets import preset
-from deberta_dist.training import activations
-from deberta_dist.training.communication import rank_communication
-from deberta_dist.training.dry_run import bubble_fraction, count_parameters, describe, rank_reports, step_seconds
-from deberta_dist.training.memory import rank_memory
-from deberta_dist.training.preflight import Plan, check_plan
+from deberta_dist.planning import activations
+from deberta_dist.planning.communication import rank_communication
+from deberta_dist.planning.dry_run import bubble_fraction, count_parameters, describe, rank_reports, step_seconds
+from deberta_dist.planning.memory import rank_memory
+from deberta_dist.planning.plan import Plan, check_plan
 
 ROOT = Path(__file__).parents[2]
 LARGE, DEMO = ROOT / "launchers" / "pretrain_1.5b.toml", ROOT / "launchers" / "pretrain_demo.toml"

@@ -1,0 +1,83 @@
+"""A checked run: configuration, model, cost and layout, found wrong or right before any process group exists.
+
+Every rank checks the same things from the same files, so either all go on or all stop, each by itself. Nothing of
+a run's data is read here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.config import RunConfig, deepspeed_config, resolve
+from deberta_dist.errors import ConfigError
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.presets import preset
+from deberta_dist.planning.flops import ForwardFlops, forward_flops
+from deberta_dist.planning.layout import Layout, plan_layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration with what follows from it.
+
+    Attributes:
+        config: Resolved.
+        deepspeed: Filled-in DeepSpeed JSON.
+        model_config: The model.
+        flops: Its cost per token.
+        layout: Who holds what.
+    """
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    model_config: DebertaConfig
+    flops: ForwardFlops
+    layout: Layout
+
+
+def check_plan(config: RunConfig, *, world_size: int) -> Plan:
+    """Checks sizes, model and DeepSpeed JSON. Reads no data file.
+
+    Raises:
+        ConfigError: with file, key and value.
+    """
+    config = resolve(config, world_size)
+    ds = deepspeed_config(config.run.deepspeed, config)
+    model_config = read_model_config(config)
+    if config.data.max_seq_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"{config.source}: data.max_seq_length = {config.data.max_seq_length} is over "
+            f"model.max_position_embeddings = {model_config.max_position_embeddings}"
+        )
+    flops = forward_flops(
+        model_config,
+        max_seq_length=config.data.max_seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        mask_probability=config.data.mask_probability,
+    )
+    try:
+        layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from None
+    return Plan(config=config, deepspeed=ds, model_config=model_config, flops=flops, layout=layout)
+
+
+def read_model_config(config: RunConfig) -> DebertaConfig:
+    """The model that ``[model]`` describes.
+
+    Raises:
+        ConfigError: an unknown preset or field, a missing or invalid file.
+    """
+    section = config.model
+    try:
+        if section.preset is not None:
+            return preset(section.preset, **section.overrides)
+        published = json.loads(Path(section.config).read_text(encoding="utf-8"))
+        if not isinstance(published, dict):
+            raise ConfigError(f"model.config = {section.config} is not a JSON object")
+        return DebertaConfig.from_dict({**published, **section.overrides})
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}, [model]: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{config.source}: model.config = {section.config}: {error}") from None

@@ -1,0 +1,37 @@
+"""Where tensors lie in the flat parameters."""
+
+import pytest
+import torch
+
+from deberta_dist.flat_layout import ALIGNMENT, lay_out
+from deberta_dist.planning.layout import FLAT_GROUPS, is_decayed
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2, 3, 8])
+def test_flat_places_are_aligned_and_do_not_overlap(data_parallel_size: int) -> None:
+    shapes = {"a.weight": (3, 5), "a.bias": (65,), "b.weight": (64,), "c.LayerNorm.weight": (1,), "d.weight": (7, 2, 3)}
+    layout = lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)
+    assert list(layout.places) == list(shapes)
+    flats = [torch.zeros(size) for size in layout.sizes]
+    for name, view in layout.views(flats).items():
+        index, offset, shape = layout.places[name]
+        assert shape == shapes[name] == tuple(view.shape)
+        assert index == (0 if is_decayed(name) else 1)
+        assert offset % ALIGNMENT == 0
+        view += 1  # a view, not a copy
+    assert [flat.max().item() for flat in flats] == [1.0, 1.0], "two tensors overlap"
+    assert sum(flat.sum().item() for flat in flats) == sum(torch.Size(shape).numel() for shape in shapes.values())
+    for size in layout.sizes:
+        assert size % (ALIGNMENT * data_parallel_size) == 0, "a shard is not aligned"
+
+
+def test_an_empty_group_is_one_row_of_padding() -> None:
+    layout = lay_out({"a.weight": (2, 2)}, groups=FLAT_GROUPS, data_parallel_size=4)
+    assert layout.sizes == (ALIGNMENT * 4, ALIGNMENT * 4)
+    assert lay_out({}, groups=FLAT_GROUPS, data_parallel_size=2).sizes == (ALIGNMENT * 2,) * 2
+
+
+def test_every_name_belongs_to_exactly_one_group() -> None:
+    for groups in ((lambda name: False,), (lambda name: True, lambda name: True)):
+        with pytest.raises(ValueError):
+            lay_out({"a": (1,)}, groups=groups, data_parallel_size=1)

@@ -1,0 +1,85 @@
+"""What a run tells: on disk and on screen."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deberta_dist.planning.dry_run import format_seconds
+from deberta_dist.training.metrics import MetricsLog, StepMetrics
+
+
+def one_step(step: int, **changes: Any) -> StepMetrics:
+    values = {"step": step, "loss": 7.5, "grad_norm": 1.25, "lr": 1e-4, "tokens_per_second": 12345.6, "mfu": 0.4321,
+              "consumed_samples": 8 * step}  # fmt: skip
+    return StepMetrics(**(values | changes))
+
+
+def open_log(directory: Path, **changes: Any) -> MetricsLog:
+    return MetricsLog(directory, **({"is_writer": True, "max_steps": 100, "print_every": 10} | changes))
+
+
+def test_every_step_is_on_disk_and_some_on_screen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    for step in range(1, 101):
+        log.step(one_step(step))
+    # Written line by line: what happened is there before the end.
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    log.close()
+    assert [line["step"] for line in written] == list(range(1, 101))
+    assert written[1] == {"step": 2, "loss": 7.5, "grad_norm": 1.25, "lr": 1e-4, "tokens_per_second": 12345.6,
+                          "mfu": 0.4321, "consumed_samples": 16, "skipped": False}  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(re.match(r"step +(\d+)/100 \| ", line)[1]) for line in lines] == [1, *range(10, 101, 10)]
+    assert "loss  7.5000 | lr 1.00e-04 | grad norm    1.250 |    12,346 tokens/s | mfu 43.2% | left " in lines[1]
+    assert lines[0].endswith("left ..."), "one step tells nothing of the others"
+    assert lines[-1].endswith("left 00:00")
+
+
+def test_unknown_utilisation_is_null_and_not_on_screen(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    log.step(one_step(1, mfu=None))
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["mfu"] is None
+    assert "mfu" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 100])
+def test_a_skipped_step_is_always_told(tmp_path: Path, capsys: pytest.CaptureFixture, step: int) -> None:
+    log = open_log(tmp_path)
+    log.step(one_step(step, skipped=True, grad_norm=None))
+    log.close()
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert written["skipped"] is True and written["grad_norm"] is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"step {step}: skipped on every rank") and "weights unchanged" in line
+
+
+def test_evaluation_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    log.evaluation(step=20, loss=2.5, accuracy=0.125, num_targets=12345)
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 20, "valid_loss": 2.5, "valid_accuracy": 0.125, "valid_targets": 12345}  # fmt: skip
+    assert capsys.readouterr().out == "step 20: held-out loss 2.5000, accuracy 12.50% over 12,345 masked tokens\n"
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path, is_writer=False)
+    log.step(one_step(1))
+    log.step(one_step(2, skipped=True, grad_norm=None))
+    log.evaluation(step=2, loss=1.0, accuracy=0.5, num_targets=3)
+    log.say("anything")
+    log.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "00:00"), (59.6, "01:00"), (184, "03:04"), (7384, "02:03:04"), (93784, "1d 02:03:04"), (86400, "1d 00:00:00"),
+     (86460, "1d 00:01:00")],
+)  # fmt: skip
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
