@@ -17,7 +17,7 @@ and gather nothing again.
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ class WeightStore:
     """The tensors a rank owns, their float32 master copies and optimizer state, sharded over the data axis.
 
     Args:
-        initial: Full (unsharded) float32 value of every owned tensor, local to this tensor-parallel rank.
+        shards: This rank's part of every flat parameter to start with, float32 on the host.
         layout: Where they lie (``lay_out``).
         make_optimizer: Builds the optimizer from the list of flat parameters.
         deepspeed_config: Filled-in DeepSpeed JSON.
@@ -95,7 +95,7 @@ class WeightStore:
 
     def __init__(
         self,
-        initial: Mapping[str, Tensor],
+        shards: Sequence[Tensor],
         *,
         layout: FlatLayout,
         make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
@@ -107,10 +107,7 @@ class WeightStore:
         self.layout = layout
         self.dtype = dtype
         self._mesh = mesh
-        flats = [torch.zeros(size, dtype=torch.float32, device=mesh.device) for size in layout.sizes]
-        for name, view in layout.views(flats).items():
-            view.copy_(initial[name])
-        store = _Store([flat.to(dtype) for flat in flats])
+        store = _Store([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
             # Every flat parameter is owned by this rank alone: without the mark DeepSpeed's norm skips it.
             parameter.model_parallel = True
@@ -121,7 +118,7 @@ class WeightStore:
         self._parameters = list(store.parameters())
         if dtype != torch.float32:
             # DeepSpeed makes its master weights from the rounded ones.
-            self._set_master_weights(flats)
+            self._set_master_weights(shards)
         self._gathered: Any = None
         self._gradients: list[Tensor] = []
         self.optimizer_steps = 0
@@ -251,14 +248,9 @@ class WeightStore:
         """Full float32 weights this rank owns, by name, on the CPU. Collective over the data-parallel group."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        flats = []
-        for parameter, size in zip(self._parameters, self.layout.sizes, strict=True):
-            # A copy: DeepSpeed's own shard is a view that a collective may not touch.
-            shard = safe_get_local_fp32_param(parameter).detach().clone().to(self._mesh.device)
-            flat = torch.empty(size, dtype=torch.float32, device=self._mesh.device)
-            dist.all_gather_single(flat, shard, group=self._mesh.groups["data"])
-            flats.append(flat.cpu())
-        return self.layout.views(flats)
+        # Copies: DeepSpeed's own shard is a view that a collective may not touch.
+        shards = (safe_get_local_fp32_param(parameter).detach().clone() for parameter in self._parameters)
+        return self.layout.views([flat.cpu() for flat in self._all_gather(shards)])
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes this rank holds between steps: weights at rest and optimizer state (master weights, moments)."""
@@ -270,12 +262,18 @@ class WeightStore:
             moments += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v) and v.ndim)
         return {"weights": at_rest, "gathered": gathered, "master_weights": masters, "optimizer_states": moments}
 
-    def _set_master_weights(self, flats: Sequence[Tensor]) -> None:
+    def _all_gather(self, shards: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Whole flat parameters, one after the other, on the device. Collective over the data-parallel group."""
+        for shard, size in zip(shards, self.layout.sizes, strict=True):
+            flat = torch.empty(size, dtype=torch.float32, device=self._mesh.device)
+            dist.all_gather_single(flat, shard.to(self._mesh.device), group=self._mesh.groups["data"])
+            yield flat
+
+    def _set_master_weights(self, shards: Sequence[Tensor]) -> None:
         from deepspeed.utils import safe_set_local_fp32_param
 
-        data, size = self._mesh.coordinate.data, self._mesh.shape.data
-        for parameter, flat in zip(self._parameters, flats, strict=True):
-            safe_set_local_fp32_param(parameter, flat.chunk(size)[data].contiguous())
+        for parameter, shard in zip(self._parameters, shards, strict=True):
+            safe_set_local_fp32_param(parameter, shard.to(self._mesh.device))
 
     def _gathered_parameters(self) -> Any:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters

@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def main() -> int:
     except DebertaDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted; nothing is left of {arguments.target}", file=sys.stderr)
+        return 130
     print(summary(report))
     num_bytes = sum(file["bytes"] for file in report["files"].values())
     print(f"{arguments.target}: {len(report['files'])} files, {num_bytes:,} bytes")
@@ -70,4 +74,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # A polite kill leaves nothing behind, as an interrupt does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Whether a checkpoint may be continued by this run: asked by training before anything is loaded."""
+"""Whether a run may go on from a checkpoint, or from weights alone: asked by training before anything is loaded."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,12 @@ from typing import Any
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.manifest import Manifest, differing_keys
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.config import DebertaConfig
+
+# Dropout and initial values: nothing that given weights compute depends on them.
+_TRAINING_FIELDS = frozenset(
+    {"hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_drop_out", "initializer_range"}
+)
 
 
 def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer_sha256: str) -> None:
@@ -33,3 +39,36 @@ def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer
         )
     if found:
         raise ConfigError(f"the checkpoint of step {manifest.step} is of another model: {'; '.join(found)}")
+
+
+def same_computation(there: DebertaConfig, here: DebertaConfig, *, where: str) -> None:
+    """Refuses weights of a model that has other tensors or computes something else with them. Dropout may differ.
+
+    Args:
+        there: Of the weights.
+        here: Of the run.
+        where: Named in the message.
+
+    Raises:
+        ConfigError: they differ; the message has every difference.
+    """
+    a, b = _computation(there), _computation(here)
+    found = [f"{key} = {a.get(key)} there, {b.get(key)} here" for key in differing_keys(a, b)]
+    if found:
+        raise ConfigError(f"{where} is another model: {', '.join(found)}")
+
+
+def _computation(config: DebertaConfig) -> dict[str, Any]:
+    """What decides which tensors there are and what is computed of them, absent fields resolved."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _TRAINING_FIELDS}
+    return values | {
+        "attention_head_size": config.head_size,
+        "embedding_size": config.embedding_width,
+        "pooler_hidden_size": config.hidden_size,
+        "max_relative_positions": config.max_relative_distance,
+        "position_buckets": max(config.position_buckets, 0),
+        "conv_kernel_size": max(config.conv_kernel_size, 0),
+        "conv_groups": config.conv_groups if config.conv_kernel_size > 0 else None,
+        "conv_act": config.conv_act if config.conv_kernel_size > 0 else None,
+        "pos_att_type": "|".join(sorted(config.pos_att_type)),
+    }

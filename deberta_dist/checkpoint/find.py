@@ -39,12 +39,15 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_complete(directory: str | Path, *, on_skip: Callable[[str], None]) -> CheckpointReader | None:
+def newest_complete(
+    directory: str | Path, *, on_skip: Callable[[str], None], verify: bool = True
+) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as it was written. Reads all of it: for one rank of a run.
 
     Args:
         directory: ``<run>/checkpoints``.
         on_skip: Told of everything that is wrong on the way.
+        verify: False looks at manifests and sizes alone.
 
     Returns:
         None where there is no checkpoint at all.
@@ -61,7 +64,9 @@ def newest_complete(directory: str | Path, *, on_skip: Callable[[str], None]) ->
         on_skip(problems[-1])
     for path in paths:
         try:
-            return open_checkpoint(path)
+            reader = open_checkpoint(path, verify=verify)
+            reader.check_sizes()
+            return reader
         except CheckpointVersionError:
             raise
         except CheckpointError as error:

@@ -6,7 +6,6 @@ when a slice first needs them, and only the pages that hold the slice are read.
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest, Piece, Region, TensorEntry, read_manifest
 from deberta_dist.checkpoint.rectangles import Cut, overlap, rectangles, view, window
 from deberta_dist.checkpoint.shard_file import STATES, ShardMaps, hash_file, map_shard_file
-from deberta_dist.checkpoint.slices import check_table, local_cut, shard_parts
+from deberta_dist.checkpoint.slices import check_table, shard_parts
 from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Coordinate, MeshShape
 from deberta_dist.zero import ShardState
@@ -104,26 +103,13 @@ class CheckpointReader:
                         self.bytes_copied += 4 * common.num_elements
         return torch.from_numpy(result)
 
-    def read_local(self, name: str, *, tensor_rank: int, tensor_size: int, state: str = "weight") -> Tensor:
-        """The slice of a tensor that a tensor-parallel rank holds by the plan. Errors: as for ``read``."""
-        cut = local_cut(name, full_shape=self.shape(name), rank=tensor_rank, size=tensor_size)
-        return self.read(name, state=state, cut=cut)
-
-    def read_shards(
-        self,
-        layout: FlatLayout,
-        *,
-        shape: MeshShape,
-        coordinate: Coordinate,
-        states: Sequence[str] = STATES,
-    ) -> list[ShardState]:
+    def read_shards(self, layout: FlatLayout, *, shape: MeshShape, coordinate: Coordinate) -> list[ShardState]:
         """A rank's shard of every flat parameter, as ``WeightStore.copy_shards`` gave it to the writer.
 
         Args:
             layout: What the rank's place owns.
             shape: The reader's grid.
             coordinate: The rank.
-            states: What to read; the others are zeros.
 
         Raises:
             CheckpointError: as for ``read``.
@@ -134,7 +120,7 @@ class CheckpointReader:
         for size, own in zip(layout.sizes, parts, strict=True):
             values = {state: torch.zeros(size // shape.data) for state in STATES}
             for part in own:
-                for state in states:
+                for state in STATES:
                     values[state][part.offset : part.offset + part.count] = self.read_range(
                         part.name, begin=part.begin, count=part.count, state=state, cut=part.cut
                     )

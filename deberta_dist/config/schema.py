@@ -101,8 +101,9 @@ class Training(Section):
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in the backward pass: none, whole layers, or the attention only."""
     init: File | None = None
-    """Directory with ``config.json`` and ``model.safetensors`` (published names) to start from instead of
-    random weights, head and decoder included."""
+    """Weights to start from instead of random ones, head and decoder included: a directory that
+    ``tools/convert_checkpoint.py --to deberta_dist`` made, or anything it can read. Not looked at by a run that
+    continues from a checkpoint of its own."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 

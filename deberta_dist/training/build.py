@@ -6,12 +6,15 @@ With tensor and pipeline size 1 the middle steps are identities and what remains
 under ZeRO-3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from deberta_dist.checkpoint.slices import shard_parts
 from deberta_dist.config import RunConfig, precision
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
@@ -22,8 +25,6 @@ from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor
 from deberta_dist.training.optimizer import make_optimizer
 from deberta_dist.training.sharded_model import ShardedModel
 from deberta_dist.zero import WeightStore
-
-LoadSlice = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def build(
     layout: Layout,
     deepspeed_config: dict[str, Any],
     mesh: Mesh,
-    load_slice: LoadSlice | None = None,
+    shards: Sequence[Tensor] | None = None,
 ) -> TrainingParts:
     """Makes this rank's part of a run. Collective.
 
@@ -66,12 +67,13 @@ def build(
         layout: From ``plan_layout`` for the same configuration.
         deepspeed_config: Filled-in DeepSpeed JSON.
         mesh: The grid.
-        load_slice: Float32 value of this tensor-parallel rank's slice of a published parameter; by default its
-            initial value, a function of (seed, name) alone.
+        shards: This rank's part of every flat parameter to start with; by default initial values, which are a
+            function of (seed, name) alone.
     """
     here, shape = mesh.coordinate, mesh.shape
     dtype = DTYPES[precision(deepspeed_config)]
-    load_slice = load_slice or initial_slices(layout, seed=config.training.seed, tensor_rank=here.tensor)
+    if shards is None:
+        shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))
 
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
@@ -86,7 +88,7 @@ def build(
 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     store = WeightStore(
-        {name: load_slice(name) for name in layout.owned(here.pipeline, here.tensor)},
+        shards,
         layout=flat_layout(
             layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
         ),
@@ -113,11 +115,25 @@ def build(
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
 
 
-def initial_slices(layout: Layout, *, seed: int, tensor_rank: int) -> LoadSlice:
-    """The start of every published parameter as a function of (seed, name), cut for a tensor-parallel rank."""
+def initial_value(name: str, *, layout: Layout, seed: int) -> Tensor:
+    """Where a published parameter starts: full, float32, a function of (seed, name)."""
+    return initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
 
-    def load(name: str) -> Tensor:
-        full = initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
-        return cut_tensor(full, name, rank=tensor_rank, size=layout.tensor_parallel_size)
 
-    return load
+def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> list[Tensor]:
+    """This rank's part of every flat parameter, out of full tensors.
+
+    Args:
+        layout: Who holds what.
+        mesh: The grid.
+        load: Full float32 value of a published parameter; asked for those alone that this rank has a part of.
+    """
+    here, shape = mesh.coordinate, mesh.shape
+    flat = flat_layout(layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data)
+    shards = [torch.zeros(size // shape.data) for size in flat.sizes]
+    own = shard_parts(flat, shape=shape, coordinate=here, full_shapes=layout.full_shapes)
+    for shard, parts in zip(shards, own, strict=True):
+        for part in parts:
+            values = cut_tensor(load(part.name), part.name, rank=here.tensor, size=shape.tensor).flatten()
+            shard[part.offset : part.offset + part.count] = values[part.begin : part.begin + part.count]
+    return shards

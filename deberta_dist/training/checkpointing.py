@@ -1,13 +1,14 @@
 """Saving while training goes on, and finding what to continue from.
 
 The pause of a save is the copy to host memory. A thread per rank writes; between steps the ranks agree
-whether all have written, and only then rank 0 makes the files a checkpoint. A disk that is full costs the
-checkpoint, not the run.
+whether all have written, and only then a thread of rank 0 makes the files a checkpoint and takes old ones away.
+A disk that is full costs the checkpoint, not the run.
 """
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from deberta_dist.checkpoint.compatible import compatible
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.find import newest_complete, step_name
+from deberta_dist.checkpoint.find import checkpoints, newest_complete, step_name
 from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.checkpoint.manifest import Manifest, TensorEntry, WrittenLayout
 from deberta_dist.checkpoint.publish import sweep
@@ -24,6 +25,7 @@ from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.errors import ConfigError
+from deberta_dist.flat_layout import ShardState
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.layout import flat_layout
 from deberta_dist.planning.plan import Plan
@@ -34,6 +36,11 @@ from deberta_dist.training.metrics import MetricsLog
 def checkpoint_directory(plan: Plan) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(plan.config.run.directory) / "checkpoints"
+
+
+def is_interrupted(plan: Plan) -> bool:
+    """Whether the run directory holds checkpoints that the run has to continue from. Any rank may ask."""
+    return plan.config.checkpoint.resume != "never" and bool(checkpoints(checkpoint_directory(plan)))
 
 
 def find_checkpoint(plan: Plan, *, tokenizer_sha256: str, lock: RunLock) -> CheckpointReader | None:
@@ -81,14 +88,20 @@ def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan) -> Checkpoi
     return CheckpointReader(checkpoint_directory(plan) / step_name(choice[0]))
 
 
-def load_state(parts: TrainingParts, reader: CheckpointReader, *, mesh: Mesh) -> None:
-    """Sets moments, step count and loss scale from a checkpoint; the weights were its own when the parts were built."""
-    store = parts.sharded_model.store
-    shards = reader.read_shards(
-        store.layout, shape=mesh.shape, coordinate=mesh.coordinate, states=("exp_avg", "exp_avg_sq")
+def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[ShardState]:
+    """This rank's part of every flat parameter, and nothing else, from a checkpoint of any layout."""
+    here, shape = mesh.coordinate, mesh.shape
+    layout = flat_layout(
+        plan.layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
     )
-    store.load_moments(shards, optimizer_steps=reader.manifest.optimizer_steps)
-    store.load_loss_scale_state(reader.manifest.loss_scale)
+    return reader.read_shards(layout, shape=shape, coordinate=here)
+
+
+def load_state(parts: TrainingParts, shards: Sequence[ShardState], *, manifest: Manifest) -> None:
+    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the parts were built."""
+    store = parts.sharded_model.store
+    store.load_moments(shards, optimizer_steps=manifest.optimizer_steps)
+    store.load_loss_scale_state(manifest.loss_scale)
 
 
 def changed_settings(plan: Plan, manifest: Manifest) -> list[str]:
@@ -125,6 +138,8 @@ class Checkpointing:
         # Where every slice lies follows from the layout: once, not in the pause of every save.
         self._tensors = self._tensor_table()
         self._pending: Manifest | None = None
+        self._committing: Future[dict[str, Any]] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._copy_seconds = self._started = 0.0
 
     def is_due(self, steps_done: int) -> bool:
@@ -146,8 +161,15 @@ class Checkpointing:
         """Finishes an outstanding checkpoint if every rank has written its part. Collective while one is outstanding.
 
         Args:
-            wait: Wait for this rank's part first, so that the checkpoint is finished afterwards.
+            wait: Return when it is finished: for the end of a run, and before the next checkpoint.
         """
+        self._agree(wait=wait)
+        if self._committing is not None and (wait or self._committing.done()):
+            self._report(self._committing)
+            self._committing = None
+
+    def _agree(self, *, wait: bool) -> None:
+        """Commits or abandons the outstanding checkpoint once every rank has written or failed."""
         if self._pending is None:
             return
         state = self._writer.wait() if wait else self._writer.state
@@ -166,23 +188,27 @@ class Checkpointing:
                 "not write; older checkpoints are intact, the run goes on"
             )
         elif self._mesh.rank == 0:
-            self._commit(manifest)
+            self._committing = self._pool.submit(self._commit, manifest)
         else:
             self._writer.hand_over()
 
-    def _commit(self, manifest: Manifest) -> None:
+    def _commit(self, manifest: Manifest) -> dict[str, Any]:
+        """In a thread: what the log is to hold of the finished checkpoint."""
         settings = self._plan.config.checkpoint
+        path = self._writer.commit(manifest, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        seconds = time.monotonic() - self._started
+        return {
+            "step": manifest.step,
+            "path": path,
+            "copy_seconds": self._copy_seconds,
+            "write_seconds": seconds - self._copy_seconds,
+        }
+
+    def _report(self, committing: Future[dict[str, Any]]) -> None:
         try:
-            path = self._writer.commit(manifest, keep_last=settings.keep_last, keep_every=settings.keep_every)
+            self._log.checkpoint(**committing.result())
         except CheckpointError as error:
             self._log.say(f"warning: {error}; the run goes on")
-            return
-        self._log.checkpoint(
-            step=manifest.step,
-            path=path,
-            copy_seconds=self._copy_seconds,
-            write_seconds=time.monotonic() - self._started - self._copy_seconds,
-        )
 
     def _tensor_table(self) -> dict[str, TensorEntry]:
         shape, layout = self._mesh.shape, self._parts.layout

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deberta_dist.checkpoint.formats.source import SPM_NAME
 from deberta_dist.mesh import Coordinate, Mesh
 from deberta_dist.tensor_parallel import plan
 from deberta_dist.tensor_parallel.apply import join_slices
@@ -55,8 +56,20 @@ def gather_full_weights(
     return full
 
 
-def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], directory: Path) -> Path:
-    """Writes ``config.json`` and ``model.safetensors`` (float32, published names) into a new directory, atomically.
+def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
+    """Copies a run's tokenizer into its directory, where conversion finds it; atomic, for rank 0."""
+    kept = directory / SPM_NAME
+    if not kept.exists():
+        temporary = kept.with_name(f".{SPM_NAME}.{os.getpid()}")
+        shutil.copyfile(tokenizer, temporary)
+        temporary.replace(kept)
+
+
+def write_weights(
+    full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, directory: Path
+) -> Path:
+    """Writes ``config.json``, ``model.safetensors`` (float32, published names) and ``spm.model`` into a new
+    directory, atomically.
 
     Returns:
         The directory.
@@ -64,6 +77,7 @@ def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], d
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(tokenizer, temporary / SPM_NAME)
     save_file(dict(full), temporary / "model.safetensors", metadata={"format": "pt"})
     if directory.exists():
         shutil.rmtree(directory)  # of a start that ended between its weights and its result

@@ -1,18 +1,19 @@
 """What a run reads: token files, tokenizer and initial weights, opened and checked before any process group exists."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from deberta_dist.checkpoint.compatible import same_computation
+from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.formats.source import open_source, to_published
+from deberta_dist.checkpoint.formats.weights import shorten
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 
 # Masks of the held-out text never depend on the run's seed: losses of different runs are comparable.
@@ -34,6 +35,19 @@ class RunData:
     tokenizer: Tokenizer
     train: MaskedLMData
     validation: MaskedLMData
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """What a run starts from.
+
+    Attributes:
+        read: Full float32 tensor of a published name.
+        notes: What a user should know, one line each.
+    """
+
+    read: Callable[[str], Tensor]
+    notes: tuple[str, ...]
 
 
 def open_data(plan: Plan) -> RunData:
@@ -60,27 +74,42 @@ def open_data(plan: Plan) -> RunData:
     )
 
 
-def open_initial_weights(plan: Plan) -> Callable[[str], Tensor] | None:
-    """Full float32 tensors of ``training.init`` by published name; None where nothing is to be loaded.
+def open_initial_weights(plan: Plan, *, verify: bool) -> InitialWeights | None:
+    """Opens ``training.init``; None where a run starts from random weights.
+
+    Args:
+        plan: The run.
+        verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
 
     Raises:
         ConfigError: it is of another model.
-        DataError: a file or a tensor is missing, or has another shape.
+        CheckpointError: no checkpoint, or tensors are unexplained, missing or of another shape.
     """
-    directory = plan.config.training.init
-    if directory is None:
+    path, config = plan.config.training.init, plan.model_config
+    if path is None:
         return None
-    try:
-        published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        weights = safe_open(directory / "model.safetensors", framework="pt")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"training.init = {directory}: {error}") from None
-    there, here = DebertaConfig.from_dict(published).to_dict(), plan.model_config.to_dict()
-    if differing := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
-        listing = ", ".join(f"{key} = {there.get(key)} there, {here.get(key)} here" for key in differing)
-        raise ConfigError(f"{plan.config.source}: training.init = {directory} is another model: {listing}")
-    names = set(weights.keys())
-    for name, shape in plan.layout.full_shapes.items():
-        if name not in names or tuple(weights.get_slice(name).get_shape()) != shape:
-            raise DataError(f"training.init = {directory / 'model.safetensors'}: no tensor {name} of shape {list(shape)}")
-    return lambda name: weights.get_tensor(name).float()
+    where = f"{plan.config.source}: training.init = {path}"
+    # Without a look at the bytes, all ranks choose the same checkpoint of a run.
+    source = open_source(path, verify=False)
+    if verify and source.verify is not None:
+        source.verify()
+    model = to_published(source)
+    same_computation(model.config, config, where=where)
+    shapes = plan.layout.full_shapes
+    missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
+    if missing:
+        raise CheckpointError(
+            f"{where} ({source.description}) lacks {shorten(missing)}: pre-training goes on from a masked language "
+            "model, not from a backbone or a classifier"
+        )
+    notes = [f"starts from {path} ({source.description})", *model.reading.warnings]
+    notes += [f"{name} is not in it and starts at random" for name in model.lacking]
+    if unused := [name for name in model.weights if name not in shapes]:
+        notes.append(f"not used: {shorten(unused)}")
+
+    def read(name: str) -> Tensor:
+        if name in model.weights:
+            return model.weights[name].read().float()
+        return initial_tensor(name, shapes[name], seed=plan.config.training.seed, std=config.initializer_range)
+
+    return InitialWeights(read=read, notes=tuple(notes))

@@ -28,18 +28,19 @@ from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_gr
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
 from deberta_dist.planning.plan import Plan, check_plan
-from deberta_dist.tensor_parallel.apply import cut_tensor
-from deberta_dist.training.build import LoadSlice, build, mesh_shape
+from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
 from deberta_dist.training.checkpointing import (
     Checkpointing,
     changed_settings,
     find_checkpoint,
+    is_interrupted,
     load_state,
+    read_shards,
     share_checkpoint,
 )
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
-from deberta_dist.training.export import gather_full_weights, write_weights
-from deberta_dist.training.inputs import RunData, open_data, open_initial_weights
+from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
+from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
 from deberta_dist.training.lr_schedule import learning_rate
 from deberta_dist.training.metrics import MetricsLog, StepMetrics
 from deberta_dist.training.trainer import EvaluationResult, Trainer
@@ -134,7 +135,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
     data = open_data(plan)
-    initial_weights = open_initial_weights(plan)
+    initial_weights = None if is_interrupted(plan) else open_initial_weights(plan, verify=launch.rank == 0)
     directory = Path(plan.config.run.directory)
     lock, found = None, None
     if launch.rank == 0:
@@ -145,6 +146,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     checkpoint = share_checkpoint(found, plan=plan)
     if launch.rank == 0:
         write_resolved(plan.config, plan.deepspeed, directory)
+        keep_tokenizer(data.tokenizer.path, directory)
     mesh = make_mesh(mesh_shape(plan.config), device=device)
     training = plan.config.training
     log = MetricsLog(
@@ -154,20 +156,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    load_slice: LoadSlice | None = None
-    if checkpoint is not None:
-        load_slice = partial(
-            checkpoint.read_local, tensor_rank=mesh.coordinate.tensor, tensor_size=mesh.shape.tensor
-        )
-    elif initial_weights is not None:
-        load_slice = lambda name: cut_tensor(  # noqa: E731
-            initial_weights(name), name, rank=mesh.coordinate.tensor, size=mesh.shape.tensor
-        )
-    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh, load_slice=load_slice)
-    if checkpoint is not None:
-        load_state(parts, checkpoint, mesh=mesh)
-        manifest = checkpoint.manifest
-        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, manifest))
+    parts = make_parts(plan, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     trainer = Trainer(parts, mesh=mesh, seed=training.seed)
     checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, tokenizer_sha256=data.tokenizer.sha256, log=log)
 
@@ -177,7 +166,12 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
 
     weights = gather_full_weights(parts, mesh=mesh)
     if mesh.rank == 0:
-        write_weights(weights, config=plan.model_config.to_dict(), directory=directory / "weights")
+        write_weights(
+            weights,
+            config=plan.model_config.to_dict(),
+            tokenizer=data.tokenizer.path,
+            directory=directory / "weights",
+        )
     dist.barrier()
     dist.destroy_process_group()
     if mesh.rank == 0:
@@ -185,6 +179,28 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     log.close()
     if lock is not None:
         lock.release()
+
+
+def make_parts(
+    plan: Plan,
+    *,
+    mesh: Mesh,
+    log: MetricsLog,
+    checkpoint: CheckpointReader | None,
+    initial_weights: InitialWeights | None,
+) -> TrainingParts:
+    """This rank's parts, where a checkpoint left them, with given weights, or anew. Collective."""
+    make = partial(build, plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
+    if checkpoint is not None:
+        shards, manifest = read_shards(checkpoint, plan=plan, mesh=mesh), checkpoint.manifest
+        parts = make(shards=[shard.weight for shard in shards])
+        load_state(parts, shards, manifest=manifest)
+        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, manifest))
+        return parts
+    if initial_weights is not None:
+        log.say("\n".join(initial_weights.notes))
+        return make(shards=shards_of(plan.layout, mesh=mesh, load=initial_weights.read))
+    return make()
 
 
 def train(

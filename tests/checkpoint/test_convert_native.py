@@ -53,6 +53,14 @@ def test_inspection(run: Path) -> None:
     assert "DAMAGED" in inspect(run / "checkpoints/step-00000200")["checksums"]
 
 
+def test_an_older_checkpoint_is_used_with_a_warning(run: Path, tmp_path: Path) -> None:
+    shard = run / "checkpoints/step-00000200/rank-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    report = convert(run, tmp_path / "weights", to="deberta_dist")
+    assert report["source"]["step"] == 100
+    assert any("step-00000200" in warning and "truncated" in warning for warning in report["warnings"])
+
+
 def test_what_is_refused(run: Path, tmp_path: Path) -> None:
     for step in (100, 200):
         shard = run / f"checkpoints/step-00000{step}/rank-00003.safetensors"

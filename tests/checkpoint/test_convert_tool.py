@@ -105,20 +105,23 @@ def slow(weight, *, name):
     return fast(weight, name=name)
 safetensors_files.tensor_bytes = slow
 from pathlib import Path
-from deberta_dist.checkpoint.formats.convert import convert
-convert(Path("source"), Path("target"), to="huggingface", force=True)
+import runpy
+sys.argv = ["convert_checkpoint.py", "source", "target", "--to", "huggingface"]
+runpy.run_path({tool!r}, run_name="__main__")
 """
 
 
-def test_killed_in_the_middle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_killed_in_the_middle(tmp_path: Path, number: int, code: int) -> None:
     source = export(make_model("v2"), tmp_path / "source")
-    process = subprocess.Popen([sys.executable, "-c", SLOW.format(root=str(FOLDER))], cwd=tmp_path)
+    program = SLOW.format(root=str(FOLDER), tool=str(FOLDER / "tools" / "convert_checkpoint.py"))
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (started := list(tmp_path.glob(".target.converting-*/model.safetensors"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "target").exists() and started[0].exists()
+    os.kill(process.pid, number)
+    assert process.wait(timeout=30) == code
+    assert not (tmp_path / "target").exists() and started[0].exists() == (number == signal.SIGKILL)
     convert(source, tmp_path / "target", to="huggingface")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

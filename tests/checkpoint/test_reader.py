@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,20 @@ def test_every_layout_reads_it(writer: Case, written: dict[Case, Path]) -> None:
     for case in CASES:
         if case.model == writer.model:
             assert_readable(reader, case, known)
+
+
+@pytest.mark.parametrize("reading", [Case(), Case(tensor=4, data=3), Case(tensor=2, pipeline=2, data=2)], ids=str)
+def test_ranks_read_every_number_once(reading: Case, written: dict[Case, Path]) -> None:
+    """What all ranks of a layout copy together is what there is, whatever layout wrote it."""
+    for writer, path in written.items():
+        if writer.model != reading.model:
+            continue
+        copied = 0
+        for rank in range(reading.shape.world_size):
+            here, reader = reading.shape.coordinate(rank), CheckpointReader(path)
+            reader.read_shards(reading.flat_layout(here.pipeline, here.tensor), shape=reading.shape, coordinate=here)
+            copied += reader.bytes_copied
+        assert copied == 3 * 4 * sum(math.prod(entry.shape) for entry in reader.manifest.tensors.values())
 
 
 def test_any_range_of_any_cut(written: dict[Case, Path]) -> None:

@@ -155,7 +155,8 @@ def assert_readable(reader: CheckpointReader, case: Case, known: Known) -> None:
             for name, target in layout.views(flats[state]).items():
                 target.copy_(cut_tensor(known[state][name], name, rank=here.tensor, size=case.tensor))
                 if here.data == 0:
-                    found = reader.read_local(name, tensor_rank=here.tensor, tensor_size=case.tensor, state=state)
+                    cut = local_cut(name, full_shape=reader.shape(name), rank=here.tensor, size=case.tensor)
+                    found = reader.read(name, state=state, cut=cut)
                     assert torch.equal(found, target), name
         shards = reader.read_shards(layout, shape=case.shape, coordinate=here)
         for flat, shard in enumerate(shards):

@@ -21,10 +21,15 @@ ONE_RANK = ["--parallel.tensor_parallel_size=1", "--parallel.pipeline_parallel_s
 
 def start(words: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Starts a command with this interpreter's environment first on PATH, from another directory."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd="/", check=False)
+
+
+def environment() -> dict[str, str]:
+    """A user's, with this interpreter's commands first."""
+    found = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, cwd="/", check=False)
+        found.pop(name, None)
+    return found
 
 
 def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:

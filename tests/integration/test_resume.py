@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from deberta_dist.checkpoint.formats.convert import convert
+from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.training import pretrain
 from tests.harness import run_ranks
 from tests.integration.parallel_run import relative_error
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED = 6, 2
+POSITIONS = "deberta.embeddings.position_embeddings.weight"
+WORDS = "deberta.embeddings.word_embeddings.weight"
 
 Layout = tuple[int, int, int]
 
@@ -177,8 +181,45 @@ def test_another_model_is_refused(corpus: Path, tmp_path: Path, whole_run) -> No
         run(corpus, continued, (1, 1, 1), model__intermediate_size=128)
 
 
-def test_a_run_starts_from_given_weights(corpus: Path, tmp_path: Path, whole_run) -> None:
+BARELY = {"optimizer__learning_rate": 1e-12, "training__max_steps": 1, "schedule__warmup_steps": 0}
+
+
+def test_a_run_starts_from_weights_of_any_form(corpus: Path, tmp_path: Path, whole_run) -> None:
     whole = whole_run((1, 1, 1))
     last_loss = json.loads((whole / "result.json").read_text())["loss"]
-    run(corpus, tmp_path / "run", (2, 1, 1), training__init=whole / "weights", optimizer__learning_rate=1e-12)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["loss"] == pytest.approx(last_loss, rel=1e-5)
+    convert(whole, tmp_path / "official", to="official")
+    for number, (init, layout) in enumerate(
+        ((whole / "weights", (2, 1, 1)), (whole, (1, 2, 1)), (tmp_path / "official", (1, 1, 2)))
+    ):
+        directory = tmp_path / f"run{number}"
+        run(corpus, directory, layout, training__init=init, **BARELY, **dict(DROPOUT))
+        assert json.loads((directory / "result.json").read_text())["loss"] == pytest.approx(last_loss, rel=1e-5)
+
+
+def test_what_weights_lack_starts_at_random_or_is_refused(corpus: Path, tmp_path: Path, whole_run) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(whole_run((1, 1, 1)) / "weights", given)
+    tensors = load_file(given / "model.safetensors")
+    del tensors[POSITIONS]
+    save_file(tensors, given / "model.safetensors")
+    run(corpus, tmp_path / "run", (1, 1, 1), training__init=given, **BARELY)
+    found, std = weights(tmp_path / "run"), json.loads((given / "config.json").read_text())["initializer_range"]
+    expected = initial_tensor(POSITIONS, found[POSITIONS].shape, seed=42, std=std).numpy()
+    np.testing.assert_allclose(found[POSITIONS], expected, atol=1e-9)
+    np.testing.assert_allclose(found[WORDS], tensors[WORDS], atol=1e-9)
+    save_file({name: value for name, value in tensors.items() if name.startswith("deberta.")}, given / "model.safetensors")
+    with pytest.raises(AssertionError, match=r"lacks lm_predictions\.lm_head"):
+        run(corpus, tmp_path / "refused", (1, 1, 1), training__init=given, **BARELY)
+    with pytest.raises(AssertionError, match="num_attention_heads = .* there"):
+        run(corpus, tmp_path / "refused", (1, 1, 1), training__init=given, model__num_attention_heads=2,
+            model__attention_head_size=16)  # fmt: skip
+    assert not (tmp_path / "refused").exists()
+
+
+def test_an_interrupted_run_does_not_need_what_it_started_from(corpus: Path, tmp_path: Path, whole_run) -> None:
+    whole = whole_run((1, 1, 1))
+    continued = interrupted(whole, tmp_path / "run")
+    run(corpus, continued, (1, 1, 1), training__init=tmp_path / "gone")
+    assert history(continued) == history(whole)
+    # The run keeps its tokenizer for conversions.
+    assert (continued / "spm.model").read_bytes() == (corpus / "spm.model").read_bytes()

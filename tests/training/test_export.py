@@ -43,14 +43,20 @@ def write_from_views(case: Case, directory: str) -> Any:
     """One rank alone: its tensors are views of two flat buffers, which a file must not share."""
     trainer = make_trainer(case)
     full = gather_full_weights(trainer.parts, mesh=trainer._mesh)
-    return str(write_weights(full, config=case.model_config().to_dict(), directory=Path(directory)))
+    tokenizer = Path(directory).with_name("any.model")
+    tokenizer.write_bytes(b"a tokenizer")
+    written = write_weights(
+        full, config=case.model_config().to_dict(), tokenizer=tokenizer, directory=Path(directory)
+    )
+    return str(written)
 
 
 def test_written_weights_load_strictly(tmp_path: Path) -> None:
     case = Case()
     (written,) = run_ranks(1, write_from_views, case, str(tmp_path / "weights"))
     assert written == str(tmp_path / "weights")
-    assert [path.name for path in tmp_path.iterdir()] == ["weights"], "the temporary directory is gone"
+    assert {path.name for path in tmp_path.iterdir()} == {"weights", "any.model"}, "the temporary directory is gone"
+    assert (tmp_path / "weights" / "spm.model").read_bytes() == b"a tokenizer"
     config = DebertaConfig.from_dict(json.loads((tmp_path / "weights" / "config.json").read_text()))
     assert config == case.model_config()
     model = DebertaForMaskedLM(config, seed=SEED + 1)

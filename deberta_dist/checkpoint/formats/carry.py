@@ -5,13 +5,12 @@ from pathlib import Path
 
 from deberta_dist.checkpoint.formats import files, huggingface
 from deberta_dist.checkpoint.formats.output import OutputDirectory
-from deberta_dist.checkpoint.formats.source import Source
+from deberta_dist.checkpoint.formats.source import SPM_NAME, Source
 from deberta_dist.checkpoint.formats.tokenizer_files import MASK_PROBE, PROBE, compare, tokenizer_texts
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.models.config import DebertaConfig
 
-SPM_NAME = "spm.model"
 _CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -75,9 +74,9 @@ def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig)
 def _found(source: Source) -> Tokenizer | None:
     if files.has(source.directory, SPM_NAME):
         return Tokenizer(files.inside(source.directory, SPM_NAME))
-    if source.tokenizer_hint is not None and source.tokenizer_hint.is_file():
-        tokenizer = Tokenizer(source.tokenizer_hint)
-        return tokenizer if tokenizer.sha256 == source.tokenizer_sha256 else None
+    for path in source.tokenizer_hints:
+        if path.is_file() and (tokenizer := Tokenizer(path)).sha256 == source.tokenizer_sha256:
+            return tokenizer
     return None
 
 

@@ -12,7 +12,6 @@ from deberta_dist.checkpoint.formats.model_card import model_card
 from deberta_dist.checkpoint.formats.output import (
     REPORT_NAME,
     OutputDirectory,
-    Progress,
     new_directory,
     require_apart,
     require_free,
@@ -26,7 +25,6 @@ from deberta_dist.errors import ConfigError
 
 TARGETS = ("huggingface", "official", "deberta_dist")
 MAX_SHARD_BYTES = 5 * 10**9
-_SMALL_FILES_BYTES = 32 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +97,7 @@ def convert(
     target = _TARGET_OF[to](model, is_fused)
 
     num_bytes = sum(weight.num_bytes for weight in target.weights.values())
-    progress = Progress(num_bytes)
-    with new_directory(
-        target_path, force=force, needed_bytes=num_bytes + _SMALL_FILES_BYTES, progress=progress
-    ) as output:
+    with new_directory(target_path, force=force, num_bytes=num_bytes) as output:
         output.write_text(target.config_name, json.dumps(target.config, indent=2) + "\n")
         if to == "official":
             output.write(official.WEIGHTS_NAME, lambda file: write_torch_file(file, target.weights))

@@ -24,6 +24,7 @@ class NativeCheckpoint:
         directory: ``.../step-00000100``.
         manifest: Its manifest.
         weights: Its weights, unread.
+        warnings: Newer checkpoints of the run that are not whole.
     """
 
     def __init__(self, path: Path, *, verify: bool = True) -> None:
@@ -31,15 +32,16 @@ class NativeCheckpoint:
 
         Args:
             path: ``step-N/``, or a run directory.
-            verify: Compare every byte with the manifest's checksums.
+            verify: Compare every byte with the manifest's checksums; otherwise sizes alone.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
+        self.warnings: list[str] = []
         if (path / "manifest.json").exists():
             self._reader = open_checkpoint(path, verify=verify)
         else:
-            found = newest_complete(path / "checkpoints", on_skip=lambda message: None)
+            found = newest_complete(path / "checkpoints", on_skip=self.warnings.append, verify=verify)
             if found is None:
                 raise FileNotFoundError(path / "checkpoints")
             self._reader = found

@@ -5,48 +5,19 @@ import os
 import re
 import shutil
 import socket
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from tqdm import tqdm
+
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
 from deberta_dist.errors import ConfigError
 
 REPORT_NAME = "conversion_report.json"
+_SMALL_FILES_BYTES = 32 * 2**20
 _MINE = r"\.{name}\.converting-{host}-(\d+)"
-
-
-class Progress:
-    """Percent and speed on a terminal, nothing elsewhere.
-
-    Args:
-        total: Bytes to come.
-        stream: Where to; standard error by default.
-    """
-
-    def __init__(self, total: int, *, stream: IO[str] | None = None) -> None:
-        self._total, self._stream = total, stream or sys.stderr
-        self._shows = self._stream.isatty()
-        self._start = self._last = time.monotonic()
-        self._done = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Counts bytes; shows them at most five times a second."""
-        self._done += num_bytes
-        now = time.monotonic()
-        if self._shows and now - self._last > 0.2:
-            self._last = now
-            speed = self._done / 1e6 / (now - self._start)
-            percent = min(100, 100 * self._done // max(self._total, 1))
-            print(f"\r{percent:3d} %  {speed:,.0f} MB/s ", end="", file=self._stream, flush=True)
-
-    def end(self) -> None:
-        """Clears the line."""
-        if self._shows:
-            print("\r" + " " * 24 + "\r", end="", file=self._stream, flush=True)
 
 
 class OutputDirectory:
@@ -57,7 +28,7 @@ class OutputDirectory:
         files: Name -> bytes and SHA-256 of what was written so far.
     """
 
-    def __init__(self, path: Path, *, progress: Progress) -> None:
+    def __init__(self, path: Path, *, progress: tqdm) -> None:
         self.path = path
         self.files: dict[str, dict[str, object]] = {}
         self._progress = progress
@@ -65,7 +36,7 @@ class OutputDirectory:
     def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
         with open(self.path / name, "xb") as raw:
-            file = HashedFile(raw, on_bytes=self._progress.add)
+            file = HashedFile(raw, on_bytes=self._progress.update)
             fill(file)
             raw.flush()
             os.fsync(raw.fileno())
@@ -107,7 +78,7 @@ class HashedFile:
 
 
 @contextmanager
-def new_directory(target: Path, *, force: bool, needed_bytes: int, progress: Progress) -> Iterator[OutputDirectory]:
+def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[OutputDirectory]:
     """A directory that gets its name when the block ends without error; an error removes it.
 
     A killed conversion leaves ``.NAME.converting-HOST-PID``; the next one to the same target on the same host
@@ -117,8 +88,7 @@ def new_directory(target: Path, *, force: bool, needed_bytes: int, progress: Pro
     Args:
         target: Its name.
         force: Replace what a conversion or export has made there.
-        needed_bytes: About what will be written.
-        progress: Told of every byte.
+        num_bytes: About what will be written; a terminal shows how far it is.
 
     Raises:
         ConfigError: something is there and ``force`` is not given, or it does not look like a converted checkpoint.
@@ -132,21 +102,22 @@ def new_directory(target: Path, *, force: bool, needed_bytes: int, progress: Pro
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target, host=host)
         free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes:
+        if free < num_bytes + _SMALL_FILES_BYTES:
             raise CheckpointWriteError(
-                f"{target} needs {needed_bytes / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB left"
+                f"{target} needs {num_bytes / 1e9:.2f} GB, and {target.parent} has {free / 1e9:.2f} GB left"
             )
         temporary.mkdir()
     except OSError as error:
         raise CheckpointWriteError(f"{target} cannot be made ({error.strerror})") from error
     try:
-        yield OutputDirectory(temporary, progress=progress)
+        # None: a bar on a terminal, nothing in a file or a pipe.
+        with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as progress:
+            yield OutputDirectory(temporary, progress=progress)
         _sync(temporary)
         _publish(temporary, target, force=force)
     except OSError as error:
         raise CheckpointWriteError(f"{target} is not written ({error.strerror or error})") from error
     finally:
-        progress.end()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

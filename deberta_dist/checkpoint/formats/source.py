@@ -23,6 +23,7 @@ from deberta_dist.models.config import BOOKKEEPING_KEYS, DebertaConfig
 
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS_NAME = "checkpoints"
+SPM_NAME = "spm.model"
 _WEIGHTS_NAMES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -46,7 +47,8 @@ class Source:
         generator: Weights of a generator file beside a discriminator, by its own keys.
         step: Step of a run's checkpoint.
         tokenizer_sha256: Of the SentencePiece model that a run used.
-        tokenizer_hint: Where that run had it.
+        tokenizer_hints: Where that model may be.
+        warnings: What a user should know.
         layout: Parallel sizes that wrote a run's checkpoint.
         verify: Compares every byte of a run's checkpoint with its checksums; raises CheckpointError.
     """
@@ -60,7 +62,8 @@ class Source:
     generator: Weights | None = None
     step: int | None = None
     tokenizer_sha256: str | None = None
-    tokenizer_hint: Path | None = None
+    tokenizer_hints: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
     layout: Mapping[str, Any] | None = None
     verify: Callable[[], None] | None = None
 
@@ -186,7 +189,9 @@ def _native(path: Path, *, verify: bool) -> Source:
         raise CheckpointError(f"{path / CHECKPOINTS_NAME} holds no checkpoint yet") from error
     manifest = checkpoint.manifest
     data = manifest.run_config.get("data")
-    hint = data.get("tokenizer") if isinstance(data, dict) else None
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    # A run keeps a copy beside its checkpoints; the path it was given may be gone, or of another machine.
+    hints = (checkpoint.directory.parent.parent / SPM_NAME, *([Path(named)] if isinstance(named, str) else []))
     return Source(
         path=path,
         directory=checkpoint.directory,
@@ -196,7 +201,8 @@ def _native(path: Path, *, verify: bool) -> Source:
         weights=checkpoint.weights,
         step=manifest.step,
         tokenizer_sha256=manifest.tokenizer_sha256,
-        tokenizer_hint=Path(hint) if isinstance(hint, str) else None,
+        tokenizer_hints=hints,
+        warnings=tuple(checkpoint.warnings),
         layout=vars(manifest.layout),
         verify=checkpoint.verify,
     )
@@ -219,7 +225,7 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
     raw = {key: value for key, value in raw.items() if key in known or allowed_by(key, allow_unmapped) is None}
     labels = {key: raw[key] for key in huggingface.LABEL_KEYS if raw.get(key) is not None}
     config = DebertaConfig.from_dict(raw)
-    reading = Reading(weights=dict(source.weights), config=config)
+    reading = Reading(weights=dict(source.weights), config=config, warnings=list(source.warnings))
     if source.generator is not None:
         reading.generator = renamed(source.generator, source.format.renames)
     # Before the rules: they read tensors, and cut them by head sizes of the configuration.
