@@ -1,7 +1,6 @@
 """What happens to a real run: a killed process, a full disk, a second run on the same directory."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -49,7 +48,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -
     process = begin(arguments(corpus, run), run=run)
     process.send_signal(signal.SIGSTOP)  # small steps: it would be done before the second one is refused
     second = start(arguments(corpus, run))
-    assert second.returncode == 2 and f'in use by another run ({{"host": ' in second.stderr
+    assert second.returncode == 2 and 'in use by another run ({"host": ' in second.stderr
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
     assert not (run / "result.json").exists()
