@@ -17,6 +17,7 @@ PACKAGE = "deberta_dist"
 # Top to bottom; a room imports from lower floors only, never from its own floor.
 FLOORS = (
     ("launchers", "tools"),
+    ("benchmark",),
     ("training",),
     ("planning", "checkpoint"),
     ("tensor_parallel", "pipeline_parallel", "zero"),

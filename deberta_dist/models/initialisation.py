@@ -5,10 +5,13 @@ and filled later, begins with the same numbers.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) -> Tensor:
@@ -44,3 +47,23 @@ def initialise_(model: nn.Module, *, seed: int, std: float, prefix: str = "") ->
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             parameter.copy_(initial_tensor(prefix + name, parameter.shape, seed=seed, std=std))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made inside are on the meta device: names and shapes, no numbers.
+
+    What torch's modules do to initialise themselves is left out. Without memory it has no effect, but it imports
+    torch's compiler, which takes longer than all the rest of a short command.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))

@@ -12,6 +12,7 @@ import torch
 from deberta_dist.config import Parallel
 from deberta_dist.flat_layout import FlatLayout, lay_out
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.pipeline_parallel.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.pipeline_parallel.ties import Tie, find_ties, owned_names
@@ -129,7 +130,7 @@ def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlop
 
 def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:
     """The whole model without any memory."""
-    with torch.device("meta"):
+    with without_memory():
         return DebertaForMaskedLM(config)
 
 

@@ -99,11 +99,11 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
 from deberta_dist.checkpoint.formats import safetensors_files
-fast = safetensors_files.tensor_bytes
-def slow(weight, *, name):
+fast = safetensors_files.write_tensor
+def slow(file, weight, *, name):
     time.sleep(0.05)
-    return fast(weight, name=name)
-safetensors_files.tensor_bytes = slow
+    fast(file, weight, name=name)
+safetensors_files.write_tensor = slow
 from pathlib import Path
 import runpy
 sys.argv = ["convert_checkpoint.py", "source", "target", "--to", "huggingface"]

@@ -1,6 +1,7 @@
 """A run's own checkpoint as a source: float32 weights by published name, whatever layout wrote them."""
 
-import functools
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,13 +9,12 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.find import newest_complete
 from deberta_dist.checkpoint.formats.rules import Format
-from deberta_dist.checkpoint.formats.weights import Weight, Weights
+from deberta_dist.checkpoint.formats.weights import PART, InParts, Weight, Weights
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 
 FORMAT = Format(name="native")
 _REOPEN_BYTES = 256 * 2**20
-_PART = 1 << 24
 
 
 class NativeCheckpoint:
@@ -48,21 +48,34 @@ class NativeCheckpoint:
         self.directory: Path = self._reader.directory
         self.manifest: Manifest = self._reader.manifest
         self.weights: Weights = {
-            name: Weight(tuple(self._reader.shape(name)), torch.float32, functools.partial(self._read, name), (name,))
+            name: Weight(self._reader.shape(name), torch.float32, _InCheckpoint(self, name), (name,))
             for name in self._reader.names
         }
 
-    def _read(self, name: str) -> Tensor:
-        result = torch.empty(self._reader.shape(name))
-        numbers = result.view(-1)
-        for begin in range(0, numbers.numel(), _PART):
-            # The reader maps files, and what has been read of a map counts as memory of this process.
-            if self._reader.bytes_copied > _REOPEN_BYTES:
-                self._reader = CheckpointReader(self.directory)
-            count = min(_PART, numbers.numel() - begin)
-            numbers[begin : begin + count] = self._reader.read_range(name, begin=begin, count=count)
-        return result
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return self._reader.shape(name)
+
+    def read_range(self, name: str, *, begin: int, count: int) -> Tensor:
+        """Some of a tensor's numbers, see `CheckpointReader.read_range`."""
+        # The reader maps files, and what has been read of a map counts as memory of this process.
+        if self._reader.bytes_copied > _REOPEN_BYTES:
+            self._reader = CheckpointReader(self.directory)
+        return self._reader.read_range(name, begin=begin, count=count)
 
     def verify(self) -> None:
         """Compares every byte with the manifest's checksums. Raises CheckpointError."""
         self._reader.verify()
+
+
+class _InCheckpoint(InParts):
+    """A tensor whose slices lie in the files of several ranks."""
+
+    def __init__(self, checkpoint: NativeCheckpoint, name: str) -> None:
+        super().__init__(checkpoint.shape(name), torch.float32)
+        self._checkpoint, self._name = checkpoint, name
+
+    def parts(self) -> Iterator[Tensor]:
+        count = math.prod(self.shape)
+        for begin in range(0, count, PART):
+            yield self._checkpoint.read_range(self._name, begin=begin, count=min(PART, count - begin))

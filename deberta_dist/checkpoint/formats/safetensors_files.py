@@ -6,20 +6,19 @@ every byte once. So the header is parsed here (strictly: it may be hostile) and 
 Format: eight bytes N little-endian, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors.
 """
 
-import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.weights import Weight, Weights
+from deberta_dist.checkpoint.formats.weights import PART, InParts, Weight, Weights
 
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {
@@ -35,6 +34,12 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Writable(Protocol):
+    """What tensors are written to."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
 
 
 def read_safetensors(path: Path) -> Weights:
@@ -70,7 +75,7 @@ def read_safetensors(path: Path) -> Weights:
         if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(f"{where}: {offsets[1] - offsets[0]} bytes are not {list(shape)} of {raw['dtype']}")
         ranges.append(offsets)
-        weights[name] = Weight(shape, dtype, functools.partial(_read, path, start + offsets[0], shape, dtype), (name,))
+        weights[name] = Weight(shape, dtype, _InFile(shape, dtype, path=path, offset=start + offsets[0]), (name,))
     ranges.sort()
     if any(a[1] > b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
         raise CheckpointError(f"{path}: tensors overlap")
@@ -90,29 +95,44 @@ def header_bytes(weights: Mapping[str, Weight]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(file: BinaryIO, weights: Mapping[str, Weight]) -> None:
-    """Writes a file, one tensor in memory at a time."""
+def write_safetensors(file: Writable, weights: Mapping[str, Weight]) -> None:
+    """Writes a file, tensor by tensor."""
     file.write(header_bytes(weights))
     for name, weight in weights.items():
-        file.write(tensor_bytes(weight, name=name))
+        write_tensor(file, weight, name=name)
 
 
-def tensor_bytes(weight: Weight, *, name: str) -> memoryview:
-    """The bytes of one tensor, little-endian and in row-major order."""
-    tensor = weight.read()
-    assert tensor.shape == weight.shape and tensor.dtype == weight.dtype, name
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def write_tensor(file: Writable, weight: Weight, *, name: str) -> None:
+    """Writes the numbers of one tensor, little-endian and in row-major order."""
+    num_bytes = 0
+    for part in weight.parts():
+        assert part.dtype == weight.dtype, name
+        num_bytes += file.write(memoryview(part.view(torch.uint8).numpy()))
+    assert num_bytes == weight.num_bytes, name
 
 
-def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-    if buffer.numel():
-        with open(path, "rb", buffering=0) as file:
-            file.seek(offset)
-            view, done = memoryview(buffer.numpy()), 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{path} became shorter while it was read")
-                done += count
-    return buffer.view(dtype).reshape(shape)
+class _InFile(InParts):
+    """A tensor whose bytes lie in one piece in a file."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, path: Path, offset: int) -> None:
+        super().__init__(shape, dtype)
+        self._path, self._offset = path, offset
+
+    def parts(self) -> Iterator[Tensor]:
+        left = math.prod(self.shape)
+        buffer = torch.empty(min(left, PART), dtype=self.dtype)
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._offset)
+            while left:
+                part = buffer[: min(left, PART)]
+                self._fill(memoryview(part.view(torch.uint8).numpy()), file)
+                yield part
+                left -= len(part)
+
+    def _fill(self, view: memoryview, file: IO[bytes]) -> None:
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{self._path} became shorter while it was read")
+            done += count

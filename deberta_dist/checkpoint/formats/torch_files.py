@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.safetensors_files import tensor_bytes
+from deberta_dist.checkpoint.formats.safetensors_files import write_tensor
 from deberta_dist.checkpoint.formats.weights import Weight, Weights
 
 _REMAP_BYTES = 256 * 2**20
@@ -129,7 +129,7 @@ def write_torch_file(file: BinaryIO, weights: Mapping[str, Weight]) -> None:
             entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
             entry.file_size = weight.num_bytes
             with archive.open(entry, "w", force_zip64=True) as record:
-                record.write(tensor_bytes(weight, name=name))
+                write_tensor(record, weight, name=name)
         archive.writestr(_entry("version"), b"3\n")
 
 

@@ -1,9 +1,10 @@
 """Where all formats meet: full tensors by published name, each read only when it is written.
 
-A conversion passes a table of these through renames and structural rules, so no more than one tensor is in memory.
+A conversion passes a table of these through renames and structural rules. What a rule makes anew is in memory one
+tensor at a time; what is copied or rounded, in parts of a few megabytes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +15,38 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import Pooler, ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import MaskedLMPredictions
 
 POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
 WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
-_PART = 1 << 22
+PART = 1 << 20
+"""Numbers in one part of a tensor: small enough that a buffer for it is not asked of the system each time."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class InParts:
+    """Reads a tensor, whole or in flat parts of at most ``PART`` numbers.
+
+    Args:
+        shape: Of the tensor.
+        dtype: As it is read.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def parts(self) -> Iterator[Tensor]:
+        """1-D parts in order; one is good until the next is asked for."""
+        raise NotImplementedError
+
+    def __call__(self) -> Tensor:
+        result = torch.empty(self.shape, dtype=self.dtype)
+        flat, begin = result.view(-1), 0
+        for part in self.parts():
+            flat[begin : begin + len(part)] = part
+            begin += len(part)
+        return result
 
 
 @dataclass(frozen=True)
@@ -29,7 +56,7 @@ class Weight:
     Attributes:
         shape: Its shape.
         dtype: As ``read`` returns it.
-        read: Reads it.
+        read: Reads it; an `InParts` where it need not be in memory as a whole.
         origin: Keys of the source it is made of; empty where it is made of nothing.
         why: Reason for a key that is not the source's own; empty for a plain copy.
     """
@@ -53,7 +80,14 @@ class Weight:
         """
         if dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, read=lambda: _rounded(self.read(), dtype, name=name))
+        return replace(self, dtype=dtype, read=_Rounded(self, dtype, name=name))
+
+    def parts(self) -> Iterator[Tensor]:
+        """The tensor in 1-D parts, in order; one is good until the next is asked for."""
+        if isinstance(self.read, InParts):
+            yield from self.read.parts()
+        else:
+            yield self.read().contiguous().flatten()
 
 
 Weights = dict[str, Weight]
@@ -82,7 +116,7 @@ def published_shapes(
     """
     heads = {key.split(".")[0] for key in keys}
     try:
-        with torch.device("meta"):
+        with without_memory():
             parts: dict[str, nn.Module] = {"deberta": DebertaModel(config, seed=None)}
             if "lm_predictions" in heads:
                 parts["lm_predictions"] = MaskedLMPredictions(config)
@@ -158,17 +192,22 @@ def shorten(items: Iterable[str], *, most: int = 4) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
-    # In parts: what the check needs beside the tensor would be as large as the tensor.
-    result = torch.empty(tensor.shape, dtype=dtype)
-    for source, target in zip(tensor.flatten().split(_PART), result.flatten().split(_PART), strict=True):
-        target.copy_(source)
-        if source.numel() and not torch.isfinite(torch.stack(torch.aminmax(source)).to(dtype)).all():
-            # Infinity and not-a-number of the source may stay what they are; a number may not become one.
-            numbers = source[torch.isfinite(source)]
-            if numbers.numel() and not torch.isfinite(numbers.to(dtype)).all():
-                raise CheckpointError(
-                    f"{name} holds {numbers.abs().max().item():.4g}, outside the range of "
-                    f"{str(dtype).removeprefix('torch.')}: convert to bfloat16 or float32"
-                )
-    return result
+class _Rounded(InParts):
+    """A tensor in another number format, which none of its numbers may leave."""
+
+    def __init__(self, weight: Weight, dtype: torch.dtype, *, name: str) -> None:
+        super().__init__(weight.shape, dtype)
+        self._weight, self._name = weight, name
+
+    def parts(self) -> Iterator[Tensor]:
+        for whole in self._weight.parts():
+            for part in whole.split(PART):
+                rounded = part.to(self.dtype)
+                # Infinity and not-a-number of the source may stay what they are; a number may not become one.
+                lost = torch.isfinite(part) & ~torch.isfinite(rounded)
+                if lost.any():
+                    raise CheckpointError(
+                        f"{self._name} holds {part[lost].abs().max().item():.4g}, outside the range of "
+                        f"{str(self.dtype).removeprefix('torch.')}: convert to bfloat16 or float32"
+                    )
+                yield rounded

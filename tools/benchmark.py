@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Measures speed and memory beside a floor or a peer: interleaved rounds, medians, ratios.
+
+    tools/benchmark.py convert --rounds 3 --json convert.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# A checkout works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deberta_dist.benchmark import convert  # noqa: E402
+from deberta_dist.errors import DebertaDistError  # noqa: E402
+
+VERBS = {"convert": convert}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure speed and memory beside a floor or a peer.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in VERBS.items():
+        summary, _, details = module.__doc__.partition("\n\n")
+        verb = verbs.add_parser(name, help=summary, description=f"{summary} {details}")
+        verb.add_argument("--rounds", type=int, default=3, help="times that every contestant runs (default: 3)")
+        verb.add_argument("--json", type=Path, metavar="FILE", help="write all figures here; replaced if it is there")
+        module.add_arguments(verb)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the tool; the exit code is 0, or that of the error printed."""
+    arguments = parse_arguments()
+    try:
+        found = VERBS[arguments.verb].run(arguments)
+    except DebertaDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
