@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ from deberta_dist.errors import ConfigError
 
 REPORT_NAME = "conversion_report.json"
 _SMALL_FILES_BYTES = 32 * 2**20
+_PART_BYTES = 4 * 2**20
 _MINE = r"\.{name}\.converting-{host}-(\d+)"
 
 
@@ -35,10 +37,9 @@ class OutputDirectory:
 
     def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
-        with open(self.path / name, "xb") as raw:
-            file = HashedFile(raw, on_bytes=self._progress.update)
+        with open(self.path / name, "xb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as hasher:
+            file = HashedFile(raw, hasher=hasher, on_bytes=self._progress.update)
             fill(file)
-            raw.flush()
             os.fsync(raw.fileno())
         self.files[name] = {"bytes": file.tell(), "sha256": file.sha256.hexdigest()}
 
@@ -52,19 +53,23 @@ class OutputDirectory:
 
 
 class HashedFile:
-    """A file that can only be appended to, hashed on the way: what zipfile and the writers here need."""
+    """A file that can only be appended to, hashed while it is written: what zipfile and the writers here need."""
 
-    def __init__(self, file: IO[bytes], *, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, file: IO[bytes], *, hasher: Executor, on_bytes: Callable[[int], None]) -> None:
         self.sha256 = hashlib.sha256()
-        self._file, self._on_bytes, self._position = file, on_bytes, 0
+        self._file, self._hasher, self._on_bytes, self._position = file, hasher, on_bytes, 0
 
     def write(self, data: bytes | memoryview) -> int:
         """Appends, in parts so that progress shows within a large tensor."""
         view = memoryview(data).cast("B")
-        for begin in range(0, len(view), 16 << 20):
-            part = view[begin : begin + (16 << 20)]
-            self._file.write(part)
-            self.sha256.update(part)
+        for begin in range(0, len(view), _PART_BYTES):
+            part = view[begin : begin + _PART_BYTES]
+            # Both let other threads run, and both are done before the caller may change the bytes.
+            hashed = self._hasher.submit(self.sha256.update, part)
+            rest = part
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            hashed.result()
             self._on_bytes(len(part))
         self._position += len(view)
         return len(view)
