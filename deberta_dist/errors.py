@@ -5,6 +5,11 @@ to change it. ``main`` of every entry point prints the message as one line and e
 any other exception is a fault of ours and keeps its traceback.
 """
 
+import functools
+import os
+import sys
+from collections.abc import Callable
+
 
 class DebertaDistError(Exception):
     """Base of all errors with a message meant for the user."""
@@ -22,3 +27,31 @@ class DataError(DebertaDistError, ValueError):
     """An input file (text, token file, tokenizer) that is missing, damaged or does not fit the run."""
 
     exit_code = 65
+
+
+def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
+    """Makes one line and an exit code of what can go wrong in a tool's ``main`` without being our fault.
+
+    Beside our own errors: a file that cannot be read or written (74), a reader of the output that has gone away
+    (141), an interrupt (130).
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> int:
+        try:
+            return main()
+        except DebertaDistError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except BrokenPipeError:
+            # The interpreter would flush once more at its end, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except OSError as error:
+            print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+            return 74
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped

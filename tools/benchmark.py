@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.benchmark import convert  # noqa: E402
-from deberta_dist.errors import DebertaDistError  # noqa: E402
+from deberta_dist.errors import with_exit_code  # noqa: E402
 
 VERBS = {"convert": convert}
 
@@ -31,14 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    try:
-        found = VERBS[arguments.verb].run(arguments)
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    found = VERBS[arguments.verb].run(arguments)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0

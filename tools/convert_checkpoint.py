@@ -7,14 +7,16 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import ConfigError, DebertaDistError  # noqa: E402
+from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
     )
     parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
-    parser.add_argument("--report", type=Path, help="also write the key report here; replaced if it is there")
+    parser.add_argument("--report", type=Path, help="also write the key report here")
     parser.add_argument(
         "--allow-unmapped",
         action="append",
@@ -36,37 +38,48 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
     )
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
-    parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET")
+    parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET, and the report")
     return parser.parse_args()
 
 
+def check_report(report: Path, *, apart: Sequence[Path], force: bool) -> None:
+    """Refuses a place for the report where something would be lost.
+
+    Raises:
+        ConfigError: its folder is missing, or is SOURCE or TARGET; or something is there and may not be replaced.
+    """
+    folder = report.resolve().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--report {report}: its directory does not exist")
+    if any(path.resolve() in (folder, *folder.parents) for path in apart):
+        raise ConfigError(f"--report {report} lies in SOURCE or TARGET, which has a report of its own: name another place")
+    if os.path.lexists(report) and (not force or not report.is_file()):
+        raise ConfigError(f"--report {report} exists already and is left as it is: name another file, or give --force")
+
+
+@with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    try:
-        from deberta_dist.checkpoint.formats.convert import convert
-        from deberta_dist.checkpoint.formats.report import summary
+    from deberta_dist.checkpoint.formats.convert import convert
+    from deberta_dist.checkpoint.formats.report import summary
 
-        if arguments.report is not None and not arguments.report.parent.is_dir():
-            raise ConfigError(f"--report {arguments.report}: its directory does not exist")
-        report = convert(
-            arguments.source,
-            arguments.target,
-            to=arguments.to,
-            dtype=arguments.dtype,
-            is_fused=arguments.fused,
-            allow_unmapped=arguments.allow_unmapped,
-            tokenizer_path=arguments.tokenizer,
-            force=arguments.force,
-        )
-        if arguments.report is not None:
-            arguments.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"interrupted; nothing is left of {arguments.target}", file=sys.stderr)
-        return 130
+    if arguments.report is not None:
+        check_report(arguments.report, apart=(arguments.source, arguments.target), force=arguments.force)
+    report = convert(
+        arguments.source,
+        arguments.target,
+        to=arguments.to,
+        dtype=arguments.dtype,
+        is_fused=arguments.fused,
+        allow_unmapped=arguments.allow_unmapped,
+        tokenizer_path=arguments.tokenizer,
+        force=arguments.force,
+    )
+    if arguments.report is not None:
+        temporary = arguments.report.with_name(f".{arguments.report.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(arguments.report)
     print(summary(report))
     num_bytes = sum(file["bytes"] for file in report["files"].values())
     print(f"{arguments.target}: {len(report['files'])} files, {num_bytes:,} bytes")

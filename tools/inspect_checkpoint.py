@@ -13,7 +13,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import DebertaDistError  # noqa: E402
+from deberta_dist.errors import DataError, with_exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,22 +25,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@with_exit_code
 def main() -> int:
-    """Runs the tool; the exit code is 0, 1 for differences, or that of the error printed."""
+    """Runs the tool; the exit code is 0, 1 for differences, 65 for damage, or that of the error printed."""
     arguments = parse_arguments()
-    try:
-        from deberta_dist.checkpoint.formats import inspect
+    from deberta_dist.checkpoint.formats import inspect
 
-        if arguments.diff is None:
-            found = inspect.inspect(arguments.path)
-            text, code = inspect.describe(found), 0
-        else:
-            found = inspect.difference(arguments.path, arguments.diff)
-            text, code = inspect.describe_difference(found), int(inspect.differs(found))
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(found, indent=1) if arguments.json else text)
+    if arguments.diff is None:
+        found = inspect.inspect(arguments.path)
+        text, code = inspect.describe(found), DataError.exit_code if found["is_damaged"] else 0
+    else:
+        found = inspect.difference(arguments.path, arguments.diff)
+        text, code = inspect.describe_difference(found), int(inspect.differs(found))
+    print(json.dumps(found, indent=1, allow_nan=False) if arguments.json else text)
     return code
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import ConfigError, DebertaDistError  # noqa: E402
+from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,17 @@ def candidates(toml: str, overrides: Sequence[str], *, world_size: int, bandwidt
         )
 
 
+@with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments, overrides = parse_arguments()
-    try:
-        options = {"world_size": arguments.world_size, "bandwidth": arguments.bandwidth}
-        found = list(candidates(arguments.toml, overrides, **options))
-        if not found:
-            raise ConfigError(
-                f"{arguments.toml}: no layout fits --world-size {arguments.world_size}; its heads, layers or "
-                "global_batch_size do not divide. --dry-run of the launcher says which"
-            )
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    options = {"world_size": arguments.world_size, "bandwidth": arguments.bandwidth}
+    found = list(candidates(arguments.toml, overrides, **options))
+    if not found:
+        raise ConfigError(
+            f"{arguments.toml}: no layout fits --world-size {arguments.world_size}; its heads, layers or "
+            "global_batch_size do not divide. --dry-run of the launcher says which"
+        )
     limit = arguments.gpu_memory * 1e9
     found.sort(key=lambda one: (one.peak > limit, one.seconds))
     print("tensor pipeline  data  micro-batches   peak GB   sent GB   bubble  busiest/mean   s/step")

@@ -11,7 +11,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import DebertaDistError  # noqa: E402
+from deberta_dist.errors import with_exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,23 +29,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    try:
-        from deberta_dist.data.prepare import prepare_corpus
-        from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.data.prepare import prepare_corpus
+    from deberta_dist.data.tokenizer import Tokenizer
 
-        report = prepare_corpus(
-            arguments.input,
-            arguments.output,
-            tokenizer=Tokenizer(arguments.tokenizer),
-            text_field=arguments.text_field,
-            progress=lambda progress: print(progress, file=sys.stderr, flush=True),
-        )
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    report = prepare_corpus(
+        arguments.input,
+        arguments.output,
+        tokenizer=Tokenizer(arguments.tokenizer),
+        text_field=arguments.text_field,
+        progress=lambda progress: print(progress, file=sys.stderr, flush=True),
+    )
     print(
         f"{arguments.output}: {report.num_tokens:,} tokens in {report.num_documents:,} documents, from "
         f"{report.num_files:,} files of {report.num_bytes / 1e6:,.1f} MB in {report.seconds:.1f} s "

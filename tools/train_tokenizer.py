@@ -11,7 +11,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import DebertaDistError  # noqa: E402
+from deberta_dist.errors import with_exit_code  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,22 +39,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    try:
-        from deberta_dist.data.new_file import refuse_existing
-        from deberta_dist.data.text_files import read_texts
-        from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+    from deberta_dist.data.new_file import refuse_existing
+    from deberta_dist.data.text_files import read_texts
+    from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 
-        # Said before the work, not after it.
-        refuse_existing(arguments.output)
-        texts = read_texts(arguments.input, text_field=arguments.text_field, max_bytes=arguments.max_bytes)
-        train_tokenizer(texts, arguments.output, vocab_size=arguments.vocab_size)
-        tokenizer = Tokenizer(arguments.output)
-    except DebertaDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    # Said before the work, not after it.
+    refuse_existing(arguments.output)
+    texts = read_texts(arguments.input, text_field=arguments.text_field, max_bytes=arguments.max_bytes)
+    train_tokenizer(texts, arguments.output, vocab_size=arguments.vocab_size)
+    tokenizer = Tokenizer(arguments.output)
     print(f"{arguments.output}: {tokenizer.num_tokens:,} tokens with [MASK], SHA-256 {tokenizer.sha256}")
     return 0
 

@@ -31,6 +31,8 @@ def parse(text: bytes, *, file: object) -> dict[str, Any]:
             parse_float=_finite,
             object_pairs_hook=_unique,
         )
+        # Half of a surrogate pair is JSON, and text that nothing can print or write.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

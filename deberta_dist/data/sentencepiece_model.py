@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from deberta_dist.errors import DataError
 
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 UNIGRAM = 1
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece: its text, its log probability, and NORMAL, UNKNOWN, CONTROL or another kind."""
+    """One piece: its text, its log probability, and its kind: NORMAL, UNKNOWN, CONTROL, USER_DEFINED or BYTE."""
 
     text: str
     score: float

@@ -11,38 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.bookkeeping import BOOKKEEPING_KEYS
 
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
 POSITION_TERMS = ("c2p", "p2c")
-
-BOOKKEEPING_KEYS = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "gradient_checkpointing",
-        "id2label",
-        "label2id",
-        "legacy",
-        "mask_token_id",
-        "model_type",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "torchscript",
-        "transformers_version",
-    }
-)
-"""Keys of published files that change nothing in the model: accepted by ``from_dict`` and left behind."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DebertaConfig:
@@ -224,14 +196,14 @@ class DebertaConfig:
         known = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, value in published.items():
-            if key == "pooling":
+            if key == "pooling" and isinstance(value, Mapping):
                 values.update({f"pooler_{name}": setting for name, setting in value.items()})
             elif key in known:
                 values[key] = value
             elif key in _SYNONYMS:
                 values.setdefault(_SYNONYMS[key], value)
             elif key not in BOOKKEEPING_KEYS:
-                nearest = difflib.get_close_matches(key, [*known, *BOOKKEEPING_KEYS], n=1, cutoff=0.0)[0]
+                nearest = difflib.get_close_matches(str(key), [*known, *BOOKKEEPING_KEYS], n=1, cutoff=0.0)[0]
                 raise ConfigError(f"model configuration: unknown key {key!r}; the nearest known key is {nearest!r}")
         if "vocab_size" not in values:
             raise ConfigError("model configuration: vocab_size is missing")
@@ -259,6 +231,8 @@ def _require(condition: bool, message: str) -> None:
 def _position_terms(published: Any) -> tuple[str, ...]:
     """Reads "c2p|p2c" or a sequence of terms."""
     listed = published.split("|") if isinstance(published, str) else (published or ())
+    is_list = isinstance(listed, (list, tuple)) and all(isinstance(term, str) for term in listed)
+    _require(is_list, f"pos_att_type = {published!r} is neither text nor a list of texts")
     terms = tuple(term.strip().lower() for term in listed)
     if "p2p" in terms:
         raise ConfigError(

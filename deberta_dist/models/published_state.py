@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FUSED_LEAVES = {
+    "q_bias": "query_proj.bias",
+    "v_bias": "value_proj.bias",
+    "pos_proj.weight": "pos_key_proj.weight",
+    "pos_q_proj.weight": "pos_query_proj.weight",
+    "pos_q_proj.bias": "pos_query_proj.bias",
+}
+"""Names in the fused form of v1 -> those of the later code, beside ``in_proj.weight`` itself."""
+
 
 def accept_published_weights(model: nn.Module, *, head_size: int, backbone: str = "deberta.") -> None:
     """Makes ``model.load_state_dict`` accept the published spellings when called on ``model`` itself.
@@ -52,22 +61,13 @@ def separate_projections(state: dict[str, Tensor], *, head_size: int) -> dict[st
             separate[stem + "key_proj.weight"] = key.flatten(0, 1)
             separate[stem + "value_proj.weight"] = value.flatten(0, 1)
             separate[stem + "key_proj.bias"] = torch.zeros_like(separate[stem + "key_proj.weight"][:, 0])
-        elif leaf == "pos_proj.weight":
-            separate[stem + "pos_key_proj.weight"] = value
-            separate[stem + "pos_key_proj.bias"] = torch.zeros_like(value[:, 0])
-        elif leaf in _FUSED_LEAVES:
-            separate[stem + _FUSED_LEAVES[leaf]] = value
+        elif leaf in FUSED_LEAVES:
+            separate[stem + FUSED_LEAVES[leaf]] = value
+            if leaf == "pos_proj.weight":
+                separate[stem + "pos_key_proj.bias"] = torch.zeros_like(value[:, 0])
         else:
             separate[name] = value
     return {name: value for name, value in separate.items() if not name.endswith(".position_ids")}
-
-
-_FUSED_LEAVES = {
-    "q_bias": "query_proj.bias",
-    "v_bias": "value_proj.bias",
-    "pos_q_proj.weight": "pos_query_proj.weight",
-    "pos_q_proj.bias": "pos_query_proj.bias",
-}
 
 
 def _present_name(name: str, backbone: str) -> str:

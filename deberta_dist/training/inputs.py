@@ -7,7 +7,8 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.compatible import same_computation
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.source import open_source, to_published
+from deberta_dist.checkpoint.formats.meeting import to_published
+from deberta_dist.checkpoint.formats.source import SPM_NAME, is_run, open_source
 from deberta_dist.checkpoint.formats.weights import shorten
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig

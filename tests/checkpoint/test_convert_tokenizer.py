@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import transformers
 
 from deberta_dist.checkpoint.formats import tokenizer_files
@@ -66,7 +67,8 @@ def test_it_travels_with_the_weights(spm: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({**config, "mine": 1}))
     report = convert(tmp_path / "hf", tmp_path / "again", to="huggingface")
-    assert report["tokenizer"]["message"] == "The tokenizer files of the source, unchanged."
+    assert report["tokenizer"]["message"].startswith("The tokenizer files of the source, unchanged. `tokenizer.json` splits")
+    assert report["tokenizer"]["compared"] and report["tokenizer"]["differences"] == KNOWN_DIFFERENCES
     for name in ("tokenizer.json", "tokenizer_config.json", SPM_NAME):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     convert(tmp_path / "hf", tmp_path / "new", to="huggingface", tokenizer_path=spm)
@@ -90,10 +92,51 @@ def test_a_tokenizer_that_does_not_belong_is_refused(spm: Path, texts: list[str]
     assert "not a sentencepiece model" in report["tokenizer"]["message"] and report["tokenizer"]["files"] == []
 
 
+def trained(texts: list[str], path: Path, **options: object) -> Path:
+    """A model that the product's own training would not make."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")), pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]", minloglevel=9, **options,
+    )  # fmt: skip
+    return path
+
+
+def test_bytes_for_unknown_characters(texts: list[str], tmp_path: Path) -> None:
+    """The tokenizers of the releases have them."""
+    spm = trained(texts, tmp_path / "bytes.model", vocab_size=500, byte_fallback=True)
+    report = convert(export(make_model("v2"), tmp_path / "a"), tmp_path / "hf", to="huggingface", tokenizer_path=spm)
+    ours, theirs = Tokenizer(spm), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    told = report["tokenizer"]["differences"]
+    for text in (*texts[:50], *PROBE, "a <0x00> b"):
+        assert (theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text)) == (text in told), ascii(text)
+    assert theirs.decode(ours.encode("smile \U0001f600 twice")) == "smile \U0001f600 twice"
+    assert "a <0x00> b" in told and len(told) <= 4
+
+
+def test_pieces_that_no_text_has(texts: list[str], tmp_path: Path) -> None:
+    options = {"control_symbols": ["<sep>"], "user_defined_symbols": ["<mine>"]}
+    spm = trained(texts, tmp_path / "odd.model", vocab_size=500, **options)
+    report = convert(export(make_model("v2"), tmp_path / "a"), tmp_path / "hf", to="huggingface", tokenizer_path=spm)
+    ours, theirs = Tokenizer(spm), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    assert theirs("a <mine> b", add_special_tokens=False)["input_ids"].count(ours.encode("<mine>")[-1]) == 1
+    for text in ("a <sep> b", "a <mine> b"):
+        is_different = theirs(text, add_special_tokens=False)["input_ids"] != ours.encode(text)
+        assert is_different == (text in report["tokenizer"]["differences"]), text
+    assert "a <sep> b" in report["tokenizer"]["differences"]
+
+
+def test_what_tokenizer_json_cannot_say_is_told(texts: list[str], tmp_path: Path) -> None:
+    spm = trained(texts, tmp_path / "bpe.model", vocab_size=500, model_type="bpe")
+    report = convert(export(make_model("v2"), tmp_path / "a"), tmp_path / "hf", to="huggingface", tokenizer_path=spm)
+    assert report["tokenizer"]["files"] == [SPM_NAME]
+    assert "`AutoTokenizer` cannot load it" in report["tokenizer"]["message"]
+    assert "Use `AutoTokenizer`" not in (tmp_path / "hf/README.md").read_text()
+
+
 def test_the_probe_finds_a_missing_normaliser(spm: Path) -> None:
     content = build_tokenizer_json(parse_model(spm.read_bytes()), mask_id=500)
     content["normalizer"]["normalizers"] = [{"type": "NFC"}]
-    assert len(compare(json.dumps(content), tokenizer=Tokenizer(spm)) or []) >= 5
+    assert len(compare(json.dumps(content), tokenizer=Tokenizer(spm), texts=PROBE) or []) >= 5
 
 
 def test_the_model_file_is_read_as_sentencepiece_reads_it(spm: Path) -> None:

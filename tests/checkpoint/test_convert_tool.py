@@ -47,10 +47,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
     assert_one_line_error(call(TOOL, *arguments, cwd=tmp_path), code=2, words="target exists already")
     assert {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()} == before
-    words = "--report nowhere/r.json: its directory does not exist"
-    assert_one_line_error(
-        call(TOOL, *arguments, "--force", "--report", "nowhere/r.json", cwd=tmp_path), code=2, words=words
-    )
+    for report, words in (
+        ("nowhere/r.json", "--report nowhere/r.json: its directory does not exist"),
+        ("source/model.safetensors", "lies in SOURCE or TARGET"),
+        ("target/r.json", "lies in SOURCE or TARGET"),
+        (".", "exists already"),
+    ):
+        result = call(TOOL, *arguments, "--force", "--report", report, cwd=tmp_path)
+        assert_one_line_error(result, code=2, words=words)
+    result = call(TOOL, "source", "new", "--to", "deberta_dist", "--report", "report.json", cwd=tmp_path)
+    assert_one_line_error(result, code=2, words="report.json exists already")
     made = call(TOOL, "target", "back", "--to", "deberta_dist", cwd=tmp_path)
     assert made.returncode == 0 and "Microsoft's published form, fused projections of v1" in made.stdout
     assert call(TOOL, "--help", cwd=tmp_path).returncode == 0
@@ -70,8 +76,12 @@ def test_force_replaces_a_conversion_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("work")
     (target / "folder").mkdir()
     for path in ("work", "file", "link", "target"):
-        with pytest.raises(ConfigError, match="does not look like a converted checkpoint"):
+        with pytest.raises(ConfigError, match=rf"{path} is .*not replaced, --force or not"):
             convert(source, tmp_path / path, to="deberta_dist", force=True)
+    # Somebody's own work beside a configuration.
+    (tmp_path / "work/config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds thesis\.txt, which no conversion has written"):
+        convert(source, tmp_path / "work", to="deberta_dist", force=True)
     assert (tmp_path / "work/thesis.txt").read_text() == "years"
     for path in (source, source / "inside", tmp_path):
         with pytest.raises(ConfigError):

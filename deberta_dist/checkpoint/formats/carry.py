@@ -1,12 +1,13 @@
 """The tokenizer of a conversion: found, checked against the model, written in the form of the target."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deberta_dist.checkpoint.formats import files, huggingface
+from deberta_dist.checkpoint.formats import files
 from deberta_dist.checkpoint.formats.output import OutputDirectory
 from deberta_dist.checkpoint.formats.source import SPM_NAME, Source
-from deberta_dist.checkpoint.formats.tokenizer_files import MASK_PROBE, PROBE, compare, tokenizer_texts
+from deberta_dist.checkpoint.formats.tokenizer_files import MASK_PROBE, compare, probe, tokenizer_texts
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.models.config import DebertaConfig
@@ -18,6 +19,7 @@ _CARRIED = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "bpe_encoder.bin",
     SPM_NAME,
 )
 
@@ -101,14 +103,12 @@ def write_tokenizer(
         is_given: The user named the tokenizer, so the source's own files do not matter.
         max_length: Longest text that the model can take, tokens.
     """
+    names = [] if is_given or source.is_file else [name for name in _CARRIED if files.has(source.directory, name)]
+    if tokenizer is None:
+        names = [name for name in names if name != SPM_NAME]
+    if (for_huggingface and "tokenizer.json" in names) or (names and tokenizer is None):
+        return _carry(output, source, names=names, tokenizer=tokenizer)
     result = TokenizerResult(message=message)
-    if for_huggingface and source.format is huggingface.FORMAT and not is_given:
-        names = [name for name in _CARRIED if files.has(source.directory, name)]
-        if "tokenizer.json" in names or "vocab.json" in names:
-            for name in names:
-                output.copy(files.inside(source.directory, name), name=name)
-            result.files, result.message = names, "The tokenizer files of the source, unchanged."
-            return result
     if tokenizer is None:
         return result
     output.copy(tokenizer.path, name=SPM_NAME)
@@ -119,20 +119,47 @@ def write_tokenizer(
     try:
         texts = tokenizer_texts(tokenizer, max_length=max_length)
     except DataError as error:
-        result.message += f" {error}."
+        result.message += f" {error}: `AutoTokenizer` cannot load it, the sentencepiece library can."
         return result
     for name, text in texts.items():
         output.write_text(name, text)
         result.files.append(name)
-    differences = compare(texts["tokenizer.json"], tokenizer=tokenizer)
+    result.message += f" `{MASK_PROBE}` has the mask token in it, where SentencePiece sees ordinary characters."
+    _compare(result, texts["tokenizer.json"], tokenizer=tokenizer)
+    return result
+
+
+def _carry(
+    output: OutputDirectory, source: Source, *, names: Sequence[str], tokenizer: Tokenizer | None
+) -> TokenizerResult:
+    """The source's own files as they are, compared with its SentencePiece model where it has one."""
+    result = TokenizerResult(files=list(names), message="The tokenizer files of the source, unchanged.")
+    for name in names:
+        output.copy(files.inside(source.directory, name), name=name)
+    if tokenizer is not None and "tokenizer.json" in names:
+        result.sha256 = tokenizer.sha256
+        text = files.inside(source.directory, "tokenizer.json").read_text(encoding="utf-8", errors="replace")
+        _compare(result, text, tokenizer=tokenizer)
+        if result.differences:
+            result.message += f" `--tokenizer {SPM_NAME}` writes new ones instead."
+    return result
+
+
+def _compare(result: TokenizerResult, tokenizer_json: str, *, tokenizer: Tokenizer) -> None:
+    texts = probe(tokenizer)
+    try:
+        differences = compare(tokenizer_json, tokenizer=tokenizer, texts=texts)
+    except DataError as error:
+        result.message += f" {error}."
+        return
     result.compared = differences is not None
     result.differences = differences or []
-    result.message += f" `{MASK_PROBE}` has the mask token in it, where SentencePiece sees ordinary characters."
     if differences is None:
-        result.message += " `tokenizer.json` was not compared with it: the tokenizers library is not installed."
+        result.message += (
+            " `tokenizer.json` was not compared with the SentencePiece model: the tokenizers library is not installed."
+        )
     else:
         result.message += (
-            f" `tokenizer.json` splits {len(PROBE) - len(differences)} of {len(PROBE)} difficult probe texts as it does"
-            + (f"; not {', '.join(map(ascii, differences))}." if differences else ".")
+            f" `tokenizer.json` splits {len(texts) - len(differences)} of {len(texts)} difficult probe texts as the "
+            "SentencePiece model does" + (f"; not {', '.join(map(ascii, differences))}." if differences else ".")
         )
-    return result

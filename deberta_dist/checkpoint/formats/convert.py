@@ -8,6 +8,7 @@ from typing import Any
 
 from deberta_dist.checkpoint.formats import fused, huggingface, official, published
 from deberta_dist.checkpoint.formats.carry import TokenizerResult, find_tokenizer, write_tokenizer
+from deberta_dist.checkpoint.formats.meeting import Published, to_published
 from deberta_dist.checkpoint.formats.model_card import model_card
 from deberta_dist.checkpoint.formats.output import (
     REPORT_NAME,
@@ -18,9 +19,9 @@ from deberta_dist.checkpoint.formats.output import (
 )
 from deberta_dist.checkpoint.formats.report import dtype_names, make_report
 from deberta_dist.checkpoint.formats.safetensors_files import write_safetensors
-from deberta_dist.checkpoint.formats.source import Published, Source, open_source, to_published
+from deberta_dist.checkpoint.formats.source import Source, open_source
 from deberta_dist.checkpoint.formats.torch_files import write_torch_file
-from deberta_dist.checkpoint.formats.weights import DTYPES, Dropped, Weights
+from deberta_dist.checkpoint.formats.weights import DTYPES, Dropped, Weights, shorten
 from deberta_dist.errors import ConfigError
 
 TARGETS = ("huggingface", "official", "deberta_dist")
@@ -87,8 +88,10 @@ def convert(
     if is_fused and to == "deberta_dist":
         raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
     source = open_source(source_path)
-    require_apart(source.directory, target_path)
+    require_apart(source.path if source.is_file else source.directory, target_path)
     model = to_published(source, allow_unmapped=allow_unmapped)
+    if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
+        raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     if dtype is not None:
         weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
@@ -132,7 +135,7 @@ def convert(
 
 def _huggingface(model: Published, is_fused: bool) -> Target:
     kind, why = huggingface.model_type(model.weights, config=model.config, is_fused=is_fused)
-    architecture = huggingface.class_name(model.weights, kind=kind)
+    architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
     weights = huggingface.to_huggingface(model.weights, config=model.config, kind=kind)
     config = huggingface.to_config(
         model.config,
@@ -215,6 +218,7 @@ def _card(source: Source, model: Published, target: Target, tokenizer: Tokenizer
         dtype="/".join(dtype_names(target.weights)),
         why_class=target.why_class,
         tokenizer=tokenizer.message,
+        has_tokenizer="tokenizer.json" in tokenizer.files,
     )
 
 

@@ -17,16 +17,12 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.formats.weights import Weight, Weights, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.published_state import FUSED_LEAVES
 
 _SELF = ".attention.self."
-_PLAIN = {
-    "q_bias": "query_proj.bias",
-    "v_bias": "value_proj.bias",
-    "pos_proj.weight": "pos_key_proj.weight",
-    "pos_q_proj.weight": "pos_query_proj.weight",
-    "pos_q_proj.bias": "pos_query_proj.bias",
-}
-_SEPARATE_TO_PLAIN = {separate: fused for fused, separate in _PLAIN.items()}
+_SEPARATE_TO_FUSED = {separate: fused for fused, separate in FUSED_LEAVES.items()}
+LEAVES = ("in_proj.weight", *FUSED_LEAVES)
+"""What the names of the fused form end with."""
 _PARTS = ("query_proj.weight", "key_proj.weight", "value_proj.weight")
 _BIASES_WITHOUT_PLACE = ("key_proj.bias", "pos_key_proj.bias")
 
@@ -46,8 +42,8 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
         stem, _, leaf = name.rpartition(_SELF)
         stem += _SELF
         if leaf == "in_proj.weight":
-            rows = weight.shape[0] // 3
-            if len(weight.shape) != 2 or rows * 3 != weight.shape[0] or rows % head_size:
+            rows = weight.shape[0] // 3 if len(weight.shape) == 2 else 0
+            if not rows or rows * 3 != weight.shape[0] or rows % head_size:
                 raise CheckpointError(f"{name} is {list(weight.shape)}: not three times heads of {head_size} rows")
             # One after the other is asked for its third: the joined tensor is read once, not three times.
             whole = _ReadOnce(weight.read, uses=len(_PARTS))
@@ -59,9 +55,9 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
                     why="cut out of the fused projection of v1, which interleaves heads",
                 )
             found[stem + "key_proj.bias"] = _zeros(rows, weight.dtype)
-        elif leaf in _PLAIN:
-            found[stem + _PLAIN[leaf]] = replace(weight, why="named so in the fused form of v1")
-            if leaf == "pos_proj.weight":
+        elif leaf in FUSED_LEAVES:
+            found[stem + FUSED_LEAVES[leaf]] = replace(weight, why="named so in the fused form of v1")
+            if leaf == "pos_proj.weight" and weight.shape:
                 found[stem + "pos_key_proj.bias"] = _zeros(weight.shape[0], weight.dtype)
         else:
             found[name] = weight
@@ -80,7 +76,9 @@ def obstacles(weights: Weights, *, config: DebertaConfig) -> list[str]:
     found += [
         f"{name} is not zero, and the fused form has no place for it"
         for name, weight in weights.items()
-        if name.endswith(tuple(_SELF + leaf for leaf in _BIASES_WITHOUT_PLACE)) and weight.read().any()
+        # By bits: zero with a minus sign would come back without it.
+        if name.endswith(tuple(_SELF + leaf for leaf in _BIASES_WITHOUT_PLACE))
+        and weight.read().contiguous().view(torch.uint8).any()
     ]
     return found
 
@@ -107,8 +105,8 @@ def fuse(weights: Weights, *, config: DebertaConfig) -> Weights:
                 origin=tuple(key for part in parts for key in part.origin),
                 why="query, key and value joined, heads interleaved",
             )
-        elif leaf in _SEPARATE_TO_PLAIN:
-            found[stem + _SEPARATE_TO_PLAIN[leaf]] = replace(weight, why="named so in the fused form of v1")
+        elif leaf in _SEPARATE_TO_FUSED:
+            found[stem + _SEPARATE_TO_FUSED[leaf]] = replace(weight, why="named so in the fused form of v1")
         elif leaf not in (*_PARTS, *_BIASES_WITHOUT_PLACE):
             found[name] = weight
     return found

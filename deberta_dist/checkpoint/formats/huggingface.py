@@ -36,6 +36,7 @@ DEFAULTS = MappingProxyType(
     }
 )
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task")
+MULTIPLE_CHOICE = "ForMultipleChoice"
 _HEAD = "lm_predictions.lm_head."
 _TIED = "legacy_decoder."
 
@@ -74,6 +75,7 @@ FORMAT = Format(
         Drop(r"cls\.predictions\.position_ids", "a buffer"),
     ),
     rules=(drop_tied_decoder, *official.FORMAT.rules),
+    consumed=official.FORMAT.consumed,
 )
 
 
@@ -84,10 +86,23 @@ def with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
         ConfigError: it is of another kind of model.
     """
     kind = raw.get("model_type", V2)
-    if kind not in DEFAULTS:
+    if kind not in tuple(DEFAULTS):
         raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
     # In JSON null and absent mean the same to them, and to the published code only the latter is understood.
     return {**DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+
+
+def labels(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says about classes.
+
+    Raises:
+        ConfigError: its classes are not numbered from 0.
+    """
+    found = {key: raw[key] for key in LABEL_KEYS if raw.get(key) is not None}
+    names = found.get("id2label", {})
+    if not isinstance(names, dict) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise ConfigError(f"id2label = {str(names)[:80]} is no table from 0, 1, 2, ... to the names of classes")
+    return found
 
 
 def model_type(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> tuple[str, str]:
@@ -119,12 +134,13 @@ def to_huggingface(weights: Weights, *, config: DebertaConfig, kind: str) -> Wei
     return fused.fuse(weights, config=config) if kind == V1 else weights
 
 
-def class_name(weights: Weights, *, kind: str) -> str:
-    """The class that uses most of the weights."""
+def class_name(weights: Weights, *, kind: str, listed: str) -> str:
+    """The class that uses most of the weights; ``listed`` is what the source's configuration names."""
     heads = {name.split(".")[0] for name in weights}
     stem = "DebertaV2" if kind == V2 else "Deberta"
     if "classifier" in heads:
-        return stem + "ForSequenceClassification"
+        # The same tensors, one row of classifier; v1 has no such class.
+        return stem + (MULTIPLE_CHOICE if kind == V2 and listed.endswith(MULTIPLE_CHOICE) else "ForSequenceClassification")
     return stem + ("ForMaskedLM" if "lm_predictions" in heads else "Model")
 
 
@@ -138,10 +154,10 @@ def to_config(
     values["pooler_hidden_size"] = config.hidden_size
     if config.cls_drop_out is not None:
         values["cls_dropout"] = values.pop("cls_drop_out")
-    if num_labels is not None:
+    if num_labels is not None and not architecture.endswith(MULTIPLE_CHOICE):
         labels = {key: value for key, value in labels.items() if key != "num_labels"}
         labels.setdefault("id2label", {str(i): f"LABEL_{i}" for i in range(num_labels)})
-        labels.setdefault("label2id", {str(name): i for i, name in enumerate(labels["id2label"].values())})
+        labels.setdefault("label2id", {str(name): int(i) for i, name in labels["id2label"].items()})
     return {
         "architectures": [architecture],
         "model_type": kind,

@@ -1,6 +1,8 @@
 """What a checkpoint of any format is, and how two of them differ; behind tools/inspect_checkpoint.py."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import torch
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.formats import files
+from deberta_dist.checkpoint.formats.meeting import to_published
 from deberta_dist.checkpoint.formats.output import REPORT_NAME, hash_of
 from deberta_dist.checkpoint.formats.report import num_parameters
-from deberta_dist.checkpoint.formats.source import Source, open_source, to_published
+from deberta_dist.checkpoint.formats.source import Source, open_source
 from deberta_dist.checkpoint.formats.weights import Weight, Weights
 from deberta_dist.errors import DebertaDistError
 
@@ -41,27 +44,29 @@ def inspect(path: Path) -> dict[str, Any]:
         DebertaDistError: nothing that can be opened.
     """
     source = open_source(path, verify=False)
-    weights, problems = _published_or_own(source)
+    weights, config, problems = _published_or_own(source)
     groups: dict[str, int] = {}
     for name, weight in weights.items():
         group = next(label for pattern, label in _GROUPS if re.fullmatch(pattern, name))
         groups[group] = groups.get(group, 0) + num_parameters({name: weight})
     sizes = _sizes(path if path.is_file() else source.directory)
+    checksums, is_damaged = _checksums(source)
     return {
         "path": str(path),
         "recognised": source.description,
         "format": source.format.name,
         "step": source.step,
         "layout": None if source.layout is None else dict(source.layout),
-        "dtype": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
+        "dtype": sorted({_dtype(weight) for weight in weights.values()}),
         "num_parameters": num_parameters(weights),
         "groups": groups,
         "num_tensors": len(weights),
-        "config": dict(source.config),
+        "config": config,
         "files": sizes,
         "num_bytes": sum(sizes.values()),
-        "checksums": _checksums(source),
-        "problems": problems,
+        "checksums": checksums,
+        "is_damaged": is_damaged,
+        "problems": [*source.warnings, *problems],
     }
 
 
@@ -73,30 +78,31 @@ def difference(path: Path, other: Path) -> dict[str, Any]:
         other: Likewise.
 
     Returns:
-        ``only_here``, ``only_there``: names. ``shapes``: name -> the two shapes. ``config``: field -> the two values.
-        ``values``: name -> largest absolute difference, of tensors that are not bit for bit equal. ``equal``: how
-        many tensors are.
+        ``only_here``, ``only_there``: names. ``shapes``, ``dtypes``: name -> what both have. ``config``: field -> the
+        two values. ``values``: name -> largest absolute difference, of tensors whose numbers are not all equal; text
+        where it is no finite number. ``equal``: how many tensors are equal bit for bit.
     """
     sources = [open_source(p, verify=False) for p in (path, other)]
-    (a, _), (b, _) = (_published_or_own(source) for source in sources)
+    (a, here, _), (b, there, _) = (_published_or_own(source) for source in sources)
     common = [name for name in a if name in b]
-    values: dict[str, float] = {}
-    for name in common:
-        if a[name].shape == b[name].shape:
-            largest = _largest_difference(a[name], b[name])
-            if largest is not None:
-                values[name] = largest
-    shapes = {name: [list(a[name].shape), list(b[name].shape)] for name in common if a[name].shape != b[name].shape}
-    configs = [_config(source) for source in sources]
-    keys = [key for key in {**configs[0], **configs[1]} if configs[0].get(key) != configs[1].get(key)]
-    return {
+    found: dict[str, Any] = {
         "only_here": [name for name in a if name not in b],
         "only_there": [name for name in b if name not in a],
-        "shapes": shapes,
-        "config": {key: [configs[0].get(key), configs[1].get(key)] for key in keys},
-        "values": values,
-        "equal": len(common) - len(values) - len(shapes),
+        "shapes": {n: [list(a[n].shape), list(b[n].shape)] for n in common if a[n].shape != b[n].shape},
+        "dtypes": {n: [_dtype(a[n]), _dtype(b[n])] for n in common if a[n].dtype != b[n].dtype},
+        "config": {key: [here.get(key), there.get(key)] for key in {**here, **there} if here.get(key) != there.get(key)},
+        "values": {},
     }
+    num_equal = 0
+    for name in common:
+        if name in found["shapes"]:
+            continue
+        largest = _largest_difference(a[name], b[name])
+        if largest is not None:
+            found["values"][name] = largest
+        elif name not in found["dtypes"]:
+            num_equal += 1
+    return {**found, "equal": num_equal}
 
 
 def describe(found: Mapping[str, Any]) -> str:
@@ -117,35 +123,35 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def describe_difference(found: Mapping[str, Any]) -> str:
     """`difference` for the screen, largest first."""
-    lines = [f"{found['equal']} tensors are equal bit for bit, {len(found['values'])} differ"]
+    lines = [f"{found['equal']} tensors are equal bit for bit, {len(found['values'])} have other numbers"]
     for key, words in (("only_here", "only in the first"), ("only_there", "only in the second")):
         lines += [f"  {words}: {name}" for name in found[key]]
     lines += [f"  shape: {name} {a} and {b}" for name, (a, b) in found["shapes"].items()]
+    formats = Counter(tuple(pair) for pair in found["dtypes"].values())
+    lines += [f"  number format: {count} tensors are {a} and {b}" for (a, b), count in formats.items()]
     lines += [f"  config: {key} {a!r} and {b!r}" for key, (a, b) in found["config"].items()]
-    for name, value in sorted(found["values"].items(), key=lambda item: -item[1]):
-        lines.append(f"  largest difference {value:.6g}: {name}")
+    values = found["values"].items()
+    for name, value in sorted(values, key=lambda item: -math.inf if isinstance(item[1], str) else -item[1]):
+        lines.append(f"  largest difference {value if isinstance(value, str) else f'{value:.6g}'}: {name}")
     return "\n".join(lines)
 
 
 def differs(found: Mapping[str, Any]) -> bool:
     """Whether tensors or configurations differ."""
-    return any(found[key] for key in ("only_here", "only_there", "shapes", "values", "config"))
+    return any(found[key] for key in ("only_here", "only_there", "shapes", "dtypes", "values", "config"))
 
 
-def _published_or_own(source: Source) -> tuple[Weights, list[str]]:
-    """Weights by published names; by the file's own keys, with the reason, where they do not make a model."""
+def _published_or_own(source: Source) -> tuple[Weights, dict[str, Any], list[str]]:
+    """Weights and configuration as published; as they stand in the file, with the reason, where they make no model."""
     try:
-        return to_published(source).weights, []
+        model = to_published(source)
     except DebertaDistError as error:
-        return source.weights, [str(error)]
+        return source.weights, dict(source.config), [str(error)]
+    return model.weights, {**model.config.to_dict(), **model.labels}, []
 
 
-def _config(source: Source) -> dict[str, Any]:
-    """Its configuration as published; as it stands in the file where it is refused."""
-    try:
-        return to_published(source).config.to_dict()
-    except DebertaDistError:
-        return dict(source.config)
+def _dtype(weight: Weight) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def _sizes(path: Path) -> dict[str, int]:
@@ -153,14 +159,14 @@ def _sizes(path: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in paths}
 
 
-def _checksums(source: Source) -> str:
-    """A sentence: good, damaged and how, or none to compare with."""
+def _checksums(source: Source) -> tuple[str, bool]:
+    """A sentence, and whether something is not as it was written."""
     try:
         if source.verify is not None:
             source.verify()
-            return "every file is as it was written"
-        if source.path.is_file() or not files.has(source.directory, REPORT_NAME):
-            return "none recorded"
+            return "every file is as it was written", False
+        if source.is_file or not files.has(source.directory, REPORT_NAME):
+            return "none recorded", False
         report = files.read_json(files.inside(source.directory, REPORT_NAME))
         recorded = strict_json.mapping(report.get("files"), where=f"{REPORT_NAME}: files")
         for name, entry in recorded.items():
@@ -168,21 +174,27 @@ def _checksums(source: Source) -> str:
             if hash_of(files.inside(source.directory, name)) != entry["sha256"]:
                 raise CheckpointError(f"{name} is not what was written")
     except CheckpointError as error:
-        return f"DAMAGED: {error}"
-    return f"all {len(recorded)} files are as they were written"
+        return f"DAMAGED: {error}", True
+    return f"all {len(recorded)} files are as they were written", False
 
 
-def _largest_difference(a: Weight, b: Weight) -> float | None:
-    """Largest absolute difference, None where the numbers are equal bit for bit; not-a-number where only one has it."""
+def _largest_difference(a: Weight, b: Weight) -> float | str | None:
+    """Largest absolute difference of two equally shaped tensors, None where all numbers are equal.
+
+    "inf" or "nan" where it is not finite: JSON has no such numbers.
+    """
     x, y = a.read().flatten(), b.read().flatten()
     if x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
         return None
-    largest = 0.0
-    for begin in range(0, x.numel(), _CHUNK):
-        part = (x[begin : begin + _CHUNK].double() - y[begin : begin + _CHUNK].double()).abs().max().item()
-        # max() of Python forgets NaN depending on the order.
-        largest = part if part != part or part > largest else largest
-        if largest != largest:
-            break
-    same = largest == 0.0 and x.dtype != y.dtype
-    return None if same else largest
+    largest = torch.tensor(0.0, dtype=torch.float64)
+    is_different = x.dtype == y.dtype  # equal numbers of other bits: zero with a minus sign
+    for p, q in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        p, q = p.double(), q.double()
+        same = (p == q) | (p.isnan() & q.isnan())
+        is_different |= not same.all()
+        # max of torch keeps NaN, whatever comes later.
+        largest = torch.maximum(largest, torch.where(same, 0.0, (p - q).abs()).max())
+    if not is_different:
+        return None
+    value = largest.item()
+    return value if math.isfinite(value) else str(value)

@@ -1,13 +1,21 @@
 """The README.md of a Hugging Face directory: where the weights come from, and what their classes do not use."""
 
-from deberta_dist.checkpoint.formats.source import Published, Source
+from deberta_dist.checkpoint.formats.meeting import Published
+from deberta_dist.checkpoint.formats.source import Source
 from deberta_dist.checkpoint.formats.weights import POSITION_TABLE
 
 _DIVIDER = "\n\n"
 
 
 def model_card(
-    source: Source, published: Published, *, architecture: str, dtype: str, why_class: str, tokenizer: str
+    source: Source,
+    published: Published,
+    *,
+    architecture: str,
+    dtype: str,
+    why_class: str,
+    tokenizer: str,
+    has_tokenizer: bool,
 ) -> str:
     """The text of the card.
 
@@ -17,7 +25,8 @@ def model_card(
         architecture: Class named in config.json.
         dtype: Number formats, for people.
         why_class: Reason for the pair of classes; may be empty.
-        tokenizer: What was done about the tokenizer, one sentence.
+        tokenizer: What was done about the tokenizer.
+        has_tokenizer: Whether ``tokenizer.json`` is there.
     """
     config = published.config
     origin = f"Converted by `tools/convert_checkpoint.py` of deberta_dist from: {source.description}"
@@ -31,8 +40,13 @@ def model_card(
         "## What these classes do not use, and why it is in the file",
         "\n".join(_unused(published, architecture=architecture)),
         "## Tokenizer",
-        f"{tokenizer} Use `AutoTokenizer`: `DebertaV2Tokenizer` replaces the normalisation rules by others and splits "
-        "some text differently.",
+        tokenizer
+        + (
+            " Use `AutoTokenizer`: `DebertaV2Tokenizer` replaces the normalisation rules by others and splits some text "
+            "differently."
+            if has_tokenizer
+            else ""
+        ),
     ]
     return _DIVIDER.join(parts) + "\n"
 

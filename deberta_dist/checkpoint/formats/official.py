@@ -6,6 +6,7 @@ v3 discriminators the embeddings that were trained as a difference to the genera
 Source: microsoft/DeBERTa DeBERTa/deberta/cache_utils.py and DeBERTa/apps/tasks/rtd_task.py@4d7fe0bd.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def merge_shared_embeddings(reading: Reading) -> None:
                 why="difference between the discriminator's and the generator's table; `weight` holds their sum, as of "
                 "the last forward pass. To go on with shared embeddings, it is `weight` minus the generator's table",
             )
-        elif reading.generator is not None and table in reading.generator:
-            reading.weights[table] = _sum(reading.generator[table], reading.weights.pop(difference))
+        elif table in (generator := reading.open_generator()):
+            reading.weights[table] = _sum(generator[table], reading.weights.pop(difference))
         else:
             raise CheckpointError(
                 f"{difference} is there and {table} is not: the discriminator's table is the generator's plus this "
@@ -72,6 +73,7 @@ FORMAT = Format(
     renames=COMMON_RENAMES,
     drops=COMMON_DROPS,
     rules=(merge_shared_embeddings, separate_fused),
+    consumed=(r".*_embeddings\._weight", *(rf".*\.attention\.self\.{re.escape(leaf)}" for leaf in fused.LEAVES)),
 )
 
 

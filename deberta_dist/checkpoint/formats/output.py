@@ -13,10 +13,15 @@ from typing import IO
 
 from tqdm import tqdm
 
+from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
+from deberta_dist.checkpoint.formats.files import read_json
+from deberta_dist.checkpoint.formats.weights import shorten
 from deberta_dist.errors import ConfigError
 
 REPORT_NAME = "conversion_report.json"
+EXPORTED = ("config.json", "model.safetensors", "spm.model")
+"""What a run's export consists of."""
 _SMALL_FILES_BYTES = 32 * 2**20
 _PART_BYTES = 4 * 2**20
 _MINE = r"\.{name}\.converting-{host}-(\d+)"
@@ -136,25 +141,41 @@ def require_free(target: Path, *, force: bool) -> None:
         return
     if not force:
         raise ConfigError(f"{target} exists already and is left as it is: name another target, or give --force")
-    names = {entry.name for entry in target.iterdir()} if target.is_dir() and not target.is_symlink() else None
-    known = {"config.json", "model_config.json"}
-    if names is None or (names and (not names & known or any((target / name).is_dir() for name in names))):
-        raise ConfigError(f"{target} does not look like a converted checkpoint and is not replaced, --force or not")
+    if target.is_symlink() or not target.is_dir():
+        raise ConfigError(f"{target} is no directory and is not replaced, --force or not: name another target")
+    foreign = _foreign(target)
+    if foreign:
+        raise ConfigError(
+            f"{target} is not replaced, --force or not: it holds {shorten(foreign)}, which no conversion has written"
+        )
+
+
+def _foreign(target: Path) -> list[str]:
+    """What in a directory was not made by a conversion or by a run's export."""
+    own = {REPORT_NAME, *EXPORTED}
+    if (target / REPORT_NAME).is_file():
+        try:
+            own |= strict_json.mapping(read_json(target / REPORT_NAME).get("files"), where=REPORT_NAME).keys()
+        except CheckpointError:
+            pass
+    return sorted(entry.name for entry in target.iterdir() if entry.name not in own or not entry.is_file())
 
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
     require_free(target, force=force)
     aside = temporary.with_name(temporary.name + ".old")
-    if os.path.lexists(target):
-        os.rename(target, aside)
     try:
+        if os.path.lexists(target):
+            os.rename(target, aside)
         os.rename(temporary, target)
-    except OSError:
-        if os.path.lexists(aside):
+        _sync(target.parent)
+    except BaseException:  # a signal as well: between the two renames the old one must not be lost
+        if not os.path.lexists(target) and os.path.lexists(aside):
             os.rename(aside, target)
         raise
-    _sync(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if os.path.lexists(target):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sweep(target: Path, *, host: str) -> None:
@@ -184,12 +205,14 @@ def _sync(directory: Path) -> None:
 
 
 def require_apart(source: Path, target: Path) -> None:
-    """Refuses a target that is, holds, or lies in the source directory.
+    """Refuses a target that is, holds, or lies in the source, or lies among a run's checkpoints.
 
     Raises:
         ConfigError: it does.
     """
     a, b = source.resolve(), target.resolve()
+    if a.parent.name == "checkpoints":
+        a = a.parent
     if a == b or a in b.parents or b in a.parents:
         raise ConfigError(f"{target} and the source {source} lie in one another: name a target elsewhere")
 

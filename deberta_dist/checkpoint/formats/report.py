@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deberta_dist.checkpoint.formats.source import Published, Source
+from deberta_dist.checkpoint.formats.meeting import Published
+from deberta_dist.checkpoint.formats.source import Source
 from deberta_dist.checkpoint.formats.weights import DTYPES, Dropped, Weights
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

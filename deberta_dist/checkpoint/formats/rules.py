@@ -5,11 +5,11 @@ Applied in that order they lead from the keys of a file to published names.
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.weights import Dropped, Weights, shorten
+from deberta_dist.checkpoint.formats.weights import Dropped, Weights, shorten, shown
 from deberta_dist.models.config import DebertaConfig
 
 
@@ -39,14 +39,15 @@ class Reading:
         config: Of the model.
         dropped: Keys that are left behind.
         warnings: What a user should know.
-        generator: Weights of the generator that lies beside a discriminator, published names.
+        open_generator: Weights of the generator that lies beside a discriminator by published names, empty where
+            none does.
     """
 
     weights: Weights
     config: DebertaConfig
     dropped: list[Dropped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    generator: Weights | None = None
+    open_generator: Callable[[], Weights] = dict
 
     def drop(self, name: str, *, why: str) -> None:
         """Leaves out the weight called ``name``."""
@@ -65,16 +66,19 @@ class Format:
         renames: Applied in order.
         drops: Applied to renamed keys.
         rules: Structural ones, in order; each changes the ``Reading``.
+        consumed: Patterns of renamed keys that are no published names and that the rules need.
     """
 
     name: str
     renames: Sequence[Rename] = ()
     drops: Sequence[Drop] = ()
     rules: Sequence[Rule] = ()
+    consumed: Sequence[str] = ()
 
 
 # A backbone on its own has no prefix, and the first releases have another: every format knows both.
 COMMON_RENAMES = (
+    Rename(r"^module\.", "", "prefix of DistributedDataParallel"),
     Rename(r"^bert\.", "deberta.", "prefix of the first releases"),
     Rename(r"^(?=(embeddings|encoder)\.)", "deberta.", "a backbone saved on its own has no prefix"),
 )
@@ -98,22 +102,25 @@ def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
                 reasons.append(rename.why)
             name = changed
         if name in found:
-            raise CheckpointError(f"keys {found[name].origin[0]} and {key} are both {name}")
+            raise CheckpointError(f"keys {shown(found[name].origin[0])} and {shown(key)} are both {shown(name)}")
         found[name] = replace(weight, why="; ".join(reasons)) if reasons else weight
     return found
 
 
-def apply(fmt: Format, reading: Reading, *, allow_unmapped: Sequence[str]) -> None:
+def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmapped: Sequence[str]) -> None:
     """Brings ``reading`` to published names.
 
     Args:
         fmt: Format of the keys.
         reading: Changed in place.
-        allow_unmapped: fnmatch patterns of keys to leave out without another reason.
+        known: Published names of the model.
+        allow_unmapped: fnmatch patterns of the file's keys; those that nothing else explains are left out.
     """
     for key in list(reading.weights):
+        (name,) = renamed({key: reading.weights[key]}, fmt.renames)
         pattern = allowed_by(key, allow_unmapped)
-        if pattern is not None:
+        explained = name in known or any(re.fullmatch(consumed, name) for consumed in fmt.consumed)
+        if pattern is not None and not explained:
             reading.drop(key, why=f"--allow-unmapped {pattern}")
     reading.weights = renamed(reading.weights, fmt.renames)
     for name in list(reading.weights):

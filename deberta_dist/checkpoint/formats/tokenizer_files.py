@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deberta_dist.data.sentencepiece_model import UNIGRAM, SentencePieceModel, parse_model
+from deberta_dist.data.sentencepiece_model import BYTE, CONTROL, UNIGRAM, USER_DEFINED, SentencePieceModel, parse_model
 from deberta_dist.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_START, Tokenizer
 from deberta_dist.errors import DataError
 
@@ -50,9 +50,10 @@ def build_tokenizer_json(model: SentencePieceModel, *, mask_id: int) -> dict[str
     Raises:
         DataError: the model does what this form cannot say.
     """
-    if model.model_type != UNIGRAM or model.byte_fallback or model.suffix_whitespace:
-        raise DataError("tokenizer.json can only be written for unigram models without byte fallback")
+    if model.model_type != UNIGRAM or model.suffix_whitespace:
+        raise DataError("tokenizer.json can only be written for unigram models that put spaces before words")
     special = {**{piece: i for i, piece in enumerate(SPECIAL_PIECES)}, MASK_PIECE: mask_id}
+    own = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED}
     normalizers: list[dict[str, Any]] = []
     if model.charsmap:
         encoded = base64.b64encode(model.charsmap).decode("ascii")
@@ -67,18 +68,8 @@ def build_tokenizer_json(model: SentencePieceModel, *, mask_id: int) -> dict[str
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for piece, number in special.items()
-        ],
+        "added_tokens": [_added(piece, number, is_special=True) for piece, number in special.items()]
+        + [_added(piece, number, is_special=False) for piece, number in own.items()],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": spaces,
         "post_processor": {
@@ -89,14 +80,30 @@ def build_tokenizer_json(model: SentencePieceModel, *, mask_id: int) -> dict[str
                 piece: {"id": piece, "ids": [special[piece]], "tokens": [piece]} for piece in ("[CLS]", "[SEP]")
             },
         },
-        "decoder": spaces,
+        "decoder": _BYTE_DECODER if model.byte_fallback else spaces,
         "model": {
             "type": "Unigram",
             "unk_id": special["[UNK]"],
             "vocab": [[piece.text, piece.score] for piece in model.pieces],
-            "byte_fallback": False,
+            "byte_fallback": model.byte_fallback,
         },
     }
+
+
+def _added(piece: str, number: int, *, is_special: bool) -> dict[str, Any]:
+    spaces = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": number, "content": piece, "special": is_special, **spaces}
+
+
+_BYTE_DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": WORD_START}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ],
+}
 
 
 def tokenizer_texts(tokenizer: Tokenizer, *, max_length: int) -> dict[str, str]:
@@ -134,17 +141,31 @@ def tokenizer_texts(tokenizer: Tokenizer, *, max_length: int) -> dict[str, str]:
     }
 
 
-def compare(tokenizer_json: str, *, tokenizer: Tokenizer, texts: Sequence[str] = PROBE) -> list[str] | None:
+def probe(tokenizer: Tokenizer) -> list[str]:
+    """Texts to compare on: `PROBE`, and what looks like pieces that text is never split into."""
+    pieces = parse_model(tokenizer.path.read_bytes()).pieces
+    odd = [piece for piece in pieces if piece.kind in (CONTROL, USER_DEFINED, BYTE) and piece.text not in SPECIAL_PIECES]
+    some = {piece.kind: piece.text for piece in reversed(odd)}
+    return [*PROBE, *(f"a {text} b" for text in some.values())]
+
+
+def compare(tokenizer_json: str, *, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str] | None:
     """Texts that the exported tokenizer splits differently from SentencePiece.
 
     Returns:
         None where the ``tokenizers`` library is not installed and nothing was compared.
+
+    Raises:
+        DataError: the library cannot read it.
     """
     if importlib.util.find_spec("tokenizers") is None:
         return None
     from tokenizers import Tokenizer as Exported
 
-    exported = Exported.from_str(tokenizer_json)
+    try:
+        exported = Exported.from_str(tokenizer_json)
+    except Exception as error:  # the library has no narrower one
+        raise DataError(f"tokenizer.json is not understood ({error})") from error
     return [text for text in texts if exported.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)]
 
 

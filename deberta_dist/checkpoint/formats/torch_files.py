@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -19,12 +20,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.formats.safetensors_files import write_tensor
-from deberta_dist.checkpoint.formats.weights import Weight, Weights
+from deberta_dist.checkpoint.formats.weights import Weight, Weights, shown
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64
+_POINTER = b"version https://git-lfs"
 _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -48,6 +51,7 @@ class TorchFile:
             CheckpointError: the file is damaged, not one of torch.save, or its pickle asks for anything but tensors.
         """
         self._path = path
+        _refuse_pointer(path)
         self.is_streamed = zipfile.is_zipfile(path)
         self._state: dict[str, Any] | None = None
         self._bytes_read = 0
@@ -58,28 +62,53 @@ class TorchFile:
             self._require_records(state)
         for key, value in state.items():
             if key == "config" and isinstance(value, dict):
-                self.config = value
+                self.config = self._plain(value)
             elif not isinstance(key, str) or not isinstance(value, Tensor):
-                raise CheckpointError(f"{path}: {str(key)[:100]!r} is {type(value).__name__}, no tensor with a name")
+                raise CheckpointError(f"{path}: {shown(str(key))} is {type(value).__name__}, no tensor with a name")
             else:
                 self._require_dense(key, value)
                 self.weights[key] = Weight(tuple(value.shape), value.dtype, functools.partial(self._read, key), (key,))
 
     def _require_records(self, state: Mapping[str, Any]) -> None:
-        """Refuses storages that are no record of the archive: a mapped reader would run on into the next one."""
+        """Refuses storages that are not exactly one record each: the mapped reader takes bytes as they lie there.
+
+        It would read compressed numbers, or on into the next record, without a word.
+        """
         tensors = [value for value in state.values() if isinstance(value, Tensor) and value.layout == torch.strided]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        with zipfile.ZipFile(self._path) as archive:
-            sizes = [entry.file_size for entry in archive.infolist() if "/data/" in entry.filename]
-        if collections.Counter(size for size in storages.values() if size) - collections.Counter(sizes):
+        storages = {address: size for address, size in storages.items() if size}
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                entries = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+                records = {_data_offset(archive, entry): entry.file_size for entry in entries}
+        except (zipfile.BadZipFile, struct.error) as error:
+            raise CheckpointError(f"{self._path} is refused: its table of contents is damaged ({error})") from error
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise CheckpointError(
+                f"{self._path}: its tensors are compressed, which torch.save never does: load it with torch and save "
+                "it again"
+            )
+        # The map begins at the one address from which every storage lies where a record of its length does.
+        first = min(storages, default=0)
+        starts = (first - offset for offset, size in records.items() if size == storages.get(first))
+        if storages and not any(
+            all(records.get(address - start) == size for address, size in storages.items()) for start in starts
+        ):
             raise CheckpointError(f"{self._path}: its tensors are larger or smaller than what is stored of them")
 
     def _require_dense(self, key: str, value: Tensor) -> None:
+        where = f"{self._path}: {shown(key)}"
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise CheckpointError(f"{self._path}: {key} is not a dense tensor in memory")
+            raise CheckpointError(f"{where} is not a dense tensor in memory")
         # A view that repeats a few stored numbers could be of any size.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{self._path}: {key} is {list(value.shape)}, more than the file stores of it")
+            raise CheckpointError(f"{where} is {list(value.shape)}, more than the file stores of it")
+
+    def _plain(self, config: dict[Any, Any]) -> dict[str, Any]:
+        try:
+            return strict_json.plain(config)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{self._path}: its config is not one that JSON could hold ({error})") from error
 
     def _mapped(self) -> dict[str, Any]:
         # What has been read of a map counts as memory of this process until it is unmapped.
@@ -107,9 +136,28 @@ class TorchFile:
         return value.detach().contiguous()
 
 
+def _refuse_pointer(path: Path) -> None:
+    """Refuses what ``git clone`` leaves in place of a large file."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if begin == _POINTER:
+        raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: fetch them with 'git lfs pull'")
+
+
+def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin in the file: behind its local header, which has lengths of its own."""
+    assert archive.fp is not None
+    archive.fp.seek(entry.header_offset + 26)
+    name, extra = struct.unpack("<2H", archive.fp.read(4))
+    return entry.header_offset + 30 + name + extra
+
+
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "Unsupported global" in text or "weights_only" in text or "Weights only load failed" in text:
+    if "Unsupported global" in text:
         asked = text.partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         return "its pickle asks for code to be run" + (f" ({asked})" if asked else "") + ", which is never done here"
     return f"it is damaged or not a file of torch.save ({text.splitlines()[0][:200] if text else type(error).__name__})"

@@ -125,7 +125,7 @@ def published_shapes(
             if heads & {"pooler", "classifier"}:
                 parts["pooler"] = Pooler(config)
                 parts["classifier"] = nn.Linear(config.hidden_size, num_labels or 1)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         raise ConfigError(f"model configuration: its sizes make no tensors ({str(error).splitlines()[0]})") from error
     return {name: tuple(p.shape) for name, p in nn.ModuleDict(parts).named_parameters()}
 
@@ -167,9 +167,9 @@ def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: It
     ]
     if wrong:
         raise CheckpointError(f"{where}: {len(wrong)} tensors do not fit the configuration: {shorten(wrong)}")
-    odd = [f"{name} ({weight.dtype})" for name, weight in weights.items() if weight.dtype not in DTYPES.values()]
+    odd = [f"{name} ({weight.dtype})" for name, weight in weights.items() if not weight.dtype.is_floating_point]
     if odd:
-        raise CheckpointError(f"{where}: neither float32, bfloat16 nor float16: {shorten(odd)}")
+        raise CheckpointError(f"{where}: no floating point numbers: {shorten(odd)}")
     return {name: weights[name] for name in shapes if name in weights}
 
 
@@ -186,10 +186,15 @@ def require_square_output(config: DebertaConfig, *, target: str) -> None:
         )
 
 
+def shown(name: str) -> str:
+    """A name out of a file as it can be printed: it may be long, or hold line ends or a terminal's commands."""
+    return name[:200] if name.isprintable() else ascii(name[:200])
+
+
 def shorten(items: Iterable[str], *, most: int = 4) -> str:
     """The first few of many, for messages."""
     items = list(items)
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    return ", ".join(map(shown, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 class _Rounded(InParts):
