@@ -196,7 +196,8 @@ class DebertaConfig:
         known = {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, value in published.items():
-            if key == "pooling" and isinstance(value, Mapping):
+            if key == "pooling":
+                _require(isinstance(value, Mapping), f"pooling = {value!r} is no table")
                 values.update({f"pooler_{name}": setting for name, setting in value.items()})
             elif key in known:
                 values[key] = value

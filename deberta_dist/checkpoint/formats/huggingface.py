@@ -85,7 +85,7 @@ def with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: it is of another kind of model.
     """
-    kind = raw.get("model_type", V2)
+    kind = raw.get("model_type") or V2
     if kind not in tuple(DEFAULTS):
         raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
     # In JSON null and absent mean the same to them, and to the published code only the latter is understood.

@@ -63,7 +63,8 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
     try:
         config = DebertaConfig.from_dict({key: value for key, value in raw.items() if key not in dropped})
     except ConfigError as error:
-        raise ConfigError(f"{source.path}: {error} (--allow-unmapped KEY leaves a key out)") from None
+        hint = " (--allow-unmapped KEY leaves a key out)" if "unknown key" in str(error) else ""
+        raise ConfigError(f"{source.path}: {error}{hint}") from None
     renames = source.format.renames
     reading = Reading(
         weights=dict(source.weights),
@@ -102,5 +103,5 @@ def _num_labels(weights: Weights, labels: Mapping[str, Any]) -> int | None:
     rows = weights["classifier.weight"].shape[0] if weights["classifier.weight"].shape else 0
     stated = len(labels["id2label"]) if isinstance(labels.get("id2label"), dict) else labels.get("num_labels", rows)
     if rows != stated:
-        raise ConfigError(f"the configuration has {stated} classes, classifier.weight has {rows} rows")
+        raise ConfigError(f"the configuration has {stated!r} classes, classifier.weight has {rows} rows")
     return rows

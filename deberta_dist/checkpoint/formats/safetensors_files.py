@@ -86,19 +86,24 @@ def header_bytes(weights: Mapping[str, Weight]) -> bytes:
     """Length and header of a file that holds ``weights`` in their order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, weight in weights.items():
+    for name, weight in _in_order(weights):
         begin, end = end, end + weight.num_bytes
         header[name] = {"dtype": _NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the file: the first tensor must lie at a multiple of its element's size.
+    # Readers map the file: a tensor must lie at a multiple of its element's size.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _in_order(weights: Mapping[str, Weight]) -> list[tuple[str, Weight]]:
+    """Wide numbers first, so that none lies across a boundary of its own size."""
+    return sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
 
 
 def write_safetensors(file: Writable, weights: Mapping[str, Weight]) -> None:
     """Writes a file, tensor by tensor."""
     file.write(header_bytes(weights))
-    for name, weight in weights.items():
+    for name, weight in _in_order(weights):
         write_tensor(file, weight, name=name)
 
 
