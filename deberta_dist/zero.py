@@ -204,7 +204,7 @@ class WeightStore:
 
     @torch.no_grad()
     def load_moments(self, shards: Sequence[ShardState], *, optimizer_steps: int) -> None:
-        """Sets this rank's moments; the weights came in as ``initial``. Before the first step.
+        """Sets this rank's moments; the weights came in as ``shards``. Before the first step.
 
         Args:
             shards: In the order of the flat parameters.
@@ -230,8 +230,9 @@ class WeightStore:
     def load_loss_scale_state(self, state: Mapping[str, float] | None) -> None:
         """Sets what ``loss_scale_state`` gave; a run of another precision starts its scaler anew."""
         if self.dtype == torch.float16 and state is not None:
-            for key, value in state.items():
-                setattr(self._engine.optimizer.loss_scaler, key, value)
+            for key in LOSS_SCALER_STATE:
+                if key in state:
+                    setattr(self._engine.optimizer.loss_scaler, key, state[key])
 
     def _flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Master shard and optimizer state of every flat parameter.

@@ -67,6 +67,8 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
         run_config={},
         model_config=config.to_dict(),
         tokenizer_sha256="0" * 64,
+        data_sha256={},
+        precision="fp32",
         layout=WrittenLayout(tensor=shape.tensor, pipeline=shape.pipeline, data=shape.data, schedule="1f1b"),
         tensors=tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes),
     )

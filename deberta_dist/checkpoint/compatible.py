@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deberta_dist.checkpoint import strict_json
+from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import Manifest, differing_keys
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
@@ -39,6 +40,21 @@ def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer
         )
     if found:
         raise ConfigError(f"the checkpoint of step {manifest.step} is of another model: {'; '.join(found)}")
+
+
+def same_tensors(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, where: object) -> None:
+    """Refuses a checkpoint whose tensors are not those of its own configuration.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    there = {name: entry.shape for name, entry in manifest.tensors.items()}
+    odd = [name for name in {**there, **shapes} if there.get(name) != shapes.get(name)]
+    if odd:
+        raise CheckpointError(
+            f"{where}: {len(odd)} tensors are not as its configuration has them, the first is {odd[0]}: "
+            f"{there.get(odd[0])} there, {shapes.get(odd[0])} expected"
+        )
 
 
 def same_computation(there: DebertaConfig, here: DebertaConfig, *, where: str) -> None:

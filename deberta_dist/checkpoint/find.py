@@ -11,6 +11,8 @@ from pathlib import Path
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 
+CHECKPOINTS_NAME = "checkpoints"
+"""Directory of a run's checkpoints in its run directory."""
 LATEST_NAME = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,18})", re.ASCII)
 
@@ -40,13 +42,18 @@ def checkpoints(directory: str | Path) -> list[Path]:
 
 
 def newest_complete(
-    directory: str | Path, *, on_skip: Callable[[str], None], verify: bool = True
+    directory: str | Path,
+    *,
+    on_skip: Callable[[str], None],
+    on_damaged: Callable[[Path], None] = lambda path: None,
+    verify: bool = True,
 ) -> CheckpointReader | None:
     """The newest checkpoint whose every byte is as it was written. Reads all of it: for one rank of a run.
 
     Args:
         directory: ``<run>/checkpoints``.
         on_skip: Told of everything that is wrong on the way.
+        on_damaged: Told of every checkpoint that is not used.
         verify: False looks at manifests and sizes alone.
 
     Returns:
@@ -65,13 +72,17 @@ def newest_complete(
     for path in paths:
         try:
             reader = open_checkpoint(path, verify=verify)
-            reader.check_sizes()
+            if not verify:
+                reader.check_sizes()
+            if reader.manifest.step != step_of(path):
+                raise CheckpointError(f"{path} has another name than its step, {reader.manifest.step}")
             return reader
         except CheckpointVersionError:
             raise
         except CheckpointError as error:
             problems.append(str(error))
             on_skip(f"checkpoint {path.name} is not used: {error}")
+            on_damaged(path)
     if problems:
         raise CheckpointError(
             f"no checkpoint in {directory} can be used: {'; '.join(problems)}. To start anew, move the directory away"

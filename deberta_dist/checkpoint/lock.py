@@ -57,8 +57,14 @@ class RunLock:
             "pid": os.getpid(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, (json.dumps(holder) + "\n").encode("utf-8"), 0)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, (json.dumps(holder) + "\n").encode("utf-8"), 0)
+        except OSError as error:
+            os.close(self._file)
+            raise ConfigError(
+                f"run.directory = {self.directory} cannot be written to ({error.strerror}): make room, or name another one"
+            ) from error
         self.is_held = True
 
     def release(self) -> None:

@@ -105,6 +105,8 @@ class Manifest:
         run_config: Resolved run configuration, as JSON.
         model_config: Published model configuration.
         tokenizer_sha256: Of the SentencePiece model.
+        data_sha256: Of the token files, by what they are for; only to tell that they have changed.
+        precision: Of the run: fp32, bf16 or fp16; only to tell that it has changed.
         layout: Who wrote it.
         tensors: Every published tensor by name, in model order.
         files: Every shard file by name. ``CheckpointWriter.commit`` fills it in.
@@ -118,6 +120,8 @@ class Manifest:
     run_config: Mapping[str, Any]
     model_config: Mapping[str, Any]
     tokenizer_sha256: str
+    data_sha256: Mapping[str, str]
+    precision: str
     layout: WrittenLayout
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
@@ -141,6 +145,8 @@ def to_json(manifest: Manifest) -> bytes:
         "run_config": dict(manifest.run_config),
         "model_config": dict(manifest.model_config),
         "tokenizer_sha256": manifest.tokenizer_sha256,
+        "data_sha256": dict(manifest.data_sha256),
+        "precision": manifest.precision,
         "layout": vars(manifest.layout),
         "files": {name: vars(entry) for name, entry in manifest.files.items()},
         "tensors": {name: _tensor_to_json(entry) for name, entry in manifest.tensors.items()},
@@ -174,15 +180,15 @@ def from_json(text: bytes, *, file: object = MANIFEST_NAME) -> Manifest:
     if document.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not the manifest of a checkpoint of ours: its format is not {FORMAT!r}")
     version = strict_json.integer(document.get("version"), where=f"{file}: version", minimum=1)
+    # Before the version: the checksum is the same in all of them, and a flipped bit must not look like a newer one.
+    if document.pop("sha256", None) != _checksum(document, file=file):
+        raise CheckpointError(f"{file}: its checksum does not fit its contents; it is damaged or was edited")
     if version > VERSION:
         raise CheckpointVersionError(
             f"{file} has format version {version}, and this program reads versions up to {VERSION}: "
             "use the program that wrote it, or a newer one"
         )
-    keys = ("format", "version", *Manifest.__dataclass_fields__, "sha256")
-    document = strict_json.fields(document, keys=keys, where=str(file))
-    if document.pop("sha256") != _checksum(document, file=file):
-        raise CheckpointError(f"{file}: its checksum does not fit its contents; it is damaged or was edited")
+    document = strict_json.fields(document, keys=("format", "version", *Manifest.__dataclass_fields__), where=str(file))
 
     def number(key: str) -> int:
         return strict_json.integer(document[key], where=f"{file}: {key}")
@@ -199,6 +205,10 @@ def from_json(text: bytes, *, file: object = MANIFEST_NAME) -> Manifest:
         run_config=table("run_config"),
         model_config=table("model_config"),
         tokenizer_sha256=_sha256(document["tokenizer_sha256"], where=f"{file}: tokenizer_sha256"),
+        data_sha256={
+            name: _sha256(value, where=f"{file}: data_sha256.{name[:100]}") for name, value in table("data_sha256").items()
+        },
+        precision=strict_json.string(document["precision"], where=f"{file}: precision"),
         layout=_layout(document["layout"], where=f"{file}: layout"),
         files={name: file_entry(name, raw, where=f"{file}: files") for name, raw in table("files").items()},
         tensors={name: _tensor(raw, where=f"{file}: {name[:200]}") for name, raw in table("tensors").items()},

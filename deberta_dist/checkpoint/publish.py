@@ -6,13 +6,14 @@ is being deleted. Under the run's lock none of them belongs to anybody at the st
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import LATEST_NAME, checkpoints, step_name, step_of
 from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.checkpoint.reader import CheckpointReader
+from deberta_dist.errors import ConfigError
 
 TEMPORARY, OLD, GONE = ".tmp-", ".old-", ".gone-"
 
@@ -71,7 +72,9 @@ def point_latest(directory: Path, name: str) -> None:
     sync_directory(directory)
 
 
-def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path) -> None:
+def prune(
+    directory: Path, *, keep_last: int, keep_every: int, written: Path, damaged: Collection[Path] = ()
+) -> None:
     """Removes checkpoints that are older than the newest ``keep_last`` complete ones.
 
     Complete means here: a sound manifest and every file in full length. Where there are fewer of them,
@@ -82,6 +85,7 @@ def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path) ->
         keep_last: At least 1.
         keep_every: Steps that are multiples of it stay; 0 = none.
         written: The one just written, which stays in any case.
+        damaged: Known not to be whole, whatever their sizes say: they do not count.
 
     Raises:
         OSError: a directory could not be renamed.
@@ -92,7 +96,7 @@ def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path) ->
         step = step_of(path)
         assert step is not None
         if num_complete < keep_last:
-            num_complete += _is_complete(path)
+            num_complete += path not in damaged and _is_complete(path)
         elif path != written and not (keep_every and step % keep_every == 0):
             # Renamed first: a half-deleted checkpoint must not look like one.
             gone = directory / f"{GONE}{path.name}"
@@ -108,11 +112,26 @@ def sweep(directory: str | Path, *, lock: RunLock, on_remove: Callable[[str], No
         directory: ``<run>/checkpoints``; may be missing.
         lock: The run's, held: otherwise the writers might live.
         on_remove: Told of each directory.
+
+    Raises:
+        ConfigError: the directory cannot be changed.
     """
     assert lock.is_held
     directory = Path(directory)
     if not directory.is_dir():
         return
+    try:
+        _sweep(directory, on_remove=on_remove)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be changed ({error.strerror}): checkpoints could not be written") from error
+
+
+def is_being_replaced(directory: Path) -> bool:
+    """Whether a checkpoint stands aside that the next sweep may put back."""
+    return directory.is_dir() and any(path.name.startswith(OLD) for path in directory.iterdir())
+
+
+def _sweep(directory: Path, *, on_remove: Callable[[str], None]) -> None:
     for path in sorted(directory.iterdir()):
         if path.name.startswith(OLD):
             name = path.name.removeprefix(OLD).rpartition("-")[0]
@@ -120,8 +139,8 @@ def sweep(directory: str | Path, *, lock: RunLock, on_remove: Callable[[str], No
                 on_remove(f"{path} is {name} again: the run ended while it was being replaced")
                 continue
         if path.name.startswith((TEMPORARY, OLD, GONE)):
-            on_remove(f"{path} is removed: an unfinished checkpoint of an earlier start")
             remove(path)
+            on_remove(f"{path} is removed: an unfinished checkpoint of an earlier start")
 
 
 def remove(path: Path) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from typing import Literal
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, CheckpointWriteError
 from deberta_dist.checkpoint.find import step_name
-from deberta_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, differing_keys, file_entry, to_json
+from deberta_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_entry, to_json
 from deberta_dist.checkpoint.publish import (
     point_latest,
     prune,
@@ -38,7 +38,7 @@ from deberta_dist.checkpoint.publish import (
 from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.shard_file import file_bytes, write_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_file_name
-from deberta_dist.zero import ShardState
+from deberta_dist.flat_layout import ShardState
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -107,16 +107,19 @@ class CheckpointWriter:
             self._job.thread.join(timeout)
         return self._state
 
-    def commit(self, manifest: Manifest, *, keep_last: int, keep_every: int = 0) -> Path:
+    def commit(
+        self, manifest: Manifest, *, keep_last: int, keep_every: int = 0, damaged: Collection[Path] = ()
+    ) -> Path:
         """Makes the written files a checkpoint. For rank 0, when every rank has reported ``written``.
 
-        Where a whole checkpoint of the same step and the same run state exists already, it stays and the new
-        files are dropped; another one in the place is replaced.
+        Where the very same checkpoint exists already, it stays and the new files are dropped; another one in the
+        place is replaced.
 
         Args:
             manifest: What the checkpoint says, ``files`` left empty.
             keep_last: Newest complete checkpoints that stay.
             keep_every: Steps that are multiples of it stay; 0 = none.
+            damaged: Checkpoints known not to be whole: they do not count as kept.
 
         Returns:
             The checkpoint's directory.
@@ -129,13 +132,13 @@ class CheckpointWriter:
         assert job is not None and self._state.status == "written" and job.step == manifest.step
         final = self.directory / step_name(job.step)
         self.hand_over()
-        content = b""
+        part, content = job.temporary, b""
         try:
+            manifest = dataclasses.replace(manifest, files=_collect(job.temporary, manifest))
+            check_table(manifest.tensors, files=manifest.files, where=job.temporary)
             if not _is_same(final, manifest):
-                manifest = dataclasses.replace(manifest, files=_collect(job.temporary, manifest))
-                check_table(manifest.tensors, files=manifest.files, where=job.temporary)
-                content = to_json(manifest)
-                write_and_sync(job.temporary / MANIFEST_NAME, content)
+                part, content = job.temporary / MANIFEST_NAME, to_json(manifest)
+                write_and_sync(part, content)
                 for rank in range(_world_size(manifest)):
                     os.unlink(_note(job.temporary, rank))
                 sync_directory(job.temporary)
@@ -143,12 +146,12 @@ class CheckpointWriter:
         except CheckpointError as error:
             raise CheckpointWriteError(f"checkpoint {final} is not written: {error}") from error
         except OSError as error:
-            raise CheckpointWriteError(_describe(error, job.temporary / MANIFEST_NAME, needed=len(content))) from error
+            raise CheckpointWriteError(_describe(error, Path(error.filename or part), needed=len(content))) from error
         finally:
             remove(job.temporary)
         try:
             point_latest(self.directory, final.name)
-            prune(self.directory, keep_last=keep_last, keep_every=keep_every, written=final)
+            prune(self.directory, keep_last=keep_last, keep_every=keep_every, written=final, damaged=damaged)
         except OSError as error:
             raise CheckpointWriteError(
                 f"checkpoint {final} is complete, but the checkpoints before it could not be put in order ({error})"
@@ -208,7 +211,7 @@ def _collect(temporary: Path, manifest: Manifest) -> dict[str, FileEntry]:
 
 
 def _is_same(final: Path, manifest: Manifest) -> bool:
-    """Whether a whole checkpoint of the same state of the same run stands there."""
+    """Whether a whole checkpoint with the same contents stands there, as one does that was saved and then rolled over."""
     if not final.is_dir():
         return False
     try:
@@ -217,10 +220,7 @@ def _is_same(final: Path, manifest: Manifest) -> bool:
         raise
     except CheckpointError:
         return False
-    keys = ("step", "consumed_samples", "optimizer_steps", "seed", "tokenizer_sha256")
-    return all(getattr(there, key) == getattr(manifest, key) for key in keys) and not differing_keys(
-        there.model_config, manifest.model_config
-    )
+    return strict_json.parse(to_json(there), file=final) == strict_json.parse(to_json(manifest), file=final)
 
 
 def _remove_own(temporary: Path, rank: int, *, with_directory: bool = True) -> None:

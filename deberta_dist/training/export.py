@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.checkpoint.formats.source import SPM_NAME
 from deberta_dist.mesh import Coordinate, Mesh
 from deberta_dist.tensor_parallel import plan
@@ -73,13 +75,29 @@ def write_weights(
 
     Returns:
         The directory.
+
+    Raises:
+        CheckpointWriteError: it cannot be written; nothing of it is left.
     """
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed here; only one run uses the directory
+    try:
+        _write(full, config=config, tokenizer=tokenizer, temporary=temporary)
+        if directory.exists():
+            shutil.rmtree(directory)  # of a start that ended between its weights and its result
+        os.rename(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointWriteError(
+            f"{directory} is not written ({error}): make room and start the same command again, which goes on from "
+            "the run's last checkpoint"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _write(full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer, temporary / SPM_NAME)
     save_file(dict(full), temporary / "model.safetensors", metadata={"format": "pt"})
-    if directory.exists():
-        shutil.rmtree(directory)  # of a start that ended between its weights and its result
-    os.rename(temporary, directory)
-    return directory

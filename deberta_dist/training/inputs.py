@@ -7,13 +7,17 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.compatible import same_computation
 from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
+from deberta_dist.checkpoint.formats import files
 from deberta_dist.checkpoint.formats.meeting import to_published
 from deberta_dist.checkpoint.formats.source import SPM_NAME, is_run, open_source
 from deberta_dist.checkpoint.formats.weights import shorten
+from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import ConfigError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 
@@ -36,6 +40,10 @@ class RunData:
     tokenizer: Tokenizer
     train: MaskedLMData
     validation: MaskedLMData
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 of the texts that are trained on."""
+        return {"train": self.train_file.checksum}
 
 
 @dataclass(frozen=True)
@@ -75,25 +83,36 @@ def open_data(plan: Plan) -> RunData:
     )
 
 
-def open_initial_weights(plan: Plan, *, verify: bool) -> InitialWeights | None:
+def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> InitialWeights | None:
     """Opens ``training.init``; None where a run starts from random weights.
 
     Args:
         plan: The run.
+        tokenizer_sha256: Of its tokenizer.
         verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
 
     Raises:
-        ConfigError: it is of another model.
+        ConfigError: it is of another model or tokenizer, or a run directory, whose newest checkpoint may change.
         CheckpointError: no checkpoint, or tensors are unexplained, missing or of another shape.
     """
     path, config = plan.config.training.init, plan.model_config
     if path is None:
         return None
     where = f"{plan.config.source}: training.init = {path}"
-    # Without a look at the bytes, all ranks choose the same checkpoint of a run.
-    source = open_source(path, verify=False)
-    if verify and source.verify is not None:
-        source.verify()
+    if is_run(path) and not files.has(path, MANIFEST_NAME):
+        raise ConfigError(
+            f"{where} is a run, whose newest checkpoint may change while ranks look: name one of its checkpoints, "
+            f"{path / CHECKPOINTS_NAME}/step-..., or its weights/"
+        )
+    source = open_source(path, verify=verify)
+    sha256 = source.tokenizer_sha256
+    if sha256 is None and not source.is_file and files.has(source.directory, SPM_NAME):
+        sha256 = Tokenizer(source.directory / SPM_NAME).sha256
+    if sha256 not in (None, tokenizer_sha256):
+        raise ConfigError(
+            f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
+            f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
+        )
     model = to_published(source)
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes

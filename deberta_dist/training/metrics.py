@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from deberta_dist.planning.dry_run import format_seconds
+
+METRICS_NAME = "metrics.jsonl"
+_LONGEST_LINE = 2**20
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, *, is_writer: bool, max_steps: int, print_every: int) -> None:
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._is_full = False
         if is_writer:
-            self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._file = (directory / METRICS_NAME).open("a+b", buffering=0)
+            _drop_torn_line(self._file)
         self._max_steps = max_steps
         self._print_every = print_every
         self._first_step_ended: float | None = None
@@ -74,10 +80,27 @@ class MetricsLog:
         self._write({"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_targets": num_targets})
         self.say(f"step {step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%} over {num_targets:,} masked tokens")
 
-    def checkpoint(self, *, step: int, path: Path, copy_seconds: float, write_seconds: float) -> None:
-        """Records a finished checkpoint: seconds of the pause, and of writing in the background."""
-        self._write({"step": step, "checkpoint": path.name, "copy_seconds": copy_seconds, "write_seconds": write_seconds})
-        self.say(f"step {step}: checkpoint {path} (pause {copy_seconds:.2f} s, written in {write_seconds:.2f} s)")
+    def checkpoint(
+        self, *, step: int, path: Path, wait_seconds: float, copy_seconds: float, write_seconds: float
+    ) -> None:
+        """Records a finished checkpoint.
+
+        Args:
+            step: Of the checkpoint.
+            path: Where it is.
+            wait_seconds: Pause until the checkpoint before was finished; 0 unless the disk is too slow for them.
+            copy_seconds: Pause for the copy to host memory.
+            write_seconds: From then on, in the background.
+        """
+        seconds = {"wait_seconds": wait_seconds, "copy_seconds": copy_seconds, "write_seconds": write_seconds}
+        self._write({"step": step, "checkpoint": path.name, **seconds})
+        pause = wait_seconds + copy_seconds
+        self.say(f"step {step}: checkpoint {path} (pause {pause:.2f} s, written in {write_seconds:.2f} s)")
+
+    def starts_over(self) -> None:
+        """Records that an earlier start left no checkpoint, so that lines after this one repeat those before it."""
+        if self._file is not None and self._file.tell():
+            self._write({"resumed_from_step": 0})
 
     def resumed(self, *, step: int, path: Path, changed: list[str]) -> None:
         """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start."""
@@ -99,7 +122,18 @@ class MetricsLog:
     def _write(self, values: dict) -> None:
         if self._file is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            line = (json.dumps(finite, allow_nan=False) + "\n").encode("utf-8")
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = self._file.write(line)
+                is_written = written == len(line)
+            except OSError:
+                is_written = False
+            if not is_written:  # a full disk costs the line, not the run
+                self._file.truncate(end)
+            if is_written == self._is_full:
+                self._is_full = not is_written
+                self.say(f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}")
 
     def _line(self, metrics: StepMetrics) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.
@@ -112,3 +146,11 @@ class MetricsLog:
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
             f"{mfu} | left {left}"
         )
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """Cuts off what a killed run has left of its last line; the next one would be glued to it."""
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - _LONGEST_LINE))
+    file.truncate(start + file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)

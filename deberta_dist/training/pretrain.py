@@ -7,11 +7,8 @@ configuration -> plan -> inputs -> checkpoint to continue from -> process group 
 evaluations, checkpoints -> weights -> result.
 """
 
-import os
-import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -20,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.checkpoint.lock import RunLock
+from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import Batch, Prefetcher
@@ -29,8 +27,14 @@ from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
-from deberta_dist.training.checkpointing import (
-    Checkpointing,
+from deberta_dist.training.entry import parse_arguments, start
+from deberta_dist.training.evaluation import evaluate, own_rows, write_result
+from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
+from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
+from deberta_dist.training.lr_schedule import learning_rate
+from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.resume import (
+    Found,
     changed_settings,
     find_checkpoint,
     is_interrupted,
@@ -38,11 +42,7 @@ from deberta_dist.training.checkpointing import (
     read_shards,
     share_checkpoint,
 )
-from deberta_dist.training.evaluation import evaluate, own_rows, write_result
-from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
-from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
-from deberta_dist.training.lr_schedule import learning_rate
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
@@ -56,39 +56,6 @@ class DivergedError(DebertaDistError):
     exit_code = 76
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A launcher's command line."""
-
-    overrides: list[str]
-    dry_run: bool
-    world_size: int | None
-
-
-def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Takes our own flags and DeepSpeed's ``--local_rank`` out; the rest are overrides for ``load_config``."""
-    overrides: list[str] = []
-    dry_run, world_size = False, None
-    rest = list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name in ("--local_rank", "--local-rank"):
-            if not equals:
-                rest.pop(0)  # the launcher's environment says it as well
-        elif name == "--dry-run":
-            dry_run = True
-        elif name == "--world-size":
-            value = value if equals else (rest.pop(0) if rest else "")
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"command line: --world-size needs a number of processes, got {value!r}")
-            world_size = int(value)
-        else:
-            overrides.append(name + equals + value)
-    if world_size is not None and not dry_run:
-        raise ConfigError("command line: --world-size belongs to --dry-run; a real run has the processes it has")
-    return Arguments(overrides=overrides, dry_run=dry_run, world_size=world_size)
-
-
 def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
     """Entry point of a launcher: runs it and ends the process with the right exit code.
 
@@ -96,30 +63,7 @@ def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
         launcher_file: Path of the launcher; its TOML has the same stem.
         arguments: Command line; ``sys.argv[1:]`` by default.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\nKeys and their meaning: deberta_dist/config/schema.py")
-        return
-    is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        _run(Path(launcher_file), arguments)
-    except DebertaDistError as error:
-        # Ranks of one node fail alike: one of them says it.
-        if is_speaker or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        _leave(70)
-
-
-def _leave(code: int) -> None:
-    """Ends the process; with peers, at once: an orderly shutdown would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if dist.is_initialized():
-        os._exit(code)
-    sys.exit(code)
+    start(_run, Path(launcher_file), arguments, help_text=__doc__)
 
 
 def _run(launcher: Path, arguments: Sequence[str]) -> None:
@@ -135,18 +79,21 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
     data = open_data(plan)
-    initial_weights = None if is_interrupted(plan) else open_initial_weights(plan, verify=launch.rank == 0)
+    initial_weights = None
+    if not is_interrupted(plan):
+        initial_weights = open_initial_weights(
+            plan, tokenizer_sha256=data.tokenizer.sha256, verify=launch.rank == 0
+        )
     directory = Path(plan.config.run.directory)
-    lock, found = None, None
+    lock, found = None, Found(None)
     if launch.rank == 0:
         lock = RunLock(directory)
-        found = find_checkpoint(plan, tokenizer_sha256=data.tokenizer.sha256, lock=lock)
-
-    device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
-    checkpoint = share_checkpoint(found, plan=plan)
-    if launch.rank == 0:
+        found = find_checkpoint(plan, data=data, lock=lock)
         write_resolved(plan.config, plan.deepspeed, directory)
         keep_tokenizer(data.tokenizer.path, directory)
+
+    device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
+    checkpoint = share_checkpoint(found.reader, plan=plan)
     mesh = make_mesh(mesh_shape(plan.config), device=device)
     training = plan.config.training
     log = MetricsLog(
@@ -156,13 +103,14 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    parts = make_parts(plan, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
+    parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
+    manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
+    # They keep files open, and with them the space of checkpoints that are removed meanwhile.
+    del checkpoint, found, initial_weights
     trainer = Trainer(parts, mesh=mesh, seed=training.seed)
-    checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, tokenizer_sha256=data.tokenizer.sha256, log=log)
+    checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, data=data, log=log, damaged=damaged)
 
-    result = train(
-        trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, checkpoint=checkpoint
-    )
+    result = train(trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, manifest=manifest)
 
     weights = gather_full_weights(parts, mesh=mesh)
     if mesh.rank == 0:
@@ -184,6 +132,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
 def make_parts(
     plan: Plan,
     *,
+    data: RunData,
     mesh: Mesh,
     log: MetricsLog,
     checkpoint: CheckpointReader | None,
@@ -195,8 +144,9 @@ def make_parts(
         shards, manifest = read_shards(checkpoint, plan=plan, mesh=mesh), checkpoint.manifest
         parts = make(shards=[shard.weight for shard in shards])
         load_state(parts, shards, manifest=manifest)
-        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, manifest))
+        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, data, manifest=manifest))
         return parts
+    log.starts_over()
     if initial_weights is not None:
         log.say("\n".join(initial_weights.notes))
         return make(shards=shards_of(plan.layout, mesh=mesh, load=initial_weights.read))
@@ -211,7 +161,7 @@ def train(
     mesh: Mesh,
     log: MetricsLog,
     checkpointing: Checkpointing,
-    checkpoint: CheckpointReader | None,
+    manifest: Manifest | None,
 ) -> EvaluationResult:
     """All optimizer steps that are left, evaluations and checkpoints of a run; returns the last evaluation.
 
@@ -224,8 +174,8 @@ def train(
     peak = device_peak_flops(device_name)
     skipped_in_a_row = 0
     result: EvaluationResult | None = None
-    first_step = 0 if checkpoint is None else checkpoint.manifest.step
-    consumed_before = 0 if checkpoint is None else checkpoint.manifest.consumed_samples
+    first_step = 0 if manifest is None else manifest.step
+    consumed_before = 0 if manifest is None else manifest.consumed_samples
 
     def consumed(step: int) -> int:
         return consumed_before + (step - first_step) * training.global_batch_size
@@ -270,8 +220,10 @@ def train(
             if checkpointing.is_due(step + 1):
                 checkpointing.save(step=step + 1, consumed_samples=consumed(step + 1))
     checkpointing.poll(wait=True)
-    # A run that was stopped after its last step has only this left.
-    return result or evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+    if result is None:  # a run that was stopped after its last step has only this left
+        result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+        log.evaluation(step=first_step, **asdict(result))
+    return result
 
 
 def headline(plan: Plan, device: torch.device) -> str:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from deberta_dist.checkpoint import manifest as manifest_module
-from deberta_dist.checkpoint.compatible import compatible
+from deberta_dist.checkpoint.compatible import compatible, same_tensors
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
 from deberta_dist.checkpoint.manifest import FileEntry, Manifest, differing_keys, from_json, read_manifest, to_json
 from deberta_dist.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def _piece(document: dict) -> dict:
         (lambda d: d.update(version=True), "version: a whole number"),
         (lambda d: d.update(version=0), "version: a whole number"),
         (lambda d: d.pop("step"), r"missing keys \['step'\]"),
-        (lambda d: d.pop("sha256"), "missing keys"),
+        (lambda d: d.pop("sha256"), "checksum does not fit"),
         (lambda d: d.update(pickle="x"), r"unknown keys \['pickle'\]"),
         (lambda d: d.update(step=-1), "step: a whole number"),
         (lambda d: d.update(step=1.0), "step: a whole number"),
@@ -130,9 +130,19 @@ def test_an_edited_manifest_is_damaged(manifest: Manifest) -> None:
         from_json(to_json(manifest).replace(b'"consumed_samples": 800', b'"consumed_samples": 801'))
 
 
+def newer(version: int) -> bytes:
+    """A sound manifest of a format that nobody here knows."""
+    document = {"format": manifest_module.FORMAT, "version": version, "unheard": "of"}
+    return json.dumps({**document, "sha256": manifest_module._checksum(document)}).encode()
+
+
 def test_newer_version_first(manifest: Manifest) -> None:
     with pytest.raises(CheckpointVersionError, match="use the program that wrote it, or a newer one"):
-        from_json(json.dumps({"format": manifest_module.FORMAT, "version": 2, "unheard": "of"}).encode())
+        from_json(newer(2))
+    # A flipped bit is damage, not progress.
+    with pytest.raises(CheckpointError, match="its checksum does not fit") as caught:
+        from_json(to_json(manifest).replace(b'"version": 1', b'"version": 3'))
+    assert not isinstance(caught.value, CheckpointVersionError)
 
 
 def test_size_is_capped(tmp_path, monkeypatch: pytest.MonkeyPatch, manifest: Manifest) -> None:
@@ -167,3 +177,11 @@ def test_compatible_names_every_difference(manifest: Manifest) -> None:
     ):
         assert words in str(caught.value)
     assert not isinstance(caught.value, DataError)
+
+
+def test_tensors_have_to_be_those_of_the_configuration(manifest: Manifest) -> None:
+    shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
+    same_tensors(manifest, shapes, where="here")
+    for changed in ({WORDS: shapes[WORDS][::-1]}, {"another.weight": (3,)}):
+        with pytest.raises(CheckpointError, match="here: 1 tensors are not as its configuration has them"):
+            same_tensors(manifest, {**shapes, **changed}, where="here")

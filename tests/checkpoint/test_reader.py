@@ -17,6 +17,7 @@ from deberta_dist.checkpoint.find import checkpoints, newest_complete
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from deberta_dist.checkpoint.rectangles import Window, overlap, rectangles, view
 from deberta_dist.checkpoint.shard_file import STATES
+from tests.checkpoint.test_manifest import newer
 from tests.checkpoint.test_slices import CASES, Case, assert_readable, known_tensors, write_checkpoint
 
 WORDS = "deberta.embeddings.word_embeddings.weight"
@@ -246,10 +247,18 @@ def test_finding(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_neither_read_nor_skipped(copy: Path) -> None:
     write_checkpoint(copy.parent, Case(), step=50)
-    text = (copy / "manifest.json").read_text().replace('"version": 1', '"version": 2')
-    (copy / "manifest.json").write_text(text)
+    (copy / "manifest.json").write_bytes(newer(2))
     with pytest.raises(CheckpointVersionError, match="format version 2.*reads versions up to 1"):
         newest_complete(copy.parent, on_skip=print)
+
+
+def test_a_checkpoint_under_another_name_is_not_used(copy: Path) -> None:
+    write_checkpoint(copy.parent, Case(), step=50)
+    copy.rename(copy.with_name("step-00000300"))
+    said: list[str] = []
+    reader = newest_complete(copy.parent, on_skip=said.append)
+    assert reader is not None and reader.manifest.step == 50
+    assert any("another name than its step, 100" in text for text in said)
 
 
 def test_rectangles_against_numpy() -> None:

@@ -94,6 +94,8 @@ class Case:
             run_config={"training": {"max_steps": 1000, "learning_rate": 1e-4}},
             model_config=self.layout.config.to_dict(),
             tokenizer_sha256=TOKENIZER,
+            data_sha256={"train": "cd" * 32},
+            precision="fp32",
             layout=WrittenLayout(tensor=self.tensor, pipeline=self.pipeline, data=self.data, schedule="1f1b"),
             tensors=self.table,
         )

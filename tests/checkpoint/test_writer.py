@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import os
 import resource
 import shutil
@@ -21,7 +20,6 @@ from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.checkpoint.publish import sweep
 from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.writer import CheckpointWriter
-from deberta_dist.errors import ConfigError
 from tests.checkpoint.test_slices import Case, assert_readable, known_tensors, write_checkpoint
 
 CASE = Case(data=2)
@@ -86,8 +84,16 @@ def test_a_commit_without_a_rank_is_refused(tmp_path: Path, missing: str) -> Non
 def test_the_same_state_again_is_done_already(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, CASE)
     inode = path.stat().st_ino
-    assert write_checkpoint(tmp_path, Case(tensor=2)) == path
+    assert write_checkpoint(tmp_path, CASE) == path
     assert path.stat().st_ino == inode and names(tmp_path) == ["latest", "step-00000100"]
+
+
+def test_the_same_counts_with_other_numbers_are_replaced(tmp_path: Path) -> None:
+    """Another run's, that somebody has left in the directory."""
+    path = write_checkpoint(tmp_path, CASE)
+    write_checkpoint(tmp_path, CASE, offset=1000)
+    assert_readable(open_checkpoint(path), Case(), known_tensors("v2", 1000))
+    assert names(tmp_path) == ["latest", "step-00000100"]
 
 
 def test_a_damaged_one_in_the_place_is_replaced(tmp_path: Path) -> None:
@@ -133,6 +139,16 @@ def test_pruning(tmp_path: Path) -> None:
     # 100, 90 and 70 are the newest complete ones; 80 is not whole and younger than they are; 40 is a fortieth.
     assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [100, 90, 80, 70, 40]
     assert names(tmp_path)[0] == "latest"
+
+
+def test_what_is_known_to_be_damaged_does_not_count(tmp_path: Path) -> None:
+    for step in (50, 60, 98, 99):
+        write_checkpoint(tmp_path, Case(), step=step)
+    writer = begin(tmp_path, case=Case())[0]
+    writer.wait()
+    damaged = {tmp_path / "step-00000098", tmp_path / "step-00000099"}
+    writer.commit(Case().manifest(), keep_last=2, damaged=damaged)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == [100, 99, 98, 60]
 
 
 def test_the_one_just_written_stays_beside_later_ones(tmp_path: Path) -> None:
@@ -262,28 +278,3 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "No space left on device" in done.stdout and "bytes are needed" in done.stdout
-
-
-def test_two_runs_on_one_directory(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path / "run")
-    with pytest.raises(ConfigError, match=rf'run is in use by another run .*"pid": {os.getpid()}, "started": "20'):
-        RunLock(tmp_path / "run")
-    lock.release()
-    lock.release()
-    with RunLock(tmp_path / "run") as again:
-        assert again.is_held
-    with RunLock(tmp_path / "run"):
-        pass
-
-
-def test_a_directory_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="cannot be written to"):
-        RunLock(tmp_path / "file")
-
-    def fail(file: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(ConfigError, match="file system without locks"):
-        RunLock(tmp_path / "run")

@@ -13,11 +13,14 @@ TEXT = Path(__file__).parents[2] / "launchers" / "demo_text"
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with spm.model, train.tokens and valid.tokens of the held-out demo text."""
+    """A directory with spm.model, and train.tokens and valid.tokens of the held-out demo text, other.tokens of half."""
     directory = tmp_path_factory.mktemp("corpus")
     inputs = [TEXT / "valid.jsonl"]
     train_tokenizer(read_texts(inputs), directory / "spm.model", vocab_size=1000)
     tokenizer = Tokenizer(directory / "spm.model")
     for name in ("train", "valid"):
         prepare_corpus(inputs, directory / f"{name}.tokens", tokenizer=tokenizer)
+    half = directory / "half.jsonl"
+    half.write_text("".join((TEXT / "valid.jsonl").read_text().splitlines(keepends=True)[::2]))
+    prepare_corpus([half], directory / "other.tokens", tokenizer=tokenizer)
     return directory

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def begin(words: list[str], *, run: Path) -> subprocess.Popen[str]:
     return process
 
 
+def needs_mounts() -> None:
+    """Skips where an ordinary user may not have a file system of his own."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+
+
 def test_a_killed_run_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert start(arguments(corpus, whole)).returncode == 0
@@ -62,8 +69,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(corpus: Path, tmp_path: Path) -> None:
     """Checkpoints of 2 MB on a file system of 8 MiB of its own, where none is ever removed."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
+    needs_mounts()
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     after = 'ls "$1"; exit $code'
@@ -78,3 +84,31 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(corpus: Path, tmp_path: P
     left = done.stdout.splitlines()[-1 - len(saved) :]
     assert left == ["latest", *(f"step-{step:08d}" for step in saved)], "half a checkpoint lies about"
     assert (run / "result.json").exists() and (run / "weights" / "model.safetensors").exists()
+
+
+def test_a_run_on_a_full_disk_is_finished_when_there_is_room(corpus: Path, tmp_path: Path) -> None:
+    """The whole run directory is on the full file system: two checkpoints fit, and the weights do not."""
+    needs_mounts()
+    run = tmp_path / "run"
+    run.mkdir()
+    script = textwrap.dedent(
+        """
+        run=$1; shift
+        mount -t tmpfs -o size=4700k none "$run"
+        "$@"; echo "first start: $?"
+        ls -A "$run" "$run/checkpoints"
+        mount -o remount,size=64m "$run"
+        "$@"; echo "second start: $?"
+        ls -A "$run"
+        """
+    )
+    words = arguments(corpus, run, checkpoint__keep_last=99, training__max_steps=12)
+    done = start(["unshare", "-Urm", "sh", "-c", script, "sh", str(run), *words])
+    first, _, second = done.stdout.partition("first start: 74")
+    assert second, done.stdout + done.stderr
+    assert "older checkpoints are intact" in first and "step 12/12" in first
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "weights is not written" in message and "make room and start the same command again" in message
+    listed, _, second = second.partition("continues from")
+    assert "step-00000002" in listed and "latest" in listed and ".tmp" not in listed
+    assert "second start: 0" in second and "result.json" in second and ".tmp" not in second

@@ -187,9 +187,10 @@ BARELY = {"optimizer__learning_rate": 1e-12, "training__max_steps": 1, "schedule
 def test_a_run_starts_from_weights_of_any_form(corpus: Path, tmp_path: Path, whole_run) -> None:
     whole = whole_run((1, 1, 1))
     last_loss = json.loads((whole / "result.json").read_text())["loss"]
+    last = whole / "checkpoints" / f"step-{STEPS:08d}"
     convert(whole, tmp_path / "official", to="official")
     for number, (init, layout) in enumerate(
-        ((whole / "weights", (2, 1, 1)), (whole, (1, 2, 1)), (tmp_path / "official", (1, 1, 2)))
+        ((whole / "weights", (2, 1, 1)), (last, (1, 2, 1)), (tmp_path / "official", (1, 1, 2)))
     ):
         directory = tmp_path / f"run{number}"
         run(corpus, directory, layout, training__init=init, **BARELY, **dict(DROPOUT))
@@ -213,6 +214,11 @@ def test_what_weights_lack_starts_at_random_or_is_refused(corpus: Path, tmp_path
     with pytest.raises(AssertionError, match="num_attention_heads = .* there"):
         run(corpus, tmp_path / "refused", (1, 1, 1), training__init=given, model__num_attention_heads=2,
             model__attention_head_size=16)  # fmt: skip
+    with pytest.raises(AssertionError, match="name one of its checkpoints"):
+        run(corpus, tmp_path / "refused", (1, 1, 1), training__init=whole_run((1, 1, 1)), **BARELY)
+    (given / "spm.model").write_bytes((whole_run((1, 1, 1)) / "spm.model").read_bytes() + b"\x00")
+    with pytest.raises(AssertionError, match="its embeddings are of other pieces|not a sentencepiece model"):
+        run(corpus, tmp_path / "refused", (1, 1, 1), training__init=given, **BARELY)
     assert not (tmp_path / "refused").exists()
 
 
@@ -223,3 +229,30 @@ def test_an_interrupted_run_does_not_need_what_it_started_from(corpus: Path, tmp
     assert history(continued) == history(whole)
     # The run keeps its tokenizer for conversions.
     assert (continued / "spm.model").read_bytes() == (corpus / "spm.model").read_bytes()
+
+
+def test_what_has_changed_is_told(corpus: Path, tmp_path: Path, whole_run) -> None:
+    """Another text, another precision, another batch: the run goes on behind the samples it has seen."""
+    continued = interrupted(whole_run((1, 1, 1)), tmp_path / "run")
+    changes = {"data__train": corpus / "other.tokens", "training__global_batch_size": 4, **dict(BF16)}
+    run(corpus, continued, (1, 1, 1), **changes)
+    (record, *_) = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
+    told = "\n".join(record["changed"])
+    for words in ("training.global_batch_size: 8 -> 4", "precision: fp32 -> bf16", "data.train: another text"):
+        assert words in told
+    assert [h[3] for h in history(continued)] == [8 * SAVED + 4 * (step + 1) for step in range(STEPS - SAVED)]
+
+
+def test_checkpoints_of_another_run_are_not_started_over(corpus: Path, tmp_path: Path, whole_run) -> None:
+    directory = interrupted(whole_run((1, 1, 1)), tmp_path / "run")
+    with pytest.raises(AssertionError, match='checkpoint.resume is "never"'):
+        run(corpus, directory, (1, 1, 1), checkpoint__resume="never")
+
+
+def test_a_start_without_a_checkpoint_begins_again_and_says_so(corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    run(corpus, directory, (1, 1, 1), training__max_steps=2)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("step", line) for line in lines[:3]] == [1, {"resumed_from_step": 0}, 1]

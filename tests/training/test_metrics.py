@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,34 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.Captur
 )  # fmt: skip
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_full_disk_costs_lines_and_no_half_ones(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    log.step(one_step(1))
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+    try:
+        log.step(one_step(2))
+        log.step(one_step(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.step(one_step(4))
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    shown = capsys.readouterr().out
+    assert shown.count("cannot be written") == 1 and shown.count("is written again") == 1
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for torn in ('{"step": 1}\n{"st', '{"st', "", '{"step": 1}\n'):
+        path.write_text(torn)
+        log = open_log(tmp_path)
+        log.starts_over()
+        log.step(one_step(2))
+        log.close()
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert lines[-1]["step"] == 2
+        assert ({"resumed_from_step": 0} in lines) == ('{"step": 1}' in torn)

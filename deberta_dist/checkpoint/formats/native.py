@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deberta_dist.checkpoint.find import newest_complete
+from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, newest_complete
 from deberta_dist.checkpoint.formats.rules import Format
 from deberta_dist.checkpoint.formats.weights import PART, InParts, Weight, Weights
-from deberta_dist.checkpoint.manifest import Manifest
+from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 
 FORMAT = Format(name="native")
@@ -38,12 +38,12 @@ class NativeCheckpoint:
             CheckpointError: there is none, or it is damaged.
         """
         self.warnings: list[str] = []
-        if (path / "manifest.json").exists():
+        if (path / MANIFEST_NAME).exists():
             self._reader = open_checkpoint(path, verify=verify)
         else:
-            found = newest_complete(path / "checkpoints", on_skip=self.warnings.append, verify=verify)
+            found = newest_complete(path / CHECKPOINTS_NAME, on_skip=self.warnings.append, verify=verify)
             if found is None:
-                raise FileNotFoundError(path / "checkpoints")
+                raise FileNotFoundError(path / CHECKPOINTS_NAME)
             self._reader = found
         self.directory: Path = self._reader.directory
         self.manifest: Manifest = self._reader.manifest

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
+from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.formats.files import read_json
 from deberta_dist.checkpoint.formats.weights import shorten
 from deberta_dist.errors import ConfigError
@@ -211,7 +212,7 @@ def require_apart(source: Path, target: Path) -> None:
         ConfigError: it does.
     """
     a, b = source.resolve(), target.resolve()
-    if a.parent.name == "checkpoints":
+    if a.parent.name == CHECKPOINTS_NAME:
         a = a.parent
     if a == b or a in b.parents or b in a.parents:
         raise ConfigError(f"{target} and the source {source} lie in one another: name a target elsewhere")

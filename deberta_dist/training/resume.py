@@ -1,0 +1,143 @@
+"""What a run continues from: found by one rank before any process group exists, read by all, each its own part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from deberta_dist.checkpoint.compatible import compatible, same_tensors
+from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints, newest_complete, step_name
+from deberta_dist.checkpoint.lock import RunLock
+from deberta_dist.checkpoint.manifest import Manifest
+from deberta_dist.checkpoint.publish import is_being_replaced, sweep
+from deberta_dist.checkpoint.reader import CheckpointReader
+from deberta_dist.config import precision
+from deberta_dist.errors import ConfigError
+from deberta_dist.flat_layout import ShardState
+from deberta_dist.mesh import Mesh
+from deberta_dist.planning.layout import flat_layout
+from deberta_dist.planning.plan import Plan
+from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.inputs import RunData
+from deberta_dist.training.metrics import METRICS_NAME
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run directory holds.
+
+    Attributes:
+        reader: The checkpoint to continue from; None where the run starts anew.
+        damaged: Newer ones that are not whole.
+    """
+
+    reader: CheckpointReader | None
+    damaged: frozenset[Path] = frozenset()
+
+
+def checkpoint_directory(plan: Plan) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(plan.config.run.directory) / CHECKPOINTS_NAME
+
+
+def is_interrupted(plan: Plan) -> bool:
+    """Whether the run directory holds checkpoints that the run has to continue from. Any rank may ask."""
+    directory = checkpoint_directory(plan)
+    return plan.config.checkpoint.resume != "never" and (bool(checkpoints(directory)) or is_being_replaced(directory))
+
+
+def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
+    """What the run continues from by ``checkpoint.resume``. For rank 0, before any group.
+
+    Raises:
+        ConfigError: the directory holds a finished run, a run that must not or cannot be continued, or the
+            checkpoint is of another model or tokenizer.
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    run, directory, resume = Path(plan.config.run.directory), checkpoint_directory(plan), plan.config.checkpoint.resume
+    if (run / "result.json").exists():
+        raise ConfigError(
+            f"run.directory = {run} holds a finished run (result.json is there); nothing is overwritten: move it "
+            "away or give another --run.directory"
+        )
+    sweep(directory, lock=lock, on_remove=_warn)
+    if resume == "never":
+        if (run / METRICS_NAME).exists() or checkpoints(directory):
+            raise ConfigError(
+                f"run.directory = {run} holds a run already (its metrics or checkpoints are there) and "
+                'checkpoint.resume is "never": move it away or give another --run.directory'
+            )
+        return Found(None)
+    damaged: list[Path] = []
+    reader = newest_complete(directory, on_skip=_warn, on_damaged=damaged.append)
+    if reader is None:
+        if resume == "required":
+            raise ConfigError(f'checkpoint.resume = "required", and there is no checkpoint in {directory}')
+        return Found(None)
+    compatible(
+        reader.manifest, model_config=plan.model_config.to_dict(), tokenizer_sha256=data.tokenizer.sha256
+    )
+    same_tensors(reader.manifest, plan.layout.full_shapes, where=reader.directory)
+    if reader.manifest.step > plan.config.training.max_steps:
+        raise ConfigError(
+            f"training.max_steps = {plan.config.training.max_steps} is less than the {reader.manifest.step} steps of "
+            f"{reader.directory}"
+        )
+    return Found(reader, frozenset(damaged))
+
+
+def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan) -> CheckpointReader | None:
+    """Rank 0's choice on every rank. Collective."""
+    choice = [None if reader is None else reader.manifest.step]
+    dist.broadcast_object_list(choice, src=0)
+    if choice[0] is None or reader is not None:
+        return reader
+    return CheckpointReader(checkpoint_directory(plan) / step_name(choice[0]))
+
+
+def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[ShardState]:
+    """This rank's part of every flat parameter, and nothing else, from a checkpoint of any layout."""
+    here, shape = mesh.coordinate, mesh.shape
+    layout = flat_layout(
+        plan.layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
+    )
+    return reader.read_shards(layout, shape=shape, coordinate=here)
+
+
+def load_state(parts: TrainingParts, shards: Sequence[ShardState], *, manifest: Manifest) -> None:
+    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the parts were built."""
+    store = parts.sharded_model.store
+    store.load_moments(shards, optimizer_steps=manifest.optimizer_steps)
+    store.load_loss_scale_state(manifest.loss_scale)
+
+
+def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[str]:
+    """What differs between the run that wrote a checkpoint and this one: ``section.key: old -> new``."""
+    new, old = _flat(plan.config.model_dump(mode="json")), _flat(manifest.run_config)
+    # Paths: what is behind them is compared instead.
+    ignored = ("run.", "data.train", "data.validation", "data.tokenizer")
+    changed = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(ignored)
+    ]
+    if manifest.precision != precision(plan.deepspeed):
+        changed.append(f"precision: {manifest.precision} -> {precision(plan.deepspeed)}")
+    if dict(manifest.data_sha256) != data.checksums():
+        changed.append("data.train: another text; the samples consumed so far are skipped in its order")
+    return changed
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", flush=True)
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, table in tables.items()
+        if isinstance(table, Mapping)
+        for key, value in table.items()
+    }
