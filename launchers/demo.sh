@@ -1,5 +1,5 @@
 #!/bin/sh
-# From text to a trained small DeBERTa, on 8 CPU processes or on the GPUs of this machine.
+# From text to a trained small DeBERTa that Hugging Face's classes load, on 8 CPU processes or the GPUs of this machine.
 #   sh launchers/demo.sh [--section.key value ...]
 # Every step is skipped where its result exists, an interrupted training continues from its last checkpoint;
 # remove demo_data/ or runs/pretrain_demo/ to do it again.
@@ -9,21 +9,17 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 text=launchers/demo_text
 data=demo_data
-result=runs/pretrain_demo/result
+run=runs/pretrain_demo
+exported=$run/huggingface
 
 say() { echo "demo: $*"; }
 
-if [ -f "$result.json" ]; then
-    say "already trained (remove runs/pretrain_demo to train again):"
-    cat "$result.txt"
-    exit 0
-fi
-
-sh launchers/setup_env.sh
+sh launchers/setup_env.sh huggingface
 PATH="$root/.venv/bin:$PATH"
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PATH PYTHONPATH
 
+sentence='The President of the United [MASK] spoke to the Congress.'
 pieces=4000 # and [MASK]: model.vocab_size in pretrain_demo.toml is this, rounded up
 mkdir -p "$data"
 if [ ! -f "$data/spm.model" ]; then
@@ -38,21 +34,39 @@ for part in train valid; do
     fi
 done
 
-gpus=0
-if command -v nvidia-smi >/dev/null 2>&1; then
-    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-fi
-# processes and sizes: all three parallelisms where there is room, else fewer of them
-if [ "$gpus" -eq 0 ] || [ "$gpus" -ge 8 ]; then
-    processes=8 tensor=2 pipeline=2
-elif [ "$gpus" -ge 4 ]; then
-    processes=4 tensor=2 pipeline=2
-elif [ "$gpus" -ge 2 ]; then
-    processes=2 tensor=2 pipeline=1
+train() {
+    gpus=0
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    fi
+    # processes and sizes: all three parallelisms where there is room, else fewer of them
+    if [ "$gpus" -eq 0 ] || [ "$gpus" -ge 8 ]; then
+        processes=8 tensor=2 pipeline=2
+    elif [ "$gpus" -ge 4 ]; then
+        processes=4 tensor=2 pipeline=2
+    elif [ "$gpus" -ge 2 ]; then
+        processes=2 tensor=2 pipeline=1
+    else
+        processes=1 tensor=1 pipeline=1
+    fi
+    say "$processes processes: tensor $tensor x pipeline $pipeline x data $((processes / tensor / pipeline))"
+    # --quiet: without it DeepSpeed prints the command line of every process; errors are still shown.
+    sh launchers/pretrain_demo.sh --quiet --num_gpus "$processes" --parallel.tensor_parallel_size "$tensor" \
+        --parallel.pipeline_parallel_size "$pipeline" --parallel.data_parallel_size auto "$@"
+}
+
+if [ -f "$run/result.json" ]; then
+    say "already trained (remove $run to train again):"
+    cat "$run/result.txt"
 else
-    processes=1 tensor=1 pipeline=1
+    train "$@"
 fi
-say "$processes processes: tensor $tensor x pipeline $pipeline x data $((processes / tensor / pipeline))"
-# --quiet: without it DeepSpeed prints the command line of every process; errors are still shown.
-sh launchers/pretrain_demo.sh --quiet --num_gpus "$processes" --parallel.tensor_parallel_size "$tensor" \
-    --parallel.pipeline_parallel_size "$pipeline" --parallel.data_parallel_size auto "$@"
+if [ ! -d "$exported" ]; then
+    say "converting the last checkpoint for Hugging Face"
+    python tools/convert_checkpoint.py "$run" "$exported" --to huggingface
+fi
+say "$sentence"
+say "  this package, with DeBERTa's enhanced mask decoder:"
+python tools/fill_mask.py "$exported" "$sentence"
+say "  transformers, which has no such decoder:"
+python tools/fill_mask.py "$exported" "$sentence" --library transformers

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv with the pinned requirements, once: demo.sh and tests/run.sh both start here.
-#   sh launchers/setup_env.sh [test]     "test" adds requirements-test.txt
+#   sh launchers/setup_env.sh [EXTRA ...]     adds requirements-EXTRA.txt: huggingface, test
 # PYTHON=...             interpreter to build .venv with (default: the first Python >= 3.11 found)
 # PYTORCH_CPU_INDEX=...  where torch without CUDA comes from, on Linux without a GPU; empty = do not ask
 set -eu
@@ -38,7 +38,7 @@ has_nvidia_gpu() {
 # $1 requirements file; done if its stamp holds the hash of everything that decides what is installed.
 install() {
     stamp="$venv/.installed-$(basename "$1" .txt)"
-    hash=$(cat "$root/pyproject.toml" "$here/requirements.txt" "$1" | "$venv/bin/python" -c \
+    hash=$(cat "$root/pyproject.toml" "$here"/requirements*.txt | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
         return
@@ -72,6 +72,6 @@ new_enough "$venv/bin/python" ||
     die "$venv has $("$venv/bin/python" --version 2>&1), but 3.11 or newer is needed; remove it"
 
 install "$here/requirements.txt"
-if [ "${1:-}" = test ]; then
-    install "$here/requirements-test.txt"
-fi
+for extra in "$@"; do
+    install "$here/requirements-$extra.txt"
+done
