@@ -19,7 +19,7 @@ PATH="$root/.venv/bin:$PATH"
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PATH PYTHONPATH
 
-sentence='The President of the United [MASK] spoke to the Congress.'
+sentence='The Congress [MASK] the United States of America.'
 pieces=4000 # and [MASK]: model.vocab_size in pretrain_demo.toml is this, rounded up
 mkdir -p "$data"
 if [ ! -f "$data/spm.model" ]; then
