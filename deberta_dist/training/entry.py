@@ -76,6 +76,10 @@ def start(
             traceback.print_exc()
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr, flush=True)
         _leave(74)
+    except KeyboardInterrupt:
+        if is_speaker:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        _leave(130)
     except Exception:
         traceback.print_exc()
         _leave(70)
