@@ -1,0 +1,137 @@
+"""What a model thinks of every decision of a split, as probabilities under the data's own idx; and averages of several.
+
+A run's folder holds ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
+
+    {"idx": 7, "probabilities": {"true": 0.8, "false": 0.2}}
+    {"idx": [0, 3, 12], "probabilities": {"0": 0.1, "1": 0.9}}          MultiRC: passage, question, answer
+    {"idx": 7, "probabilities": {"Jeff Flake": 0.7, "Trump": 0.3}}      ReCoRD: the query's candidates
+
+and ``run.json``: whatever its maker wants to be known of it (checkpoint, seed, scores).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.data.new_file import new_file
+from deberta_dist.errors import DataError
+from deberta_dist.tasks.registry import PER_CANDIDATE, Task
+from deberta_dist.tasks.release import Key, Split, integer, json_lines
+
+Probabilities = Mapping[Key, Mapping[str, float]]
+"""Label or candidate -> probability, for every decision."""
+RUN_NAME = "run.json"
+_TOLERANCE = 1e-3  # of a sum of probabilities that were rounded when they were written
+
+
+def predictions_file(directory: Path, task: Task, split: str) -> Path:
+    """Where a run's folder has the predictions for a split."""
+    return directory / task.name / f"{split}.jsonl"
+
+
+def write_predictions(path: Path, probabilities: Probabilities) -> None:
+    """Writes a file of predictions in ascending idx; nothing is replaced.
+
+    Raises:
+        DataError: the file exists, or cannot be written.
+    """
+    with new_file(path) as file:
+        for key in sorted(probabilities):
+            idx = key[0] if len(key) == 1 else list(key)
+            line = {"idx": idx, "probabilities": dict(probabilities[key])}
+            file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
+
+
+def read_predictions(path: Path) -> dict[Key, dict[str, float]]:
+    """Reads a file of predictions.
+
+    Raises:
+        DataError: it is missing, or a line is not what it should be.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+    found: dict[Key, dict[str, float]] = {}
+    for line, value in json_lines(content, where=str(path)):
+        at = f"{path}, line {line}"
+        if value.keys() != {"idx", "probabilities"} or not isinstance(value["probabilities"], dict):
+            raise DataError(f"{at}: an object with idx and probabilities is expected")
+        parts = value["idx"] if isinstance(value["idx"], list) else [value["idx"]]
+        key = tuple(integer(part, at=at, name="idx") for part in parts)
+        if key in found:
+            raise DataError(f"{at}: idx {value['idx']} stands there already")
+        found[key] = _checked(value["probabilities"], at=at)
+    return found
+
+
+def _checked(probabilities: Mapping[str, Any], *, at: str) -> dict[str, float]:
+    for label, value in probabilities.items():
+        if type(value) not in (int, float) or not 0.0 <= value <= 1.0 + _TOLERANCE:
+            raise DataError(f"{at}: the probability of {label!r} is {value!r}")
+    if abs(math.fsum(probabilities.values()) - 1.0) > _TOLERANCE:
+        raise DataError(f"{at}: the probabilities add up to {math.fsum(probabilities.values()):.4f}, not 1")
+    return {label: float(value) for label, value in probabilities.items()}
+
+
+def require_covering(probabilities: Probabilities, split: Split, *, where: object) -> None:
+    """Checks that predictions are for a split: the same decisions, and for each its own labels.
+
+    Raises:
+        DataError: they are not; the message names the first that differ.
+    """
+    missing = [key for key in split.decisions if key not in probabilities]
+    extra = [key for key in probabilities if key not in split.decisions]
+    if missing or extra:
+        some = ", ".join("/".join(map(str, key)) for key in (missing or extra)[:5])
+        what = f"{len(missing)} of its idx have none" if missing else f"{len(extra)} idx are not in it"
+        raise DataError(f"{where} is not for {split.where}: {what}, the first are {some}")
+    for key, decision in split.decisions.items():
+        found = probabilities[key].keys()
+        if split.task.kind == PER_CANDIDATE:
+            if odd := [label for label in found if label not in decision.labels]:
+                raise DataError(f"{where}: idx {key[0]}: {odd[0]!r} is no entity of the passage in {split.where}")
+            if not found:
+                raise DataError(f"{where}: idx {key[0]} has no candidates")
+        elif found != set(decision.labels):
+            raise DataError(
+                f"{where}: idx {'/'.join(map(str, key))} has labels {sorted(found)}, {split.task.name} has "
+                f"{sorted(decision.labels)}"
+            )
+
+
+def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[Key, dict[str, float]]:
+    """Mean of the probabilities of several runs: an ensemble.
+
+    Args:
+        runs: For the same decisions.
+        names: Of the runs, for messages.
+
+    Raises:
+        DataError: their decisions or labels differ.
+    """
+    first = runs[0]
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        if run.keys() != first.keys():
+            odd = sorted(run.keys() ^ first.keys())[0]
+            raise DataError(
+                f"{names[0]} and {name} are not predictions of the same rows: idx {'/'.join(map(str, odd))} is in one alone"
+            )
+        for key in first:
+            if run[key].keys() != first[key].keys():
+                raise DataError(f"{names[0]} and {name} have other labels for idx {'/'.join(map(str, key))}")
+    count = len(runs)
+    return {
+        key: {label: math.fsum(run[key][label] for run in runs) / count for label in labels}
+        for key, labels in first.items()
+    }
+
+
+def decide(split: Split, probabilities: Probabilities) -> dict[Key, str]:
+    """The most probable label of every decision; of equal ones the first in the order of the task or the passage."""
+    return {
+        key: max((label for label in decision.labels if label in probabilities[key]), key=probabilities[key].__getitem__)
+        for key, decision in split.decisions.items()
+    }

@@ -1,0 +1,238 @@
+"""The data as the benchmark distributes it: a folder, or ``combined.zip``, read strictly and with line numbers.
+
+What a split asks for is a set of *decisions*, one per row, per answer (MultiRC) or per query (ReCoRD), each under a key
+made of the data's own idx. Predictions, scores and submissions meet in these keys and never in the order of lines.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.errors import DataError
+from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
+
+Key = tuple[int, ...]
+"""(idx,), or (passage, question, answer) of MultiRC."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing to decide.
+
+    Attributes:
+        labels: What may be answered, by name; for a query of ReCoRD its passage's entities, each text once.
+        gold: Right answers by name: one, or every accepted text of a query; empty where they are not public.
+        line: Of the file, from 1.
+    """
+
+    labels: tuple[str, ...]
+    gold: tuple[str, ...]
+    line: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file of the release.
+
+    Attributes:
+        task: Its task.
+        name: train, val or test.
+        where: The file, for messages.
+        rows: Its rows as they stand there.
+        decisions: By key, in the file's order.
+    """
+
+    task: Task
+    name: str
+    where: str
+    rows: tuple[Mapping[str, Any], ...] = field(repr=False)
+    decisions: Mapping[Key, Decision] = field(repr=False)
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it has the official number of decisions."""
+        return len(self.decisions) == self.task.counts.get(self.name)
+
+
+class Release:
+    """A folder in the official layout (``BoolQ/train.jsonl`` ... ``AX-b/AX-b.jsonl``), or a zip of one.
+
+    Args:
+        path: Folder or zip file; in a zip the layout may lie in a folder of its own.
+
+    Raises:
+        DataError: neither.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._members: dict[str, str] = {}
+        if self.path.is_dir():
+            return
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is neither a folder nor a zip file of SuperGLUE data ({error})") from error
+        for wanted in {task.data_file(split) for task in TASKS.values() for split in task.counts}:
+            found = [name for name in names if name == wanted or name.endswith(f"/{wanted}")]
+            if len(found) > 1:
+                raise DataError(f"{path} holds {wanted} twice: {', '.join(found)}")
+            if found:
+                self._members[wanted] = found[0]
+
+    def has(self, task: Task, split: str) -> bool:
+        """Whether it holds a split."""
+        wanted = task.data_file(split)
+        return split in task.counts and (wanted in self._members or (self.path / wanted).is_file())
+
+    def tasks(self, split: str) -> list[Task]:
+        """Tasks of which it holds a split, in the order of the leaderboard."""
+        return [task for task in TASKS.values() if self.has(task, split)]
+
+    def read(self, task: Task, split: str) -> Split:
+        """Reads and checks a split.
+
+        Raises:
+            DataError: it is missing, or a line is not what it should be; the message has file and line.
+        """
+        wanted = task.data_file(split)
+        where = str(self.path / wanted)
+        if not self.has(task, split):
+            raise DataError(f"{where} is missing: {task.name} needs the split {split}")
+        if self._members:
+            with zipfile.ZipFile(self.path) as archive:
+                content = archive.read(self._members[wanted])
+        else:
+            content = (self.path / wanted).read_bytes()
+        rows: list[Mapping[str, Any]] = []
+        decisions: dict[Key, Decision] = {}
+        for line, row in json_lines(content, where=where):
+            at = f"{where}, line {line}"
+            _require_fields(row, task.fields, at=at)
+            for key, decision in _decisions(task, row, line=line, at=at):
+                if key in decisions:
+                    raise DataError(f"{at}: idx {_shown(key)} stands in line {decisions[key].line} already")
+                decisions[key] = decision
+            rows.append(row)
+        if not rows:
+            raise DataError(f"{where} is empty")
+        return Split(task=task, name=split, where=where, rows=tuple(rows), decisions=decisions)
+
+
+def json_lines(content: bytes, *, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every line that is not empty.
+
+    Raises:
+        DataError: a line is not an object of JSON in UTF-8, or has a key twice.
+    """
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}, line {number}: {type(value).__name__}, where an object is expected")
+        yield number, value
+
+
+def integer(value: Any, *, at: str, name: str) -> int:
+    """A whole number from 0 on.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if type(value) is not int or value < 0:
+        raise DataError(f"{at}: {name} is {value!r}, a whole number from 0 on is expected")
+    return value
+
+
+def _shown(key: Key) -> str:
+    return "/".join(map(str, key))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a number of JSON")
+
+
+def _require_fields(row: Mapping[str, Any], fields: Mapping[str, type], *, at: str) -> None:
+    for name, kind in fields.items():
+        if type(row.get(name)) is not kind:
+            found = f"is {type(row[name]).__name__}" if name in row else "is missing"
+            raise DataError(f"{at}: {name} {found}, {kind.__name__} is expected")
+
+
+def _decisions(task: Task, row: Mapping[str, Any], *, line: int, at: str) -> Iterator[tuple[Key, Decision]]:
+    if task.kind == PER_ANSWER:
+        yield from _answers(task, row, line=line, at=at)
+    elif task.kind == PER_CANDIDATE:
+        yield from _queries(row, line=line, at=at)
+    else:
+        idx = row.get("idx")
+        # The official AX-b writes its numbers as text.
+        idx = int(idx) if isinstance(idx, str) and idx.isdecimal() and idx.isascii() else idx
+        yield (integer(idx, at=at, name="idx"),), Decision(task.labels, _gold(task, row, at=at), line)
+
+
+def _gold(task: Task, row: Mapping[str, Any], *, at: str) -> tuple[str, ...]:
+    if "label" not in row:
+        return ()
+    for name, spelling in task.in_data.items():
+        # 1 equals True in Python, and not here.
+        if type(row["label"]) is type(spelling) and row["label"] == spelling:
+            return (name,)
+    expected = ", ".join(json.dumps(spelling) for spelling in task.in_data.values())
+    raise DataError(f"{at}: label is {json.dumps(row['label'])}, {task.name} has {expected}")
+
+
+def _answers(task: Task, row: Mapping[str, Any], *, line: int, at: str) -> Iterator[tuple[Key, Decision]]:
+    passage = integer(row.get("idx"), at=at, name="idx")
+    _require_fields(row["passage"], {"text": str, "questions": list}, at=f"{at}: passage")
+    for question in row["passage"]["questions"]:
+        here = f"{at}: question"
+        _require_fields(_object(question, at=here), {"question": str, "answers": list}, at=here)
+        number = integer(question.get("idx"), at=here, name="idx")
+        for answer in question["answers"]:
+            there = f"{here} {number}: answer"
+            _require_fields(_object(answer, at=there), {"text": str}, at=there)
+            key = (passage, number, integer(answer.get("idx"), at=there, name="idx"))
+            yield key, Decision(task.labels, _gold(task, answer, at=there), line)
+
+
+def _queries(row: Mapping[str, Any], *, line: int, at: str) -> Iterator[tuple[Key, Decision]]:
+    _require_fields(row["passage"], {"text": str, "entities": list}, at=f"{at}: passage")
+    text = row["passage"]["text"]
+    entities: dict[str, None] = {}
+    for entity in row["passage"]["entities"]:
+        here = f"{at}: entity"
+        start, end = (integer(_object(entity, at=here).get(name), at=here, name=name) for name in ("start", "end"))
+        # The end is the entity's last character.
+        if not start <= end < len(text):
+            raise DataError(f"{here}: {start} to {end} lies outside the passage of {len(text)} characters")
+        entities[text[start : end + 1]] = None
+    for query in row["qas"]:
+        here = f"{at}: query"
+        _require_fields(_object(query, at=here), {"query": str}, at=here)
+        answers = query.get("answers", [])
+        gold = dict.fromkeys(_object(answer, at=here).get("text") for answer in answers)
+        if not all(isinstance(answer, str) for answer in gold):
+            raise DataError(f"{here}: an answer has no text")
+        yield (integer(query.get("idx"), at=here, name="idx"),), Decision(tuple(entities), tuple(gold), line)
+
+
+def _object(value: Any, *, at: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{at}: {type(value).__name__}, where an object is expected")
+    return value

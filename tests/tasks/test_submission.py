@@ -1,0 +1,216 @@
+"""Submissions: made of predictions, averaged, zipped alike each time; and every broken one refused for its own reason."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deberta_dist.errors import DataError
+from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.predictions import average, decide, predictions_file, read_predictions, require_covering
+from deberta_dist.tasks.registry import TASKS
+from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.submission import read_zip, validate, zip_bytes
+from tests.checkpoint.conversion import call
+from tests.data.test_tools import assert_one_line_error
+from tests.tasks.conftest import write_run
+
+TOOL = "make_submission.py"
+Files = dict[str, bytes]
+
+
+@pytest.fixture
+def files(release: Release, tmp_path: Path) -> Files:
+    """A sound submission for the release."""
+    return assemble([write_run(tmp_path / "run", release)], release).files
+
+
+def test_a_sound_submission(files: Files, release: Release) -> None:
+    verdict = validate(files, release)
+    assert verdict.errors == [] and len(files) == 10
+    lines = {name: [json.loads(line) for line in content.splitlines()] for name, content in files.items()}
+    # Ascending idx, whatever the data's order; every spelling and type as the grader wants it.
+    assert lines["BoolQ.jsonl"] == [{"idx": idx, "label": "true"} for idx in (4, 5, 6, 7)]
+    assert lines["WSC.jsonl"][0] == {"idx": 4, "label": "True"} and lines["WiC.jsonl"][0]["label"] == "true"
+    assert lines["COPA.jsonl"][0] == {"idx": 4, "label": 0} and lines["AX-b.jsonl"][0]["idx"] == 4
+    assert [row["idx"] for row in lines["MultiRC.jsonl"]] == [0, 1]
+    assert lines["MultiRC.jsonl"][1]["passage"]["questions"][0] == {
+        "idx": 0,
+        "answers": [{"idx": 0, "label": 0}, {"idx": 1, "label": 0}],
+    }
+    assert lines["ReCoRD.jsonl"] == [{"idx": idx, "label": "Ada"} for idx in range(4)]
+    assert any("of the official 3,245 decisions" in warning for warning in verdict.warnings)
+    assert any('CB.jsonl: every label is "entailment"' in warning for warning in verdict.warnings)
+
+
+def edit(name: str, change: Callable[[list[Any]], object]) -> Callable[[Files], None]:
+    """A change of a file's parsed lines."""
+
+    def apply(files: Files) -> None:
+        lines = [json.loads(line) for line in files[name].splitlines()]
+        change(lines)
+        files[name] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+    return apply
+
+
+def put(name: str, content: bytes) -> Callable[[Files], None]:
+    return lambda files: files.__setitem__(name, content)
+
+
+def first(lines: list[Any]) -> dict[str, Any]:
+    return lines[0]["passage"]["questions"][0]["answers"][0]
+
+
+BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
+    "a file is missing": (lambda f: f.pop("WiC.jsonl"), "WiC.jsonl is missing: all ten files are needed"),
+    "a file too many": (put("notes.txt", b""), "notes.txt: no file of a submission has this name"),
+    "a name in other letters": (lambda f: f.update({"boolq.jsonl": f.pop("BoolQ.jsonl")}), "BoolQ.jsonl is meant"),
+    "not JSON": (put("CB.jsonl", b'{"idx": 4, "label": entailment}\n'), "CB.jsonl, line 1: not valid JSON"),
+    "not an object": (put("CB.jsonl", b"[4]\n"), "CB.jsonl, line 1: list, where an object is expected"),
+    "empty": (put("CB.jsonl", b""), "CB.jsonl: 4 idx of the test data are missing, the first are 4, 5, 7, 6"),
+    "idx as text": (edit("RTE.jsonl", lambda x: x[1].update(idx="5")), 'RTE.jsonl, line 2: idx is "5", a whole number'),
+    "idx as a boolean": (edit("RTE.jsonl", lambda x: x[1].update(idx=True)), "RTE.jsonl, line 2: idx is true"),
+    "idx from enumeration": (edit("RTE.jsonl", lambda x: x[0].update(idx=0)), "RTE.jsonl, line 1: idx 0 is not in the test"),
+    "idx twice": (edit("RTE.jsonl", lambda x: x.append(x[0])), "RTE.jsonl, line 5: idx 4 stands in line 1 already"),
+    "a row is missing": (edit("RTE.jsonl", lambda x: x.pop(2)), "RTE.jsonl: 1 idx of the test data are missing"),
+    "a key too many": (edit("RTE.jsonl", lambda x: x[0].update(p=0.5)), "the keys are ['idx', 'label', 'p']"),
+    "a key is missing": (edit("RTE.jsonl", lambda x: x[0].pop("label")), "the keys are ['idx'], idx and label"),
+    "label as a boolean": (edit("BoolQ.jsonl", lambda x: x[0].update(label=True)), 'label true, BoolQ has "true", "false"'),
+    "label with a capital": (edit("WiC.jsonl", lambda x: x[0].update(label="True")), 'label "True", WiC has "true"'),
+    "label without one": (edit("WSC.jsonl", lambda x: x[0].update(label="true")), 'label "true", WSC has "True"'),
+    "label as text": (edit("COPA.jsonl", lambda x: x[0].update(label="0")), 'idx 4: label "0", COPA has 0, 1'),
+    "label as a boolean for a number": (edit("COPA.jsonl", lambda x: x[0].update(label=True)), "label true, COPA has 0, 1"),
+    "label of another task": (edit("CB.jsonl", lambda x: x[0].update(label="not_entailment")), 'CB has "entailment"'),
+    "label null": (edit("AX-b.jsonl", lambda x: x[0].update(label=None)), "AX-b.jsonl, line 1: idx 4: label null"),
+    "choice 2 of COPA": (edit("COPA.jsonl", lambda x: x[0].update(label=2)), "label 2, COPA has 0, 1"),
+    "answers without nesting": (edit("MultiRC.jsonl", lambda x: x[0].update(label=0)), "MultiRC.jsonl, line 1: not nested as"),
+    "answer as text": (edit("MultiRC.jsonl", lambda x: first(x).update(label="0")), 'label "0", MultiRC has 0, 1'),
+    "answer is missing": (
+        edit("MultiRC.jsonl", lambda x: x[0]["passage"]["questions"][1]["answers"].pop()),
+        "MultiRC.jsonl: 1 idx of the test data are missing, the first are 0/3/9",
+    ),
+    "answer idx local": (edit("MultiRC.jsonl", lambda x: first(x).update(idx=0)), "idx 0/2/0 is not in the test data"),
+    "not an entity": (edit("ReCoRD.jsonl", lambda x: x[0].update(label="Babbage")), '"Babbage" is no entity of the passage'),
+    "entity's number": (edit("ReCoRD.jsonl", lambda x: x[0].update(label=1)), "idx 0: 1 is no entity of the passage"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_submission_is_refused_for_its_own_reason(name: str, files: Files, release: Release) -> None:
+    break_it, reason = BROKEN[name]
+    break_it(files)
+    errors = validate(files, release).errors
+    assert errors and reason in errors[0], errors
+    assert len(errors) <= 2, "one fault, one reason"
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ("../BoolQ.jsonl", "leads out of the folder"),
+        ("/BoolQ.jsonl", "leads out of the folder"),
+        ("a\\..\\BoolQ.jsonl", "leads out of the folder"),
+        ("submission/BoolQ.jsonl", "lies in a folder: the files belong at the top level"),
+        ("CB.jsonl", "CB.jsonl is there twice"),
+    ],
+)
+def test_a_zip_that_is_wrong_itself(files: Files, data: Path, tmp_path: Path, member: str, reason: str) -> None:
+    path = tmp_path / "theirs.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr(zipfile.ZipInfo(member), b"")
+    assert any(reason in error for error in read_zip(path)[1])
+    refused = call(TOOL, "--validate", path, "--data", data, cwd=tmp_path)
+    assert refused.returncode == 65 and reason in refused.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run", "theirs.zip"]
+
+
+def test_the_tool_from_predictions_to_a_valid_zip(release: Release, data: Path, tmp_path: Path) -> None:
+    for seed, share in (("a", 0.9), ("b", 0.3), ("c", 0.2)):
+        write_run(tmp_path / seed, release, first=share)
+        (tmp_path / seed / "run.json").write_text(json.dumps({"seed": seed, "checkpoint": "x"}, indent=2))
+    made = call(TOOL, "--predictions", "a", "b", "c", "--data", "data", "--out", "s.zip", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "s.zip: 10 of 10 files" in made.stdout and "valid" in made.stdout
+    valid = call(TOOL, "--validate", "s.zip", "--data", "data", cwd=tmp_path)
+    assert valid.returncode == 0 and "is a valid submission" in valid.stdout
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert archive.namelist() == sorted(task.file_name for task in TASKS.values())
+        # (0.9 + 0.3 + 0.2) / 3 < 0.5: the second of two labels.
+        assert json.loads(archive.read("BoolQ.jsonl").splitlines()[0]) == {"idx": 4, "label": "false"}
+    manifest = json.loads((tmp_path / "s.manifest.json").read_text())
+    assert [run["seed"] for run in manifest["tasks"]["RTE"]["runs"]] == ["a", "b", "c"]
+    assert manifest["tasks"]["RTE"]["validation"]["metrics"]["accuracy"] == 50.0 and not manifest["zip"]["is_partial"]
+    refused = call(TOOL, "--predictions", "a", "--data", "data", "--out", "s.zip", cwd=tmp_path)
+    assert_one_line_error(refused, code=65, words="s.zip exists already")
+    call(TOOL, "--predictions", "a", "b", "c", "--data", "data", "--out", "t.zip", cwd=tmp_path)
+    assert (tmp_path / "s.zip").read_bytes() == (tmp_path / "t.zip").read_bytes()
+
+
+def test_a_partial_zip_says_so(release: Release, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", release)
+    for name in ("WSC", "AX-g"):
+        predictions_file(tmp_path / "run", TASKS[name], "test").unlink()
+    words = ("--predictions", "run", "--data", "data", "--out", "s.zip")
+    refused = call(TOOL, *words, cwd=tmp_path)
+    assert refused.returncode == 65 and "wrong: WSC.jsonl is missing" in refused.stderr
+    assert "missing: AX-g: no run/AX-g/test.jsonl" in refused.stdout and not (tmp_path / "s.zip").exists()
+    made = call(TOOL, *words, "--partial", cwd=tmp_path)
+    assert made.returncode == 0 and "s.partial.zip: 8 of 10 files" in made.stdout and "not for submission" in made.stdout
+    with zipfile.ZipFile(tmp_path / "s.partial.zip") as archive:
+        assert "a grader would refuse it" in archive.read("NOT_FOR_SUBMISSION.txt").decode()
+    refused = call(TOOL, "--validate", "s.partial.zip", "--data", "data", cwd=tmp_path)
+    assert refused.returncode == 65 and "NOT_FOR_SUBMISSION.txt: no file of a submission has this name" in refused.stderr
+
+
+def test_averages_need_the_same_rows(release: Release, tmp_path: Path) -> None:
+    split = release.read(TASKS["CB"], "test")
+    path = predictions_file(write_run(tmp_path / "run", release), TASKS["CB"], "test")
+    run = read_predictions(path)
+    require_covering(run, split, where=path)
+    assert average([run, run], names=["a", "b"]) == run
+    fewer = {key: value for key, value in run.items() if key != (5,)}
+    with pytest.raises(DataError, match="a and b are not predictions of the same rows: idx 5 is in one alone"):
+        average([run, fewer], names=["a", "b"])
+    other = {**run, (5,): {"true": 1.0}}
+    with pytest.raises(DataError, match="other labels for idx 5"):
+        average([run, other], names=["a", "b"])
+    with pytest.raises(DataError, match="1 of its idx have none, the first are 5"):
+        require_covering(fewer, split, where=path)
+    with pytest.raises(DataError, match="1 idx are not in it, the first are 9"):
+        require_covering({**run, (9,): run[(5,)]}, split, where=path)
+    with pytest.raises(DataError, match="idx 5 has labels"):
+        require_covering(other, split, where=path)
+    # Of equal ones the first in the task's order.
+    tied = {key: {"neutral": 0.4, "contradiction": 0.4, "entailment": 0.2} for key in run}
+    assert set(decide(split, tied).values()) == {"contradiction"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"idx": 4, "probabilities": {"a": 0.5, "b": 0.4}}', "add up to 0.9000, not 1"),
+        ('{"idx": 4, "probabilities": {"a": -0.5, "b": 1.5}}', "probability of 'a' is -0.5"),
+        ('{"idx": 4, "probabilities": {"a": "1"}}', "probability of 'a' is '1'"),
+        ('{"idx": 4, "probabilities": {"a": true}}', "probability of 'a' is True"),
+        ('{"idx": "4", "probabilities": {"a": 1}}', "idx is '4'"),
+        ('{"idx": 4, "label": "a"}', "idx and probabilities is expected"),
+        ('{"idx": 3, "probabilities": {"a": 1}}', "idx 3 stands there already"),
+    ],
+)
+def test_damaged_predictions_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"idx": 3, "probabilities": {"a": 1.0}}\n' + line)
+    with pytest.raises(DataError, match="test.jsonl, line 2") as caught:
+        read_predictions(path)
+    assert message in str(caught.value)
+
+
+def test_equal_files_make_equal_zips() -> None:
+    files = {"b": b"1", "a": b"2" * 1000}
+    assert zip_bytes(files) == zip_bytes(dict(reversed(files.items())))
