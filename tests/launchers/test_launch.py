@@ -156,17 +156,35 @@ def test_imports_neither_torch_nor_deepspeed() -> None:
     assert result.stdout == "[]\n", result.stderr
 
 
-def test_demo_shows_a_finished_run_again(tmp_path: Path) -> None:
+def test_demo_repeats_nothing_and_shows_again(tmp_path: Path) -> None:
+    """With stand-ins for the environment and Python: which steps it takes, from what is there."""
     (tmp_path / "launchers").mkdir()
     demo = tmp_path / "launchers" / "demo.sh"
     demo.write_text((ROOT / "launchers" / "demo.sh").read_text())
+    (tmp_path / "launchers" / "setup_env.sh").write_text("exit 0\n")
+    (tmp_path / "launchers" / "pretrain_demo.sh").write_text('echo "trains"\n')
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "runs $1"\n')
+    python.chmod(0o755)
+
+    def steps() -> list[str]:
+        result = subprocess.run(["sh", str(demo)], cwd="/", capture_output=True, text=True, timeout=20, check=False)
+        assert result.returncode == 0, result.stderr
+        return [line for line in result.stdout.splitlines() if not line.startswith("demo:")]
+
+    looks = ["runs tools/fill_mask.py"] * 2
+    made = ["runs tools/train_tokenizer.py", *["runs tools/prepare_corpus.py"] * 2]
+    assert steps() == [*made, "trains", "runs tools/convert_checkpoint.py", *looks]
+    for name in ("spm.model", "train.tokens", "valid.tokens"):
+        (tmp_path / "demo_data" / name).touch()
     run = tmp_path / "runs" / "pretrain_demo"
     run.mkdir(parents=True)
+    assert steps() == ["trains", "runs tools/convert_checkpoint.py", *looks], "an interrupted run goes on"
     (run / "result.json").write_text("{}")
     (run / "result.txt").write_text("loss 1.25\n")
-    result = subprocess.run(["sh", str(demo)], cwd="/", capture_output=True, text=True, timeout=20, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("loss 1.25\n")
+    (run / "huggingface").mkdir()
+    assert steps() == ["loss 1.25", *looks]
 
 
 def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
