@@ -12,7 +12,7 @@ _HOMES = {
     "DebertaForReplacedTokenDetection": "deberta_dist.models.classification",
     "DebertaForSequenceClassification": "deberta_dist.models.classification",
     "DebertaModel": "deberta_dist.models.encoder",
-    "load_masked_lm": "deberta_dist.checkpoint.formats.load",
+    "load_masked_lm": "deberta_dist.conversion.load",
     "preset": "deberta_dist.models.presets",
 }
 

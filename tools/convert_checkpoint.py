@@ -61,8 +61,8 @@ def check_report(report: Path, *, apart: Sequence[Path], force: bool) -> None:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.checkpoint.formats.convert import convert
-    from deberta_dist.checkpoint.formats.report import summary
+    from deberta_dist.conversion.convert import convert
+    from deberta_dist.conversion.report import summary
 
     if arguments.report is not None:
         check_report(arguments.report, apart=(arguments.source, arguments.target), force=arguments.force)

@@ -39,7 +39,7 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     """(piece, probability) of the best guesses, for every mask in order."""
     import torch
 
-    from deberta_dist.checkpoint.formats.load import load_masked_lm
+    from deberta_dist.conversion.load import load_masked_lm
     from deberta_dist.data.tokenizer import Tokenizer
 
     model, tokenizer = load_masked_lm(arguments.checkpoint)

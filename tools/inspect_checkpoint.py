@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, 1 for differences, 65 for damage, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.checkpoint.formats import inspect
+    from deberta_dist.conversion import inspect
 
     if arguments.diff is None:
         found = inspect.inspect(arguments.path)

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deberta_dist.checkpoint.formats.safetensors_files import write_safetensors
-from deberta_dist.checkpoint.formats.weights import Weight
 from deberta_dist.checkpoint.manifest import Manifest, WrittenLayout
 from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import Parallel
+from deberta_dist.conversion.safetensors_files import write_safetensors
+from deberta_dist.conversion.weights import Weight
 from deberta_dist.flat_layout import ShardState
 from deberta_dist.mesh import MeshShape
 from deberta_dist.models.config import DebertaConfig

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointWriteError
-from deberta_dist.checkpoint.formats.source import SPM_NAME
+from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.mesh import Coordinate, Mesh
 from deberta_dist.tensor_parallel import plan
 from deberta_dist.tensor_parallel.apply import join_slices

@@ -8,11 +8,11 @@ from torch import Tensor
 from deberta_dist.checkpoint.compatible import same_computation
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.checkpoint.formats import files
-from deberta_dist.checkpoint.formats.meeting import to_published
-from deberta_dist.checkpoint.formats.source import SPM_NAME, is_run, open_source
-from deberta_dist.checkpoint.formats.weights import shorten
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
+from deberta_dist.conversion import files
+from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
+from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_file import TokenFile

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.checkpoint import shard_file, writer as writer_module
+from deberta_dist.checkpoint import shard_file
+from deberta_dist.checkpoint import writer as writer_module
 from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.checkpoint.find import checkpoints, newest_complete
 from deberta_dist.checkpoint.lock import RunLock

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from deberta_dist.checkpoint.formats.convert import convert
+from deberta_dist.conversion.convert import convert
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.training import pretrain
 from tests.harness import run_ranks

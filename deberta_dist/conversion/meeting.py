@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deberta_dist.checkpoint.formats import huggingface
-from deberta_dist.checkpoint.formats.rules import Reading, allowed_by, apply, renamed, require_known
-from deberta_dist.checkpoint.formats.source import Source
-from deberta_dist.checkpoint.formats.weights import (
+from deberta_dist.conversion import huggingface
+from deberta_dist.conversion.rules import Reading, allowed_by, apply, renamed, require_known
+from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.weights import (
     POSITION_TABLE,
     Dropped,
     Weights,

@@ -7,14 +7,14 @@ import pytest
 import sentencepiece
 import transformers
 
-from deberta_dist.checkpoint.formats import tokenizer_files
-from deberta_dist.checkpoint.formats.carry import SPM_NAME
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.tokenizer_files import PROBE, build_tokenizer_json, compare
+from deberta_dist.conversion import tokenizer_files
+from deberta_dist.conversion.carry import SPM_NAME
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.tokenizer_files import PROBE, build_tokenizer_json, compare
 from deberta_dist.data.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, parse_model
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
-from tests.checkpoint.conversion import FOLDER, export, make_model
+from tests.conversion.small_models import FOLDER, export, make_model
 
 # The library replaces a cluster of characters by what its first match stands for, and forgets the accent.
 KNOWN_DIFFERENCES = ["ligature and accent \ufb01\u0301x"]

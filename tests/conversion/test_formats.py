@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.source import open_source
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError, DebertaDistError
-from tests.checkpoint.conversion import export, fuse, make_model, published_tensors, same
+from tests.conversion.small_models import export, fuse, make_model, published_tensors, same
 
 WORDS = "deberta.embeddings.word_embeddings"
 POSITIONS = "deberta.embeddings.position_embeddings"

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.source import open_source
-from tests.checkpoint.conversion import export, make_model, published_tensors, same
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.source import open_source
+from tests.conversion.small_models import export, make_model, published_tensors, same
 
 
 class Attack:

@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats import output
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.inspect import difference, differs
-from deberta_dist.checkpoint.formats.source import open_source
+from deberta_dist.conversion import output
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.inspect import difference, differs
+from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
-from tests.checkpoint.conversion import call, export, make_model, published_tensors, same
+from tests.conversion.small_models import call, export, make_model, published_tensors, same
 from tests.data.test_tools import assert_one_line_error
 
 INSPECT = "inspect_checkpoint.py"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats import fused, official
-from deberta_dist.checkpoint.formats.rules import Drop, Format, Reading, Rename
-from deberta_dist.checkpoint.formats.weights import WORD_TABLE, Weights, require_square_output
+from deberta_dist.conversion import fused, official
+from deberta_dist.conversion.rules import Drop, Format, Reading, Rename
+from deberta_dist.conversion.weights import WORD_TABLE, Weights, require_square_output
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 

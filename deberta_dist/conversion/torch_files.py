@@ -22,8 +22,8 @@ from torch import Tensor
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.safetensors_files import write_tensor
-from deberta_dist.checkpoint.formats.weights import Weight, Weights, shown
+from deberta_dist.conversion.safetensors_files import write_tensor
+from deberta_dist.conversion.weights import Weight, Weights, shown
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64

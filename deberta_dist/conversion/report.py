@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deberta_dist.checkpoint.formats.meeting import Published
-from deberta_dist.checkpoint.formats.source import Source
-from deberta_dist.checkpoint.formats.weights import DTYPES, Dropped, Weights
+from deberta_dist.conversion.meeting import Published
+from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.weights import DTYPES, Dropped, Weights
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LACKING_WHY = (

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.output import REPORT_NAME, hash_of
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.output import REPORT_NAME, hash_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
-from tests.checkpoint.conversion import MODELS, export, fuse, make_model, published_tensors, same
+from tests.conversion.small_models import MODELS, export, fuse, make_model, published_tensors, same
 
 AUTO = {
     "mlm": transformers.AutoModelForMaskedLM,

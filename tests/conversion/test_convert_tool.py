@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from deberta_dist.checkpoint.formats import convert as convert_module
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.output import REPORT_NAME
+from deberta_dist.conversion import convert as convert_module
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.errors import ConfigError
-from tests.checkpoint.conversion import FOLDER, call, export, make_model, published_tensors, same, write
+from tests.conversion.small_models import FOLDER, call, export, make_model, published_tensors, same, write
 from tests.data.test_tools import assert_one_line_error, run
 
 TOOL = "convert_checkpoint.py"
@@ -108,7 +108,7 @@ def test_an_error_in_the_middle_leaves_the_old_target(tmp_path: Path, monkeypatc
 SLOW = """
 import sys, time
 sys.path.insert(0, {root!r})
-from deberta_dist.checkpoint.formats import safetensors_files
+from deberta_dist.conversion import safetensors_files
 fast = safetensors_files.write_tensor
 def slow(file, weight, *, name):
     time.sleep(0.05)

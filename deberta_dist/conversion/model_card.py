@@ -1,8 +1,8 @@
 """The README.md of a Hugging Face directory: where the weights come from, and what their classes do not use."""
 
-from deberta_dist.checkpoint.formats.meeting import Published
-from deberta_dist.checkpoint.formats.source import Source
-from deberta_dist.checkpoint.formats.weights import POSITION_TABLE
+from deberta_dist.conversion.meeting import Published
+from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.weights import POSITION_TABLE
 
 _DIVIDER = "\n\n"
 

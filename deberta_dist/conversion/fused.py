@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.weights import Weight, Weights, shorten
+from deberta_dist.conversion.weights import Weight, Weights, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.published_state import FUSED_LEAVES

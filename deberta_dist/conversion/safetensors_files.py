@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.weights import PART, InParts, Weight, Weights, shown
+from deberta_dist.conversion.weights import PART, InParts, Weight, Weights, shown
 
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {

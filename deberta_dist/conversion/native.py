@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, newest_complete
-from deberta_dist.checkpoint.formats.rules import Format
-from deberta_dist.checkpoint.formats.weights import PART, InParts, Weight, Weights
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
+from deberta_dist.conversion.rules import Format
+from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
 
 FORMAT = Format(name="native")
 _REOPEN_BYTES = 256 * 2**20

@@ -5,7 +5,7 @@ Runs export it, and training starts from it. A configuration without ``model_typ
 
 from typing import Any
 
-from deberta_dist.checkpoint.formats.rules import Format
+from deberta_dist.conversion.rules import Format
 from deberta_dist.models.config import DebertaConfig
 
 WEIGHTS_NAME = "model.safetensors"

@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.checkpoint.formats import fused, huggingface, official, published
-from deberta_dist.checkpoint.formats.carry import TokenizerResult, find_tokenizer, write_tokenizer
-from deberta_dist.checkpoint.formats.meeting import Published, to_published
-from deberta_dist.checkpoint.formats.model_card import model_card
-from deberta_dist.checkpoint.formats.output import (
+from deberta_dist.conversion import fused, huggingface, official, published
+from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
+from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.model_card import model_card
+from deberta_dist.conversion.output import (
     REPORT_NAME,
     OutputDirectory,
     new_directory,
     require_apart,
     require_free,
 )
-from deberta_dist.checkpoint.formats.report import dtype_names, make_report
-from deberta_dist.checkpoint.formats.safetensors_files import write_safetensors
-from deberta_dist.checkpoint.formats.source import Source, open_source
-from deberta_dist.checkpoint.formats.torch_files import write_torch_file
-from deberta_dist.checkpoint.formats.weights import DTYPES, Dropped, Weights, shorten
+from deberta_dist.conversion.report import dtype_names, make_report
+from deberta_dist.conversion.safetensors_files import write_safetensors
+from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.torch_files import write_torch_file
+from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
 from deberta_dist.errors import ConfigError
 
 TARGETS = ("huggingface", "official", "deberta_dist")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.weights import Dropped, Weights, shorten, shown
+from deberta_dist.conversion.weights import Dropped, Weights, shorten, shown
 from deberta_dist.models.config import DebertaConfig
 
 

@@ -6,13 +6,13 @@ import pytest
 from safetensors.torch import load_file
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats import native
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.inspect import difference, inspect
+from deberta_dist.conversion import native
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.inspect import difference, inspect
 from deberta_dist.data.tokenizer import train_tokenizer
 from deberta_dist.errors import DataError
-from tests.checkpoint.conversion import same
 from tests.checkpoint.test_slices import Case, known_tensors, write_checkpoint
+from tests.conversion.small_models import same
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.checkpoint.formats.files import read_json
-from deberta_dist.checkpoint.formats.weights import shorten
+from deberta_dist.conversion.files import read_json
+from deberta_dist.conversion.weights import shorten
 from deberta_dist.errors import ConfigError
 
 REPORT_NAME = "conversion_report.json"

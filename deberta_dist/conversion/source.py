@@ -7,12 +7,12 @@ from typing import Any
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.checkpoint.formats import files, huggingface, native, official, published
-from deberta_dist.checkpoint.formats.rules import Format
-from deberta_dist.checkpoint.formats.safetensors_files import read_safetensors
-from deberta_dist.checkpoint.formats.torch_files import TorchFile
-from deberta_dist.checkpoint.formats.weights import Weights, shorten, shown
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
+from deberta_dist.conversion import files, huggingface, native, official, published
+from deberta_dist.conversion.rules import Format
+from deberta_dist.conversion.safetensors_files import read_safetensors
+from deberta_dist.conversion.torch_files import TorchFile
+from deberta_dist.conversion.weights import Weights, shorten, shown
 
 SPM_NAME = "spm.model"
 # In the order in which Hugging Face's classes look for them.

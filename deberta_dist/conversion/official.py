@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats import fused
-from deberta_dist.checkpoint.formats.rules import COMMON_DROPS, COMMON_RENAMES, Format, Reading
-from deberta_dist.checkpoint.formats.weights import POSITION_TABLE, WORD_TABLE, Weight, Weights, require_square_output
+from deberta_dist.conversion import fused
+from deberta_dist.conversion.rules import COMMON_DROPS, COMMON_RENAMES, Format, Reading
+from deberta_dist.conversion.weights import POSITION_TABLE, WORD_TABLE, Weight, Weights, require_square_output
 from deberta_dist.models.config import DebertaConfig
 
 WEIGHTS_NAME = "pytorch_model.bin"

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats.carry import find_tokenizer
-from deberta_dist.checkpoint.formats.meeting import to_published
-from deberta_dist.checkpoint.formats.source import open_source
-from deberta_dist.checkpoint.formats.weights import shorten
+from deberta_dist.conversion.carry import find_tokenizer
+from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.source import open_source
+from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM

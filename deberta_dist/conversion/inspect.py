@@ -11,12 +11,12 @@ import torch
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.formats import files
-from deberta_dist.checkpoint.formats.meeting import to_published
-from deberta_dist.checkpoint.formats.output import REPORT_NAME, hash_of
-from deberta_dist.checkpoint.formats.report import num_parameters
-from deberta_dist.checkpoint.formats.source import Source, open_source
-from deberta_dist.checkpoint.formats.weights import Weight, Weights
+from deberta_dist.conversion import files
+from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.output import REPORT_NAME, hash_of
+from deberta_dist.conversion.report import num_parameters
+from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.weights import Weight, Weights
 from deberta_dist.errors import DebertaDistError
 
 _GROUPS = (

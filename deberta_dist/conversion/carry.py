@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deberta_dist.checkpoint.formats import files
-from deberta_dist.checkpoint.formats.output import OutputDirectory
-from deberta_dist.checkpoint.formats.source import SPM_NAME, Source
-from deberta_dist.checkpoint.formats.tokenizer_files import MASK_PROBE, compare, probe, tokenizer_texts
+from deberta_dist.conversion import files
+from deberta_dist.conversion.output import OutputDirectory
+from deberta_dist.conversion.source import SPM_NAME, Source
+from deberta_dist.conversion.tokenizer_files import MASK_PROBE, compare, probe, tokenizer_texts
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.models.config import DebertaConfig

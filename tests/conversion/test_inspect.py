@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from deberta_dist.checkpoint.formats.convert import convert
-from deberta_dist.checkpoint.formats.inspect import describe, describe_difference, difference, differs, inspect
-from tests.checkpoint.conversion import call, export, make_model, published_tensors
+from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.inspect import describe, describe_difference, difference, differs, inspect
+from tests.conversion.small_models import call, export, make_model, published_tensors
 from tests.data.test_tools import assert_one_line_error, run
 
 TABLE = "deberta.encoder.rel_embeddings.weight"
