@@ -125,7 +125,12 @@ runpy.run_path({tool!r}, run_name="__main__")
 def test_killed_in_the_middle(tmp_path: Path, number: int, code: int) -> None:
     source = export(make_model("v2"), tmp_path / "source")
     program = SLOW.format(root=str(FOLDER), tool=str(FOLDER / "tools" / "convert_checkpoint.py"))
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        # A shell's background jobs, of which these tests may be one, ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (started := list(tmp_path.glob(".target.converting-*/model.safetensors"))):
         assert process.poll() is None and time.monotonic() < deadline
