@@ -68,13 +68,13 @@ def same_computation(there: DebertaConfig, here: DebertaConfig, *, where: str) -
     Raises:
         ConfigError: they differ; the message has every difference.
     """
-    a, b = _computation(there), _computation(here)
+    a, b = computation(there), computation(here)
     found = [f"{key} = {a.get(key)} there, {b.get(key)} here" for key in differing_keys(a, b)]
     if found:
         raise ConfigError(f"{where} is another model: {', '.join(found)}")
 
 
-def _computation(config: DebertaConfig) -> dict[str, Any]:
+def computation(config: DebertaConfig) -> dict[str, Any]:
     """What decides which tensors there are and what is computed of them, absent fields resolved."""
     values = {name: value for name, value in config.to_dict().items() if name not in _TRAINING_FIELDS}
     return values | {
@@ -82,7 +82,7 @@ def _computation(config: DebertaConfig) -> dict[str, Any]:
         "embedding_size": config.embedding_width,
         "pooler_hidden_size": config.hidden_size,
         "max_relative_positions": config.max_relative_distance,
-        "position_buckets": max(config.position_buckets, 0),
+        "position_buckets": config.position_buckets if config.position_buckets >= 1 else -1,
         "conv_kernel_size": max(config.conv_kernel_size, 0),
         "conv_groups": config.conv_groups if config.conv_kernel_size > 0 else None,
         "conv_act": config.conv_act if config.conv_kernel_size > 0 else None,

@@ -93,6 +93,7 @@ def convert(
     if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
+    source_dtype = dtype_names(model.weights)
     if dtype is not None:
         weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
         model = dataclasses.replace(model, weights=weights)
@@ -120,6 +121,7 @@ def convert(
         report = make_report(
             source,
             model,
+            source_dtype=source_dtype,
             written=target.weights,
             lost=target.lost,
             target_format=f"{to} ({target.architecture})" if target.architecture else to,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint import strict_json
+from deberta_dist.checkpoint.compatible import computation
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import files
 from deberta_dist.conversion.meeting import to_published
@@ -44,7 +45,7 @@ def inspect(path: Path) -> dict[str, Any]:
         DebertaDistError: nothing that can be opened.
     """
     source = open_source(path, verify=False)
-    weights, config, problems = _published_or_own(source)
+    weights, config, problems = _published_or_own(source, is_resolved=False)
     groups: dict[str, int] = {}
     for name, weight in weights.items():
         group = next(label for pattern, label in _GROUPS if re.fullmatch(pattern, name))
@@ -83,7 +84,7 @@ def difference(path: Path, other: Path) -> dict[str, Any]:
         where it is no finite number. ``equal``: how many tensors are equal bit for bit.
     """
     sources = [open_source(p, verify=False) for p in (path, other)]
-    (a, here, _), (b, there, _) = (_published_or_own(source) for source in sources)
+    (a, here, _), (b, there, _) = (_published_or_own(source, is_resolved=True) for source in sources)
     common = [name for name in a if name in b]
     found: dict[str, Any] = {
         "only_here": [name for name in a if name not in b],
@@ -141,13 +142,19 @@ def differs(found: Mapping[str, Any]) -> bool:
     return any(found[key] for key in ("only_here", "only_there", "shapes", "dtypes", "values", "config"))
 
 
-def _published_or_own(source: Source) -> tuple[Weights, dict[str, Any], list[str]]:
-    """Weights and configuration as published; as they stand in the file, with the reason, where they make no model."""
+def _published_or_own(source: Source, *, is_resolved: bool) -> tuple[Weights, dict[str, Any], list[str]]:
+    """Weights and configuration as published; as they stand in the file, with the reason, where they make no model.
+
+    Args:
+        source: A recognised checkpoint.
+        is_resolved: Fields that are absent and mean something else's value have that value.
+    """
     try:
         model = to_published(source)
     except DebertaDistError as error:
         return source.weights, dict(source.config), [str(error)]
-    return model.weights, {**model.config.to_dict(), **model.labels}, []
+    config = {**model.config.to_dict(), **computation(model.config)} if is_resolved else model.config.to_dict()
+    return model.weights, {**config, **model.labels}, []
 
 
 def _dtype(weight: Weight) -> str:

@@ -17,7 +17,7 @@ _LACKING_WHY = (
 
 def dtype_names(weights: Weights) -> list[str]:
     """Number formats of weights, e.g. ["float32"]."""
-    return sorted({_NAMES[weight.dtype] for weight in weights.values()})
+    return sorted({_NAMES.get(weight.dtype, str(weight.dtype).removeprefix("torch.")) for weight in weights.values()})
 
 
 def num_parameters(weights: Weights) -> int:
@@ -29,6 +29,7 @@ def make_report(
     source: Source,
     published: Published,
     *,
+    source_dtype: Sequence[str],
     written: Weights,
     lost: Sequence[Dropped],
     target_format: str,
@@ -39,6 +40,7 @@ def make_report(
     Args:
         source: Where the weights come from.
         published: The same, where all formats meet.
+        source_dtype: Number formats that the source has.
         written: By the keys of the result.
         lost: Keys that the target has no place for.
         target_format: Its name.
@@ -50,7 +52,7 @@ def make_report(
             "recognised": source.description,
             "format": source.format.name,
             "step": source.step,
-            "dtype": dtype_names(published.weights),
+            "dtype": list(source_dtype),
             "keys": len(source.weights),
         },
         "target": {"format": target_format, "dtype": dtype_names(written), "keys": len(written)},

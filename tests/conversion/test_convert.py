@@ -127,6 +127,7 @@ def test_number_formats(dtype: torch.dtype, tmp_path: Path) -> None:
     rounded = {key: value.to(dtype) for key, value in published_tensors(model).items()}
     assert same(load_file(tmp_path / "hf/model.safetensors"), rounded)
     assert "numbers were rounded to a narrower format" in report["warnings"]
+    assert report["source"]["dtype"] == ["float32"] and report["target"]["dtype"] == [name]
     assert transformers.AutoModel.from_pretrained(tmp_path / "hf").dtype == dtype
     convert(tmp_path / "hf", tmp_path / "official", to="official")
     convert(tmp_path / "official", tmp_path / "back", to="huggingface")
