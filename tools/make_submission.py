@@ -46,6 +46,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def printable(text: str) -> str:
+    """A path may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def report(verdict: Verdict, *, what: object) -> None:
     """Prints what was found; raises DataError where it is not good."""
     for warning in verdict.warnings:
@@ -84,7 +89,7 @@ def main() -> int:
     verdict = validate(found.files, release)
     verdict.warnings += found.warnings
     where = arguments.predictions[0]
-    lacking = [f"{task.name}: no {predictions_file(where, task, 'test')}" for task in found.missing]
+    lacking = [printable(f"{task.name}: no {predictions_file(where, task, 'test')}") for task in found.missing]
     files = dict(found.files)
     if arguments.partial:
         absent = {f"{task.file_name} is missing: all ten files are needed" for task in found.missing}

@@ -1,6 +1,7 @@
 """From the predictions of one or several runs to the files of a submission, with what is worth knowing of them."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from deberta_dist.tasks.predictions import (
     require_covering,
 )
 from deberta_dist.tasks.registry import TASKS, Task
-from deberta_dist.tasks.release import Release, json_lines
-from deberta_dist.tasks.submission import majority, submission_lines
+from deberta_dist.tasks.release import Key, Release, Split
+from deberta_dist.tasks.submission import submission_lines
 
 
 @dataclass
@@ -49,6 +50,11 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
         DataError: predictions are damaged, not for this data, or not for the same rows.
     """
     result = Assembly()
+    for number, path in enumerate(directories):
+        if not any(predictions_file(path, task, "test").is_file() for task in TASKS.values()):
+            raise DataError(f"{path} holds no predictions: TASK/test.jsonl of none of {', '.join(TASKS)}")
+        if any(path.resolve() == other.resolve() for other in directories[:number]):
+            raise DataError(f"{path} is given twice: it would count twice in the average")
     for task in TASKS.values():
         own = [path for path in directories if predictions_file(path, task, "test").is_file()]
         if not own:
@@ -63,15 +69,17 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
             "runs": [_described(path) for path in own],
             "validation": scores,
         }
-        if scores is not None and scores["score"] < scores["majority_accuracy"] and "accuracy" in scores["metrics"]:
+        if scores is None and release.has(task, "val"):
+            result.warnings.append(f"{task.file_name}: not every run has predictions for the validation split: no score")
+        if scores is not None and scores.get("constant_score", 0.0) > scores["score"]:
             result.warnings.append(
                 f"{task.file_name}: {scores['score']:.1f} on the validation split is below the "
-                f"{scores['majority_accuracy']:.1f} of always answering {scores['majority']!r}"
+                f"{scores['constant_score']:.1f} of always answering {scores['constant']!r}"
             )
     return result
 
 
-def _ensemble(files: Sequence[Path], split):
+def _ensemble(files: Sequence[Path], split: Split) -> dict[Key, dict[str, float]]:
     runs = []
     for path in files:
         found = read_predictions(path)
@@ -90,24 +98,21 @@ def _validation_scores(directories: Sequence[Path], task: Task, release: Release
     if not all(decision.gold for decision in split.decisions.values()):
         return None
     found = metrics.score(split, decide(split, _ensemble(files, split)))
-    label, share = majority(split)
-    return {
-        "metrics": found,
-        "score": metrics.task_score(found),
-        "majority": label,
-        "majority_accuracy": 100.0 * share,
-    }
+    result = {"metrics": found, "score": metrics.task_score(found)}
+    if task.labels:
+        result["constant"], result["constant_score"] = metrics.best_constant(split)
+    return result
 
 
 def _described(directory: Path) -> Any:
     path = directory / RUN_NAME
     if not path.is_file():
         return None
-    content = path.read_bytes().replace(b"\n", b" ")
-    described = [value for _, value in json_lines(content, where=str(path))]
-    if len(described) != 1:
-        raise DataError(f"{path} does not hold one object")
-    return described[0]
+    try:
+        # A loss may be NaN, which JSON has not: as text it can be passed on.
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from error
 
 
 def _sha256(path: Path) -> str:

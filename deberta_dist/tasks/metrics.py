@@ -32,6 +32,13 @@ def task_score(metrics: Mapping[str, float]) -> float:
     return sum(metrics.values()) / len(metrics)
 
 
+def best_constant(split: Split) -> tuple[str, float]:
+    """The label that scores most where it answers everything, and that task score: what any model has to beat."""
+    scores = {label: task_score(score(split, dict.fromkeys(split.decisions, label))) for label in split.task.labels}
+    label = max(scores, key=lambda name: scores[name])
+    return label, scores[label]
+
+
 def overall(scores: Mapping[str, float]) -> tuple[float | None, str]:
     """The leaderboard's average, and how to say it.
 

@@ -5,6 +5,7 @@ made of the data's own idx. Predictions, scores and submissions meet in these ke
 """
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,16 @@ class Release:
         """Tasks of which it holds a split, in the order of the leaderboard."""
         return [task for task in TASKS.values() if self.has(task, split)]
 
+    def _content(self, wanted: str, *, where: str) -> bytes:
+        try:
+            if not self._members:
+                return (self.path / wanted).read_bytes()
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(self._members[wanted])
+        # Damaged and encrypted archives fail in every part of the reader, each with an error of its own.
+        except Exception as error:
+            raise DataError(f"{where} cannot be read ({type(error).__name__}: {error})") from error
+
     def read(self, task: Task, split: str) -> Split:
         """Reads and checks a split.
 
@@ -103,17 +114,15 @@ class Release:
         where = str(self.path / wanted)
         if not self.has(task, split):
             raise DataError(f"{where} is missing: {task.name} needs the split {split}")
-        if self._members:
-            with zipfile.ZipFile(self.path) as archive:
-                content = archive.read(self._members[wanted])
-        else:
-            content = (self.path / wanted).read_bytes()
+        content = self._content(wanted, where=where)
         rows: list[Mapping[str, Any]] = []
         decisions: dict[Key, Decision] = {}
         for line, row in json_lines(content, where=where):
             at = f"{where}, line {line}"
             _require_fields(row, task.fields, at=at)
             for key, decision in _decisions(task, row, line=line, at=at):
+                if not decision.gold and split != "test":
+                    raise DataError(f"{at}: idx {_shown(key)} has no answer, which the split {split} needs")
                 if key in decisions:
                     raise DataError(f"{at}: idx {_shown(key)} stands in line {decisions[key].line} already")
                 decisions[key] = decision
@@ -123,17 +132,27 @@ class Release:
         return Split(task=task, name=split, where=where, rows=tuple(rows), decisions=decisions)
 
 
-def json_lines(content: bytes, *, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not empty.
+
+    Args:
+        content: Of the file.
+        where: Its name, for messages.
+        may_be_blank: Whether empty lines are passed over; the end of the last line is none.
 
     Raises:
         DataError: a line is not an object of JSON in UTF-8, or has a key twice.
     """
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
-            continue
+            if may_be_blank or (number == len(lines) and not line):
+                continue
+            raise DataError(f"{where}, line {number}: empty")
         try:
             value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+            # Half of a surrogate pair is JSON, and text that nothing can write.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}, line {number}: not valid JSON ({error})") from error
         if not isinstance(value, dict):
@@ -181,8 +200,9 @@ def _decisions(task: Task, row: Mapping[str, Any], *, line: int, at: str) -> Ite
         yield from _queries(row, line=line, at=at)
     else:
         idx = row.get("idx")
-        # The official AX-b writes its numbers as text.
-        idx = int(idx) if isinstance(idx, str) and idx.isdecimal() and idx.isascii() else idx
+        if task.name == "AX-b" and isinstance(idx, str) and re.fullmatch("[0-9]{1,9}", idx):
+            idx = int(idx)  # the official file has its numbers as text
+        _check_fields(task, row, at=at)
         yield (integer(idx, at=at, name="idx"),), Decision(task.labels, _gold(task, row, at=at), line)
 
 
@@ -200,10 +220,14 @@ def _gold(task: Task, row: Mapping[str, Any], *, at: str) -> tuple[str, ...]:
 def _answers(task: Task, row: Mapping[str, Any], *, line: int, at: str) -> Iterator[tuple[Key, Decision]]:
     passage = integer(row.get("idx"), at=at, name="idx")
     _require_fields(row["passage"], {"text": str, "questions": list}, at=f"{at}: passage")
+    seen: set[int] = set()
     for question in row["passage"]["questions"]:
         here = f"{at}: question"
         _require_fields(_object(question, at=here), {"question": str, "answers": list}, at=here)
         number = integer(question.get("idx"), at=here, name="idx")
+        if number in seen:
+            raise DataError(f"{here} {number} stands in its passage twice")
+        seen.add(number)
         for answer in question["answers"]:
             there = f"{here} {number}: answer"
             _require_fields(_object(answer, at=there), {"text": str}, at=there)
@@ -226,10 +250,29 @@ def _queries(row: Mapping[str, Any], *, line: int, at: str) -> Iterator[tuple[Ke
         here = f"{at}: query"
         _require_fields(_object(query, at=here), {"query": str}, at=here)
         answers = query.get("answers", [])
-        gold = dict.fromkeys(_object(answer, at=here).get("text") for answer in answers)
-        if not all(isinstance(answer, str) for answer in gold):
+        texts = [_object(answer, at=here).get("text") for answer in answers] if isinstance(answers, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise DataError(f"{here}: an answer has no text")
+        gold = dict.fromkeys(texts)
         yield (integer(query.get("idx"), at=here, name="idx"),), Decision(tuple(entities), tuple(gold), line)
+
+
+def _check_fields(task: Task, row: Mapping[str, Any], *, at: str) -> None:
+    """What the encoding of a row relies on beside the types of its fields."""
+    if task.name == "COPA" and row["question"] not in ("cause", "effect"):
+        raise DataError(f'{at}: question is {row["question"]!r}, "cause" or "effect" is expected')
+    if task.name == "WiC":
+        for number in ("1", "2"):
+            start, end, length = row[f"start{number}"], row[f"end{number}"], len(row[f"sentence{number}"])
+            if not 0 <= start < end <= length:
+                raise DataError(f"{at}: characters {start} to {end} lie outside sentence{number} of {length}")
+    if task.name == "WSC":
+        fields = {"span1_text": str, "span1_index": int, "span2_text": str, "span2_index": int}
+        _require_fields(row["target"], fields, at=f"{at}: target")
+        for number in ("1", "2"):
+            index, words = row["target"][f"span{number}_index"], len(row["text"].split())
+            if not 0 <= index < words:
+                raise DataError(f"{at}: target: span{number}_index is {index}, the text has {words} words")
 
 
 def _object(value: Any, *, at: str) -> Mapping[str, Any]:

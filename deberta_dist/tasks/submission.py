@@ -9,7 +9,6 @@ Source: the file format of the benchmark authors' own writer, nyu-mll/jiant-v1-l
 import io
 import json
 import zipfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from deberta_dist.tasks.release import Key, Release, Split, json_lines
 
 _MAX_FILE_BYTES = 64 * 2**20
 _MOST_PROBLEMS = 20  # of one file
+_FILE_NAMES = frozenset(task.file_name for task in TASKS.values())
 
 
 @dataclass
@@ -85,20 +85,26 @@ def read_zip(path: Path) -> tuple[dict[str, bytes], list[str]]:
             for entry in archive.infolist():
                 name = entry.filename
                 parts = PurePosixPath(name).parts
+                shown = name if name.isprintable() and name else ascii(name)
                 if name.startswith("/") or "\\" in name or ".." in parts:
-                    errors.append(f"{name!r} leads out of the folder that it is unpacked in")
-                elif entry.is_dir() or name.startswith("__MACOSX/"):
+                    errors.append(f"{shown} leads out of the folder that it is unpacked in")
+                elif not name or entry.is_dir() or name.startswith("__MACOSX/"):
                     continue
                 elif len(parts) > 1:
-                    errors.append(f"{name} lies in a folder: the files belong at the top level")
+                    errors.append(f"{shown} lies in a folder: the files belong at the top level")
                 elif name in files:
-                    errors.append(f"{name} is there twice")
+                    errors.append(f"{shown} is there twice")
+                elif name not in _FILE_NAMES:
+                    files[name] = b""  # its name is the fault; what is in it need not be unpacked
                 elif entry.file_size > _MAX_FILE_BYTES:
-                    errors.append(f"{name} has {entry.file_size:,} bytes")
+                    errors.append(f"{shown} has {entry.file_size:,} bytes")
+                elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    errors.append(f"{shown} is compressed in a way that not everyone can unpack: deflate it")
                 else:
                     files[name] = archive.read(entry)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path} is no zip file that can be read ({error})") from error
+    # Hostile archives fail in every part of the reader, each with an error of its own.
+    except Exception as error:
+        raise DataError(f"{path} is no zip file that can be read ({type(error).__name__}: {error})") from error
     return files, errors
 
 
@@ -114,7 +120,8 @@ def validate(files: Mapping[str, bytes], release: Release) -> Verdict:
     for name in files:
         if name not in expected:
             near = next((one for one in expected if one.lower() == name.lower()), None)
-            verdict.errors.append(f"{name}: no file of a submission has this name" + (f"; {near} is meant" if near else ""))
+            shown = name if name.isprintable() else ascii(name)
+            verdict.errors.append(f"{shown}: no file of a submission has this name" + (f"; {near} is meant" if near else ""))
     for name, task in expected.items():
         if name not in files:
             verdict.errors.append(f"{name} is missing: all ten files are needed")
@@ -141,21 +148,16 @@ def validate(files: Mapping[str, bytes], release: Release) -> Verdict:
     return verdict
 
 
-def majority(split: Split) -> tuple[str, float]:
-    """Most frequent answer of a labelled split, and its share."""
-    (label, count), *_ = Counter(decision.gold[0] for decision in split.decisions.values()).most_common()
-    return label, count / len(split.decisions)
-
-
 def _check_file(content: bytes, split: Split) -> tuple[list[str], list[Any], bool]:
     """(problems, each beginning with where it is; all labels; whether idx ascend)."""
     problems: list[str] = []
     found: dict[Key, int] = {}
     labels: list[Any] = []
+    seen: set[Key] = set()  # passages and questions of MultiRC
     try:
-        for line, row in json_lines(content, where=""):
+        for line, row in json_lines(content, where="", may_be_blank=False):
             at = f", line {line}"
-            for key, label, problem in _rows(row, split):
+            for key, label, problem in _rows(row, split, seen=seen):
                 if problem is None and key not in split.decisions:
                     problem = f"idx {'/'.join(map(str, key))} is not in the test data"
                 if problem is None and key in found:
@@ -176,10 +178,10 @@ def _check_file(content: bytes, split: Split) -> tuple[list[str], list[Any], boo
     return problems, labels, list(found) == sorted(found)
 
 
-def _rows(row: Mapping[str, Any], split: Split) -> Iterator[tuple[Key, Any, str | None]]:
+def _rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
     """(key, label, what is wrong with its form) of every decision in a line."""
     if split.task.kind == PER_ANSWER:
-        yield from _nested_rows(row)
+        yield from _nested_rows(row, split, seen=seen)
         return
     if row.keys() != {"idx", "label"}:
         yield (), None, f"the keys are {sorted(row)}, idx and label are expected"
@@ -189,21 +191,53 @@ def _rows(row: Mapping[str, Any], split: Split) -> Iterator[tuple[Key, Any, str 
         yield (row["idx"],), row["label"], None
 
 
-def _nested_rows(row: Mapping[str, Any]) -> Iterator[tuple[Key, Any, str | None]]:
-    form = '{"idx": P, "passage": {"questions": [{"idx": Q, "answers": [{"idx": A, "label": 0 or 1}]}]}}'
+def _nested_rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
+    known = {key[:length] for key in split.decisions for length in (1, 2)}
     try:
-        if row.keys() != {"idx", "passage"} or row["passage"].keys() != {"questions"}:
-            raise ValueError
-        for question in row["passage"]["questions"]:
-            if question.keys() != {"idx", "answers"}:
-                raise ValueError
-            for answer in question["answers"]:
-                key = (row["idx"], question["idx"], answer["idx"])
-                if answer.keys() != {"idx", "label"} or not all(type(part) is int for part in key):
-                    raise ValueError
-                yield key, answer["label"], None
-    except (ValueError, TypeError, AttributeError, KeyError):
+        _require(row.keys() == {"idx", "passage"} and row["passage"].keys() == {"questions"})
+        passage = (_whole(row["idx"]),)
+        questions = _filled(row["passage"]["questions"])
+        if problem := _container_problem("passage", passage, known=known, seen=seen):
+            yield passage, None, problem
+            return
+        for question in questions:
+            _require(question.keys() == {"idx", "answers"})
+            asked = (*passage, _whole(question["idx"]))
+            answers = _filled(question["answers"])
+            if problem := _container_problem("question", asked, known=known, seen=seen):
+                yield asked, None, problem
+                continue
+            for answer in answers:
+                _require(answer.keys() == {"idx", "label"})
+                yield (*asked, _whole(answer["idx"])), answer["label"], None
+    except (ValueError, TypeError, AttributeError):
+        form = '{"idx": P, "passage": {"questions": [{"idx": Q, "answers": [{"idx": A, "label": 0 or 1}]}]}}'
         yield (), None, f"not nested as {form}"
+
+
+def _container_problem(kind: str, key: Key, *, known: set[Key], seen: set[Key]) -> str | None:
+    shown = "/".join(map(str, key))
+    if key not in known:
+        return f"{kind} idx {shown} is not in the test data"
+    if key in seen:
+        return f"{kind} idx {shown} is there twice"
+    seen.add(key)
+    return None
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _whole(value: Any) -> int:
+    _require(type(value) is int)
+    return value
+
+
+def _filled(value: Any) -> list[Any]:
+    _require(type(value) is list and len(value) > 0)
+    return value
 
 
 def _label_problem(label: Any, split: Split, key: Key) -> str | None:

@@ -81,7 +81,15 @@ def _set(path: str, value: Any):
         ("BoolQ", _set("label", 1), "label is 1, BoolQ has true, false"),
         ("COPA", _set("label", True), "label is true, COPA has 0, 1"),
         ("CB", _set("label", "not_entailment"), 'label is "not_entailment", CB has "entailment"'),
-        ("RTE", _set("idx", "4"), None),
+        ("RTE", _set("idx", "4"), "idx is '4', a whole number"),
+        ("RTE", _set("label", None), "idx 4 has no answer, which the split train needs"),
+        ("COPA", _set("question", "why"), 'question is \'why\', "cause" or "effect"'),
+        ("WiC", _set("end2", 99), "characters 2 to 99 lie outside sentence2 of 6"),
+        ("WSC", _set("target.span2_index", 6), "target: span2_index is 6, the text has 6 words"),
+        ("WSC", _set("target.span1_text", None), "target: span1_text is missing"),
+        ("MultiRC", _set("passage.questions.1.idx", 0), "question 0 stands in its passage twice"),
+        ("ReCoRD", _set("qas.0.answers", 5), "an answer has no text"),
+        ("ReCoRD", _set("qas.0.answers.0.text", ["x"]), "an answer has no text"),
         ("RTE", _set("idx", -1), "idx is -1, a whole number"),
         ("RTE", _set("idx", 1.0), "idx is 1.0, a whole number"),
         ("RTE", _set("idx", None), "idx is None"),
@@ -96,20 +104,17 @@ def _set(path: str, value: Any):
         ("ReCoRD", _set("qas.0.answers.0.text", None), "an answer has no text"),
     ],
 )
-def test_a_faulty_line_is_named(data: Path, task: str, change, message: str | None) -> None:
+def test_a_faulty_line_is_named(data: Path, task: str, change, message: str) -> None:
     path = data / TASKS[task].data_file("train")
     found = rows(task, labels=True)
     change(found[0])
     path.write_text("\n".join(map(json.dumps, found)))
-    if message is None:
-        Release(data).read(TASKS[task], "train")
-        return
     with pytest.raises(DataError) as caught:
         Release(data).read(TASKS[task], "train")
     assert f"{path}, line 1" in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ['{"idx": 1', "[1]", '{"idx": 1, "idx": 2}', '{"idx": NaN}', "\udcff"])
+@pytest.mark.parametrize("text", ['{"idx": 1', "[1]", '{"idx": 1, "idx": 2}', '{"idx": NaN}', "\udcff", '{"premise": "\\ud83d"}'])
 def test_a_malformed_line_is_named(data: Path, text: str) -> None:
     path = data / "CB/train.jsonl"
     path.write_bytes(path.read_bytes() + b"\n\n" + text.encode("utf-8", "surrogateescape"))
@@ -122,3 +127,14 @@ def test_a_duplicate_idx_is_named(data: Path) -> None:
     path.write_text(path.read_text() + "\n" + path.read_text().splitlines()[1])
     with pytest.raises(DataError, match=r"line 5: idx 5 stands in line 2 already"):
         Release(data).read(TASKS["CB"], "train")
+
+
+def test_a_damaged_zip_is_named(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "combined.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(data / "CB/val.jsonl", "CB/val.jsonl")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"premise")] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"CB/val.jsonl cannot be read \(BadZipFile"):
+        Release(path).read(TASKS["CB"], "val")

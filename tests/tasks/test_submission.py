@@ -10,7 +10,14 @@ import pytest
 
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.assemble import assemble
-from deberta_dist.tasks.predictions import average, decide, predictions_file, read_predictions, require_covering
+from deberta_dist.tasks.predictions import (
+    average,
+    decide,
+    predictions_file,
+    read_predictions,
+    require_covering,
+    write_predictions,
+)
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.submission import read_zip, validate, zip_bytes
@@ -94,6 +101,22 @@ BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
         "MultiRC.jsonl: 1 idx of the test data are missing, the first are 0/3/9",
     ),
     "answer idx local": (edit("MultiRC.jsonl", lambda x: first(x).update(idx=0)), "idx 0/2/0 is not in the test data"),
+    "passage twice": (edit("MultiRC.jsonl", lambda x: x.append(x[0])), "MultiRC.jsonl, line 3: passage idx 0 is there twice"),
+    "passage unknown": (edit("MultiRC.jsonl", lambda x: x[0].update(idx=9)), "passage idx 9 is not in the test data"),
+    "passage without questions": (edit("MultiRC.jsonl", lambda x: x[0]["passage"].update(questions=[])), "not nested as"),
+    "question twice": (
+        edit("MultiRC.jsonl", lambda x: x[0]["passage"]["questions"].append(x[0]["passage"]["questions"][0])),
+        "question idx 0/2 is there twice",
+    ),
+    "question unknown": (
+        edit("MultiRC.jsonl", lambda x: x[0]["passage"]["questions"].append({"idx": 99, "answers": [{"idx": 1, "label": 0}]})),
+        "question idx 0/99 is not in the test data",
+    ),
+    "answers as text": (
+        edit("MultiRC.jsonl", lambda x: x[0]["passage"]["questions"].append({"idx": 99, "answers": ""})),
+        "not nested as",
+    ),
+    "an empty line": (put("CB.jsonl", b'{"idx": 4, "label": "neutral"}\n\n'), "CB.jsonl, line 2: empty"),
     "not an entity": (edit("ReCoRD.jsonl", lambda x: x[0].update(label="Babbage")), '"Babbage" is no entity of the passage'),
     "entity's number": (edit("ReCoRD.jsonl", lambda x: x[0].update(label=1)), "idx 0: 1 is no entity of the passage"),
 }  # fmt: skip
@@ -118,6 +141,7 @@ def test_a_broken_submission_is_refused_for_its_own_reason(name: str, files: Fil
         ("CB.jsonl", "CB.jsonl is there twice"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_that_is_wrong_itself(files: Files, data: Path, tmp_path: Path, member: str, reason: str) -> None:
     path = tmp_path / "theirs.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -168,6 +192,36 @@ def test_a_partial_zip_says_so(release: Release, tmp_path: Path) -> None:
     assert refused.returncode == 65 and "NOT_FOR_SUBMISSION.txt: no file of a submission has this name" in refused.stderr
 
 
+def test_runs_that_say_nothing_or_speak_twice_are_refused(release: Release, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", release)
+    (tmp_path / "empty").mkdir()
+    words = ("--data", "data", "--out", "s.zip", "--partial", "--predictions")
+    for runs, message in ((("empty",), "empty holds no predictions"), (("run", "./run"), "run is given twice")):
+        assert_one_line_error(call(TOOL, *words, *runs, cwd=tmp_path), code=65, words=message)
+    assert not (tmp_path / "s.partial.zip").exists()
+
+
+def test_scores_below_a_constant_answer_are_told(release: Release, tmp_path: Path) -> None:
+    """Whatever the task's metric: a constant answer of COPA has 50, the wrong half of it nothing."""
+    run = write_run(tmp_path / "run", release)
+    (run / "run.json").write_text('{"loss": NaN}')
+    found = assemble([run], release)
+    # Constants themselves are not below the best of them, but for the one that MultiRC's F1 makes nothing of.
+    (warning,) = [warning for warning in found.warnings if "below" in warning]
+    assert warning.startswith("MultiRC.jsonl: 0.0 on the validation split is below the 28.6")
+    assert found.sources["COPA"]["validation"]["constant_score"] == 50.0 and found.sources["COPA"]["runs"] == [{"loss": "NaN"}]
+    assert found.sources["MultiRC"]["validation"]["constant"] == "1"
+    path = predictions_file(run, TASKS["COPA"], "val")
+    split = release.read(TASKS["COPA"], "val")
+    wrong = {key: {"0": float(d.gold[0] == "1"), "1": float(d.gold[0] == "0")} for key, d in split.decisions.items()}
+    path.unlink()
+    write_predictions(path, wrong)
+    (warning,) = [warning for warning in assemble([run], release).warnings if "COPA" in warning]
+    assert "COPA.jsonl: 0.0 on the validation split is below the 50.0 of always answering" in warning
+    path.unlink()
+    assert any("no score" in warning for warning in assemble([run], release).warnings)
+
+
 def test_averages_need_the_same_rows(release: Release, tmp_path: Path) -> None:
     split = release.read(TASKS["CB"], "test")
     path = predictions_file(write_run(tmp_path / "run", release), TASKS["CB"], "test")
@@ -209,6 +263,25 @@ def test_damaged_predictions_are_named(tmp_path: Path, line: str, message: str) 
     with pytest.raises(DataError, match="test.jsonl, line 2") as caught:
         read_predictions(path)
     assert message in str(caught.value)
+
+
+def test_hostile_zips_are_one_line(data: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(f"x{number}", bytes(2**20))
+    files, errors = read_zip(bomb)
+    assert set(files.values()) == {b""} and not errors, "what has no right name is not unpacked"
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("CB.jsonl", b"x")
+        archive.writestr("a\nerror: fake\x1b[31m", b"")
+    assert "compressed in a way" in read_zip(tmp_path / "odd.zip")[1][0]
+    shown = call(TOOL, "--validate", "odd.zip", "--data", "data", cwd=tmp_path)
+    assert shown.returncode == 65 and "\x1b" not in shown.stderr and "\nerror: fake" not in shown.stderr
+    for content in (b"", b"PK\x03\x04", bomb.read_bytes()[:-30]):
+        (tmp_path / "torn.zip").write_bytes(content)
+        result = call(TOOL, "--validate", "torn.zip", "--data", "data", cwd=tmp_path)
+        assert_one_line_error(result, code=65, words="no zip file that can be read")
 
 
 def test_equal_files_make_equal_zips() -> None:
