@@ -29,6 +29,11 @@ class DataError(DebertaDistError, ValueError):
     exit_code = 65
 
 
+def printable(name: str) -> str:
+    """A name out of a file as it can be printed: it may be long, or hold line ends or a terminal's commands."""
+    return name[:200] if name.isprintable() else ascii(name[:200])
+
+
 def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
     """Makes one line and an exit code of what can go wrong in a tool's ``main`` without being our fault.
 

@@ -22,7 +22,7 @@ from deberta_dist.mesh import MeshShape
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import flat_layout, meta_model, plan_layout
+from deberta_dist.planning.layout import flat_layouts, meta_model, plan_layout
 
 
 def write_weights(config: DebertaConfig, directory: Path) -> None:
@@ -43,11 +43,7 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
     flops = forward_flops(config, max_seq_length=128, micro_batch_size=1, mask_probability=0.15)
     sizes = {"tensor_parallel_size": shape.tensor, "pipeline_parallel_size": shape.pipeline}
     layout = plan_layout(config, parallel=Parallel(**sizes, data_parallel_size=shape.data), flops=flops)
-    layouts = {
-        (p, t): flat_layout(layout, pipeline_rank=p, tensor_rank=t, data_parallel_size=shape.data)
-        for p in range(shape.pipeline)
-        for t in range(shape.tensor)
-    }
+    layouts = flat_layouts(layout, data_parallel_size=shape.data)
     writers = [CheckpointWriter(directory / "checkpoints", rank=rank) for rank in range(shape.world_size)]
     for rank, writer in enumerate(writers):
         here = shape.coordinate(rank)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.weights import Dropped, Weights, shorten, shown
+from deberta_dist.conversion.weights import Dropped, Weights, shorten
+from deberta_dist.errors import printable
 from deberta_dist.models.config import DebertaConfig
 
 
@@ -102,7 +103,7 @@ def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
                 reasons.append(rename.why)
             name = changed
         if name in found:
-            raise CheckpointError(f"keys {shown(found[name].origin[0])} and {shown(key)} are both {shown(name)}")
+            raise CheckpointError(f"keys {printable(found[name].origin[0])} and {printable(key)} are both {printable(name)}")
         found[name] = replace(weight, why="; ".join(reasons)) if reasons else weight
     return found
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.weights import PART, InParts, Weight, Weights, shown
+from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
+from deberta_dist.errors import printable
 
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {
@@ -63,7 +64,7 @@ def read_safetensors(path: Path) -> Weights:
     header.pop("__metadata__", None)
     start, weights, ranges = 8 + length, {}, []
     for name, raw in header.items():
-        where = f"{path}: {shown(name)}"
+        where = f"{path}: {printable(name)}"
         raw = strict_json.fields(raw, keys=("dtype", "shape", "data_offsets"), where=where)
         dtype = _DTYPES.get(strict_json.string(raw["dtype"], where=where))
         if dtype is None:

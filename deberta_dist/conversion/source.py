@@ -12,7 +12,8 @@ from deberta_dist.conversion import files, huggingface, native, official, publis
 from deberta_dist.conversion.rules import Format
 from deberta_dist.conversion.safetensors_files import read_safetensors
 from deberta_dist.conversion.torch_files import TorchFile
-from deberta_dist.conversion.weights import Weights, shorten, shown
+from deberta_dist.conversion.weights import Weights, shorten
+from deberta_dist.errors import printable
 
 SPM_NAME = "spm.model"
 # In the order in which Hugging Face's classes look for them.
@@ -140,8 +141,8 @@ def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> 
     if "model_type" in raw or "architectures" in raw or any(key.startswith("cls.predictions.") for key in weights):
         # Microsoft's releases on the hub have Hugging Face's configuration and Microsoft's keys; this reads both.
         listed = raw.get("architectures")
-        name = shown(str(listed[0])) if isinstance(listed, list) and listed else "without a class"
-        return huggingface.FORMAT, f"Hugging Face checkpoint ({shown(str(raw.get('model_type')))}, {name})"
+        name = printable(str(listed[0])) if isinstance(listed, list) and listed else "without a class"
+        return huggingface.FORMAT, f"Hugging Face checkpoint ({printable(str(raw.get('model_type')))}, {name})"
     if weights_file.suffix == ".bin":
         return official.FORMAT, "Microsoft's published form"
     return published.FORMAT, "deberta_dist weights with published names"

@@ -23,7 +23,8 @@ from torch import Tensor
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.safetensors_files import write_tensor
-from deberta_dist.conversion.weights import Weight, Weights, shown
+from deberta_dist.conversion.weights import Weight, Weights
+from deberta_dist.errors import printable
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64
@@ -64,7 +65,7 @@ class TorchFile:
             if key == "config" and isinstance(value, dict):
                 self.config = self._plain(value)
             elif not isinstance(key, str) or not isinstance(value, Tensor):
-                raise CheckpointError(f"{path}: {shown(str(key))} is {type(value).__name__}, no tensor with a name")
+                raise CheckpointError(f"{path}: {printable(str(key))} is {type(value).__name__}, no tensor with a name")
             else:
                 self._require_dense(key, value)
                 self.weights[key] = Weight(tuple(value.shape), value.dtype, functools.partial(self._read, key), (key,))
@@ -97,7 +98,7 @@ class TorchFile:
             raise CheckpointError(f"{self._path}: its tensors are larger or smaller than what is stored of them")
 
     def _require_dense(self, key: str, value: Tensor) -> None:
-        where = f"{self._path}: {shown(key)}"
+        where = f"{self._path}: {printable(key)}"
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise CheckpointError(f"{where} is not a dense tensor in memory")
         # A view that repeats a few stored numbers could be of any size.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.errors import ConfigError
+from deberta_dist.errors import ConfigError, printable
 from deberta_dist.models.classification import Pooler, ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.encoder import DebertaModel
@@ -186,15 +186,10 @@ def require_square_output(config: DebertaConfig, *, target: str) -> None:
         )
 
 
-def shown(name: str) -> str:
-    """A name out of a file as it can be printed: it may be long, or hold line ends or a terminal's commands."""
-    return name[:200] if name.isprintable() else ascii(name[:200])
-
-
 def shorten(items: Iterable[str], *, most: int = 4) -> str:
     """The first few of many, for messages."""
     items = list(items)
-    return ", ".join(map(shown, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
+    return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 class _Rounded(InParts):

@@ -134,6 +134,15 @@ def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:
         return DebertaForMaskedLM(config)
 
 
+def flat_layouts(layout: Layout, *, data_parallel_size: int) -> dict[tuple[int, int], FlatLayout]:
+    """The flat parameters at every (pipeline rank, tensor rank)."""
+    return {
+        (p, t): flat_layout(layout, pipeline_rank=p, tensor_rank=t, data_parallel_size=data_parallel_size)
+        for p in range(len(layout.stages_by_rank))
+        for t in range(layout.tensor_parallel_size)
+    }
+
+
 def flat_layout(
     layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int
 ) -> FlatLayout:

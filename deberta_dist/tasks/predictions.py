@@ -18,7 +18,7 @@ from typing import Any
 from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.registry import PER_CANDIDATE, Task
-from deberta_dist.tasks.release import Key, Split, integer, json_lines
+from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 
 Probabilities = Mapping[Key, Mapping[str, float]]
 """Label or candidate -> probability, for every decision."""
@@ -85,7 +85,7 @@ def require_covering(probabilities: Probabilities, split: Split, *, where: objec
     missing = [key for key in split.decisions if key not in probabilities]
     extra = [key for key in probabilities if key not in split.decisions]
     if missing or extra:
-        some = ", ".join("/".join(map(str, key)) for key in (missing or extra)[:5])
+        some = ", ".join(map(shown, (missing or extra)[:5]))
         what = f"{len(missing)} of its idx have none" if missing else f"{len(extra)} idx are not in it"
         raise DataError(f"{where} is not for {split.where}: {what}, the first are {some}")
     for key, decision in split.decisions.items():
@@ -97,7 +97,7 @@ def require_covering(probabilities: Probabilities, split: Split, *, where: objec
                 raise DataError(f"{where}: idx {key[0]} has no candidates")
         elif found != set(decision.labels):
             raise DataError(
-                f"{where}: idx {'/'.join(map(str, key))} has labels {sorted(found)}, {split.task.name} has "
+                f"{where}: idx {shown(key)} has labels {sorted(found)}, {split.task.name} has "
                 f"{sorted(decision.labels)}"
             )
 
@@ -117,11 +117,11 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
         if run.keys() != first.keys():
             odd = sorted(run.keys() ^ first.keys())[0]
             raise DataError(
-                f"{names[0]} and {name} are not predictions of the same rows: idx {'/'.join(map(str, odd))} is in one alone"
+                f"{names[0]} and {name} are not predictions of the same rows: idx {shown(odd)} is in one alone"
             )
         for key in first:
             if run[key].keys() != first[key].keys():
-                raise DataError(f"{names[0]} and {name} have other labels for idx {'/'.join(map(str, key))}")
+                raise DataError(f"{names[0]} and {name} have other labels for idx {shown(key)}")
     count = len(runs)
     return {
         key: {label: math.fsum(run[key][label] for run in runs) / count for label in labels}

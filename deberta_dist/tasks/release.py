@@ -122,9 +122,9 @@ class Release:
             _require_fields(row, task.fields, at=at)
             for key, decision in _decisions(task, row, line=line, at=at):
                 if not decision.gold and split != "test":
-                    raise DataError(f"{at}: idx {_shown(key)} has no answer, which the split {split} needs")
+                    raise DataError(f"{at}: idx {shown(key)} has no answer, which the split {split} needs")
                 if key in decisions:
-                    raise DataError(f"{at}: idx {_shown(key)} stands in line {decisions[key].line} already")
+                    raise DataError(f"{at}: idx {shown(key)} stands in line {decisions[key].line} already")
                 decisions[key] = decision
             rows.append(row)
         if not rows:
@@ -171,7 +171,8 @@ def integer(value: Any, *, at: str, name: str) -> int:
     return value
 
 
-def _shown(key: Key) -> str:
+def shown(key: Key) -> str:
+    """A key for messages."""
     return "/".join(map(str, key))
 
 

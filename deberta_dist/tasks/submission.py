@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deberta_dist.errors import DataError
+from deberta_dist.errors import DataError, printable
 from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
-from deberta_dist.tasks.release import Key, Release, Split, json_lines
+from deberta_dist.tasks.release import Key, Release, Split, json_lines, shown
 
 _MAX_FILE_BYTES = 64 * 2**20
 _MOST_PROBLEMS = 20  # of one file
-_FILE_NAMES = frozenset(task.file_name for task in TASKS.values())
+_TASK_OF = {task.file_name: task for task in TASKS.values()}
 
 
 @dataclass
@@ -85,21 +85,20 @@ def read_zip(path: Path) -> tuple[dict[str, bytes], list[str]]:
             for entry in archive.infolist():
                 name = entry.filename
                 parts = PurePosixPath(name).parts
-                shown = name if name.isprintable() and name else ascii(name)
                 if name.startswith("/") or "\\" in name or ".." in parts:
-                    errors.append(f"{shown} leads out of the folder that it is unpacked in")
+                    errors.append(f"{printable(name)} leads out of the folder that it is unpacked in")
                 elif not name or entry.is_dir() or name.startswith("__MACOSX/"):
                     continue
                 elif len(parts) > 1:
-                    errors.append(f"{shown} lies in a folder: the files belong at the top level")
+                    errors.append(f"{printable(name)} lies in a folder: the files belong at the top level")
                 elif name in files:
-                    errors.append(f"{shown} is there twice")
-                elif name not in _FILE_NAMES:
+                    errors.append(f"{printable(name)} is there twice")
+                elif name not in _TASK_OF:
                     files[name] = b""  # its name is the fault; what is in it need not be unpacked
                 elif entry.file_size > _MAX_FILE_BYTES:
-                    errors.append(f"{shown} has {entry.file_size:,} bytes")
+                    errors.append(f"{printable(name)} has {entry.file_size:,} bytes")
                 elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    errors.append(f"{shown} is compressed in a way that not everyone can unpack: deflate it")
+                    errors.append(f"{printable(name)} is compressed in a way that not everyone can unpack: deflate it")
                 else:
                     files[name] = archive.read(entry)
     # Hostile archives fail in every part of the reader, each with an error of its own.
@@ -116,13 +115,11 @@ def validate(files: Mapping[str, bytes], release: Release) -> Verdict:
         release: With the test splits of all ten tasks.
     """
     verdict = Verdict()
-    expected = {task.file_name: task for task in TASKS.values()}
     for name in files:
-        if name not in expected:
-            near = next((one for one in expected if one.lower() == name.lower()), None)
-            shown = name if name.isprintable() else ascii(name)
-            verdict.errors.append(f"{shown}: no file of a submission has this name" + (f"; {near} is meant" if near else ""))
-    for name, task in expected.items():
+        if name not in _TASK_OF:
+            near = next((one for one in _TASK_OF if one.lower() == name.lower()), None)
+            verdict.errors.append(f"{printable(name)}: no file of a submission has this name" + (f"; {near} is meant" if near else ""))
+    for name, task in _TASK_OF.items():
         if name not in files:
             verdict.errors.append(f"{name} is missing: all ten files are needed")
             continue
@@ -153,15 +150,17 @@ def _check_file(content: bytes, split: Split) -> tuple[list[str], list[Any], boo
     problems: list[str] = []
     found: dict[Key, int] = {}
     labels: list[Any] = []
-    seen: set[Key] = set()  # passages and questions of MultiRC
+    # Passages and questions of MultiRC: those of the data, and those met so far.
+    known = {key[:length] for key in split.decisions for length in (1, 2)}
+    seen: set[Key] = set()
     try:
         for line, row in json_lines(content, where="", may_be_blank=False):
             at = f", line {line}"
-            for key, label, problem in _rows(row, split, seen=seen):
+            for key, label, problem in _rows(row, split, known=known, seen=seen):
                 if problem is None and key not in split.decisions:
-                    problem = f"idx {'/'.join(map(str, key))} is not in the test data"
+                    problem = f"idx {shown(key)} is not in the test data"
                 if problem is None and key in found:
-                    problem = f"idx {'/'.join(map(str, key))} stands in line {found[key]} already"
+                    problem = f"idx {shown(key)} stands in line {found[key]} already"
                 if problem is None:
                     problem = _label_problem(label, split, key)
                 if problem is not None:
@@ -173,15 +172,17 @@ def _check_file(content: bytes, split: Split) -> tuple[list[str], list[Any], boo
         return [str(error)], [], True
     missing = [key for key in split.decisions if key not in found]
     if missing and not problems:
-        some = ", ".join("/".join(map(str, key)) for key in missing[:5])
+        some = ", ".join(map(shown, missing[:5]))
         problems.append(f": {len(missing)} idx of the test data are missing, the first are {some}")
     return problems, labels, list(found) == sorted(found)
 
 
-def _rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
+def _rows(
+    row: Mapping[str, Any], split: Split, *, known: set[Key], seen: set[Key]
+) -> Iterator[tuple[Key, Any, str | None]]:
     """(key, label, what is wrong with its form) of every decision in a line."""
     if split.task.kind == PER_ANSWER:
-        yield from _nested_rows(row, split, seen=seen)
+        yield from _nested_rows(row, known=known, seen=seen)
         return
     if row.keys() != {"idx", "label"}:
         yield (), None, f"the keys are {sorted(row)}, idx and label are expected"
@@ -191,8 +192,9 @@ def _rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Iterator[t
         yield (row["idx"],), row["label"], None
 
 
-def _nested_rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
-    known = {key[:length] for key in split.decisions for length in (1, 2)}
+def _nested_rows(
+    row: Mapping[str, Any], *, known: set[Key], seen: set[Key]
+) -> Iterator[tuple[Key, Any, str | None]]:
     try:
         _require(row.keys() == {"idx", "passage"} and row["passage"].keys() == {"questions"})
         passage = (_whole(row["idx"]),)
@@ -216,11 +218,10 @@ def _nested_rows(row: Mapping[str, Any], split: Split, *, seen: set[Key]) -> Ite
 
 
 def _container_problem(kind: str, key: Key, *, known: set[Key], seen: set[Key]) -> str | None:
-    shown = "/".join(map(str, key))
     if key not in known:
-        return f"{kind} idx {shown} is not in the test data"
+        return f"{kind} idx {shown(key)} is not in the test data"
     if key in seen:
-        return f"{kind} idx {shown} is there twice"
+        return f"{kind} idx {shown(key)} is there twice"
     seen.add(key)
     return None
 
@@ -242,7 +243,7 @@ def _filled(value: Any) -> list[Any]:
 
 def _label_problem(label: Any, split: Split, key: Key) -> str | None:
     task = split.task
-    idx = "/".join(map(str, key))
+    idx = shown(key)
     if task.kind == PER_CANDIDATE:
         if isinstance(label, str) and label in split.decisions[key].labels:
             return None

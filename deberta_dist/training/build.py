@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.slices import shard_parts
 from deberta_dist.config import RunConfig, precision
+from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
@@ -89,9 +90,7 @@ def build(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     store = WeightStore(
         shards,
-        layout=flat_layout(
-            layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
-        ),
+        layout=own_flat_layout(layout, mesh=mesh),
         make_optimizer=lambda flats: make_optimizer(flats, settings=config.optimizer),
         deepspeed_config=deepspeed_config,
         mesh=mesh,
@@ -115,6 +114,12 @@ def build(
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
 
 
+def own_flat_layout(layout: Layout, *, mesh: Mesh) -> FlatLayout:
+    """The flat parameters of this rank's weight store."""
+    here, size = mesh.coordinate, mesh.shape.data
+    return flat_layout(layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=size)
+
+
 def initial_value(name: str, *, layout: Layout, seed: int) -> Tensor:
     """Where a published parameter starts: full, float32, a function of (seed, name)."""
     return initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
@@ -129,7 +134,7 @@ def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> l
         load: Full float32 value of a published parameter; asked for those alone that this rank has a part of.
     """
     here, shape = mesh.coordinate, mesh.shape
-    flat = flat_layout(layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data)
+    flat = own_flat_layout(layout, mesh=mesh)
     shards = [torch.zeros(size // shape.data) for size in flat.sizes]
     own = shard_parts(flat, shape=shape, coordinate=here, full_shapes=layout.full_shapes)
     for shard, parts in zip(shards, own, strict=True):

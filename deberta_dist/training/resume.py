@@ -17,9 +17,8 @@ from deberta_dist.config import precision
 from deberta_dist.errors import ConfigError
 from deberta_dist.flat_layout import ShardState
 from deberta_dist.mesh import Mesh
-from deberta_dist.planning.layout import flat_layout
 from deberta_dist.planning.plan import Plan
-from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.build import TrainingParts, own_flat_layout
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.metrics import METRICS_NAME
 
@@ -99,11 +98,8 @@ def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan) -> Checkpoi
 
 def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[ShardState]:
     """This rank's part of every flat parameter, and nothing else, from a checkpoint of any layout."""
-    here, shape = mesh.coordinate, mesh.shape
-    layout = flat_layout(
-        plan.layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=shape.data
-    )
-    return reader.read_shards(layout, shape=shape, coordinate=here)
+    layout = own_flat_layout(plan.layout, mesh=mesh)
+    return reader.read_shards(layout, shape=mesh.shape, coordinate=mesh.coordinate)
 
 
 def load_state(parts: TrainingParts, shards: Sequence[ShardState], *, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import precision
 from deberta_dist.mesh import Mesh
-from deberta_dist.planning.layout import flat_layout
+from deberta_dist.planning.layout import flat_layouts
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.build import TrainingParts
 from deberta_dist.training.inputs import RunData
@@ -147,11 +147,7 @@ class Checkpointing:
 
     def _tensor_table(self) -> dict[str, TensorEntry]:
         shape, layout = self._mesh.shape, self._parts.layout
-        layouts = {
-            (p, t): flat_layout(layout, pipeline_rank=p, tensor_rank=t, data_parallel_size=shape.data)
-            for p in range(shape.pipeline)
-            for t in range(shape.tensor)
-        }
+        layouts = flat_layouts(layout, data_parallel_size=shape.data)
         return tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes)
 
     def _manifest(self, *, step: int, consumed_samples: int) -> Manifest:
