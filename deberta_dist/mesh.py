@@ -136,6 +136,7 @@ class Mesh:
     device: torch.device
     groups: dict[str, dist.ProcessGroup]
     subgroups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _made: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
     def coordinate(self) -> Coordinate:
@@ -143,8 +144,11 @@ class Mesh:
         return self.shape.coordinate(self.rank)
 
     def new_subgroups(self, rank_sets: Sequence[tuple[int, ...]]) -> None:
-        """Makes a group for each set of global ranks. Collective: every rank passes the same sets in one order."""
+        """Makes a group for each new set of global ranks. Collective: every rank passes the same sets in one order."""
         for ranks in rank_sets:
+            if ranks in self._made:
+                continue
+            self._made.add(ranks)
             group = dist.new_group(list(ranks))
             if self.rank in ranks:
                 self.subgroups[ranks] = group

@@ -40,7 +40,7 @@ CLOSED = {
 }
 PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
 DOORS = {
-    "deepspeed": (f"{PACKAGE}/zero.py",),
+    "deepspeed": (f"{PACKAGE}/zero/",),
     "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
     "mpi4py": (f"{PACKAGE}/data/prepare.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
@@ -183,13 +183,13 @@ def test_the_checker_sees_the_files() -> None:
         ("models/a.py", "from ..mesh import Mesh", "models must not import mesh"),
         ("tensor_parallel/a.py", "import deberta_dist.pipeline_parallel.stages", "tensor_parallel must not import pipeline_parallel"),
         ("pipeline_parallel/a.py", "from deberta_dist.zero import x", "pipeline_parallel must not import zero"),
-        ("zero.py", "from deberta_dist.models import x", "zero must not import models"),
+        ("zero/a.py", "from deberta_dist.models import x", "zero must not import models"),
         ("config/a.py", "from deberta_dist.data import x", "config must not import data"),
         ("data/a.py", "from deberta_dist.config import x", "data must not import config"),
         ("errors.py", "import deberta_dist.config", "errors must not import config"),
         ("__init__.py", "from deberta_dist.config import x", "it has to stay empty"),
         ("cellar/a.py", "", "room cellar has no floor"),
-        ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero.py"),
+        ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero/"),
         ("data/a.py", "import sentencepiece", "its only door is deberta_dist/data/tokenizer.py"),
         ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/data/prepare.py"),
         ("training/a.py", 'import importlib\nimportlib.import_module("apex.optimizers")', "imports apex"),
@@ -213,7 +213,7 @@ def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("zero.py", "import deepspeed, torch.distributed\nfrom deberta_dist.mesh import Mesh"),
+        ("zero/a.py", "import deepspeed, torch.distributed\nfrom deberta_dist.mesh import Mesh"),
         ("models/a.py", "import torch\nfrom deberta_dist.kernels import x\nfrom .b import y\nfrom . import c"),
         ("tasks/a.py", "from deberta_dist.data.tokenizer import x\nimport deberta_dist.config"),
         ("checkpoint/a.py", "from deberta_dist.tensor_parallel import x\nfrom deberta_dist.models import y"),

@@ -7,6 +7,9 @@ The story for a user::
     ds_configs/zero3_bf16.json      HOW: precision, offload, buckets, monitors
     --section.key value             overrides of the TOML, for one start
 
+Fine-tuning has a TOML of its own kind (``finetune.py``), over which a task's recipe
+(``launchers/finetune_recipes/``) is laid before the overrides.
+
 ``schema.py`` is the reference: every key with its unit and default stands there. The rules:
 
 * Unknown keys, wrong types, NaN, duplicates are errors. One message lists all of them, each with its
@@ -45,8 +48,10 @@ Imports nothing but ``errors`` (no torch, no DeepSpeed): a wrong number is said 
 """
 
 from deberta_dist.config.deepspeed_json import deepspeed_config, precision
+from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.load import load_config
-from deberta_dist.config.resolve import resolve, smallest_world_size
+from deberta_dist.config.recipes import Recipe, read_recipes
+from deberta_dist.config.resolve import resolve, resolve_finetuning, smallest_world_size
 from deberta_dist.config.schema import (
     Checkpoint,
     Data,
@@ -66,9 +71,11 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Evaluation",
+    "FineTuneConfig",
     "Model",
     "Optimizer",
     "Parallel",
+    "Recipe",
     "Run",
     "RunConfig",
     "Schedule",
@@ -77,7 +84,9 @@ __all__ = [
     "deepspeed_config",
     "load_config",
     "precision",
+    "read_recipes",
     "resolve",
+    "resolve_finetuning",
     "smallest_world_size",
     "write_resolved",
 ]

@@ -3,7 +3,7 @@
 ``deepspeed_config`` fills what follows from the TOML and refuses what contradicts it, so that no number
 has two homes. DeepSpeed's batch numbers do not count sequences here: its engine sees one forward,
 backward and step per optimizer step on a weight store (see the pipeline runner), hence 1 x 1 x
-data_parallel_size. The dictionary is handed to ``zero.py``; nothing here imports DeepSpeed.
+data_parallel_size. The dictionary is handed to ``zero/``; nothing here imports DeepSpeed.
 """
 
 import difflib
@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import AUTO, RunConfig
 from deberta_dist.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AnyConfig = RunConfig | FineTuneConfig
 
 MAX_BYTES = 1 << 20
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -66,7 +68,7 @@ REFUSED_KEYS = {
 PERSISTENCE = "stage3_param_persistence_threshold"
 
 
-def deepspeed_config(path: str | os.PathLike[str], config: RunConfig) -> dict[str, Any]:
+def deepspeed_config(path: str | os.PathLike[str], config: AnyConfig) -> dict[str, Any]:
     """Reads the DeepSpeed JSON and completes it for a resolved run.
 
     Args:
@@ -142,7 +144,7 @@ def _key_problems(ds: dict[str, Any], path: Path) -> list[str]:
     return problems
 
 
-def _batch(ds: dict[str, Any], path: Path, config: RunConfig, problems: list[str]) -> None:
+def _batch(ds: dict[str, Any], path: Path, config: AnyConfig, problems: list[str]) -> None:
     numbers = (config.parallel.data_parallel_size, 1, 1)
     for key, number in zip(BATCH_KEYS, numbers, strict=True):
         given = ds.get(key, AUTO)
@@ -151,12 +153,12 @@ def _batch(ds: dict[str, Any], path: Path, config: RunConfig, problems: list[str
                 f'{path}: {key} = {given!r} must be "auto": DeepSpeed\'s batch numbers do not count sequences here '
                 f"(its engine steps once per optimizer step, on weights); {config.source} decides: "
                 f"training.global_batch_size = {config.training.global_batch_size}, micro_batch_size = "
-                f"{config.training.micro_batch_size}, num_micro_batches = {config.training.num_micro_batches}"
+                f"{config.training.micro_batch_size}"
             )
         ds[key] = number
 
 
-def _clipping(ds: dict[str, Any], path: Path, config: RunConfig, problems: list[str]) -> None:
+def _clipping(ds: dict[str, Any], path: Path, config: AnyConfig, problems: list[str]) -> None:
     wanted, given = config.optimizer.gradient_clipping, ds.get("gradient_clipping", AUTO)
     if given != AUTO and (isinstance(given, bool) or given != wanted):
         problems.append(

@@ -4,6 +4,7 @@ Called by the ``main`` of each entry point, before anything heavy is imported. `
 schema as an argument, so that other runs (fine-tuning) share files, overrides and messages.
 """
 
+import copy
 import difflib
 import os
 import tomllib
@@ -13,13 +14,12 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, create_model
 
+from deberta_dist.config.recipes import Recipe, Tables, read_toml
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
-MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
 
-Tables = dict[str, Any]
 Sources = dict[tuple[str, ...], str]
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -29,21 +29,23 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     schema: type[Schema] = RunConfig,
+    recipes: Sequence[Recipe] = (),
 ) -> Schema:
-    """Reads a run's TOML and applies overrides from the command line.
+    """Reads a run's TOML and applies recipes, then overrides from the command line.
 
     Args:
         toml_path: The file. Relative paths in it are relative to the folder it lies in.
         overrides: ``--section.key value`` or ``--section.key=value``. A value is read as TOML, and as
             plain text where it is none. Relative paths are relative to the current directory.
         schema: Class of the whole; its fields are the tables.
+        recipes: Take the place of what the TOML says, a later one of an earlier one's.
 
     Raises:
         ConfigError: File missing, no TOML, duplicate, unknown or missing key, wrong value; all
             problems in one message, each with its file, key and what is expected.
     """
     path = Path(toml_path)
-    tables, sources = read_tables(path, overrides, schema=schema)
+    tables, sources = read_tables(path, overrides, schema=schema, recipes=recipes)
     for name, field in schema.model_fields.items():
         if _mentions(field.annotation, BaseModel):
             tables.setdefault(name, {})  # so that the missing keys are named, not the missing table
@@ -80,9 +82,9 @@ def load_table(
 
 
 def read_tables(
-    path: Path, overrides: Sequence[str], *, schema: type[BaseModel] = RunConfig
+    path: Path, overrides: Sequence[str], *, schema: type[BaseModel] = RunConfig, recipes: Sequence[Recipe] = ()
 ) -> tuple[Tables, Sources]:
-    """The TOML's tables with the overrides applied and paths made absolute, not validated.
+    """The TOML's tables with recipes and overrides applied and paths made absolute, not validated.
 
     Returns:
         The tables, and for every overridden key where it came from.
@@ -90,12 +92,15 @@ def read_tables(
     Raises:
         ConfigError: The file or an override cannot be read.
     """
-    tables = _read_toml(path)
-    for section, key in _path_keys(schema):
-        table = tables.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = _absolute(table[key], path.parent)
+    tables = read_toml(path)
+    _resolve_paths(tables, path.parent, schema=schema)
     sources: Sources = {}
+    for recipe in recipes:
+        sections = copy.deepcopy(dict(recipe.sections))
+        _resolve_paths(sections, recipe.path.parent, schema=schema)
+        for section, table in sections.items():
+            tables[section] = {**tables.get(section, {}), **table}
+            sources |= {(section, key): f"{recipe.path}, [{recipe.name}]" for key in table}
     for (section, key), text in split_overrides(overrides).items():
         value = _value(text, as_text=_wants_text(schema, section, key))
         if (section, key) in _path_keys(schema) and isinstance(value, str):
@@ -107,6 +112,13 @@ def read_tables(
         tables[section][key] = value
         sources[(section, key)] = COMMAND_LINE
     return tables, sources
+
+
+def _resolve_paths(tables: Tables, folder: Path, *, schema: type[BaseModel]) -> None:
+    for section, key in _path_keys(schema):
+        table = tables.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = _absolute(table[key], folder)
 
 
 def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], str]:
@@ -137,21 +149,6 @@ def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], str]:
     if problems:
         raise ConfigError(_report(problems, Path(COMMAND_LINE)))
     return found
-
-
-def _read_toml(path: Path) -> Tables:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); current directory: {Path.cwd()}") from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        # tomllib's own words for a key given twice
-        words = str(error).replace("Cannot overwrite a value", "A key is given twice")
-        raise ConfigError(f"{path}: not valid TOML: {words}") from None
 
 
 def _value(text: str, *, as_text: bool) -> Any:

@@ -10,6 +10,9 @@ Pure functions of numbers: called before any process group, by training and by t
 (depends on the model).
 """
 
+from collections.abc import Sequence
+
+from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import AUTO, RunConfig
 from deberta_dist.errors import ConfigError
 
@@ -32,10 +35,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     data_parallel_size = _data_parallel_size(config, world_size, problems)
     num_micro_batches = _num_micro_batches(config, data_parallel_size, problems)
     problems += _pipeline_problems(config, num_micro_batches)
-    if problems:
-        listing = "\n".join(f"  {problem}" for problem in problems) if len(problems) > 1 else problems[0]
-        head = f"{config.source} does not fit {world_size} processes:"
-        raise ConfigError(f"{head}\n{listing}" if len(problems) > 1 else f"{head} {listing}")
+    _refuse(problems, config, world_size)
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update={"data_parallel_size": data_parallel_size}),
@@ -44,14 +44,38 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     )
 
 
-def smallest_world_size(config: RunConfig) -> int:
+def resolve_finetuning(config: FineTuneConfig, world_size: int) -> FineTuneConfig:
+    """The same for fine-tuning, whose batches need not come out even.
+
+    Raises:
+        ConfigError: Sizes that do not multiply to the world.
+    """
+    problems: list[str] = []
+    data_parallel_size = _data_parallel_size(config, world_size, problems)
+    _refuse(problems, config, world_size)
+    return config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})}
+    )
+
+
+def _refuse(problems: Sequence[str], config: RunConfig | FineTuneConfig, world_size: int) -> None:
+    head = f"{config.source} does not fit {world_size} processes:"
+    if len(problems) == 1:
+        raise ConfigError(f"{head} {problems[0]}")
+    if problems:
+        raise ConfigError("\n".join([head, *(f"  {problem}" for problem in problems)]))
+
+
+def smallest_world_size(config: RunConfig | FineTuneConfig) -> int:
     """Processes the configuration needs; a data_parallel_size of ``auto`` counts as 1."""
     parallel = config.parallel
     replicas = 1 if parallel.data_parallel_size == AUTO else parallel.data_parallel_size
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * replicas
 
 
-def _data_parallel_size(config: RunConfig, world_size: int, problems: list[str]) -> int | None:
+def _data_parallel_size(
+    config: RunConfig | FineTuneConfig, world_size: int, problems: list[str]
+) -> int | None:
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     sizes = f"parallel.tensor_parallel_size = {tensor} x pipeline_parallel_size = {pipeline}"

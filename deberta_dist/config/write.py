@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.config.deepspeed_json import BATCH_KEYS
+from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import AUTO, RunConfig
 
 TOML_NAME = "run_config.toml"
 JSON_NAME = "deepspeed.json"
 
 
-def write_resolved(config: RunConfig, ds: Mapping[str, Any], directory: str | os.PathLike[str]) -> tuple[Path, Path]:
+def write_resolved(
+    config: RunConfig | FineTuneConfig, ds: Mapping[str, Any], directory: str | os.PathLike[str]
+) -> tuple[Path, Path]:
     """Writes ``run_config.toml`` and ``deepspeed.json``; one process calls it.
 
     Args:
@@ -37,7 +40,7 @@ def write_resolved(config: RunConfig, ds: Mapping[str, Any], directory: str | os
     return toml, json_file
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: RunConfig | FineTuneConfig) -> str:
     """The configuration as TOML that ``load_config`` reads back to the same values."""
     lines = ["# Written by the run itself: every default and derived size in full.", f"# Read from {config.source!r}."]
     for section, table in config.model_dump(exclude_none=True).items():

@@ -11,6 +11,7 @@ import torch
 
 from deberta_dist.config import Parallel
 from deberta_dist.flat_layout import FlatLayout, lay_out
+from deberta_dist.models.classification import DebertaForSequenceClassification
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
@@ -126,6 +127,42 @@ def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlop
         names_by_rank=tuple(names_by_rank),
         full_shapes={name: tuple(p.shape) for name, p in meta_model(config).named_parameters()},
     )
+
+
+def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int) -> Layout:
+    """Lays a classifier out: one stage, cut over tensor-parallel ranks.
+
+    Args:
+        config: The model.
+        num_outputs: Rows of the classifier.
+        tensor_parallel_size: Ranks that share every layer.
+
+    Raises:
+        ConfigError: heads or features do not divide.
+    """
+    check_split(
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    shapes = {name: tuple(p.shape) for name, p in meta_classifier(config, num_outputs=num_outputs).named_parameters()}
+    return Layout(
+        config=config,
+        tensor_parallel_size=tensor_parallel_size,
+        stages=(range(config.num_hidden_layers),),
+        stages_by_rank=((0,),),
+        names_by_rank=(tuple(shapes),),
+        full_shapes=shapes,
+    )
+
+
+def meta_classifier(config: DebertaConfig, *, num_outputs: int) -> DebertaForSequenceClassification:
+    """The whole classifier without any memory, and without the positions that only a mask decoder adds."""
+    with without_memory():
+        model = DebertaForSequenceClassification(config, num_labels=num_outputs)
+    if not config.position_biased_input:
+        model.deberta.embeddings.position_embeddings = None
+    return model
 
 
 def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:

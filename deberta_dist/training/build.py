@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deberta_dist.checkpoint.slices import shard_parts
-from deberta_dist.config import RunConfig, precision
+from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
 from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
@@ -43,7 +43,7 @@ class TrainingParts:
     runner: PipelineRunner
 
 
-def mesh_shape(config: RunConfig) -> MeshShape:
+def mesh_shape(config: RunConfig | FineTuneConfig) -> MeshShape:
     """The grid that a resolved configuration asks for."""
     parallel = config.parallel
     return MeshShape(
@@ -71,34 +71,16 @@ def build(
         shards: This rank's part of every flat parameter to start with; by default initial values, which are a
             function of (seed, name) alone.
     """
-    here, shape = mesh.coordinate, mesh.shape
-    dtype = DTYPES[precision(deepspeed_config)]
+    here = mesh.coordinate
     if shards is None:
         shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))
 
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
     model.keep_layers(layout.layers_of_rank(here.pipeline))
-    apply_plan(
-        model,
-        vocab_size=layout.config.vocab_size,
-        rank=here.tensor,
-        size=shape.tensor,
-        group=mesh.groups["tensor"],
+    sharded_model = build_sharded_model(
+        model, layout=layout, optimizer=config.optimizer, deepspeed_config=deepspeed_config, mesh=mesh, shards=shards
     )
-
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    store = WeightStore(
-        shards,
-        layout=own_flat_layout(layout, mesh=mesh),
-        make_optimizer=lambda flats: make_optimizer(flats, settings=config.optimizer),
-        deepspeed_config=deepspeed_config,
-        mesh=mesh,
-        dtype=dtype,
-    )
-    make_tie_groups(layout.ties, mesh=mesh)
-    ties = TiedWeights(layout.ties, mesh=mesh, shapes=shapes, dtype=dtype)
-    sharded_model = ShardedModel(model, store=store, ties=ties, device=mesh.device)
 
     runner = PipelineRunner(
         model,
@@ -109,9 +91,51 @@ def build(
         num_micro_batches=config.training.num_micro_batches,
         micro_batch_shape=(config.training.micro_batch_size, config.data.max_seq_length),
         hidden_size=layout.config.hidden_size,
-        dtype=dtype,
+        dtype=DTYPES[precision(deepspeed_config)],
     )
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
+
+
+def build_sharded_model(
+    model: nn.Module,
+    *,
+    layout: Layout,
+    optimizer: Optimizer,
+    deepspeed_config: dict[str, Any],
+    mesh: Mesh,
+    shards: Sequence[Tensor],
+) -> ShardedModel:
+    """Splits a model by the tensor-parallel plan and puts its weights into a store. Collective.
+
+    Args:
+        model: This rank's layers, on the meta device.
+        layout: Who holds what.
+        optimizer: ``[optimizer]`` of the run.
+        deepspeed_config: Filled-in DeepSpeed JSON.
+        mesh: The grid.
+        shards: This rank's part of every flat parameter to start with.
+    """
+    here, shape = mesh.coordinate, mesh.shape
+    dtype = DTYPES[precision(deepspeed_config)]
+    apply_plan(
+        model,
+        vocab_size=layout.config.vocab_size,
+        rank=here.tensor,
+        size=shape.tensor,
+        group=mesh.groups["tensor"],
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    store = WeightStore(
+        shards,
+        layout=own_flat_layout(layout, mesh=mesh),
+        make_optimizer=lambda flats: make_optimizer(flats, settings=optimizer),
+        deepspeed_config=deepspeed_config,
+        mesh=mesh,
+        dtype=dtype,
+    )
+    make_tie_groups(layout.ties, mesh=mesh)
+    ties = TiedWeights(layout.ties, mesh=mesh, shapes=shapes, dtype=dtype)
+    return ShardedModel(model, store=store, ties=ties, device=mesh.device)
 
 
 def own_flat_layout(layout: Layout, *, mesh: Mesh) -> FlatLayout:

@@ -15,6 +15,7 @@ from deberta_dist.mesh import Mesh
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.pipeline_parallel.runner import MicroBatches
 from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.step import optimizer_step, world_totals
 
 
 @dataclass(frozen=True)
@@ -74,48 +75,33 @@ class Trainer:
             step: Number of the step, from 0.
             learning_rate: For this step.
         """
-        model, mesh = self.parts.sharded_model, self._mesh
+        mesh = self._mesh
         micro_batches = self._micro_batches(batch, dropout_keys=self._dropout_keys(step))
         num_targets = (micro_batches.labels > 0).sum()
         dist.all_reduce(num_targets, group=mesh.groups["data"])
-        loss_scale = model.store.loss_scale
-
-        model.gather(with_gradients=True)
-        # DeepSpeed averages gradients over the data axis; the loss is a mean over the targets of all of it.
-        scale = loss_scale * mesh.shape.data / num_targets.clamp(min=1)
-        sums = self.parts.runner.forward_backward(micro_batches, loss_scale=scale)
-        model.collect_gradients()
-        is_finite = model.store.gradients_are_finite()
-        totals = self._world_totals(sums, not_finite=~is_finite)
-        loss = float(totals[0] / totals[2].clamp(min=1))
-        if totals[3] > 0:
-            model.skip()
-            return StepResult(loss=loss, grad_norm=None, num_targets=int(totals[2]))
-        grad_norm = model.step(learning_rate=learning_rate, loss_scale=loss_scale)
-        return StepResult(loss=loss, grad_norm=grad_norm, num_targets=int(totals[2]))
+        sums, grad_norm = optimizer_step(
+            self.parts.sharded_model,
+            mesh=mesh,
+            count=num_targets,
+            learning_rate=learning_rate,
+            forward_backward=lambda scale: self.parts.runner.forward_backward(micro_batches, loss_scale=scale),
+        )
+        return StepResult(loss=float(sums[0] / sums[2].clamp(min=1)), grad_norm=grad_norm, num_targets=int(sums[2]))
 
     def evaluate(self, batches: list[Batch]) -> EvaluationResult:
         """Forward passes without dropout over this data-parallel rank's batches. Collective."""
         model = self.parts.sharded_model
         model.gather(with_gradients=False)
-        totals = torch.zeros(4, dtype=torch.float64, device=self._mesh.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
             keys = torch.zeros(self.parts.runner.num_micro_batches, dtype=torch.int64)
             sums = self.parts.runner.evaluate(self._micro_batches(batch, dropout_keys=keys))
-            totals += self._world_totals(sums, not_finite=torch.zeros((), device=sums.device))
+            totals += world_totals(sums, mesh=self._mesh)
         model.release()
-        loss, correct, num_targets, _ = totals.tolist()
+        loss, correct, num_targets = totals.tolist()
         return EvaluationResult(
             loss=loss / max(num_targets, 1), accuracy=correct / max(num_targets, 1), num_targets=int(num_targets)
         )
-
-    def _world_totals(self, sums: Tensor, *, not_finite: Tensor) -> Tensor:
-        """Float64 [4]: loss sum, correct targets, targets, ranks with a non-finite gradient."""
-        totals = torch.cat([sums.double(), not_finite.double().reshape(1)])
-        if self._mesh.coordinate.tensor > 0:
-            totals[:3] = 0  # all tensor-parallel ranks computed the same sums
-        dist.all_reduce(totals)
-        return totals
 
     def _dropout_keys(self, step: int) -> Tensor:
         """Keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""

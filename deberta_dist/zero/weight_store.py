@@ -1,18 +1,4 @@
-"""The weight store: what a rank owns of its stage, sharded by DeepSpeed's ZeRO stage 3. The only door to deepspeed.
-
-DeepSpeed's ZeRO-3 gathers weights and reduces gradients in every micro-batch, which is why its own pipeline
-engine refuses it. Here the two are kept apart in time. The engine's model is not the transformer but a
-store of flat parameters, and it is met twice per optimizer step, however many micro-batches there are:
-
-    gather     all-gather the flat weights of the stage over the data-parallel group (once)
-               ... all micro-batches run on plain modules whose parameters are views of the gathered weights,
-               ... their gradients accumulating in float32 views of one flat buffer
-    hand_over  the accumulated gradient goes through one ``engine.backward`` (one reduce-scatter), then
-               ``engine.step`` does norm, clipping, loss scale, master weights, offload and Adam
-
-The weights stay gathered from the first meeting to the second, so the engine's own hooks find them present
-and gather nothing again.
-"""
+"""The weight store: what a rank owns of its stage, sharded by DeepSpeed's ZeRO stage 3."""
 
 import logging
 import os
@@ -26,59 +12,9 @@ from torch import Tensor, nn
 
 from deberta_dist.flat_layout import FlatLayout, ShardState
 from deberta_dist.mesh import Mesh
+from deberta_dist.zero.flat_module import FlatModule, ModelParallelUnit
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-class _Surrogate(torch.autograd.Function):
-    """A zero whose gradient with respect to the weight is a given tensor: how gradients enter ZeRO-3."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
-        ctx.gradient, ctx.inverse_scale, ctx.dtype = gradient, inverse_scale, weight.dtype
-        return torch.zeros((), dtype=torch.float32, device=weight.device)
-
-    @staticmethod
-    def backward(ctx, outer: Tensor):
-        # ``outer`` is the engine's loss scale; ``inverse_scale`` takes off the one the pipeline ran with.
-        return (ctx.gradient * (outer.float() * ctx.inverse_scale)).to(ctx.dtype), None, None
-
-
-class _Store(nn.Module):
-    """Flat 1-D parameters and nothing else: the model that DeepSpeed sees."""
-
-    def __init__(self, flats: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.flats = nn.ParameterList([nn.Parameter(flat) for flat in flats])
-
-    def forward(self, gradients: Sequence[Tensor], inverse_scale: float) -> Tensor:
-        terms = [_Surrogate.apply(p, g, inverse_scale) for p, g in zip(self.flats, gradients, strict=True)]
-        return torch.stack(terms).sum()
-
-
-class _ModelParallelUnit:
-    """The ``mpu`` object DeepSpeed asks about its groups."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank(self._mesh.groups["model"])
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._mesh.groups["model"])
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.groups["model"]
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.coordinate.data
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.shape.data
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._mesh.groups["data"]
 
 
 class WeightStore:
@@ -107,13 +43,13 @@ class WeightStore:
         self.layout = layout
         self.dtype = dtype
         self._mesh = mesh
-        store = _Store([flat.to(dtype) for flat in self._all_gather(shards)])
+        store = FlatModule([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
             # Every flat parameter is owned by this rank alone: without the mark DeepSpeed's norm skips it.
             parameter.model_parallel = True
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
-            model=store, optimizer=optimizer, config=deepspeed_config, mpu=_ModelParallelUnit(mesh)
+            model=store, optimizer=optimizer, config=deepspeed_config, mpu=ModelParallelUnit(mesh)
         )
         self._parameters = list(store.parameters())
         if dtype != torch.float32:
@@ -203,6 +139,23 @@ class WeightStore:
         return shards
 
     @torch.no_grad()
+    def copy_weights(self) -> list[Tensor]:
+        """Host copies of this rank's shard of every flat parameter's master weights, float32."""
+        return [flat.detach().to("cpu", torch.float32, copy=True) for flat, _ in self._flat_states()]
+
+    @torch.no_grad()
+    def load_weights(self, shards: Sequence[Tensor]) -> None:
+        """Sets the weights to what ``copy_weights`` gave; moments stay. Collective over the data-parallel group."""
+        self._set_master_weights(shards)
+        with self._gathered_parameters(modifier_rank=0):
+            for parameter, flat in zip(self._parameters, self._all_gather(shards), strict=True):
+                parameter.data.copy_(flat)
+
+    def close(self) -> None:
+        """Lets DeepSpeed go of its hooks and buffers; the store cannot be used after it."""
+        self._engine.destroy()
+
+    @torch.no_grad()
     def load_moments(self, shards: Sequence[ShardState], *, optimizer_steps: int) -> None:
         """Sets this rank's moments; the weights came in as ``shards``. Before the first step.
 
@@ -276,10 +229,10 @@ class WeightStore:
         for parameter, shard in zip(self._parameters, shards, strict=True):
             safe_set_local_fp32_param(parameter, shard.to(self._mesh.device))
 
-    def _gathered_parameters(self) -> Any:
+    def _gathered_parameters(self, *, modifier_rank: int | None = None) -> Any:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        return GatheredParameters(self._parameters)
+        return GatheredParameters(self._parameters, modifier_rank=modifier_rank)
 
 
 def import_deepspeed() -> Any:

@@ -1,0 +1,131 @@
+"""The words of a fine-tuning TOML; tables that pre-training has as well are the same.
+
+A recipe (``launchers/finetune_recipes/``) sets any of them per task; the command line comes last.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from deberta_dist.config.schema import (
+    Count,
+    CountOrNone,
+    Fraction,
+    NotNegative,
+    Optimizer,
+    Parallel,
+    Positive,
+    Run,
+    Schedule,
+    Section,
+)
+
+
+class TaskData(Section):
+    """``[data]``: how rows become sequences (``deberta_dist/tasks/encoding.py``)."""
+
+    max_seq_length: Annotated[int, Field(ge=16)] = 256
+    """Tokens per sequence, [CLS] and [SEP] included."""
+    window_overlap: CountOrNone = 64
+    """Tokens that neighbouring windows of a long passage share; at most a quarter of max_seq_length."""
+    max_windows: Count = 4
+    """Windows of a passage at most; a longer one is read with gaps."""
+    max_train_choices: Annotated[int, Field(ge=2)] = 8
+    """Candidates of a ReCoRD query that training compares, a right one among them; predictions compare all."""
+
+    @model_validator(mode="after")
+    def _windows_advance(self) -> Self:
+        if self.window_overlap > self.max_seq_length // 4:
+            raise ValueError(
+                f"data.window_overlap = {self.window_overlap} is more than a quarter of data.max_seq_length = "
+                f"{self.max_seq_length}"
+            )
+        return self
+
+
+class FineTuning(Section):
+    """``[training]``: batch sizes, length of the run, where it starts."""
+
+    epochs: Positive
+    """Passes over the training rows; the last may be a part of one."""
+    global_batch_size: Count
+    """Decisions (rows, answers, queries) per optimizer step over all ranks."""
+    micro_batch_size: Count = 8
+    """Decisions that a rank computes at once; a COPA row is two sequences, a long passage one per window."""
+    seed: CountOrNone = 42
+    """Decides a new classifier, order of the rows and dropout; further seeds count on from here."""
+    seeds: Count = 1
+    """Runs of every task, each with its own seed."""
+    classifier_dropout: Fraction | None = None
+    """Dropout before the classifier; absent = the checkpoint's."""
+    start: Literal["init", "intermediate"] = "init"
+    """``intermediate``: where --intermediate is given, start from the model that it made."""
+    recompute: Literal["none", "full", "selective"] = "none"
+    """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    log_every_steps: Count = 10
+    """Optimizer steps between two lines of metrics."""
+
+
+class TaskEvaluation(Section):
+    """``[evaluation]``: scores on the validation split while training; the best weights are kept."""
+
+    per_epoch: Count = 1
+    """Evaluations per epoch; one more follows the last step."""
+    batch_size: Count = 32
+    """Sequences per forward pass of a rank."""
+
+
+class SiftSection(Section):
+    """``[sift]``: adversarial training (``deberta_dist/training/sift.py``); defaults are the published code's."""
+
+    enabled: bool = False
+    """``--sift`` on the command line is the same as true."""
+    step_size: NotNegative = 1e-4
+    """Step of the perturbation, in units of normalised embeddings (standard deviation 1)."""
+    noise: NotNegative = 1e-2
+    """Standard deviation of the initial perturbation."""
+    num_steps: Count = 1
+    """Inner passes."""
+    weight: NotNegative = 5.0
+    """Of the adversarial loss beside the task's."""
+    loss: Literal["symmetric_kl", "kl", "mse"] = "symmetric_kl"
+    """Between clean and perturbed predictions."""
+    same_dropout: bool = False
+    """One dropout mask for all passes instead of one each."""
+
+
+class FineTuneRun(Run):
+    """``[run]``: where the run writes and how DeepSpeed runs it."""
+
+    keep_weights: bool = True
+    """Write the best weights of every task and seed (float32, published names)."""
+
+
+class FineTuneConfig(Section):
+    """Everything a fine-tuning TOML says for one task. ``source`` names the file in messages."""
+
+    data: TaskData = TaskData()
+    training: FineTuning
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    evaluation: TaskEvaluation = TaskEvaluation()
+    sift: SiftSection = SiftSection()
+    parallel: Parallel = Parallel()
+    run: FineTuneRun
+
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> str:
+        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
+        return str(self._source) if self._source else "configuration"
+
+    @model_validator(mode="after")
+    def _no_pipeline(self) -> Self:
+        if self.parallel.pipeline_parallel_size != 1 or self.parallel.stages_per_rank != 1:
+            raise ValueError(
+                f"parallel.pipeline_parallel_size = {self.parallel.pipeline_parallel_size} must be 1: fine-tuning has "
+                "tensor and data parallelism"
+            )
+        return self

@@ -1,0 +1,68 @@
+"""TOML files as they stand: a run's own, and files of recipes with one table per task."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deberta_dist.errors import ConfigError
+
+MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
+
+Tables = dict[str, Any]
+
+
+class Recipe(NamedTuple):
+    """Values that take the place of a TOML's: the file and table they stand in, and key by section."""
+
+    path: Path
+    name: str
+    sections: Mapping[str, Any]
+
+
+def read_recipes(path: Path, name: str, *, known: Sequence[str]) -> list[Recipe]:
+    """What a file of recipes says for one name: its table ``default``, then the name's own.
+
+    Args:
+        path: A TOML with a table per name, and in each the sections of a run's TOML.
+        name: One of ``known``.
+        known: Names that may have a table.
+
+    Raises:
+        ConfigError: The file cannot be read, has an unknown table or none for the name.
+    """
+    tables = read_toml(path)
+    if odd := [table for table in tables if table not in ("default", *known)]:
+        near = difflib.get_close_matches(odd[0], known, n=1)
+        hint = f"; did you mean [{near[0]}]?" if near else f"; known are default, {', '.join(known)}"
+        raise ConfigError(f"{path}: unknown table [{odd[0]}]{hint}")
+    if name not in tables:
+        raise ConfigError(f"{path} has no recipe [{name}]; it has {', '.join(tables)}")
+    recipes = []
+    for table in ("default", name):
+        sections = tables.get(table, {})
+        if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+            raise ConfigError(f"{path}: [{table}] must hold sections, such as training.epochs = 3")
+        recipes.append(Recipe(path, table, sections))
+    return recipes
+
+
+def read_toml(path: Path) -> Tables:
+    """A TOML file.
+
+    Raises:
+        ConfigError: It cannot be read, or is none.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); current directory: {Path.cwd()}") from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # tomllib's own words for a key given twice
+        words = str(error).replace("Cannot overwrite a value", "A key is given twice")
+        raise ConfigError(f"{path}: not valid TOML: {words}") from None
