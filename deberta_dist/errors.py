@@ -29,6 +29,12 @@ class DataError(DebertaDistError, ValueError):
     exit_code = 65
 
 
+class DivergedError(DebertaDistError):
+    """Gradients stayed non-finite; the run cannot go on."""
+
+    exit_code = 76
+
+
 def printable(name: str) -> str:
     """A name out of a file as it can be printed: it may be long, or hold line ends or a terminal's commands."""
     return name[:200] if name.isprintable() else ascii(name[:200])

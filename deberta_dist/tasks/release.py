@@ -4,6 +4,7 @@ What a split asks for is a set of *decisions*, one per row, per answer (MultiRC)
 made of the data's own idx. Predictions, scores and submissions meet in these keys and never in the order of lines.
 """
 
+import hashlib
 import json
 import re
 import zipfile
@@ -42,6 +43,7 @@ class Split:
         task: Its task.
         name: train, val or test.
         where: The file, for messages.
+        sha256: Of its content.
         rows: Its rows as they stand there.
         decisions: By key, in the file's order.
     """
@@ -49,6 +51,7 @@ class Split:
     task: Task
     name: str
     where: str
+    sha256: str
     rows: tuple[Mapping[str, Any], ...] = field(repr=False)
     decisions: Mapping[Key, Decision] = field(repr=False)
 
@@ -129,7 +132,8 @@ class Release:
             rows.append(row)
         if not rows:
             raise DataError(f"{where} is empty")
-        return Split(task=task, name=split, where=where, rows=tuple(rows), decisions=decisions)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Split(task=task, name=split, where=where, sha256=sha256, rows=tuple(rows), decisions=decisions)
 
 
 def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:

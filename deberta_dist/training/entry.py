@@ -49,7 +49,12 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def start(
-    run: Callable[[Path, Sequence[str]], None], launcher: Path, arguments: Sequence[str] | None, *, help_text: str
+    run: Callable[[Path, Sequence[str]], None],
+    launcher: Path,
+    arguments: Sequence[str] | None,
+    *,
+    help_text: str,
+    goes_on: str,
 ) -> None:
     """Runs a launcher and ends the process where something goes wrong.
 
@@ -58,10 +63,11 @@ def start(
         launcher: Its path.
         arguments: Command line; ``sys.argv[1:]`` by default.
         help_text: For ``--help``.
+        goes_on: From where the same command goes on after an interrupt.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
-        print(f"{help_text}\nKeys and their meaning: deberta_dist/config/schema.py")
+        print(help_text)
         return
     is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -78,7 +84,7 @@ def start(
         _leave(74)
     except KeyboardInterrupt:
         if is_speaker:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print(f"interrupted; the same command goes on {goes_on}", file=sys.stderr, flush=True)
         _leave(130)
     except Exception:
         traceback.print_exc()

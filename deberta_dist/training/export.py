@@ -18,23 +18,24 @@ from torch import Tensor
 from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.mesh import Coordinate, Mesh
+from deberta_dist.planning.layout import Layout
 from deberta_dist.tensor_parallel import plan
 from deberta_dist.tensor_parallel.apply import join_slices
-from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.sharded_model import ShardedModel
 
 
 def gather_full_weights(
-    parts: TrainingParts, *, mesh: Mesh, owned: Mapping[str, Tensor] | None = None
+    model: ShardedModel, *, layout: Layout, mesh: Mesh, owned: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Full float32 tensors by published name on rank 0, nothing elsewhere. Collective.
 
     Args:
-        parts: This rank's parts.
+        model: This rank's weights.
+        layout: Who holds what.
         mesh: The grid.
         owned: This rank's owned tensors by name; by default its float32 master weights.
     """
-    owned = parts.sharded_model.store.master_weights() if owned is None else owned
-    layout = parts.layout
+    owned = model.store.master_weights() if owned is None else owned
     places = [(p, t) for p in range(mesh.shape.pipeline) for t in range(mesh.shape.tensor)]
     owned_by_place = {place: set(layout.owned(*place)) for place in places}
     full: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,13 +61,13 @@ class MetricsLog:
         self._first_step_ended: float | None = None
         self._done = 0
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Records one optimizer step."""
+    def step(self, metrics: StepMetrics, **more: float | None) -> None:
+        """Records one optimizer step, with further numbers for the file."""
         if self._first_step_ended is None:
             self._first_step_ended = time.monotonic()
         else:
             self._done += 1
-        self._write(asdict(metrics))
+        self._write({**asdict(metrics), **more})
         if metrics.skipped:
             self.say(
                 f"step {metrics.step}: skipped on every rank, a gradient was not finite "
@@ -79,6 +80,12 @@ class MetricsLog:
         """Records an evaluation on held-out text."""
         self._write({"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_targets": num_targets})
         self.say(f"step {step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%} over {num_targets:,} masked tokens")
+
+    def scores(self, *, step: int, scores: Mapping[str, float], is_best: bool) -> None:
+        """Records the scores of a benchmark's validation split, percent."""
+        self._write({"step": step, **{f"valid_{name}": value for name, value in scores.items()}, "is_best": is_best})
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+        self.say(f"step {step}: validation {shown}{' (best so far)' if is_best else ''}")
 
     def checkpoint(
         self, *, step: int, path: Path, wait_seconds: float, copy_seconds: float, write_seconds: float

@@ -21,7 +21,7 @@ from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import Batch, Prefetcher
-from deberta_dist.errors import ConfigError, DebertaDistError
+from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
@@ -50,12 +50,6 @@ MAX_SKIPPED_IN_A_ROW = 50
 BATCHES_AHEAD = 2
 
 
-class DivergedError(DebertaDistError):
-    """Gradients stayed non-finite; the run cannot go on."""
-
-    exit_code = 76
-
-
 def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
     """Entry point of a launcher: runs it and ends the process with the right exit code.
 
@@ -63,7 +57,13 @@ def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
         launcher_file: Path of the launcher; its TOML has the same stem.
         arguments: Command line; ``sys.argv[1:]`` by default.
     """
-    start(_run, Path(launcher_file), arguments, help_text=__doc__)
+    start(
+        _run,
+        Path(launcher_file),
+        arguments,
+        help_text=f"{__doc__}\nKeys and their meaning: deberta_dist/config/schema.py",
+        goes_on="from the last checkpoint",
+    )
 
 
 def _run(launcher: Path, arguments: Sequence[str]) -> None:
@@ -112,7 +112,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
 
     result = train(trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, manifest=manifest)
 
-    weights = gather_full_weights(parts, mesh=mesh)
+    weights = gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh)
     if mesh.rank == 0:
         write_weights(
             weights,

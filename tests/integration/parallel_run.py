@@ -187,8 +187,12 @@ def train(case: Case) -> dict[str, Any]:
         history.append((result.loss, result.grad_norm))
     for name, gradient in gradients.items():
         dist.all_reduce(gradient, group=trainer._mesh.groups["data"])
-    weights = gather_full_weights(trainer.parts, mesh=trainer._mesh)
-    full_gradients = gather_full_weights(trainer.parts, mesh=trainer._mesh, owned=gradients)
+    weights = gather_full_weights(
+        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
+    )
+    full_gradients = gather_full_weights(
+        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh, owned=gradients
+    )
     return {
         "history": history,
         "weights": {n: w.numpy() for n, w in weights.items()},

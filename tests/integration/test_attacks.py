@@ -137,7 +137,9 @@ def train_and_look(case: Attack, look_after: tuple[int, ...]) -> dict[str, Any]:
         if step in look_after:
             looked = trainer.evaluate([own_batch(case, 100), own_batch(case, 101)])
             seen.append((looked.loss, looked.accuracy, looked.num_targets))
-    weights = gather_full_weights(trainer.parts, mesh=trainer._mesh)
+    weights = gather_full_weights(
+        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
+    )
     return {"history": history, "seen": seen, "weights": {n: w.numpy() for n, w in weights.items()}}
 
 

@@ -1,0 +1,164 @@
+"""Which rows a step trains on, in which micro-batches, and what they are as tensors.
+
+A step's decisions are cut into micro-batches first and these dealt to the data-parallel ranks: order, micro-batches and
+so dropout are the same however many ranks there are, and no number has to divide another.
+
+Letters: N sequences, S tokens, D decisions, C labels or choices.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deberta_dist.data.sampler import Permutation
+from deberta_dist.models.dropout import mix_key
+from deberta_dist.tasks.encoding import Example, Features, has_choices
+
+_LENGTH_MULTIPLE = 8  # tensor cores like it
+_NO_CHOICE = -1e9  # a logit whose probability is exactly 0, and finite
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Decisions of one micro-batch.
+
+    Attributes:
+        input_ids: int64 [N, S].
+        attention_mask: int64 [N, S].
+        token_type_ids: int64 [N, S]: 1 in a second segment.
+        slots: int64 [N]: which number of [D, C] a sequence scores (choices), or which decision (classes).
+        is_choice: bool [D, C]: false where a decision has fewer choices than another.
+        gold: bool [D, C].
+        has_choices: Whether a sequence scores one choice instead of all classes.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    slots: Tensor
+    is_choice: Tensor
+    gold: Tensor
+    has_choices: bool
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        """The same on a device."""
+        tensors = (self.input_ids, self.attention_mask, self.token_type_ids, self.slots, self.is_choice, self.gold)
+        return TaskBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.has_choices)
+
+    def decision_logits(self, logits: Tensor) -> Tensor:
+        """Logits of sequences [N, outputs] -> float32 of decisions [D, C], the mean over windows."""
+        decisions, width = self.is_choice.shape
+        slots = decisions * width if self.has_choices else decisions
+        counts = torch.bincount(self.slots, minlength=slots).clamp(min=1)
+        sums = torch.zeros(slots, logits.shape[-1], device=logits.device).index_add(0, self.slots, logits.float())
+        return (sums / counts[:, None]).view(decisions, width).masked_fill(~self.is_choice, _NO_CHOICE)
+
+
+def pad(sequences: Sequence[np.ndarray], *, pad_id: int, sep_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences side by side: input_ids, attention_mask and token_type_ids, int64 [N, S] each."""
+    longest = max(len(sequence) for sequence in sequences)
+    length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    ids = np.full((len(sequences), length), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    separators = (ids == sep_id).cumsum(axis=1) - (ids == sep_id)
+    return torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(separators.clip(max=1) * mask)
+
+
+def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], *, pad_id: int, sep_id: int) -> TaskBatch:
+    """Decisions as tensors.
+
+    Args:
+        features: Where they come from.
+        picks: Each with the choices to compare; a classification has choice 0 alone.
+        pad_id: Of the tokenizer.
+        sep_id: Of the tokenizer.
+    """
+    choices = has_choices(features.split.task)
+    # At least two: with a single number SiFT would take a decision for a regression.
+    width = max(2, *(len(chosen) for _, chosen in picks)) if choices else len(features.split.task.labels)
+    is_choice = np.zeros((len(picks), width), dtype=bool)
+    gold = np.zeros_like(is_choice)
+    rows: list[np.ndarray] = []
+    slots: list[int] = []
+    for number, (example, chosen) in enumerate(picks):
+        is_choice[number, : len(chosen) if choices else width] = True
+        gold[number, [chosen.index(i) for i in example.gold if i in chosen] if choices else list(example.gold)] = True
+        for place, choice in enumerate(chosen):
+            windows = features.sequences(example, choice)
+            rows += windows
+            slots += [number * width + place if choices else number] * len(windows)
+    ids, mask, types = pad(rows, pad_id=pad_id, sep_id=sep_id)
+    return TaskBatch(ids, mask, types, torch.tensor(slots), torch.from_numpy(is_choice), torch.from_numpy(gold), choices)
+
+
+class TrainingOrder:
+    """The decisions of every step.
+
+    Args:
+        features: Of the training split.
+        epochs: Passes, the last may be a part of one.
+        global_batch_size: Decisions per step.
+        micro_batch_size: Decisions per micro-batch.
+        max_choices: Candidates per query of ReCoRD.
+        seed: Decides order and candidates.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        *,
+        epochs: float,
+        global_batch_size: int,
+        micro_batch_size: int,
+        max_choices: int,
+        seed: int,
+    ) -> None:
+        # A query whose answer is no entity has nothing to learn from.
+        self._examples = [example for example in features.examples if example.gold]
+        self._batch, self._micro_batch = global_batch_size, micro_batch_size
+        self._max_choices, self._seed = max_choices, seed
+        self.num_decisions = max(1, round(epochs * len(self._examples)))
+        self.num_steps = math.ceil(self.num_decisions / global_batch_size)
+        self.steps_per_epoch = math.ceil(len(self._examples) / global_batch_size)
+
+    def micro_batches(self, step: int) -> list[list[tuple[Example, Sequence[int]]]]:
+        """All micro-batches of a step, each decision with the choices to compare."""
+        positions = range(step * self._batch, min((step + 1) * self._batch, self.num_decisions))
+        picks = [self._pick(position) for position in positions]
+        return [picks[start : start + self._micro_batch] for start in range(0, len(picks), self._micro_batch)]
+
+    def _pick(self, position: int) -> tuple[Example, Sequence[int]]:
+        epoch, index = divmod(position, len(self._examples))
+        number = _permutation(len(self._examples), self._seed, epoch)(index)
+        example = self._examples[number]
+        count = len(example.seconds)
+        if count <= self._max_choices:
+            return example, range(count)
+        draw = np.random.default_rng([self._seed, epoch, number])
+        right = int(draw.choice(example.gold))
+        wrong = [i for i in range(count) if i not in example.gold]
+        others = draw.choice(wrong, min(self._max_choices - 1, len(wrong)), replace=False)
+        return example, sorted([right, *map(int, others)])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> Permutation:
+    return Permutation(size, seed=seed, epoch=epoch)
+
+
+def dealt(count: int, *, rank: int, size: int) -> range:
+    """Numbers of the micro-batches that a data-parallel rank computes, of ``count``."""
+    return range(rank * count // size, (rank + 1) * count // size)
+
+
+def batch_key(seed: int, step: int, number: int) -> int:
+    """Dropout key of a micro-batch: of its number in the step, not of the rank that computes it."""
+    return mix_key(seed, step, number) >> 1

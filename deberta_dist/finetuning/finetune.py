@@ -1,0 +1,105 @@
+"""Fine-tuning on SuperGLUE: what the launcher's Python half calls.
+
+command line -> checkpoint, recipes, data, all checked -> process group -> for every task, for every seed:
+``run.run_task`` -> table of scores.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from deberta_dist.config import precision
+from deberta_dist.errors import ConfigError
+from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
+from deberta_dist.finetuning.folder import TaskFolder
+from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
+from deberta_dist.finetuning.run import identity, run_task
+from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
+from deberta_dist.mesh import discover_launch, make_mesh, start_process_group
+from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.training.build import mesh_shape
+from deberta_dist.training.entry import start as start_launcher
+
+
+def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the launcher: runs it and ends the process with the right exit code.
+
+    Args:
+        launcher_file: Path of the launcher; its TOML has the same stem.
+        arguments: Command line; ``sys.argv[1:]`` by default.
+    """
+    goes_on = "with the first task and seed that are not finished"
+    start_launcher(_run, Path(launcher_file), arguments, help_text=USAGE, goes_on=goes_on)
+
+
+def _run(launcher: Path, arguments: Sequence[str]) -> None:
+    parsed = parse(arguments)
+    launch = discover_launch()
+    if parsed.dry_run and launch.rank != 0:
+        return
+    start = open_starting_point(parsed.init, tokenizer=parsed.tokenizer, verify=launch.rank == 0)
+    world_size = (parsed.world_size or 0) if parsed.dry_run else launch.world_size
+    plans = make_plans(parsed, toml=launcher.with_suffix(".toml"), start=start, world_size=world_size)
+    if parsed.dry_run:
+        print(describe(plans, start=start))
+        return
+    if any(precision(plan.deepspeed) == "fp16" for plan in plans) and not torch.cuda.is_available():
+        raise ConfigError(
+            f"run.deepspeed = {plans[0].config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
+        )
+    left = _unfinished(plans, parsed, start=start)
+    if launch.rank == 0:
+        print(describe(plans, start=start), flush=True)
+    if left:
+        _run_all(left, parsed, start=start, plans=plans)
+    elif launch.rank == 0:
+        print(f"{plans[0].config.run.directory}: everything is finished already", flush=True)
+
+
+def _through_mnli(plan: TaskPlan, arguments: Arguments) -> bool:
+    return arguments.intermediate and plan.starts_from_intermediate
+
+
+def _folder(plan: TaskPlan, seed: int) -> TaskFolder:
+    return TaskFolder(plan.config.run.directory, plan.task, seed)
+
+
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint) -> list[tuple[TaskPlan, int]]:
+    """What is left to do, in order; raises ConfigError where a folder holds another run."""
+    return [
+        (plan, seed)
+        for plan in plans
+        for seed in plan.seeds
+        if not _folder(plan, seed).is_done(identity(plan, start=start, intermediate=_through_mnli(plan, arguments)))
+    ]
+
+
+def _run_all(
+    left: Sequence[tuple[TaskPlan, int]], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]
+) -> None:
+    config = plans[0].config
+    is_writer = discover_launch().rank == 0
+    if is_writer:
+        _folder(*left[0]).begin()  # whoever works there is found before the ranks meet
+    device = start_process_group(timeout_minutes=config.run.timeout_minutes)
+    mesh = make_mesh(mesh_shape(config), device=device)
+    from_mnli: StartingPoint | None = None
+    for number, (plan, seed) in enumerate(left):
+        folder = _folder(plan, seed)
+        if is_writer and number:
+            folder.begin()
+        through_mnli = _through_mnli(plan, arguments)
+        if through_mnli and from_mnli is None:
+            mnli = next(plan for plan in plans if plan.task is MNLI)
+            from_mnli = open_starting_point(_folder(mnli, mnli.seeds[0]).weights, tokenizer=None, verify=False)
+        run_task(
+            plan,
+            seed,
+            start=from_mnli if through_mnli else start,
+            mesh=mesh,
+            folder=folder,
+            made_from=identity(plan, start=start, intermediate=through_mnli),
+        )
+    dist.destroy_process_group()

@@ -1,0 +1,180 @@
+"""One optimizer step of fine-tuning, with or without SiFT, and predictions for a split."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
+from deberta_dist.mesh import Mesh
+from deberta_dist.tasks.encoding import Example, Features, has_choices, num_outputs
+from deberta_dist.tasks.predictions import Probabilities
+from deberta_dist.training.sharded_model import ShardedModel
+from deberta_dist.training.sift import Sift, SiftSettings
+from deberta_dist.training.step import optimizer_step
+
+# Decisions whose sequences are in memory at once while predicting.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class FineTuneResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: Task loss, mean over the step's decisions (nats), before the update.
+        sift_loss: Adversarial loss, likewise and unweighted; None without SiFT.
+        accuracy: Share of decisions whose best label is a right one.
+        grad_norm: Global norm before clipping; None when the step was skipped.
+        num_tokens: Read by the step, over all ranks, padding left out.
+    """
+
+    loss: float
+    sift_loss: float | None
+    accuracy: float
+    grad_norm: float | None
+    num_tokens: int
+
+
+class FineTuner:
+    """Drives one rank's classifier.
+
+    Args:
+        model: This rank's weights.
+        mesh: The grid.
+        sift: How to perturb; None for plain fine-tuning.
+        seed: Of dropout and perturbations.
+        pad_id: Of the tokenizer.
+        sep_id: Of the tokenizer.
+    """
+
+    def __init__(
+        self, model: ShardedModel, *, mesh: Mesh, sift: SiftSettings | None, seed: int, pad_id: int, sep_id: int
+    ) -> None:
+        self.model = model
+        self._mesh, self._seed = mesh, seed
+        self._pad_id, self._sep_id = pad_id, sep_id
+        self._weight = 0.0 if sift is None else sift.weight
+        self._sift = None if sift is None else Sift(model.model.deberta.embeddings.LayerNorm, sift)
+        self._has_types = model.model.config.type_vocab_size > 1
+
+    def step(
+        self, batches: Iterable[tuple[int, TaskBatch]], *, num_decisions: int, step: int, learning_rate: float
+    ) -> FineTuneResult:
+        """One optimizer step. Collective.
+
+        Args:
+            batches: This data-parallel rank's micro-batches with their numbers in the step.
+            num_decisions: Of the step, over all ranks.
+            step: Number of the step, from 0.
+            learning_rate: For this step.
+        """
+        loss_scale = self.model.store.loss_scale
+
+        def forward_backward(scale: Tensor) -> Tensor:
+            self.model.model.train()
+            sums = torch.zeros(4, device=self._mesh.device)
+            for number, batch in batches:
+                key = batch_key(self._seed, step, number)
+                sums += self._one(batch.to(self._mesh.device), key=key, scale=scale, loss_scale=loss_scale)
+            return sums
+
+        count = torch.tensor(num_decisions, device=self._mesh.device)
+        totals, grad_norm = optimizer_step(
+            self.model, mesh=self._mesh, count=count, learning_rate=learning_rate, forward_backward=forward_backward
+        )
+        loss, sift_loss, correct, _ = (totals / num_decisions).tolist()
+        return FineTuneResult(loss, None if self._sift is None else sift_loss, correct, grad_norm, int(totals[3]))
+
+    def _one(self, batch: TaskBatch, *, key: int, scale: Tensor, loss_scale: float) -> Tensor:
+        """Gradients of one micro-batch; returns its sums of losses, adversarial losses, right answers, tokens."""
+
+        def forward(dropout_key: int | None) -> Tensor:
+            return self._logits(batch, dropout_key=dropout_key)
+
+        if self._sift is None:
+            logits = forward(key)
+            adversarial = torch.zeros(len(logits), device=logits.device)
+        else:
+            logits, adversarial = self._sift.passes(forward, key=key, loss_scale=loss_scale)
+        losses = decision_loss(logits, batch.gold)
+        ((losses.sum() + self._weight * adversarial.sum()) * scale).backward()
+        correct = batch.gold.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
+        tokens = batch.attention_mask.sum()
+        return torch.stack([losses.detach().sum(), adversarial.detach().sum(), correct.float(), tokens.float()])
+
+    def _logits(self, batch: TaskBatch, *, dropout_key: int | None) -> Tensor:
+        """Float32 [D, C]."""
+        logits = self.model.model(
+            batch.input_ids,
+            batch.attention_mask,
+            token_type_ids=batch.token_type_ids if self._has_types else None,
+            dropout_key=dropout_key,
+        ).logits
+        return batch.decision_logits(logits)
+
+    def predict(self, features: Features, *, batch_size: int) -> Probabilities:
+        """Probabilities of every decision of a split, equal on all ranks of a tensor-parallel group's data axis. Collective.
+
+        Args:
+            features: The split.
+            batch_size: Sequences per forward pass of a rank; sequences of like length meet in one.
+        """
+        self.model.gather(with_gradients=False)
+        self.model.model.eval()
+        found: dict = {}
+        with torch.no_grad():
+            for start in range(0, len(features.examples), _CHUNK):
+                found |= self._predict(features, features.examples[start : start + _CHUNK], batch_size=batch_size)
+        self.model.release()
+        return found
+
+    def _predict(self, features: Features, examples: Sequence[Example], *, batch_size: int) -> Probabilities:
+        task = features.split.task
+        rows: list[np.ndarray] = []
+        owners: list[tuple[int, int]] = []
+        for number, example in enumerate(examples):
+            for choice in range(len(example.seconds)):
+                windows = features.sequences(example, choice)
+                rows += windows
+                owners += [(number, choice)] * len(windows)
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        # Every rank fills its rows of one table and the sum over ranks adds zeros: the same bits however many there are.
+        logits = torch.zeros(len(rows), num_outputs(task), device=self._mesh.device)
+        shape, here = self._mesh.shape, self._mesh.coordinate
+        for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
+            own = order[batch : batch + batch_size]
+            ids, mask, types = (
+                tensor.to(self._mesh.device)
+                for tensor in pad([rows[row] for row in own], pad_id=self._pad_id, sep_id=self._sep_id)
+            )
+            output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
+            logits[own] = output.logits.float()
+        dist.all_reduce(logits, group=self._mesh.groups["data"])
+        return _probabilities(features, examples, logits.double().cpu().numpy(), owners)
+
+
+def decision_loss(logits: Tensor, gold: Tensor) -> Tensor:
+    """Cross entropy [D] of logits [D, C]: minus the log of the probability that the right ones have together."""
+    return logits.logsumexp(dim=1) - logits.masked_fill(~gold, float("-inf")).logsumexp(dim=1)
+
+
+def _probabilities(
+    features: Features, examples: Sequence[Example], logits: np.ndarray, owners: Sequence[tuple[int, int]]
+) -> Probabilities:
+    """Means over windows, then a softmax over labels or choices, in float64."""
+    choices = has_choices(features.split.task)
+    sums: list[dict[int, list[np.ndarray]]] = [{} for _ in examples]
+    for row, (number, choice) in zip(logits, owners, strict=True):
+        sums[number].setdefault(choice, []).append(row)
+    found = {}
+    for example, by_choice in zip(examples, sums, strict=True):
+        means = [np.mean(by_choice[choice], axis=0) for choice in range(len(example.seconds))]
+        scores = np.concatenate(means) if choices else means[0]
+        weights = np.exp(scores - scores.max())
+        labels = features.split.decisions[example.key].labels
+        found[example.key] = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
+    return found

@@ -1,0 +1,222 @@
+"""What will be fine-tuned, with every setting, checked against data and checkpoint before any process group exists."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.config import FineTuneConfig, deepspeed_config, load_config, read_recipes, resolve_finetuning
+from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
+from deberta_dist.finetuning.batches import TrainingOrder
+from deberta_dist.finetuning.starting_point import StartingPoint
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.planning.layout import Layout, classifier_layout
+from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
+from deberta_dist.tasks.mnli import MNLI, read_mnli
+from deberta_dist.tasks.registry import TASKS, Task
+from deberta_dist.tasks.release import Release
+from deberta_dist.training.sift import SiftSettings
+
+RECIPES = "finetune_recipes"
+# Smallest hidden size -> file of recipes; the paper's ranges are for three sizes, the last is the demo's.
+_SIZES = ((1536, "1.5b"), (1024, "large"), (384, "base"), (0, "tiny"))
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task, ready to be trained with any of its seeds.
+
+    Attributes:
+        task: The task.
+        config: Its settings, resolved.
+        deepspeed: Filled-in DeepSpeed JSON.
+        model_config: The model.
+        layout: Who holds what.
+        features: By split: train, val, and test where the task is SuperGLUE's.
+        diagnostics: Test features of the diagnostics that this task's model answers.
+        recipe: File that its recipe is from.
+    """
+
+    task: Task
+    config: FineTuneConfig
+    deepspeed: dict[str, Any]
+    model_config: DebertaConfig
+    layout: Layout
+    features: dict[str, Features]
+    diagnostics: tuple[Features, ...]
+    recipe: Path
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of its runs. MNLI, from which others start, has one."""
+        training = self.config.training
+        return range(training.seed, training.seed + (1 if self.task is MNLI else training.seeds))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classifier's rows; empty where one row scores every choice."""
+        return () if has_choices(self.task) else self.task.labels
+
+    @property
+    def starts_from_intermediate(self) -> bool:
+        """Whether its recipe prefers a model that was trained on MNLI."""
+        return self.config.training.start == "intermediate" and self.task is not MNLI
+
+    @property
+    def sift(self) -> SiftSettings | None:
+        """How to perturb; None without SiFT."""
+        settings = self.config.sift.model_dump()
+        return SiftSettings(**settings) if settings.pop("enabled") else None
+
+    def order(self, seed: int) -> TrainingOrder:
+        """The rows of every step."""
+        training = self.config.training
+        return TrainingOrder(
+            self.features["train"],
+            epochs=training.epochs,
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            max_choices=self.config.data.max_train_choices,
+            seed=seed,
+        )
+
+
+def make_plans(arguments: Arguments, *, toml: Path, start: StartingPoint, world_size: int) -> list[TaskPlan]:
+    """Everything that will run, in order.
+
+    Args:
+        arguments: The command line.
+        toml: The launcher's TOML; recipes lie beside it.
+        start: From where.
+        world_size: Processes; 0 = as few as the TOML asks for.
+
+    Raises:
+        ConfigError: settings that contradict each other, the model or the number of processes.
+        DataError: a split is missing or a line is not what it should be.
+    """
+    release = Release(arguments.data)
+    recipe = arguments.recipe or toml.parent / RECIPES / f"{recipe_size(start.config)}.toml"
+    names = _names(arguments, release)
+    if arguments.intermediate and MNLI.name not in names:
+        names = [MNLI.name, *names]
+    plans = [
+        _plan(name, arguments, toml=toml, recipe=recipe, start=start, world_size=world_size, release=release)
+        for name in names
+    ]
+    if odd := [plan for plan in plans if plan.config.parallel != plans[0].config.parallel]:
+        raise ConfigError(f"{recipe}, [{odd[0].task.name}]: [parallel] cannot differ between tasks: one start runs them all")
+    if arguments.intermediate and not any(plan.starts_from_intermediate for plan in plans):
+        raise ConfigError(
+            f"command line: --intermediate {MNLI.name} would serve nothing: of {', '.join(names)} none has "
+            f'training.start = "intermediate" in {recipe}'
+        )
+    return plans
+
+
+def recipe_size(config: DebertaConfig) -> str:
+    """Which of the shipped recipes is for a model of this size."""
+    return next(name for hidden_size, name in _SIZES if config.hidden_size >= hidden_size)
+
+
+def _names(arguments: Arguments, release: Release) -> list[str]:
+    if arguments.tasks != (ALL,):
+        return list(arguments.tasks)
+    held = {task.name for task in release.tasks("train")}
+    if not held:
+        raise DataError(f"{arguments.data} holds no training split of any task: BoolQ/train.jsonl and so on are expected")
+    return [name for name in ORDER if name in held]
+
+
+def _plan(
+    name: str, arguments: Arguments, *, toml: Path, recipe: Path, start: StartingPoint, world_size: int, release: Release
+) -> TaskPlan:
+    recipes = read_recipes(recipe, name, known=(*ORDER, MNLI.name))
+    config = load_config(toml, arguments.overrides, schema=FineTuneConfig, recipes=recipes)
+    parallel = config.parallel
+    replicas = 1 if parallel.data_parallel_size == "auto" else parallel.data_parallel_size
+    config = resolve_finetuning(config, world_size or parallel.tensor_parallel_size * replicas)
+    task = MNLI if name == MNLI.name else TASKS[name]
+    model_config = _model_config(config, start)
+    try:
+        layout = classifier_layout(
+            model_config, num_outputs=num_outputs(task), tensor_parallel_size=config.parallel.tensor_parallel_size
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{config.source}: {error}") from None
+    features, diagnostics = _features(task, arguments, config=config, start=start, release=release)
+    plan = TaskPlan(
+        task=task,
+        config=config,
+        deepspeed=deepspeed_config(config.run.deepspeed, config),
+        model_config=model_config,
+        layout=layout,
+        features=features,
+        diagnostics=diagnostics,
+        recipe=recipe,
+    )
+    _check_steps(plan)
+    return plan
+
+
+def _model_config(config: FineTuneConfig, start: StartingPoint) -> DebertaConfig:
+    length, most = config.data.max_seq_length, start.config.max_position_embeddings
+    if start.config.position_biased_input and length > most:
+        raise ConfigError(
+            f"{config.source}: data.max_seq_length = {length}, but {start.path} has absolute positions for {most} tokens"
+        )
+    rate = config.training.classifier_dropout
+    return start.config if rate is None else dataclasses.replace(start.config, cls_drop_out=rate)
+
+
+def _features(
+    task: Task, arguments: Arguments, *, config: FineTuneConfig, start: StartingPoint, release: Release
+) -> tuple[dict[str, Features], tuple[Features, ...]]:
+    data = config.data
+    lengths = Lengths(data.max_seq_length, data.window_overlap, data.max_windows)
+    if task is MNLI:
+        folder = arguments.mnli or arguments.data / MNLI.name
+        splits = [read_mnli(folder, split) for split in ("train", "val")]
+        others = []
+    else:
+        splits = [release.read(task, split) for split in _SPLITS]
+        answered = [other for other in TASKS.values() if other.answered_by == task.name and release.has(other, "test")]
+        others = [release.read(other, "test") for other in answered]
+    features = {split.name: encode_split(split, start.tokenizer, lengths) for split in splits}
+    return features, tuple(encode_split(split, start.tokenizer, lengths) for split in others)
+
+
+def _check_steps(plan: TaskPlan) -> None:
+    training, train = plan.config.training, plan.features["train"]
+    where = f"{plan.config.source}, {plan.task.name}"
+    if not any(example.gold for example in train.examples):
+        raise DataError(f"{train.split.where}: no query has its answer among its passage's entities")
+    order = plan.order(training.seed)
+    warmup = plan.config.schedule.warmup_steps
+    if warmup > order.num_steps:
+        raise ConfigError(
+            f"{where}: schedule.warmup_steps = {warmup} is more than the {order.num_steps} steps of training.epochs = "
+            f"{training.epochs:g} with training.global_batch_size = {training.global_batch_size}"
+        )
+
+
+def describe(plans: Sequence[TaskPlan], *, start: StartingPoint) -> str:
+    """The plan in words."""
+    lines = [f"starts from {start.path} ({start.description})", *start.notes, f"recipes: {plans[0].recipe}"]
+    for plan in plans:
+        training, optimizer, order = plan.config.training, plan.config.optimizer, plan.order(plan.seeds[0])
+        lines.append(
+            f"{plan.task.name}: {len(plan.features['train'].examples):,} decisions, {training.epochs:g} epochs of "
+            f"{order.steps_per_epoch} steps of {training.global_batch_size}, learning rate {optimizer.learning_rate:g}, "
+            f"warm-up {plan.config.schedule.warmup_steps}, {plan.config.data.max_seq_length} tokens"
+            + (f", SiFT {plan.sift.weight:g} x {plan.sift.loss}" if plan.sift else "")
+            + f", seeds {', '.join(map(str, plan.seeds))}"
+            + (", from the MNLI model where there is one" if plan.starts_from_intermediate else "")
+        )
+        for features in (*plan.features.values(), *plan.diagnostics):
+            lines += [f"  {note}" for note in features.notes]
+    parallel = plans[0].config.parallel
+    lines.append(f"tensor {parallel.tensor_parallel_size} x data {parallel.data_parallel_size}, {plans[0].config.run.deepspeed}")
+    return "\n".join(lines)

@@ -1,0 +1,225 @@
+"""One task with one seed: train, evaluate while training, keep the best weights, predict."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deberta_dist.config import write_resolved
+from deberta_dist.data.loader import Prefetcher
+from deberta_dist.errors import DivergedError
+from deberta_dist.finetuning.batches import TaskBatch, TrainingOrder, collate, dealt
+from deberta_dist.finetuning.finetuner import FineTuner
+from deberta_dist.finetuning.folder import IDENTITY, TaskFolder
+from deberta_dist.finetuning.plan import TaskPlan
+from deberta_dist.finetuning.starting_point import StartingPoint
+from deberta_dist.mesh import Mesh
+from deberta_dist.planning.layout import meta_classifier
+from deberta_dist.tasks import metrics
+from deberta_dist.tasks.encoding import has_choices, num_outputs
+from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.predictions import Probabilities, decide
+from deberta_dist.training.build import build_sharded_model, shards_of
+from deberta_dist.training.export import gather_full_weights, write_weights
+from deberta_dist.training.lr_schedule import learning_rate
+from deberta_dist.training.metrics import MetricsLog, StepMetrics
+
+# Steps in a row that no rank could take before the run gives up.
+MAX_SKIPPED_IN_A_ROW = 20
+_BATCHES_AHEAD = 2
+
+
+@dataclass
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: After which it was.
+        score: Task score, percent; below all before the first.
+        metrics: Of the task, percent.
+        probabilities: For the validation split.
+        shards: This rank's weights then, float32 on the host.
+    """
+
+    step: int = 0
+    score: float = -1.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    probabilities: Probabilities = field(default_factory=dict)
+    shards: list[torch.Tensor] = field(default_factory=list)
+
+
+def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dict[str, Any]:
+    """What decides the numbers of a run: a folder with another one is not this run.
+
+    Args:
+        plan: The task.
+        start: What the command line names.
+        intermediate: Whether the task starts from a model that was trained on MNLI in between.
+    """
+    settings = plan.config.model_dump(mode="json", exclude={"run", "parallel"})
+    for key in ("seed", "seeds", "log_every_steps", "recompute", "start"):
+        del settings["training"][key]
+    del settings["evaluation"]["batch_size"]
+    return {
+        "init": str(start.path.resolve()),
+        "checkpoint": start.description,
+        "through": "MNLI" if intermediate else None,
+        "tokenizer_sha256": start.tokenizer.sha256,
+        "data_sha256": {name: features.split.sha256 for name, features in plan.features.items()},
+        "diagnostics_sha256": {f.split.task.name: f.split.sha256 for f in plan.diagnostics},
+        "settings": settings,
+    }
+
+
+def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, folder: TaskFolder, made_from: Any) -> None:
+    """Fine-tunes and fills the folder. Collective.
+
+    Args:
+        plan: The task.
+        seed: Of this run.
+        start: The checkpoint.
+        mesh: The grid.
+        folder: Begun on rank 0.
+        made_from: See ``identity``.
+
+    Raises:
+        DivergedError: gradients stayed non-finite.
+    """
+    order = plan.order(seed)
+    is_writer = mesh.rank == 0
+    log = MetricsLog(
+        folder.unfinished,
+        is_writer=is_writer,
+        max_steps=order.num_steps,
+        print_every=plan.config.training.log_every_steps,
+    )
+    log.say(f"{plan.task.name}, seed {seed}: {start.origin(plan.labels)}")
+    if is_writer:
+        write_resolved(plan.config, plan.deepspeed, folder.unfinished)
+    layout = plan.layout
+    model = meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task))
+    model.recompute = plan.config.training.recompute
+    sharded = build_sharded_model(
+        model,
+        layout=layout,
+        optimizer=plan.config.optimizer,
+        deepspeed_config=plan.deepspeed,
+        mesh=mesh,
+        shards=shards_of(layout, mesh=mesh, load=start.reader(layout.full_shapes, labels=plan.labels, seed=seed)),
+    )
+    tokenizer = start.tokenizer
+    tuner = FineTuner(
+        sharded, mesh=mesh, sift=plan.sift, seed=seed, pad_id=tokenizer.pad_id, sep_id=tokenizer.sep_id
+    )
+    started = time.monotonic()
+    best = _train(tuner, plan=plan, order=order, mesh=mesh, log=log, tokenizer_ids=(tokenizer.pad_id, tokenizer.sep_id))
+    train_seconds = time.monotonic() - started
+
+    sharded.store.load_weights(best.shards)
+    batch_size = plan.config.evaluation.batch_size
+    predicted = {name: tuner.predict(plan.features[name], batch_size=batch_size) for name in plan.features if name == "test"}
+    diagnostics = {
+        f.split.task.name: (f.split.task, tuner.predict(f, batch_size=batch_size)) for f in plan.diagnostics
+    }
+    if plan.config.run.keep_weights or plan.task is MNLI:  # others start from it
+        full = gather_full_weights(sharded, layout=layout, mesh=mesh)
+        if is_writer:
+            config = {**plan.model_config.to_dict(), **_class_names(plan)}
+            write_weights(full, config=config, tokenizer=tokenizer.path, directory=folder.unfinished / "weights")
+        del full
+    log.close()
+    if is_writer:
+        for split, probabilities in {"val": best.probabilities, **predicted}.items():
+            folder.write_predictions(probabilities, split)
+        run = {
+            "task": plan.task.name,
+            "seed": seed,
+            "score": best.score,
+            "metrics": dict(best.metrics),
+            "best_step": best.step,
+            "steps": order.num_steps,
+            "train_seconds": round(train_seconds, 1),
+            "recipe": str(plan.recipe),
+            IDENTITY: made_from,
+        }
+        folder.finish(run, diagnostics)
+        print(f"{folder.final}: validation score {best.score:.2f} after step {best.step} of {order.num_steps}", flush=True)
+    sharded.store.close()
+    dist.barrier()
+
+
+def _train(
+    tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh, log: MetricsLog, tokenizer_ids: tuple[int, int]
+) -> Best:
+    optimizer, train = plan.config.optimizer, plan.features["train"]
+    pad_id, sep_id = tokenizer_ids
+    every = max(1, round(order.steps_per_epoch / plan.config.evaluation.per_epoch))
+    best, skipped_in_a_row, consumed = Best(), 0, 0
+
+    def make_batches(step: int) -> tuple[int, list[tuple[int, TaskBatch]]]:
+        all_of_it = order.micro_batches(step)
+        own = dealt(len(all_of_it), rank=mesh.coordinate.data, size=mesh.shape.data)
+        batches = [(i, collate(train, all_of_it[i], pad_id=pad_id, sep_id=sep_id)) for i in own]
+        return sum(map(len, all_of_it)), batches
+
+    with Prefetcher(make_batches, start=0, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:
+        for step, (count, batches) in enumerate(prefetched):
+            started = time.monotonic()
+            lr = learning_rate(
+                step,
+                peak=optimizer.learning_rate,
+                warmup_steps=plan.config.schedule.warmup_steps,
+                max_steps=order.num_steps,
+            )
+            result = tuner.step(batches, num_decisions=count, step=step, learning_rate=lr)
+            consumed += count
+            log.step(
+                StepMetrics(
+                    step=step + 1,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=lr,
+                    tokens_per_second=result.num_tokens / (time.monotonic() - started),
+                    mfu=None,
+                    consumed_samples=consumed,
+                    skipped=result.grad_norm is None,
+                ),
+                sift_loss=result.sift_loss,
+                accuracy=result.accuracy,
+            )
+            skipped_in_a_row = skipped_in_a_row + 1 if result.grad_norm is None else 0
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise DivergedError(
+                    f"{plan.task.name}: {skipped_in_a_row} steps in a row had a non-finite gradient, the last one step "
+                    f"{step + 1}; lower optimizer.learning_rate or look at the data"
+                )
+            if step + 1 == order.num_steps or (step + 1) % every == 0:
+                _evaluate(tuner, best, plan=plan, mesh=mesh, log=log, step=step + 1)
+    return best
+
+
+def _evaluate(tuner: FineTuner, best: Best, *, plan: TaskPlan, mesh: Mesh, log: MetricsLog, step: int) -> None:
+    """Scores the validation split and keeps probabilities and weights where they are the best so far."""
+    features = plan.features["val"]
+    probabilities = tuner.predict(features, batch_size=plan.config.evaluation.batch_size)
+    scores = metrics.score(features.split, decide(features.split, probabilities))
+    # One rank decides: a last bit that differs on another must not mix the weights of two steps.
+    is_best = torch.tensor(int(metrics.task_score(scores) > best.score), device=mesh.device)
+    dist.broadcast(is_best, src=0)
+    if is_best:
+        best.step, best.score, best.metrics = step, metrics.task_score(scores), scores
+        best.probabilities, best.shards = probabilities, tuner.model.store.copy_weights()
+    log.scores(step=step, scores=scores, is_best=bool(is_best))
+
+
+def _class_names(plan: TaskPlan) -> dict[str, Any]:
+    """What the configuration file says of the classifier, so that it can be carried on by name."""
+    if has_choices(plan.task):
+        return {"architectures": ["DebertaV2ForMultipleChoice"]}
+    return {
+        "id2label": {str(number): label for number, label in enumerate(plan.labels)},
+        "label2id": {label: number for number, label in enumerate(plan.labels)},
+    }

@@ -1,0 +1,70 @@
+"""GLUE's MNLI: the natural language inference task from which small tasks start; no part of SuperGLUE.
+
+Files of GLUE's ``MNLI/`` folder: ``train.tsv`` to train on, ``dev_matched.tsv`` to choose weights by.
+"""
+
+import csv
+import hashlib
+from pathlib import Path
+
+from deberta_dist.errors import DataError
+from deberta_dist.tasks.registry import CLASSIFICATION, Task
+from deberta_dist.tasks.release import Decision, Key, Split
+
+_FILES = {"train": "train.tsv", "val": "dev_matched.tsv"}
+_COLUMNS = ("index", "sentence1", "sentence2", "gold_label")
+_LABELS = {name: name for name in ("entailment", "contradiction", "neutral")}
+MNLI = Task(
+    name="MNLI",
+    kind=CLASSIFICATION,
+    fields={"premise": str, "hypothesis": str},
+    labels=tuple(_LABELS),
+    in_data=_LABELS,
+    in_submission=_LABELS,
+    metrics=("accuracy",),
+    counts={"train": 392702, "val": 9815},
+)
+
+
+def read_mnli(directory: Path, split: str) -> Split:
+    """Reads and checks a split.
+
+    Args:
+        directory: GLUE's ``MNLI/``.
+        split: train or val.
+
+    Raises:
+        DataError: the file is missing, or a line is not what it should be; the message has file and line.
+    """
+    path = directory / _FILES[split]
+    try:
+        content = path.read_bytes()
+        lines = content.decode("utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): GLUE's MNLI files are needed") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    # Quotes are characters: a field of these files may begin with one and never end.
+    table = csv.reader((line.rstrip("\r") for line in lines if line.strip()), delimiter="\t", quoting=csv.QUOTE_NONE)
+    header = next(table, [])
+    if lacking := [name for name in _COLUMNS if name not in header]:
+        raise DataError(f"{path}, line 1: column {lacking[0]} is missing; it has {', '.join(header)[:200]}")
+    columns = [header.index(name) for name in _COLUMNS]
+    rows, decisions = [], dict[Key, Decision]()
+    for line, fields in enumerate(table, start=2):
+        at = f"{path}, line {line}"
+        if len(fields) != len(header):
+            raise DataError(f"{at}: {len(fields)} columns, the first line has {len(header)}")
+        index, premise, hypothesis, label = (fields[column] for column in columns)
+        if not (index.isascii() and index.isdecimal()):
+            raise DataError(f"{at}: index is {index!r}, a whole number is expected")
+        if label not in _LABELS:
+            raise DataError(f"{at}: gold_label is {label!r}, MNLI has {', '.join(_LABELS)}")
+        if (int(index),) in decisions:
+            raise DataError(f"{at}: index {index} stands in line {decisions[int(index),].line} already")
+        decisions[int(index),] = Decision(MNLI.labels, (label,), line)
+        rows.append({"idx": int(index), "premise": premise, "hypothesis": hypothesis, "label": label})
+    if not rows:
+        raise DataError(f"{path} is empty")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Split(task=MNLI, name=split, where=str(path), sha256=sha256, rows=tuple(rows), decisions=decisions)
