@@ -1,7 +1,6 @@
 """From the predictions of one or several runs to the files of a submission, with what is worth knowing of them."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.predictions import (
-    RUN_NAME,
     average,
     decide,
+    described,
     predictions_file,
     read_predictions,
     require_covering,
@@ -66,7 +65,7 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
         scores = _validation_scores(own, task, release)
         result.sources[task.name] = {
             "predictions": [{"file": str(path), "sha256": _sha256(path)} for path in files],
-            "runs": [_described(path) for path in own],
+            "runs": [described(path, task) for path in own],
             "validation": scores,
         }
         if scores is None and release.has(task, "val"):
@@ -102,17 +101,6 @@ def _validation_scores(directories: Sequence[Path], task: Task, release: Release
     if task.labels:
         result["constant"], result["constant_score"] = metrics.best_constant(split)
     return result
-
-
-def _described(directory: Path) -> Any:
-    path = directory / RUN_NAME
-    if not path.is_file():
-        return None
-    try:
-        # A loss may be NaN, which JSON has not: as text it can be passed on.
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not valid JSON ({error})") from error
 
 
 def _sha256(path: Path) -> str:

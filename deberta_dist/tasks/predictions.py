@@ -6,7 +6,8 @@ A run's folder holds ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a 
     {"idx": [0, 3, 12], "probabilities": {"0": 0.1, "1": 0.9}}          MultiRC: passage, question, answer
     {"idx": 7, "probabilities": {"Jeff Flake": 0.7, "Trump": 0.3}}      ReCoRD: the query's candidates
 
-and ``run.json``: whatever its maker wants to be known of it (checkpoint, seed, scores).
+and ``TASK/run.json``: whatever the maker of that task's model wants to be known of it (checkpoint, seed, scores). The
+diagnostics are answered by the model of another task and need none of their own.
 """
 
 import json
@@ -22,13 +23,41 @@ from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 
 Probabilities = Mapping[Key, Mapping[str, float]]
 """Label or candidate -> probability, for every decision."""
-RUN_NAME = "run.json"
 _TOLERANCE = 1e-3  # of a sum of probabilities that were rounded when they were written
 
 
 def predictions_file(directory: Path, task: Task, split: str) -> Path:
     """Where a run's folder has the predictions for a split."""
     return directory / task.name / f"{split}.jsonl"
+
+
+def run_file(directory: Path, task_name: str) -> Path:
+    """Where a run's folder describes the model of a task."""
+    return directory / task_name / "run.json"
+
+
+def described(directory: Path, task: Task) -> Any:
+    """What the maker of a task's predictions says of the model; of a diagnostic, if need be, the model of its task.
+
+    Returns:
+        Parsed JSON without NaN or infinity, which are passed on as text; None where nothing is said.
+
+    Raises:
+        DataError: the file cannot be read or is not JSON.
+    """
+    path = run_file(directory, task.name)
+    if not path.is_file() and task.is_diagnostic:
+        path = run_file(directory, task.answered_by)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str, parse_float=_finite)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from error
+
+
+def _finite(number: str) -> float | str:
+    return float(number) if math.isfinite(float(number)) else number
 
 
 def write_predictions(path: Path, probabilities: Probabilities) -> None:

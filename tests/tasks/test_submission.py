@@ -157,7 +157,9 @@ def test_a_zip_that_is_wrong_itself(files: Files, data: Path, tmp_path: Path, me
 def test_the_tool_from_predictions_to_a_valid_zip(release: Release, data: Path, tmp_path: Path) -> None:
     for seed, share in (("a", 0.9), ("b", 0.3), ("c", 0.2)):
         write_run(tmp_path / seed, release, first=share)
-        (tmp_path / seed / "run.json").write_text(json.dumps({"seed": seed, "checkpoint": "x"}, indent=2))
+        for name in ("RTE", "CB"):
+            (tmp_path / seed / name / "run.json").write_text(json.dumps({"seed": seed, "of": name}, indent=2))
+    (tmp_path / "b/AX-g/run.json").write_text('{"of": "AX-g"}')
     made = call(TOOL, "--predictions", "a", "b", "c", "--data", "data", "--out", "s.zip", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "s.zip: 10 of 10 files" in made.stdout and "valid" in made.stdout
@@ -168,7 +170,11 @@ def test_the_tool_from_predictions_to_a_valid_zip(release: Release, data: Path, 
         # (0.9 + 0.3 + 0.2) / 3 < 0.5: the second of two labels.
         assert json.loads(archive.read("BoolQ.jsonl").splitlines()[0]) == {"idx": 4, "label": "false"}
     manifest = json.loads((tmp_path / "s.manifest.json").read_text())
+    # Each task by its own model; the diagnostics by RTE's, where they say nothing themselves.
     assert [run["seed"] for run in manifest["tasks"]["RTE"]["runs"]] == ["a", "b", "c"]
+    described = {name: [run and run["of"] for run in task["runs"]] for name, task in manifest["tasks"].items()}
+    assert described["CB"] == ["CB"] * 3 and described["AX-b"] == ["RTE"] * 3 and described["BoolQ"] == [None] * 3
+    assert described["AX-g"] == ["RTE", "AX-g", "RTE"]
     assert manifest["tasks"]["RTE"]["validation"]["metrics"]["accuracy"] == 50.0 and not manifest["zip"]["is_partial"]
     refused = call(TOOL, "--predictions", "a", "--data", "data", "--out", "s.zip", cwd=tmp_path)
     assert_one_line_error(refused, code=65, words="s.zip exists already")
@@ -204,12 +210,12 @@ def test_runs_that_say_nothing_or_speak_twice_are_refused(release: Release, tmp_
 def test_scores_below_a_constant_answer_are_told(release: Release, tmp_path: Path) -> None:
     """Whatever the task's metric: a constant answer of COPA has 50, the wrong half of it nothing."""
     run = write_run(tmp_path / "run", release)
-    (run / "run.json").write_text('{"loss": NaN}')
+    (run / "COPA/run.json").write_text('{"loss": NaN, "norm": 1e999}')
     found = assemble([run], release)
     # Constants themselves are not below the best of them, but for the one that MultiRC's F1 makes nothing of.
     (warning,) = [warning for warning in found.warnings if "below" in warning]
     assert warning.startswith("MultiRC.jsonl: 0.0 on the validation split is below the 28.6")
-    assert found.sources["COPA"]["validation"]["constant_score"] == 50.0 and found.sources["COPA"]["runs"] == [{"loss": "NaN"}]
+    assert found.sources["COPA"]["validation"]["constant_score"] == 50.0 and found.sources["COPA"]["runs"] == [{"loss": "NaN", "norm": "1e999"}]
     assert found.sources["MultiRC"]["validation"]["constant"] == "1"
     path = predictions_file(run, TASKS["COPA"], "val")
     split = release.read(TASKS["COPA"], "val")
