@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes a SuperGLUE submission of predictions, or validates one that anybody made.
 
-    tools/make_submission.py --predictions runs/superglue/seed-* --data superglue/ --out submission.zip
+    tools/make_submission.py --predictions runs/superglue/ --data superglue/ --out submission.zip
     tools/make_submission.py --validate theirs.zip --data superglue/
 """
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
 from deberta_dist.errors import ConfigError, DataError, with_exit_code  # noqa: E402
 from deberta_dist.tasks.assemble import assemble  # noqa: E402
-from deberta_dist.tasks.predictions import predictions_file  # noqa: E402
+from deberta_dist.tasks.predictions import command_for, predictions_file  # noqa: E402
 from deberta_dist.tasks.release import Release  # noqa: E402
 from deberta_dist.tasks.submission import Verdict, read_zip, validate, zip_bytes  # noqa: E402
 
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="folders with TASK/test.jsonl; several that have a task are averaged",
+        help="folders with TASK/test.jsonl, or of seed-* folders; several that have a task are averaged",
     )
     what.add_argument("--validate", type=Path, metavar="FILE.zip", help="check this submission and make nothing")
     parser.add_argument("--out", type=Path, help="zip to make; never replaced. A manifest lies beside it")
@@ -81,29 +81,29 @@ def main() -> int:
     manifest_path = out.with_suffix(".manifest.json")
     for path in (out, manifest_path):
         refuse_existing(path)
-    for path in arguments.predictions:
-        if not path.is_dir():
-            raise DataError(f"--predictions {path} is no folder")
 
     found = assemble(arguments.predictions, release)
     verdict = validate(found.files, release)
     verdict.warnings += found.warnings
-    where = arguments.predictions[0]
-    lacking = [printable(f"{task.name}: no {predictions_file(where, task, 'test')}") for task in found.missing]
+    where = found.directories[0]
+    lacking = {
+        task.file_name: printable(f"no {predictions_file(where, task, 'test')}, which is made by: {command_for(task)}")
+        for task in found.missing
+    }
     files = dict(found.files)
+    absent = {f"{name} is missing: all ten files are needed": line for name, line in lacking.items()}
     if arguments.partial:
-        absent = {f"{task.file_name} is missing: all ten files are needed" for task in found.missing}
         verdict.errors = [error for error in verdict.errors if error not in absent]
-        text = "Made with --partial: a grader would refuse it.\n" + "".join(f"missing {line}\n" for line in lacking)
-        files[NOTICE] = text.encode("utf-8")
-    for line in lacking:
-        print(f"missing: {line}")
+        listed = "".join(f"missing {name}: {line}\n" for name, line in lacking.items())
+        files[NOTICE] = f"Made with --partial: a grader would refuse it.\n{listed}".encode()
+        print(listed, end="")
+    verdict.errors = [f"{error}; {absent[error]}" if error in absent else error for error in verdict.errors]
     report(verdict, what="this")
     content = zip_bytes(files)
     manifest = {
         "zip": {"name": out.name, "sha256": hashlib.sha256(content).hexdigest(), "is_partial": arguments.partial},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
-        "missing": [task.name for task in found.missing],
+        "missing": {task.name: command_for(task) for task in found.missing},
         "warnings": verdict.warnings,
         "tasks": found.sources,
     }

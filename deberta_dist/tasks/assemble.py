@@ -12,12 +12,12 @@ from deberta_dist.tasks.predictions import (
     average,
     decide,
     described,
+    prediction_folders,
     predictions_file,
-    read_predictions,
-    require_covering,
+    read_runs,
 )
 from deberta_dist.tasks.registry import TASKS, Task
-from deberta_dist.tasks.release import Key, Release, Split
+from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.submission import submission_lines
 
 
@@ -26,12 +26,14 @@ class Assembly:
     """A submission before it is validated.
 
     Attributes:
+        directories: The runs that it was made of.
         files: By name.
         missing: Tasks without predictions.
         warnings: What is worth a look.
         sources: By task: the prediction files with their checksums, what their makers say of them, validation scores.
     """
 
+    directories: list[Path]
     files: dict[str, bytes] = field(default_factory=dict)
     missing: list[Task] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -42,26 +44,26 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
     """Averages the runs that have predictions for a task, task by task, and writes its file.
 
     Args:
-        directories: Runs; each may have some of the tasks, several of one task are an ensemble.
+        directories: Runs, or folders of ``seed-*`` runs; each may have some of the tasks, several of one task are an
+            ensemble.
         release: With the test splits, and validation splits where scores are wanted.
 
     Raises:
-        DataError: predictions are damaged, not for this data, or not for the same rows.
+        DataError: a run is no folder, is there twice or has nothing; predictions are damaged, not for this data, or not
+            for the same rows.
     """
-    result = Assembly()
-    for number, path in enumerate(directories):
+    result = Assembly(prediction_folders(directories))
+    for path in result.directories:
         if not any(predictions_file(path, task, "test").is_file() for task in TASKS.values()):
             raise DataError(f"{path} holds no predictions: TASK/test.jsonl of none of {', '.join(TASKS)}")
-        if any(path.resolve() == other.resolve() for other in directories[:number]):
-            raise DataError(f"{path} is given twice: it would count twice in the average")
     for task in TASKS.values():
-        own = [path for path in directories if predictions_file(path, task, "test").is_file()]
+        own = [path for path in result.directories if predictions_file(path, task, "test").is_file()]
         if not own:
             result.missing.append(task)
             continue
         split = release.read(task, "test")
         files = [predictions_file(path, task, "test") for path in own]
-        result.files[task.file_name] = submission_lines(split, decide(split, _ensemble(files, split)))
+        result.files[task.file_name] = submission_lines(split, decide(split, average(read_runs(files, split), names=files)))
         scores = _validation_scores(own, task, release)
         result.sources[task.name] = {
             "predictions": [{"file": str(path), "sha256": _sha256(path)} for path in files],
@@ -78,15 +80,6 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
     return result
 
 
-def _ensemble(files: Sequence[Path], split: Split) -> dict[Key, dict[str, float]]:
-    runs = []
-    for path in files:
-        found = read_predictions(path)
-        require_covering(found, split, where=path)
-        runs.append(found)
-    return average(runs, names=files)
-
-
 def _validation_scores(directories: Sequence[Path], task: Task, release: Release) -> dict[str, Any] | None:
     """Scores of the same ensemble on labelled rows: the validation split, or a diagnostic itself."""
     name = "test" if task.is_diagnostic else "val"
@@ -96,7 +89,7 @@ def _validation_scores(directories: Sequence[Path], task: Task, release: Release
     split = release.read(task, name)
     if not all(decision.gold for decision in split.decisions.values()):
         return None
-    found = metrics.score(split, decide(split, _ensemble(files, split)))
+    found = metrics.score(split, decide(split, average(read_runs(files, split), names=files)))
     result = {"metrics": found, "score": metrics.task_score(found)}
     if task.labels:
         result["constant"], result["constant_score"] = metrics.best_constant(split)

@@ -1,6 +1,6 @@
 """What a model thinks of every decision of a split, as probabilities under the data's own idx; and averages of several.
 
-A run's folder holds ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
+A run with one seed is a folder with ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
 
     {"idx": 7, "probabilities": {"true": 0.8, "false": 0.2}}
     {"idx": [0, 3, 12], "probabilities": {"0": 0.1, "1": 0.9}}          MultiRC: passage, question, answer
@@ -18,7 +18,7 @@ from typing import Any
 
 from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import DataError
-from deberta_dist.tasks.registry import PER_CANDIDATE, Task
+from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 
 Probabilities = Mapping[Key, Mapping[str, float]]
@@ -29,6 +29,32 @@ _TOLERANCE = 1e-3  # of a sum of probabilities that were rounded when they were 
 def predictions_file(directory: Path, task: Task, split: str) -> Path:
     """Where a run's folder has the predictions for a split."""
     return directory / task.name / f"{split}.jsonl"
+
+
+def prediction_folders(paths: Sequence[Path]) -> list[Path]:
+    """Folders with predictions; one of ``seed-*`` folders, a whole run, stands for these in the order of their numbers.
+
+    Raises:
+        DataError: a path is no folder, holds seeds and predictions of its own, or leads to one that is there already.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            raise DataError(f"{path} is no folder of predictions")
+        seeds = [seed for seed in path.glob("seed-*") if seed.is_dir()]
+        if seeds and any((path / name).is_dir() for name in TASKS):
+            raise DataError(f"{path} holds seed-* folders and predictions of its own: name the folders that are meant")
+        found += sorted(seeds, key=lambda seed: (len(seed.name), seed.name)) or [path]
+    for number, path in enumerate(found):
+        if any(path.resolve() == other.resolve() for other in found[:number]):
+            raise DataError(f"{path} is given twice: it would count twice")
+    return found
+
+
+def command_for(task: Task) -> str:
+    """What makes the predictions of a task; the run of a task answers its diagnostics, too."""
+    name = task.answered_by or task.name
+    return f"deepspeed launchers/finetune_superglue.sh --task {name} --data DIR --init CHECKPOINT"
 
 
 def run_file(directory: Path, task_name: str) -> Path:
@@ -94,6 +120,19 @@ def read_predictions(path: Path) -> dict[Key, dict[str, float]]:
             raise DataError(f"{at}: idx {value['idx']} stands there already")
         found[key] = _checked(value["probabilities"], at=at)
     return found
+
+
+def read_runs(files: Sequence[Path], split: Split) -> list[dict[Key, dict[str, float]]]:
+    """Reads the predictions of several runs for a split.
+
+    Raises:
+        DataError: one is missing, damaged or not for this split.
+    """
+    runs = []
+    for path in files:
+        runs.append(read_predictions(path))
+        require_covering(runs[-1], split, where=path)
+    return runs
 
 
 def _checked(probabilities: Mapping[str, Any], *, at: str) -> dict[str, float]:
