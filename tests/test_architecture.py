@@ -46,6 +46,7 @@ DOORS = {
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
     "transformers": ("tools/fill_mask.py",),
+    "scipy": (f"{PACKAGE}/tasks/significance.py",),
 }
 MAX_LINES = 300
 # Path -> why one file is better here than two.
