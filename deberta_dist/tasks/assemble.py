@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError
-from deberta_dist.tasks import metrics
 from deberta_dist.tasks.predictions import (
     average,
     decide,
@@ -18,6 +17,7 @@ from deberta_dist.tasks.predictions import (
 )
 from deberta_dist.tasks.registry import TASKS, Task
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.scores import read_scored_split, score_runs, scored_split
 from deberta_dist.tasks.submission import submission_lines
 
 
@@ -82,17 +82,16 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
 
 def _validation_scores(directories: Sequence[Path], task: Task, release: Release) -> dict[str, Any] | None:
     """Scores of the same ensemble on labelled rows: the validation split, or a diagnostic itself."""
-    name = "test" if task.is_diagnostic else "val"
-    files = [predictions_file(path, task, name) for path in directories]
-    if not release.has(task, name) or not all(path.is_file() for path in files):
+    name = scored_split(task)
+    if not release.has(task, name) or not all(predictions_file(path, task, name).is_file() for path in directories):
         return None
-    split = release.read(task, name)
-    if not all(decision.gold for decision in split.decisions.values()):
+    split = read_scored_split(release, task)
+    if split is None:
         return None
-    found = metrics.score(split, decide(split, average(read_runs(files, split), names=files)))
-    result = {"metrics": found, "score": metrics.task_score(found)}
-    if task.labels:
-        result["constant"], result["constant_score"] = metrics.best_constant(split)
+    found = score_runs(directories, split)
+    result: dict[str, Any] = {"metrics": found.ensemble.metrics, "score": found.ensemble.task_score}
+    if found.constant is not None:
+        result["constant"], result["constant_score"] = found.constant
     return result
 
 
