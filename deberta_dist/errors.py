@@ -40,6 +40,11 @@ def printable(name: str) -> str:
     return name[:200] if name.isprintable() else ascii(name[:200])
 
 
+def encodable(name: str) -> str:
+    """A path as it can be written to a file: it may hold bytes that are no text."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
     """Makes one line and an exit code of what can go wrong in a tool's ``main`` without being our fault.
 

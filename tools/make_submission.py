@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
-from deberta_dist.errors import ConfigError, DataError, with_exit_code  # noqa: E402
+from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code  # noqa: E402
 from deberta_dist.tasks.assemble import assemble  # noqa: E402
 from deberta_dist.tasks.predictions import command_for, predictions_file  # noqa: E402
 from deberta_dist.tasks.release import Release  # noqa: E402
@@ -44,11 +44,6 @@ def parse_arguments() -> argparse.Namespace:
         help="make X.partial.zip, which says that it is not for submission, of the tasks that are there",
     )
     return parser.parse_args()
-
-
-def printable(text: str) -> str:
-    """A path may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def report(verdict: Verdict, *, what: object) -> None:
@@ -87,7 +82,7 @@ def main() -> int:
     verdict.warnings += found.warnings
     where = found.directories[0]
     lacking = {
-        task.file_name: printable(f"no {predictions_file(where, task, 'test')}, which is made by: {command_for(task)}")
+        task.file_name: encodable(f"no {predictions_file(where, task, 'test')}, which is made by: {command_for(task)}")
         for task in found.missing
     }
     files = dict(found.files)

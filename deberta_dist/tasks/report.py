@@ -1,0 +1,260 @@
+"""A report on fine-tuned models: scores of every run and of their ensemble, beside the published ones and another model's.
+
+Everything is scored on rows with public answers: the validation split, and the diagnostics' only one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.errors import DataError, encodable, printable
+from deberta_dist.tasks import metrics
+from deberta_dist.tasks.leaderboard import SOURCE, TABLE_5
+from deberta_dist.tasks.predictions import command_for, prediction_folders, predictions_file
+from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
+from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.scores import Spread, TaskScores, read_scored_split, score_runs, scored_split
+from deberta_dist.tasks.significance import Comparison, compare
+from deberta_dist.tasks.tables import Table, bullets
+
+_TITLE = "SuperGLUE, validation split, percent"
+_HEADER = ("task", "metric", "mean ± std (runs)", "ensemble", "each run", "one label always")
+_LEGEND = (
+    "std: sample standard deviation over runs. ensemble: score of the mean of their probabilities. one label always: the "
+    "constant answer that scores most."
+)
+_NOT_THE_SAME = f"Published rows ({SOURCE}) are scores of the TEST split, ours of the VALIDATION split: other examples."
+_P_VALUE = (
+    "p: Welch's t-test of the task scores over runs, two-sided; each task for itself, not corrected for their number."
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores, and what is worth knowing of them.
+
+    Attributes:
+        directories: The runs.
+        against: Those of the other model.
+        scores: By task, of the runs that have it.
+        others: Likewise, of the other model.
+        comparisons: By task, where both have it.
+        notes: What is missing, or worth a look.
+    """
+
+    directories: tuple[Path, ...]
+    against: tuple[Path, ...]
+    scores: Mapping[str, TaskScores]
+    others: Mapping[str, TaskScores]
+    comparisons: Mapping[str, Comparison]
+    notes: tuple[str, ...]
+
+    def overall(self) -> dict[str, tuple[float | None, str]]:
+        """The leaderboard's average of the runs' means and of the ensembles, as `metrics.overall` gives it."""
+        return {
+            "mean": metrics.overall({name: found.spread().mean for name, found in self.scores.items()}),
+            "ensemble": metrics.overall({name: found.ensemble.task_score for name, found in self.scores.items()}),
+        }
+
+    def text(self) -> str:
+        """For a terminal, without a final line end."""
+        notes = [f"note: {line}" for line in self.notes]
+        return "\n\n".join([*(table.text() for table in self._tables()), *(["\n".join(notes)] if notes else [])])
+
+    def markdown(self) -> str:
+        """The same tables, as GitHub shows them."""
+        notes = [f"## Notes\n\n{bullets(self.notes)}"] if self.notes else []
+        return "\n\n".join(["# SuperGLUE scores", *(table.markdown() for table in self._tables()), *notes]) + "\n"
+
+    def json(self) -> str:
+        """All numbers unrounded, in percent; what is not there is null."""
+        overall = self.overall()
+        content = {
+            "unit": "percent",
+            "split": "validation",
+            "runs": [encodable(str(path)) for path in self.directories],
+            "against": [encodable(str(path)) for path in self.against],
+            "overall": {
+                "mean": overall["mean"][0],
+                "ensemble": overall["ensemble"][0],
+                "missing": [name for name in MAIN_TASKS if name not in self.scores],
+            },
+            "tasks": {name: _as_json(found) for name, found in self.scores.items() if name in MAIN_TASKS},
+            "diagnostics": {name: _as_json(found) for name, found in self.scores.items() if name not in MAIN_TASKS},
+            "comparisons": {name: asdict(found) for name, found in self.comparisons.items()},
+            "published": {"source": SOURCE, "split": "test", "rows": [asdict(row) for row in TABLE_5]},
+            "notes": list(self.notes),
+        }
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    def _tables(self) -> Iterator[Table]:
+        main = [found for name, found in self.scores.items() if name in MAIN_TASKS]
+        diagnostics = [found for name, found in self.scores.items() if name not in MAIN_TASKS]
+        if main:
+            below = (self._average_sentence(), _LEGEND, f"Runs: {_listed(self.directories)}.")
+            yield Table(_TITLE, _HEADER, self._score_rows(main), below, names=2)
+            yield self._beside_published()
+        if diagnostics:
+            yield Table("Diagnostics, percent, outside of the average", _HEADER, self._score_rows(diagnostics), names=2)
+        if self.against:
+            yield self._beside_other()
+
+    def _average_sentence(self) -> str:
+        overall = self.overall()
+        if overall["mean"][0] is None:
+            return f"No average of the eight tasks: {overall['mean'][1]}."
+        return f"Average of the eight tasks: of means {overall['mean'][1]}, of ensembles {overall['ensemble'][1]}."
+
+    def _score_rows(self, tasks: Sequence[TaskScores]) -> list[tuple[str, ...]]:
+        """A row for every metric, and of several one for their mean, which is what the constant is compared with."""
+        rows = []
+        for found in tasks:
+            task = found.split.task
+            constant = f"{found.constant[1]:.1f} ({found.constant[0]})" if found.constant else "-"
+            lines = [(name, name, found.ensemble.metrics[name]) for name in task.metrics]
+            lines += [("mean of both", "", found.ensemble.task_score)] if len(lines) > 1 else []
+            for title, metric, ensemble in lines:
+                by_run = dict(zip(found.directories, found.values(metric), strict=True))
+                each = [f"{by_run[path]:.1f}" if path in by_run else "-" for path in self.directories]
+                last = constant if title == lines[-1][0] else ""
+                spread = _shown(found.spread(metric))
+                rows.append((task.name, title, spread, f"{ensemble:.1f}", " ".join(each), last))
+        return rows
+
+    def _beside_published(self) -> Table:
+        """Rows of models, columns of tasks, as on the leaderboard."""
+        means = {
+            task: {metric: found.spread(metric).mean for metric in found.split.task.metrics}
+            for task, found in self.scores.items()
+        }
+        ensembles = {task: found.ensemble.metrics for task, found in self.scores.items()}
+        averages = {kind: "-" if value is None else text for kind, (value, text) in self.overall().items()}
+        rows = [
+            _model_row("ours, mean of runs", means, averages["mean"]),
+            _model_row("ours, ensemble", ensembles, averages["ensemble"]),
+            *(_model_row(f"{row.name} (test)", row.metrics, f"{row.average:.1f}") for row in TABLE_5),
+        ]
+        pairs = [f"{name}: {'/'.join(TASKS[name].metrics)}" for name in MAIN_TASKS if len(TASKS[name].metrics) > 1]
+        below = (_NOT_THE_SAME, f"Of two metrics, {'; '.join(pairs)}.")
+        return Table("Beside published scores", ("model", *MAIN_TASKS, "average"), rows, below)
+
+    def _beside_other(self) -> Table:
+        rows = []
+        unknown: dict[str, list[str]] = {}
+        for name in TASKS:
+            ours, theirs = self.scores.get(name), self.others.get(name)
+            if ours is None or theirs is None:
+                if ours is not theirs:
+                    unknown.setdefault("only one side has it", []).append(name)
+                continue
+            found = self.comparisons[name]
+            a, b = ours.spread(), theirs.spread()
+            rows.append((name, _shown(a), _shown(b), f"{a.mean - b.mean:+.1f}", _shown_p(found.p_value)))
+            if found.reason:
+                unknown.setdefault(found.reason, []).append(name)
+        below = [f"Cannot be told of {', '.join(names)}: {reason}." for reason, names in unknown.items()]
+        header = ("task", "ours (runs)", "other (runs)", "difference", "p")
+        below = [_P_VALUE, *below, f"Other runs: {_listed(self.against)}."]
+        return Table("Against another model, task scores", header, rows, below)
+
+
+def make_report(directories: Sequence[Path], release: Release, against: Sequence[Path] = ()) -> Report:
+    """Scores runs on the rows of a release that have answers.
+
+    Args:
+        directories: Runs, or folders of ``seed-*`` runs; each may have some of the tasks.
+        release: With those tasks' validation splits and diagnostics.
+        against: Runs of another model, to compare with.
+
+    Raises:
+        DataError: a run is no folder or given twice; there is nothing to score; predictions or data are missing, damaged
+            or do not belong to each other.
+    """
+    ours = prediction_folders(directories)
+    theirs = prediction_folders([*ours, *against])[len(ours) :]
+    scores: dict[str, TaskScores] = {}
+    others: dict[str, TaskScores] = {}
+    notes = []
+    for task in TASKS.values():
+        having = [
+            [path for path in side if predictions_file(path, task, scored_split(task)).is_file()] for side in (ours, theirs)
+        ]
+        split = read_scored_split(release, task) if any(having) else None
+        if any(having) and split is None:
+            notes.append(f"{task.name} is not scored: its rows in {_listed([release.path])} have no answers")
+        for own, into in zip(having, (scores, others), strict=True):
+            if own and split is not None:
+                into[task.name] = score_runs(own, split)
+    for side, found, name in ((ours, scores, "--predictions"), (theirs, others, "--against")):
+        if side and not found:
+            raise DataError(f"nothing to score in {name} {side[0]}: no TASK/val.jsonl, nor test.jsonl of AX-b or AX-g")
+        used = {path for task_scores in found.values() for path in task_scores.directories}
+        notes += [f"{_listed([path])} has nothing to score" for path in side if path not in used]
+    return Report(
+        directories=tuple(ours),
+        against=tuple(theirs),
+        scores=scores,
+        others=others,
+        comparisons={
+            name: compare(found.values(), others[name].values()) for name, found in scores.items() if name in others
+        },
+        notes=(*notes, *_notes(scores, count=len(ours))),
+    )
+
+
+def _notes(scores: Mapping[str, TaskScores], *, count: int) -> Iterator[str]:
+    for task in TASKS.values():
+        if task.name not in scores:
+            yield f"{task.name} is missing; it is made by: {command_for(task)}"
+            continue
+        found = scores[task.name]
+        if len(found.runs) < count:
+            yield f"{task.name}: {len(found.runs)} of {count} runs have it"
+        if found.constant is not None and found.constant[1] > found.ensemble.task_score:
+            label, reached = found.constant
+            yield f"{task.name}: {found.ensemble.task_score:.1f} is below the {reached:.1f} of always answering {label!r}"
+    partial = [
+        f"{name} {len(split.decisions):,} of {split.task.counts[split.name]:,}"
+        for name, split in ((name, found.split) for name, found in scores.items())
+        if not split.is_official
+    ]
+    if partial:
+        yield f"not the official number of decisions: {', '.join(partial)}"
+
+
+def _model_row(name: str, values: Mapping[str, Mapping[str, float]], average: str) -> tuple[str, ...]:
+    cells = ["/".join(f"{value:.1f}" for value in values[task].values()) if task in values else "-" for task in MAIN_TASKS]
+    return name, *cells, average
+
+
+def _shown(values: Spread) -> str:
+    deviation = "" if values.deviation is None else f" ± {values.deviation:.2f}"
+    return f"{values.mean:.1f}{deviation} ({values.count})"
+
+
+def _shown_p(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(printable(str(path)) for path in paths)
+
+
+def _as_json(found: TaskScores) -> dict[str, Any]:
+    names = found.split.task.metrics
+    return {
+        "decisions": len(found.split.decisions),
+        "official_decisions": found.split.task.counts[found.split.name],
+        "runs": [
+            {"directory": encodable(str(path)), **asdict(score), "run": said}
+            for path, score, said in zip(found.directories, found.runs, found.descriptions, strict=True)
+        ],
+        "metrics": {name: asdict(found.spread(name)) for name in names},
+        "task_score": asdict(found.spread()),
+        "ensemble": asdict(found.ensemble),
+        "constant": {"label": found.constant[0], "task_score": found.constant[1]} if found.constant else None,
+    }
