@@ -40,7 +40,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
         return Comparison(tuple(ours), tuple(theirs), None, reason)
     if all(len(set(side)) == 1 for side in sides):
         return Comparison(tuple(ours), tuple(theirs), None, "the runs of neither side differ among themselves")
-    # It takes a second to import, and only comparisons need it.
+    # It takes most of a second to import, and only comparisons need it.
     from scipy.stats import ttest_ind
 
     with warnings.catch_warnings():
