@@ -4,6 +4,7 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 ``run.run_task`` -> table of scores.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from deberta_dist.finetuning.run import identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
 from deberta_dist.mesh import discover_launch, make_mesh, start_process_group
 from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.predictions import prediction_folders, predictions_file
+from deberta_dist.tasks.registry import TASKS
+from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.report import make_report
+from deberta_dist.tasks.scores import scored_split
 from deberta_dist.training.build import mesh_shape
 from deberta_dist.training.entry import start as start_launcher
 
@@ -54,8 +60,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print(describe(plans, start=start), flush=True)
     if left:
         _run_all(left, parsed, start=start, plans=plans)
-    elif launch.rank == 0:
-        print(f"{plans[0].config.run.directory}: everything is finished already", flush=True)
+    if launch.rank == 0:
+        _report(plans[0].config.run.directory, parsed, finished_before=not left)
 
 
 def _through_mnli(plan: TaskPlan, arguments: Arguments) -> bool:
@@ -81,14 +87,14 @@ def _run_all(
 ) -> None:
     config = plans[0].config
     is_writer = discover_launch().rank == 0
+    folders = [_folder(plan, seed) for plan, seed in left]
     if is_writer:
-        _folder(*left[0]).begin()  # whoever works there is found before the ranks meet
+        folders[0].begin()  # whoever works there is found before the ranks meet
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device)
     from_mnli: StartingPoint | None = None
-    for number, (plan, seed) in enumerate(left):
-        folder = _folder(plan, seed)
-        if is_writer and number:
+    for (plan, seed), folder in zip(left, folders, strict=True):
+        if is_writer and folder is not folders[0]:
             folder.begin()
         through_mnli = _through_mnli(plan, arguments)
         if through_mnli and from_mnli is None:
@@ -103,3 +109,20 @@ def _run_all(
             made_from=identity(plan, start=start, intermediate=through_mnli),
         )
     dist.destroy_process_group()
+
+
+def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool) -> None:
+    """Prints the scores of all that the run directory holds, and writes them beside it."""
+    if finished_before:
+        print(f"{run_directory}: everything is finished already", flush=True)
+    release = Release(arguments.data)
+    folders = prediction_folders([run_directory])
+    if not any(predictions_file(folder, task, scored_split(task)).is_file() for folder in folders for task in TASKS.values()):
+        return  # MNLI alone
+    report = make_report(folders, release)
+    for name, text in {"txt": report.text(), "json": report.json(), "md": report.markdown()}.items():
+        path = run_directory / f"scores.{name}"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
+        temporary.replace(path)
+    print(report.text(), flush=True)

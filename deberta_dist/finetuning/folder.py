@@ -19,7 +19,7 @@ from typing import Any
 
 from deberta_dist.checkpoint.lock import LOCK_NAME, RunLock
 from deberta_dist.errors import ConfigError
-from deberta_dist.tasks.predictions import RUN_NAME, Probabilities, predictions_file, write_predictions
+from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_file, write_predictions
 from deberta_dist.tasks.registry import Task
 
 IDENTITY = "made_from"
@@ -58,7 +58,7 @@ class TaskFolder:
         if not os.path.lexists(self.final):
             return False
         try:
-            there = json.loads((self.final / RUN_NAME).read_text(encoding="utf-8"))[IDENTITY]
+            there = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))[IDENTITY]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.final} is no finished run: move it away or name another run.directory") from None
         here = json.loads(json.dumps(identity))
@@ -97,7 +97,7 @@ class TaskFolder:
             shutil.rmtree(predictions_file(self.seed_directory, task, "test").parent, ignore_errors=True)
             os.rename(beside, self.seed_directory / name)
         text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False)
-        (self.unfinished / RUN_NAME).write_text(text + "\n", encoding="utf-8")
+        (self.unfinished / run_file(self.seed_directory, self.task.name).name).write_text(text + "\n", encoding="utf-8")
         assert self._lock is not None
         self._lock.release()
         (self.unfinished / LOCK_NAME).unlink()

@@ -18,7 +18,8 @@ WSC         text, ``* noun *`` and       the noun's text                      tw
 
 - *Long first segments* (passages, premises) become overlapping windows, each with the whole second segment; a
   decision's logits are the mean over its windows. Nothing is lost up to ``max_windows``.
-- *Second segments* get half of the length at most: the question, the query around its candidate.
+- *Second segments* get half of the length at most, or what a short first one leaves: the question, the query around
+  its candidate.
 - *WiC* marks the characters that the row names: a search for the word fails where its form differs ("ran").
 - *WSC* marks words by index, faults of the data handled in `wsc`; the noun stands in the second segment as well, for
   the rows in which the text has it in another form.
@@ -172,8 +173,10 @@ class _Encoder:
 
     def _windowed(self, key: Key, first: Sequence[Part], seconds: Sequence[Sequence[Part]]) -> Example:
         ids, _ = encode_parts(self._tokenizer, first, limit=2**31)
-        encoded = [self._cut(second, limit=self._second_limit) for second in seconds]
         lengths = self._lengths
+        # What a short first segment leaves is the second's.
+        limit = max(self._second_limit, lengths.max_seq_length - 3 - len(ids))
+        encoded = [self._cut(second, limit=limit) for second in seconds]
         room = lengths.max_seq_length - 3 - max(len(second) for second, _ in encoded)
         starts = window_starts(len(ids), room=room, overlap=lengths.window_overlap, most=2**31)
         if len(starts) > lengths.max_windows:
