@@ -83,7 +83,7 @@ def split_arguments(arguments: Sequence[str]) -> Split:
                 split.deepspeed.extend((name, rest.pop(0)))
         else:
             split.script.append(argument)
-            if "." in name and not equals and rest:  # --section.key value
+            if name.startswith("--") and "." in name and not equals and rest:  # --section.key value
                 split.script.append(rest.pop(0))
     return split
 
