@@ -18,6 +18,7 @@ PACKAGE = "deberta_dist"
 FLOORS = (
     ("launchers", "tools"),
     ("benchmark",),
+    ("finetuning",),
     ("training",),
     ("planning", "conversion"),
     ("checkpoint",),
