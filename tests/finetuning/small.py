@@ -28,10 +28,7 @@ from deberta_dist.training.sift import Sift
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "launchers" / "demo_superglue"
 TOML = """
-[training]
-seed = 7
 [optimizer]
-learning_rate = 1e-3
 gradient_clipping = 0.05
 [run]
 directory = "run"
@@ -42,7 +39,9 @@ CLIPPING = 0.05  # active in every step
 NAMES = "MNLI RTE CB COPA WSC BoolQ WiC MultiRC ReCoRD".split()
 RECIPES = """
 [default]
+training.seed = 7
 training.epochs = 2
+optimizer.learning_rate = 1e-3
 training.global_batch_size = 12
 training.micro_batch_size = 3
 training.classifier_dropout = 0.0
