@@ -1,8 +1,10 @@
 #!/bin/sh
-# From text to a trained small DeBERTa that Hugging Face's classes load, on 8 CPU processes or the GPUs of this machine.
+# The whole journey with a small DeBERTa, on 8 CPU processes or the GPUs of this machine: text -> pre-training ->
+# Hugging Face -> SiFT fine-tuning on SuperGLUE's tasks -> a submission.
 #   sh launchers/demo.sh [--section.key value ...]
-# Every step is skipped where its result exists, an interrupted training continues from its last checkpoint;
-# remove demo_data/ or runs/pretrain_demo/ to do it again.
+# Every step is skipped where its result exists, an interrupted pre-training continues from its last checkpoint, an
+# interrupted fine-tuning with the first unfinished task; remove demo_data/, runs/pretrain_demo/ or runs/superglue_demo/ to
+# do it again.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -11,6 +13,9 @@ text=launchers/demo_text
 data=demo_data
 run=runs/pretrain_demo
 exported=$run/huggingface
+tasks=launchers/demo_superglue
+finetuned=runs/superglue_demo
+submission=$finetuned/submission.zip
 
 say() { echo "demo: $*"; }
 
@@ -34,11 +39,12 @@ for part in train valid; do
     fi
 done
 
+gpus=0
+if command -v nvidia-smi >/dev/null 2>&1; then
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+fi
+
 train() {
-    gpus=0
-    if command -v nvidia-smi >/dev/null 2>&1; then
-        gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
-    fi
     # processes and sizes: all three parallelisms where there is room, else fewer of them
     if [ "$gpus" -eq 0 ] || [ "$gpus" -ge 8 ]; then
         processes=8 tensor=2 pipeline=2
@@ -70,3 +76,21 @@ say "  this package, with DeBERTa's enhanced mask decoder:"
 python tools/fill_mask.py "$exported" "$sentence"
 say "  transformers, which has no such decoder:"
 python tools/fill_mask.py "$exported" "$sentence" --library transformers
+
+if [ -f "$submission" ]; then
+    say "already fine-tuned (remove $finetuned to do it again):"
+    cat "$finetuned/scores.txt"
+else
+    processes=2
+    [ "$gpus" -ne 1 ] || processes=1
+    say "fine-tuning on every task of $tasks with SiFT, $processes processes (real and hand-written rows: see SOURCES.md)"
+    sh launchers/finetune_superglue.sh --quiet --num_gpus "$processes" --task all --sift --data "$tasks" \
+        --init "$exported" --out "$finetuned"
+    say "writing the ten files"
+    python tools/make_submission.py --predictions "$finetuned" --data "$tasks" --out "$submission"
+fi
+verdict=$(python tools/make_submission.py --validate "$submission" --data "$tasks" 2>&1) || {
+    echo "$verdict"
+    exit 1
+}
+say "$(echo "$verdict" | tail -n 1)"

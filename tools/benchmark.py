@@ -2,6 +2,7 @@
 """Measures speed and memory beside a floor or a peer: interleaved rounds, medians, ratios.
 
     tools/benchmark.py convert --rounds 3 --json convert.json
+    tools/benchmark.py sift --rounds 5
 """
 
 import argparse
@@ -12,10 +13,10 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert  # noqa: E402
+from deberta_dist.benchmark import convert, sift  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
-VERBS = {"convert": convert}
+VERBS = {"convert": convert, "sift": sift}
 
 
 def parse_arguments() -> argparse.Namespace:

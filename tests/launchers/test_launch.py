@@ -163,6 +163,7 @@ def test_demo_repeats_nothing_and_shows_again(tmp_path: Path) -> None:
     demo.write_text((ROOT / "launchers" / "demo.sh").read_text())
     (tmp_path / "launchers" / "setup_env.sh").write_text("exit 0\n")
     (tmp_path / "launchers" / "pretrain_demo.sh").write_text('echo "trains"\n')
+    (tmp_path / "launchers" / "finetune_superglue.sh").write_text('echo "fine-tunes"\n')
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\necho "runs $1"\n')
@@ -174,17 +175,23 @@ def test_demo_repeats_nothing_and_shows_again(tmp_path: Path) -> None:
         return [line for line in result.stdout.splitlines() if not line.startswith("demo:")]
 
     looks = ["runs tools/fill_mask.py"] * 2
+    submits = ["fine-tunes", "runs tools/make_submission.py"]
     made = ["runs tools/train_tokenizer.py", *["runs tools/prepare_corpus.py"] * 2]
-    assert steps() == [*made, "trains", "runs tools/convert_checkpoint.py", *looks]
+    assert steps() == [*made, "trains", "runs tools/convert_checkpoint.py", *looks, *submits]
     for name in ("spm.model", "train.tokens", "valid.tokens"):
         (tmp_path / "demo_data" / name).touch()
     run = tmp_path / "runs" / "pretrain_demo"
     run.mkdir(parents=True)
-    assert steps() == ["trains", "runs tools/convert_checkpoint.py", *looks], "an interrupted run goes on"
+    assert steps() == ["trains", "runs tools/convert_checkpoint.py", *looks, *submits], "an interrupted run goes on"
     (run / "result.json").write_text("{}")
     (run / "result.txt").write_text("loss 1.25\n")
     (run / "huggingface").mkdir()
-    assert steps() == ["loss 1.25", *looks]
+    assert steps() == ["loss 1.25", *looks, *submits]
+    finetuned = tmp_path / "runs" / "superglue_demo"
+    finetuned.mkdir()
+    (finetuned / "submission.zip").touch()
+    (finetuned / "scores.txt").write_text("average 50\n")
+    assert steps() == ["loss 1.25", *looks, "average 50"]
 
 
 def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
