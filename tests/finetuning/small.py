@@ -1,6 +1,7 @@
 """A small checkpoint, settings for it, and what the ranks of the fine-tuning tests do."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,9 @@ def train(case: Case, directory: Path) -> dict[str, Any]:
     tuner, mesh = make_tuner(plan, start)
     order, features = plan.order(7), plan.features
     before = tuner.predict(features["val"], batch_size=3)
-    history = []
+    history, traffic = [], Counter()
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "reduce"):
+        count_calls(name, traffic)
     for step in range(case.steps):
         picks = order.micro_batches(step)
         own = dealt(len(picks), rank=mesh.coordinate.data, size=mesh.shape.data)
@@ -146,10 +149,24 @@ def train(case: Case, directory: Path) -> dict[str, Any]:
         batches = [(i, collate(features["train"], picks[i], **pad)) for i in own]
         result = tuner.step(batches, num_decisions=sum(map(len, picks)), step=step, learning_rate=1e-3)
         history.append((result.loss, result.sift_loss or 0.0, result.grad_norm))
+    traffic = dict(traffic)
     after = tuner.predict(features["val"], batch_size=5)
     weights = gather_full_weights(tuner.model, layout=plan.layout, mesh=mesh)
     dist.barrier()
-    return {"history": history, "weights": {n: w.numpy() for n, w in weights.items()}, "before": before, "after": after}
+    weights = {n: w.numpy() for n, w in weights.items()}
+    return {"history": history, "weights": weights, "before": before, "after": after, "traffic": traffic}
+
+
+def count_calls(name: str, traffic: Counter) -> None:
+    """Counts the collectives of that name that this process starts, DeepSpeed's included."""
+    original = getattr(dist, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        traffic[name] += 1
+        return original(*arguments, **options)
+
+    for module in (dist, dist.distributed_c10d):
+        setattr(module, name, counted)
 
 
 def train_plain(case: Case, directory: Path) -> dict[str, Any]:

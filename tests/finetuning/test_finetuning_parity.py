@@ -58,3 +58,8 @@ def test_predictions_are_the_same_however_many_ranks(task: str, start_directory:
     assert alone["before"] == shared["before"], "same weights, same batches: the same bits"
     assert list(alone["before"]) == sorted(alone["before"])
     assert alone["before"] != alone["after"]
+
+
+def test_sift_gathers_weights_no_more_often_than_a_plain_step(start_directory: Path) -> None:
+    plain, sift = (run_ranks(2, train, Case("WSC", data=2, sift=on), start_directory)[0]["traffic"] for on in (False, True))
+    assert plain == sift and sum(plain.values()) >= 3 * 3, "gather, reduce, totals of three steps"
