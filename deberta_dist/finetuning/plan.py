@@ -16,7 +16,7 @@ from deberta_dist.planning.layout import Layout, classifier_layout
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI, read_mnli
 from deberta_dist.tasks.registry import TASKS, Task
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.release import Release, Split
 from deberta_dist.training.sift import SiftSettings
 
 RECIPES = "finetune_recipes"
@@ -184,8 +184,12 @@ def _features(
         splits = [release.read(task, split) for split in _SPLITS]
         answered = [other for other in TASKS.values() if other.answered_by == task.name and release.has(other, "test")]
         others = [release.read(other, "test") for other in answered]
-    features = {split.name: encode_split(split, start.tokenizer, lengths) for split in splits}
-    return features, tuple(encode_split(split, start.tokenizer, lengths) for split in others)
+    def encoded(split: Split) -> Features:
+        features = encode_split(split, start.tokenizer, lengths)
+        # The rows of ReCoRD are a gigabyte on every rank, and nobody reads them again.
+        return dataclasses.replace(features, split=dataclasses.replace(split, rows=()))
+
+    return {split.name: encoded(split) for split in splits}, tuple(map(encoded, others))
 
 
 def _check_steps(plan: TaskPlan) -> None:

@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.config import RunConfig, deepspeed_config, load_config, precision, resolve, write_resolved
+from deberta_dist.config import (
+    FineTuneConfig,
+    RunConfig,
+    deepspeed_config,
+    load_config,
+    precision,
+    read_recipes,
+    resolve,
+    resolve_finetuning,
+    write_resolved,
+)
 from deberta_dist.config.write import to_toml
 from deberta_dist.models.presets import preset
+from deberta_dist.tasks.registry import MAIN_TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = [("pretrain_1.5b.toml", 64), ("pretrain_1.5b.toml", 8), ("pretrain_demo.toml", 8)]
@@ -41,7 +52,7 @@ def test_every_pretraining_toml_is_covered() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("zero3_bf16", "bf16"), ("zero3_fp16", "fp16"), ("zero3_offload", "bf16"), ("debug_cpu", "fp32")],
+    [("zero3_bf16", "bf16"), ("zero3_fp16", "fp16"), ("zero3_offload", "bf16"), ("finetune_zero3", "bf16"), ("debug_cpu", "fp32")],
 )
 def test_deepspeed_jsons(name: str, expected: str) -> None:
     config = resolve(load_config(ROOT / "launchers" / "pretrain_demo.toml"), 8)
@@ -76,6 +87,18 @@ def test_written_pair_starts_again(name: str, world_size: int, tmp_path: Path) -
     assert wider.training.num_micro_batches == config.training.num_micro_batches / 2
 
 
+def test_a_finetuning_pair_loads_again(tmp_path: Path) -> None:
+    launchers = ROOT / "launchers"
+    recipes = read_recipes(launchers / "finetune_recipes" / "base.toml", "RTE", known=("MNLI", *MAIN_TASKS))
+    loaded = load_config(launchers / "finetune_superglue.toml", ["--sift.enabled", "true"], schema=FineTuneConfig, recipes=recipes)
+    config = resolve_finetuning(loaded, 4)
+    ds = deepspeed_config(config.run.deepspeed, config)
+    toml, json_file = write_resolved(config, ds, tmp_path / "run")
+    again = load_config(toml, schema=FineTuneConfig)
+    assert again.sift == config.sift and again.training == config.training and again.parallel.data_parallel_size == 4
+    assert deepspeed_config(json_file, again) == ds
+
+
 def test_awkward_values_survive(toml: Path) -> None:
     text = 'a "quoted" \\ path\twith é, \u2028, \x7f and 😀'
     config = load_config(toml)
@@ -86,7 +109,8 @@ def test_awkward_values_survive(toml: Path) -> None:
     assert read == {"preset": text, "num_hidden_layers": 4, "odd key.": "x", "eps": 1e-16, "big": 1e22, "flag": False}
 
 
-def test_every_field_has_its_docstring() -> None:
-    for section, table in RunConfig.model_fields.items():
+@pytest.mark.parametrize("schema", [RunConfig, FineTuneConfig])
+def test_every_field_has_its_docstring(schema: type[RunConfig] | type[FineTuneConfig]) -> None:
+    for section, table in schema.model_fields.items():
         for key, field in table.annotation.model_fields.items():
             assert field.description, f"{section}.{key} has no docstring"

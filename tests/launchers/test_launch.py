@@ -49,6 +49,8 @@ def test_arguments_are_sorted() -> None:
     # the value of a dotted key is never taken for a flag
     assert split.script == ["--training.seed", "7", "--run.directory=--x", "--model.preset", "--num_gpus"]
     assert not split.dry_run
+    # nor is a path with a dot taken for a key
+    assert launch.split_arguments(["--data", "/a.b/c", "--num_gpus", "2"]) == (["--num_gpus=2"], ["--data", "/a.b/c"], False)
     assert launch.split_arguments(["--dry-run", "--training.seed=7"]) == ([], ["--dry-run", "--training.seed=7"], True)
 
 
