@@ -15,7 +15,7 @@ SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
 
 
 def test_every_toml_has_its_launcher() -> None:
-    assert {path.name for path in LAUNCHERS} >= {"pretrain_1.5b.sh", "pretrain_demo.sh"}
+    assert {path.name for path in LAUNCHERS} >= {"pretrain_1.5b.sh", "pretrain_demo.sh", "finetune_superglue.sh"}
     assert [path for path in LAUNCHERS if not path.is_file()] == []
 
 
@@ -49,10 +49,10 @@ def test_python_half_runs_from_anywhere_without_installation(launcher: Path, tmp
     # A copy beside a stand-in package: the launcher has to find the package of its own checkout.
     home = tmp_path / "checkout"
     (home / "launchers").mkdir(parents=True)
-    room = home / "deberta_dist" / "training"
-    room.mkdir(parents=True)
-    for module in ("pretrain", "finetune"):
-        (room / f"{module}.py").write_text("import sys\ndef main(file): print(file, sys.argv[1:])\n")
+    for module in ("training/pretrain", "finetuning/finetune"):
+        stand_in = home / "deberta_dist" / f"{module}.py"
+        stand_in.parent.mkdir(parents=True)
+        stand_in.write_text("import sys\ndef main(file): print(file, sys.argv[1:])\n")
     copy = Path(shutil.copy(launcher, home / "launchers" / launcher.name))
     words = [sys.executable, "-I", "-u", str(copy), "--local_rank=0", "a b"]
     result = subprocess.run(words, cwd="/", capture_output=True, text=True, timeout=20, check=False)
