@@ -152,8 +152,17 @@ class WeightStore:
                 parameter.data.copy_(flat)
 
     def close(self) -> None:
-        """Lets DeepSpeed go of its hooks and buffers; the store cannot be used after it."""
+        """Ends DeepSpeed's engine and frees the memory it holds; the store cannot be used after it.
+
+        Freed one by one: the engine outlives its last user, since DeepSpeed's hooks tie it into cycles that the
+        collector does not find, and the next store would lie beside all of this one.
+        """
+        optimizer = self._engine.optimizer
         self._engine.destroy()
+        own = [vars(parameter) for parameter in self._parameters]
+        for tensor in _tensors([self._parameters, own, vars(optimizer), optimizer.optimizer.state]):
+            if (storage := tensor.untyped_storage()).resizable():
+                storage.resize_(0)
 
     @torch.no_grad()
     def load_moments(self, shards: Sequence[ShardState], *, optimizer_steps: int) -> None:
@@ -233,6 +242,17 @@ class WeightStore:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         return GatheredParameters(self._parameters, modifier_rank=modifier_rank)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def import_deepspeed() -> Any:
