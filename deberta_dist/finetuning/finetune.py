@@ -89,13 +89,12 @@ def _run_all(
     is_writer = discover_launch().rank == 0
     folders = [_folder(plan, seed) for plan, seed in left]
     if is_writer:
-        folders[0].begin()  # whoever works there is found before the ranks meet
+        for folder in folders:
+            folder.begin()  # whoever works on one of them is found before the ranks meet
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device)
     from_mnli: StartingPoint | None = None
     for (plan, seed), folder in zip(left, folders, strict=True):
-        if is_writer and folder is not folders[0]:
-            folder.begin()
         through_mnli = _through_mnli(plan, arguments)
         if through_mnli and from_mnli is None:
             mnli = next(plan for plan in plans if plan.task is MNLI)

@@ -20,7 +20,7 @@ from typing import Any
 from deberta_dist.checkpoint.lock import LOCK_NAME, RunLock
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_file, write_predictions
-from deberta_dist.tasks.registry import Task
+from deberta_dist.tasks.registry import TASKS, Task
 
 IDENTITY = "made_from"
 
@@ -53,9 +53,16 @@ class TaskFolder:
             identity: What the run would be made from.
 
         Raises:
-            ConfigError: it holds another run, or something else.
+            ConfigError: it holds another run, or something else; or a diagnostic's folder does, which would be replaced.
         """
         if not os.path.lexists(self.final):
+            # A start that was killed in its last moment leaves diagnostics as well, and its own unfinished folder.
+            foreign = [path for path in self._diagnostics() if os.path.lexists(path) and not self.unfinished.exists()]
+            if foreign:
+                raise ConfigError(
+                    f"{foreign[0]} is there without {self.final}, whose model answers it: move it away or name another "
+                    "run.directory"
+                )
             return False
         try:
             there = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))[IDENTITY]
@@ -71,9 +78,12 @@ class TaskFolder:
         """Takes the folder for this process and clears what an unfinished run left.
 
         Raises:
-            ConfigError: another run works there, or it cannot be written.
+            ConfigError: another run works there, or has just finished it; or it cannot be written.
         """
         self._lock = RunLock(self.unfinished)
+        if os.path.lexists(self.final):
+            shutil.rmtree(self.unfinished)
+            raise ConfigError(f"{self.final} has just been finished by another run: start the same command again")
         for path in self.unfinished.iterdir():
             if path.name != LOCK_NAME:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -99,9 +109,14 @@ class TaskFolder:
         text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False)
         (self.unfinished / run_file(self.seed_directory, self.task.name).name).write_text(text + "\n", encoding="utf-8")
         assert self._lock is not None
-        self._lock.release()
-        (self.unfinished / LOCK_NAME).unlink()
+        # Held until the name is given: whoever takes the folder clears it.
         os.rename(self.unfinished, self.final)
+        (self.final / LOCK_NAME).unlink()
+        self._lock.release()
+
+    def _diagnostics(self) -> list[Path]:
+        """Folders of the tasks that this one's model answers."""
+        return [self.seed_directory / task.name for task in TASKS.values() if task.answered_by == self.task.name]
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

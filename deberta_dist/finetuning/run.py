@@ -82,7 +82,7 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         seed: Of this run.
         start: The checkpoint.
         mesh: The grid.
-        folder: Begun on rank 0.
+        folder: Begun by rank 0.
         made_from: See ``identity``.
 
     Raises:

@@ -1,6 +1,7 @@
 """Order and micro-batches; the folder of a run; what a classifier starts from."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -125,6 +126,44 @@ def test_what_an_unfinished_run_left_is_cleared(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no finished run"):
         other.is_done({})
     assert (other.final / "mine.txt").read_text() == "a user's"
+
+
+def test_diagnostics_of_another_run_are_not_replaced(tmp_path: Path) -> None:
+    folder = TaskFolder(tmp_path, TASKS["RTE"], 42)
+    theirs = predictions_file(folder.seed_directory, TASKS["AX-b"], "test")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("another model's")
+    with pytest.raises(ConfigError, match=r"AX-b is there without .*seed-42/RTE, whose model answers it: move it away"):
+        folder.is_done({})
+    assert not TaskFolder(tmp_path, TASKS["CB"], 42).is_done({})
+    folder.unfinished.mkdir()  # of a start that was killed between the diagnostics and the task
+    assert not folder.is_done({}) and theirs.read_text() == "another model's"
+
+
+def test_a_folder_that_another_run_has_just_finished_is_left_alone(tmp_path: Path) -> None:
+    folder = TaskFolder(tmp_path, TASKS["CB"], 42)
+    assert not folder.is_done({})
+    other = TaskFolder(tmp_path, TASKS["CB"], 42)
+    other.begin()
+    other.finish({IDENTITY: {}}, {})
+    with pytest.raises(ConfigError, match="has just been finished by another run"):
+        folder.begin()
+    assert folder.is_done({}) and not folder.unfinished.exists()
+
+
+def test_a_folder_is_held_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = TaskFolder(tmp_path, TASKS["CB"], 42)
+    folder.begin()
+    rename = os.rename
+
+    def meanwhile(source: Path, target: Path) -> None:
+        with pytest.raises(ConfigError, match="in use by another run"):
+            TaskFolder(tmp_path, TASKS["CB"], 42).begin()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    folder.finish({IDENTITY: {}}, {})
+    assert sorted(path.name for path in folder.final.iterdir()) == ["run.json"]
 
 
 def test_classifier_is_carried_over_by_the_names_of_its_labels(start_directory: Path, tmp_path: Path) -> None:
