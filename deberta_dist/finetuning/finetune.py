@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.config import precision
-from deberta_dist.errors import ConfigError
+from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
@@ -111,14 +111,22 @@ def _run_all(
 
 
 def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool) -> None:
-    """Prints the scores of all that the run directory holds, and writes them beside it."""
+    """Prints the scores of all that the run directory holds, and writes them there.
+
+    What this start was asked for is done: a directory that also has what cannot be scored here, such as tasks of other
+    data, costs the table alone.
+    """
     if finished_before:
         print(f"{run_directory}: everything is finished already", flush=True)
-    release = Release(arguments.data)
-    folders = prediction_folders([run_directory])
-    if not any(predictions_file(folder, task, scored_split(task)).is_file() for folder in folders for task in TASKS.values()):
-        return  # MNLI alone
-    report = make_report(folders, release)
+    try:
+        folders = prediction_folders([run_directory])
+        files = [predictions_file(folder, task, scored_split(task)) for folder in folders for task in TASKS.values()]
+        if not any(path.is_file() for path in files):
+            return  # MNLI alone
+        report = make_report(folders, Release(arguments.data))
+    except DataError as error:
+        print(f"no table of scores: {error}", flush=True)
+        return
     for name, text in {"txt": report.text(), "json": report.json(), "md": report.markdown()}.items():
         path = run_directory / f"scores.{name}"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
