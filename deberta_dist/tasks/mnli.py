@@ -3,8 +3,8 @@
 Files of GLUE's ``MNLI/`` folder: ``train.tsv`` to train on, ``dev_matched.tsv`` to choose weights by.
 """
 
-import csv
 import hashlib
+import re
 from pathlib import Path
 
 from deberta_dist.errors import DataError
@@ -39,24 +39,25 @@ def read_mnli(directory: Path, split: str) -> Split:
     path = directory / _FILES[split]
     try:
         content = path.read_bytes()
-        lines = content.decode("utf-8").split("\n")
+        lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): GLUE's MNLI files are needed") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    # Quotes are characters: a field of these files may begin with one and never end.
-    table = csv.reader((line.rstrip("\r") for line in lines if line.strip()), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(table, [])
+    # Not the csv module: quotes are characters here, a field may begin with one and never end.
+    header = lines[0].split("\t")
     if lacking := [name for name in _COLUMNS if name not in header]:
         raise DataError(f"{path}, line 1: column {lacking[0]} is missing; it has {', '.join(header)[:200]}")
     columns = [header.index(name) for name in _COLUMNS]
     rows, decisions = [], dict[Key, Decision]()
-    for line, fields in enumerate(table, start=2):
-        at = f"{path}, line {line}"
+    for line, text in enumerate(lines[1:], start=2):
+        if not text:
+            continue
+        at, fields = f"{path}, line {line}", text.split("\t")
         if len(fields) != len(header):
             raise DataError(f"{at}: {len(fields)} columns, the first line has {len(header)}")
         index, premise, hypothesis, label = (fields[column] for column in columns)
-        if not (index.isascii() and index.isdecimal()):
+        if not re.fullmatch("[0-9]{1,9}", index):
             raise DataError(f"{at}: index is {index!r}, a whole number is expected")
         if label not in _LABELS:
             raise DataError(f"{at}: gold_label is {label!r}, MNLI has {', '.join(_LABELS)}")

@@ -27,12 +27,22 @@ def test_rows(tmp_path: Path, end: str) -> None:
     assert list(split.decisions) == [(3,), (1,)] and len(split.sha256) == 64
 
 
+def test_odd_characters(tmp_path: Path) -> None:
+    premises = ["one\rtwo", "a\u2028b\x0b\x85c", "", '"', "long " * 50_000]
+    write(tmp_path, *(row(i, premise) for i, premise in enumerate(premises)))
+    path = tmp_path / "train.tsv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [found["premise"] for found in read_mnli(tmp_path, "train").rows] == premises
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([row(0), row(0)], "line 3: index 0 stands in line 2 already"),
         ([row(0, label="-")], "line 2: gold_label is '-'"),
         ([row("x")], "line 2: index is 'x'"),
+        ([row(0), "", "", row("x")], "line 5: index is 'x'"),
+        ([row("9" * 5000)], "line 2: index is '999"),
         ([row(0) + "\tmore"], "line 2: 9 columns, the first line has 8"),
         ([], "is empty"),
     ],
