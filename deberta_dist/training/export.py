@@ -89,8 +89,7 @@ def write_weights(
         os.rename(temporary, directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
-            f"{directory} is not written ({error}): make room and start the same command again, which goes on from "
-            "the run's last checkpoint"
+            f"{directory} is not written ({error}): make room and start the same command again, which repeats what is lost"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
