@@ -106,5 +106,5 @@ def _tasks(text: str) -> tuple[str, ...]:
                 f"command line: {name} has no training rows: --task {TASKS[name].answered_by} answers it as well"
             )
         if name not in (*ORDER, MNLI.name):
-            raise ConfigError(f"command line: --task {name} is none of {', '.join(ORDER)}, {MNLI.name}, {ALL}")
+            raise ConfigError(f"command line: --task {text}: {name!r} is none of {', '.join(ORDER)}, {MNLI.name}; or {ALL} alone")
     return tuple(name for name in (MNLI.name, *ORDER) if name in names)

@@ -59,7 +59,9 @@ def test_all_takes_what_the_data_holds_in_order(start_directory: Path, tmp_path:
     ("words", "message"),
     [
         (["--task", "AX-b"], "AX-b has no training rows: --task RTE answers it as well"),
-        (["--task", "RTE,Wic"], "--task Wic is none of RTE, CB"),
+        (["--task", "RTE,Wic"], "--task RTE,Wic: 'Wic' is none of RTE, CB"),
+        (["--task", "all,MNLI"], "'all' is none of RTE, CB, COPA, WSC, BoolQ, WiC, MultiRC, ReCoRD, MNLI; or all alone"),
+        (["--task", "RTE,"], "--task RTE,: '' is none of RTE"),
         (["--seeds", "0"], "command line: training.seeds = 0"),
         (["--training.global_batch_size", "none"], "command line: training.global_batch_size"),
         (["--training.epoch", "3"], "unknown key training.epoch; did you mean training.epochs"),
