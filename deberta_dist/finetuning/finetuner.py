@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
 from deberta_dist.mesh import Mesh
 from deberta_dist.tasks.encoding import Example, Features, has_choices, num_outputs
@@ -122,6 +123,9 @@ class FineTuner:
         Args:
             features: The split.
             batch_size: Sequences per forward pass of a rank; sequences of like length meet in one.
+
+        Raises:
+            DivergedError: the model gives numbers that are not finite.
         """
         self.model.gather(with_gradients=False)
         self.model.model.eval()
@@ -154,6 +158,11 @@ class FineTuner:
             output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
             logits[own] = output.logits.float()
         dist.all_reduce(logits, group=self._mesh.groups["data"])
+        if not logits.isfinite().all():
+            raise DivergedError(
+                f"{features.split.where}: the model's answers are not finite; lower optimizer.learning_rate, or take a "
+                "run.deepspeed with bf16 instead of fp16"
+            )
         return _probabilities(features, examples, logits.double().cpu().numpy(), owners)
 
 

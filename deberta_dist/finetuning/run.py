@@ -86,7 +86,7 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         made_from: See ``identity``.
 
     Raises:
-        DivergedError: gradients stayed non-finite.
+        DivergedError: gradients stayed non-finite, or answers are.
     """
     order = plan.order(seed)
     is_writer = mesh.rank == 0
