@@ -19,7 +19,8 @@ from deberta_dist.data.sampler import Permutation
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.tasks.encoding import Example, Features, has_choices
 
-_LENGTH_MULTIPLE = 8  # tensor cores like it
+LENGTH_MULTIPLE = 8
+"""Sequences are padded to it: tensor cores like it."""
 _NO_CHOICE = -1e9  # a logit whose probability is exactly 0, and finite
 
 
@@ -62,7 +63,7 @@ class TaskBatch:
 def pad(sequences: Sequence[np.ndarray], *, pad_id: int, sep_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences side by side: input_ids, attention_mask and token_type_ids, int64 [N, S] each."""
     longest = max(len(sequence) for sequence in sequences)
-    length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     ids = np.full((len(sequences), length), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):

@@ -9,7 +9,7 @@ from typing import Any
 from deberta_dist.config import FineTuneConfig, deepspeed_config, load_config, read_recipes, resolve_finetuning
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
-from deberta_dist.finetuning.batches import TrainingOrder
+from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.planning.layout import Layout, classifier_layout
@@ -162,10 +162,12 @@ def _plan(
 
 
 def _model_config(config: FineTuneConfig, start: StartingPoint) -> DebertaConfig:
-    length, most = config.data.max_seq_length, start.config.max_position_embeddings
+    length = config.data.max_seq_length
+    most = start.config.max_position_embeddings // LENGTH_MULTIPLE * LENGTH_MULTIPLE
     if start.config.position_biased_input and length > most:
         raise ConfigError(
-            f"{config.source}: data.max_seq_length = {length}, but {start.path} has absolute positions for {most} tokens"
+            f"{config.source}: data.max_seq_length = {length}, but {start.path} has absolute positions for {most} tokens "
+            f"(a multiple of {LENGTH_MULTIPLE})"
         )
     rate = config.training.classifier_dropout
     return start.config if rate is None else dataclasses.replace(start.config, cls_drop_out=rate)
@@ -194,7 +196,7 @@ def _features(
 
 def _check_steps(plan: TaskPlan) -> None:
     training, train = plan.config.training, plan.features["train"]
-    where = f"{plan.config.source}, {plan.task.name}"
+    where = f"{plan.task.name} in {plan.config.source} and {plan.recipe}"
     if not any(example.gold for example in train.examples):
         raise DataError(f"{train.split.where}: no query has its answer among its passage's entities")
     order = plan.order(training.seed)

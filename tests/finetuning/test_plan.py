@@ -1,7 +1,9 @@
 """What is refused before any process group exists, and what a plan is made of."""
 
+import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,22 @@ def test_command_line_and_settings(words: list[str], message: str, start_directo
     with pytest.raises(ConfigError) as caught:
         plans(start_directory, *words)
     assert message in str(caught.value)
+
+
+def test_absolute_positions_have_to_reach_as_far_as_padding(start_directory: Path) -> None:
+    arguments = parse(["--task", "CB", "--data", str(DATA), "--init", "x", "--recipe", str(start_directory / "recipes.toml")])
+    start = open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True)
+    for most, words in ((50, ["--data.max_seq_length", "49"]), (50, []), (47, [])):
+        config = dataclasses.replace(start.config, position_biased_input=True, max_position_embeddings=most)
+        given = dataclasses.replace(arguments, overrides=tuple(words))
+        made = partial(
+            make_plans, given, toml=start_directory / "finetune.toml", start=dataclasses.replace(start, config=config), world_size=1
+        )
+        if most == 50 and not words:
+            made()
+            continue
+        with pytest.raises(ConfigError, match=r"max_seq_length = 4[89], but .* absolute positions for 4[80] tokens \(a multiple of 8\)"):
+            made()
 
 
 def test_required_words() -> None:
