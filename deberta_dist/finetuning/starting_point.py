@@ -69,10 +69,14 @@ class StartingPoint:
         return f"starts from {self.path} ({self.description}): {what}{pooler}"
 
     def _classifier_rows(self, labels: Sequence[str]) -> Tensor | None:
-        """Row of the checkpoint's classifier for every label; by name, since their order differs in every code base."""
-        if not labels or sorted(labels) != sorted(self.label_names):
+        """Row of the checkpoint's classifier for every label.
+
+        By name, since their order differs in every code base; without case, since released MNLI models say ENTAILMENT.
+        """
+        there = [name.lower() for name in self.label_names]
+        if not labels or sorted(label.lower() for label in labels) != sorted(there):
             return None
-        return torch.tensor([self.label_names.index(label) for label in labels])
+        return torch.tensor([there.index(label.lower()) for label in labels])
 
 
 def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> StartingPoint:

@@ -176,7 +176,7 @@ def test_classifier_is_carried_over_by_the_names_of_its_labels(start_directory: 
     weights["pooler.dense.bias"] = torch.full((32,), 0.25)
     weights["classifier.weight"] = torch.arange(3.0)[:, None].expand(3, 32).contiguous()
     weights["classifier.bias"] = torch.tensor([10.0, 11.0, 12.0])
-    names = ["neutral", "entailment", "contradiction"]
+    names = ["NEUTRAL", "ENTAILMENT", "contradiction"]
     config |= {"id2label": {str(i): name for i, name in enumerate(names)}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(weights, tmp_path / "model.safetensors")
