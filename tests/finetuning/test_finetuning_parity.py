@@ -36,6 +36,8 @@ def test_layout_equals_one_process(case: Case, start_directory: Path) -> None:
     assert all((adversarial > 0) == case.sift for _, adversarial, _ in expected["history"])
     assert found[0]["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
+        if name == "classifier.bias" and case.task in ("COPA", "ReCoRD"):
+            continue  # one number added to all choices: its gradient is nothing but rounding
         assert relative_error(found[0]["weights"][name], weight) < 1e-4, name
 
 
