@@ -66,10 +66,11 @@ def start(
         goes_on: From where the same command goes on after an interrupt.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text)
-        return
     is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
+    if "--help" in arguments or "-h" in arguments:
+        if is_speaker:
+            print(help_text)
+        return
     try:
         run(launcher, arguments)
     except DebertaDistError as error:

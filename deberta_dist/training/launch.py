@@ -1,8 +1,8 @@
 """From a launcher's command line to DeepSpeed's: ``python -m deberta_dist.training.launch SCRIPT ARGS``.
 
 Called by ``launchers/start.sh``. It sorts DeepSpeed's flags from the run's, adds what a machine without
-GPUs needs, and is replaced by ``deepspeed FLAGS SCRIPT REST`` (with ``--dry-run`` by ``python SCRIPT
-REST``: no processes). Imports neither torch nor DeepSpeed, so an error is said at once.
+GPUs needs, and is replaced by ``deepspeed FLAGS SCRIPT REST`` (with ``--dry-run`` or ``--help`` by ``python
+SCRIPT REST``: no processes). Imports neither torch nor DeepSpeed, so an error is said at once.
 """
 
 import importlib.metadata
@@ -30,17 +30,19 @@ FLAGS_ALONE = frozenset(
 )
 # Any of these says which processes to start, so none are added.
 PLACEMENT_FLAGS = frozenset("-H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators".split())
+# With one of these the script prints something and starts no ranks.
+ALONE = ("--dry-run", "--help", "-h")
 # The launchers are Python files to DeepSpeed, started with --local_rank.
 IMPOSSIBLE_FLAGS = frozenset(("--module", "--no_python"))
 DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed reads it without being told
 
 
 class Split(NamedTuple):
-    """A launcher's arguments, sorted by who reads them."""
+    """A launcher's arguments, sorted by who reads them; alone: the script prints something and starts nothing."""
 
     deepspeed: list[str]
     script: list[str]
-    dry_run: bool
+    is_alone: bool
 
     def names(self) -> set[str]:
         """DeepSpeed flags that are present, without their values."""
@@ -62,7 +64,7 @@ def split_arguments(arguments: Sequence[str]) -> Split:
     Raises:
         ConfigError: A DeepSpeed flag without its value, or one that cannot be used with a launcher.
     """
-    split = Split([], [], "--dry-run" in arguments)
+    split = Split([], [], any(word in arguments for word in ALONE))
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -131,7 +133,7 @@ def command(script: Path, split: Split, environment: MutableMapping[str, str]) -
     gpu = has_gpu(environment)
     if not gpu:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    if split.dry_run:
+    if split.is_alone:
         return [sys.executable, str(script), *split.script]
     flags = list(split.deepspeed)
     local = not os.path.isfile(DEFAULT_HOSTFILE) and split.value("-H", "--hostfile") is None

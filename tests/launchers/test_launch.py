@@ -48,7 +48,7 @@ def test_arguments_are_sorted() -> None:
     ]  # fmt: skip
     # the value of a dotted key is never taken for a flag
     assert split.script == ["--training.seed", "7", "--run.directory=--x", "--model.preset", "--num_gpus"]
-    assert not split.dry_run
+    assert not split.is_alone
     # nor is a path with a dot taken for a key
     assert launch.split_arguments(["--data", "/a.b/c", "--num_gpus", "2"]) == (["--num_gpus=2"], ["--data", "/a.b/c"], False)
     assert launch.split_arguments(["--dry-run", "--training.seed=7"]) == ([], ["--dry-run", "--training.seed=7"], True)
@@ -96,11 +96,12 @@ def test_with_gpus_nothing_is_added(start: Callable, called: Callable) -> None:
     assert call["env"]["OMP_NUM_THREADS"] is None
 
 
-def test_dry_run_starts_python_itself() -> None:
+@pytest.mark.parametrize("word", ["--dry-run", "--help", "-h"])
+def test_what_only_prints_starts_python_itself(word: str) -> None:
     environment = {"DS_ACCELERATOR": "cpu"}
-    split = launch.split_arguments(["--num_gpus", "8", "--dry-run", "--training.seed=7"])
+    split = launch.split_arguments(["--num_gpus", "8", word, "--training.seed=7"])
     words = launch.command(ROOT / DEMO, split, environment)
-    assert words == [sys.executable, str(ROOT / DEMO), "--dry-run", "--training.seed=7"]
+    assert words == [sys.executable, str(ROOT / DEMO), word, "--training.seed=7"]
 
 
 def test_wrong_parallel_section_is_said_before_anything_starts(start: Callable) -> None:
