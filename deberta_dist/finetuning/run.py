@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deberta_dist.config import write_resolved
+from deberta_dist.config import precision, write_resolved
 from deberta_dist.data.loader import Prefetcher
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, TrainingOrder, collate, dealt
@@ -67,6 +67,7 @@ def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dic
         "init": str(start.path.resolve()),
         "checkpoint": start.description,
         "through": "MNLI" if intermediate else None,
+        "precision": precision(plan.deepspeed),
         "tokenizer_sha256": start.tokenizer.sha256,
         "data_sha256": {name: features.split.sha256 for name, features in plan.features.items()},
         "diagnostics_sha256": {f.split.task.name: f.split.sha256 for f in plan.diagnostics},

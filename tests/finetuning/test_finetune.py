@@ -9,10 +9,11 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.finetuning import finetune
 from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.folder import TaskFolder
+from deberta_dist.finetuning.run import identity
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
-from tests.finetuning.small import DATA
+from tests.finetuning.small import DATA, Case
 
 
 def words(directory: Path, *more: str) -> list[str]:
@@ -28,6 +29,15 @@ def test_whoever_works_on_any_of_the_tasks_is_found_before_the_ranks_meet(
     other.begin()
     with pytest.raises(ConfigError, match=r"COPA.unfinished is in use by another run"):
         finetune._run(start_directory / "finetune.sh", words(start_directory, "--task", "CB,COPA", "--out", str(tmp_path)))
+
+
+def test_runs_of_another_precision_are_other_runs(start_directory: Path) -> None:
+    (start_directory / "bf16.json").write_text('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}')
+    made_from = []
+    for more in ((), ("--run.deepspeed", str(start_directory / "bf16.json")), ("--run.directory", "elsewhere")):
+        plan, start = Case("CB", overrides=more).plan(start_directory)
+        made_from.append(identity(plan, start=start, intermediate=False))
+    assert made_from[0] == made_from[2] and made_from[0] != made_from[1]
 
 
 def test_what_cannot_be_scored_costs_the_table_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
