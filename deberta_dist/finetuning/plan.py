@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.config import FineTuneConfig, deepspeed_config, load_config, read_recipes, resolve_finetuning
+from deberta_dist.config import (
+    FineTuneConfig,
+    deepspeed_config,
+    load_config,
+    read_recipes,
+    resolve_finetuning,
+    smallest_world_size,
+)
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
 from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
@@ -135,9 +142,7 @@ def _plan(
 ) -> TaskPlan:
     recipes = read_recipes(recipe, name, known=(*ORDER, MNLI.name))
     config = load_config(toml, arguments.overrides, schema=FineTuneConfig, recipes=recipes)
-    parallel = config.parallel
-    replicas = 1 if parallel.data_parallel_size == "auto" else parallel.data_parallel_size
-    config = resolve_finetuning(config, world_size or parallel.tensor_parallel_size * replicas)
+    config = resolve_finetuning(config, world_size or smallest_world_size(config))
     task = MNLI if name == MNLI.name else TASKS[name]
     model_config = _model_config(config, start)
     try:
