@@ -63,7 +63,7 @@ def test_words_of_an_answer(release: Release) -> None:
     assert metrics.token_f1("x", "y") == 0.0 and metrics.token_f1("the", "a") == 0.0
     task, labels = TASKS["ReCoRD"], ("Ada Lovelace", "Lovelace", "Babbage")
     decisions = {(0,): Decision(labels, ("Ada Lovelace", "Countess Lovelace"), 1), (1,): Decision(labels, ("babbage",), 2)}
-    split = Split(task, "val", "here", (), decisions)
+    split = Split(task, "val", "here", "", (), decisions)
     # 2/3 against the nearer of two accepted texts; equal after normalisation.
     assert metrics.score(split, {(0,): "Lovelace", (1,): "Babbage"}) == pytest.approx({"f1": 100 * (2 / 3 + 1) / 2, "em": 50.0})
 
@@ -71,7 +71,7 @@ def test_words_of_an_answer(release: Release) -> None:
 def test_pairs_of_genders_are_neighbours() -> None:
     task = TASKS["AX-g"]
     decisions = {(i,): Decision(task.labels, ("entailment",), i + 1) for i in (3, 0, 1, 2)}
-    split = Split(task, "test", "here", (), decisions)
+    split = Split(task, "test", "here", "", (), decisions)
     answers = {(0,): "entailment", (1,): "entailment", (2,): "entailment", (3,): "not_entailment"}
     assert metrics.score(split, answers) == {"gender_parity": 50.0, "accuracy": 75.0}
 
