@@ -79,6 +79,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     known, overrides = parser.parse_known_args(list(arguments))
     if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
         raise ConfigError("command line: --world-size is a number of processes, and belongs to --dry-run")
+    if known.mnli is not None and known.intermediate is None and MNLI.name not in known.task.split(","):
+        raise ConfigError(f"command line: --mnli belongs to --intermediate {MNLI.name} or --task {MNLI.name}")
     short = {"--run.directory": known.out, "--training.seeds": known.seeds}
     overrides += [word for key, value in short.items() if value is not None for word in (key, value)]
     overrides += ["--sift.enabled", "true"] if known.sift else []

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.config import precision
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
@@ -55,6 +56,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"run.deepspeed = {plans[0].config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
         )
+    if (plans[0].config.run.directory / CHECKPOINTS_NAME).exists():
+        raise ConfigError(f"run.directory = {plans[0].config.run.directory} holds a pre-training run: name another one")
     left = _unfinished(plans, parsed, start=start)
     if launch.rank == 0:
         print(describe(plans, start=start), flush=True)

@@ -57,7 +57,7 @@ class FineTuner:
     ) -> None:
         self.model = model
         self._mesh, self._seed = mesh, seed
-        self._pad_id, self._sep_id = pad_id, sep_id
+        self.pad_id, self.sep_id = pad_id, sep_id
         self._weight = 0.0 if sift is None else sift.weight
         self._sift = None if sift is None else Sift(model.model.deberta.embeddings.LayerNorm, sift)
         self._has_types = model.model.config.type_vocab_size > 1
@@ -118,7 +118,7 @@ class FineTuner:
         return batch.decision_logits(logits)
 
     def predict(self, features: Features, *, batch_size: int) -> Probabilities:
-        """Probabilities of every decision of a split, equal on all ranks of a tensor-parallel group's data axis. Collective.
+        """Probabilities of every decision of a split, the same on every data-parallel rank. Collective.
 
         Args:
             features: The split.
@@ -153,7 +153,7 @@ class FineTuner:
             own = order[batch : batch + batch_size]
             ids, mask, types = (
                 tensor.to(self._mesh.device)
-                for tensor in pad([rows[row] for row in own], pad_id=self._pad_id, sep_id=self._sep_id)
+                for tensor in pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
             )
             output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
             logits[own] = output.logits.float()

@@ -68,6 +68,9 @@ class TaskFolder:
             there = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))[IDENTITY]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(f"{self.final} is no finished run: move it away or name another run.directory") from None
+        for split in ("val", "test") if self.task.name in TASKS else ("val",):
+            if not predictions_file(self.seed_directory, self.task, split).is_file():
+                raise ConfigError(f"{self.final} has lost its {split}.jsonl: move it away and start again")
         here = json.loads(json.dumps(identity))
         if changed := _differences(there, here):
             shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")

@@ -204,6 +204,10 @@ def _check_steps(plan: TaskPlan) -> None:
     where = f"{plan.task.name} in {plan.config.source} and {plan.recipe}"
     if not any(example.gold for example in train.examples):
         raise DataError(f"{train.split.where}: no query has its answer among its passage's entities")
+    if plan.sift is not None and plan.sift.loss == "mse" and has_choices(plan.task):
+        raise ConfigError(
+            f'{where}: sift.loss = "mse" compares classes, of which every row has as many; choices take kl or symmetric_kl'
+        )
     order = plan.order(training.seed)
     warmup = plan.config.schedule.warmup_steps
     if warmup > order.num_steps:

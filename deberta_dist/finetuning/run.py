@@ -66,6 +66,7 @@ def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dic
     return {
         "init": str(start.path.resolve()),
         "checkpoint": start.description,
+        "vectors_sha256": start.fingerprint,
         "through": "MNLI" if intermediate else None,
         "precision": precision(plan.deepspeed),
         "tokenizer_sha256": start.tokenizer.sha256,
@@ -116,15 +117,20 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         sharded, mesh=mesh, sift=plan.sift, seed=seed, pad_id=tokenizer.pad_id, sep_id=tokenizer.sep_id
     )
     started = time.monotonic()
-    best = _train(tuner, plan=plan, order=order, mesh=mesh, log=log, tokenizer_ids=(tokenizer.pad_id, tokenizer.sep_id))
+    best = _train(tuner, plan=plan, order=order, mesh=mesh, log=log)
     train_seconds = time.monotonic() - started
 
     sharded.store.load_weights(best.shards)
     batch_size = plan.config.evaluation.batch_size
-    predicted = {name: tuner.predict(plan.features[name], batch_size=batch_size) for name in plan.features if name == "test"}
+    predictions = {"val": best.probabilities}
+    if "test" in plan.features:
+        predictions["test"] = tuner.predict(plan.features["test"], batch_size=batch_size)
     diagnostics = {
         f.split.task.name: (f.split.task, tuner.predict(f, batch_size=batch_size)) for f in plan.diagnostics
     }
+    if is_writer:
+        for split, probabilities in predictions.items():
+            folder.write_predictions(probabilities, split)
     if plan.config.run.keep_weights or plan.task is MNLI:  # others start from it
         full = gather_full_weights(sharded, layout=layout, mesh=mesh)
         if is_writer:
@@ -133,8 +139,6 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         del full
     log.close()
     if is_writer:
-        for split, probabilities in {"val": best.probabilities, **predicted}.items():
-            folder.write_predictions(probabilities, split)
         run = {
             "task": plan.task.name,
             "seed": seed,
@@ -152,18 +156,15 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
     dist.barrier()
 
 
-def _train(
-    tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh, log: MetricsLog, tokenizer_ids: tuple[int, int]
-) -> Best:
+def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh, log: MetricsLog) -> Best:
     optimizer, train = plan.config.optimizer, plan.features["train"]
-    pad_id, sep_id = tokenizer_ids
     every = max(1, round(order.steps_per_epoch / plan.config.evaluation.per_epoch))
     best, skipped_in_a_row, consumed = Best(), 0, 0
 
     def make_batches(step: int) -> tuple[int, list[tuple[int, TaskBatch]]]:
         all_of_it = order.micro_batches(step)
         own = dealt(len(all_of_it), rank=mesh.coordinate.data, size=mesh.shape.data)
-        batches = [(i, collate(train, all_of_it[i], pad_id=pad_id, sep_id=sep_id)) for i in own]
+        batches = [(i, collate(train, all_of_it[i], pad_id=tuner.pad_id, sep_id=tuner.sep_id)) for i in own]
         return sum(map(len, all_of_it)), batches
 
     with Prefetcher(make_batches, start=0, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:

@@ -1,7 +1,9 @@
 """What fine-tuning starts from: any checkpoint's backbone, its tokenizer, and a classifier new or carried over."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,6 +64,16 @@ class StartingPoint:
 
         return read
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and numbers of the vectors, biases and LayerNorms: what tells one checkpoint from another
+        without reading the gigabytes of its matrices."""
+        found = hashlib.sha256()
+        for name, weight in sorted(self.weights.items()):
+            if len(weight.shape) == 1:
+                found.update(name.encode() + weight.read().float().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
     def origin(self, labels: Sequence[str]) -> str:
         """One line on what a task with these labels takes from here."""
         what = "classifier by the names of its labels" if self._classifier_rows(labels) is not None else "new classifier"
@@ -71,10 +83,13 @@ class StartingPoint:
     def _classifier_rows(self, labels: Sequence[str]) -> Tensor | None:
         """Row of the checkpoint's classifier for every label.
 
-        By name, since their order differs in every code base; without case, since released MNLI models say ENTAILMENT.
+        By name, since their order differs in every code base; without case, since not all code bases write it alike.
+        Only inference's labels: "true" of one task has nothing to do with "true" of another.
         """
+        if "entailment" not in labels:
+            return None
         there = [name.lower() for name in self.label_names]
-        if not labels or sorted(label.lower() for label in labels) != sorted(there):
+        if sorted(label.lower() for label in labels) != sorted(there):
             return None
         return torch.tensor([there.index(label.lower()) for label in labels])
 

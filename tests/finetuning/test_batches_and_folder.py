@@ -102,7 +102,8 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     TaskFolder(tmp_path, TASKS["CB"], 42).begin()  # another task may run beside it
     (folder.unfinished / "left").mkdir()
     probabilities = {(1,): {"entailment": 0.5, "not_entailment": 0.5}, (0,): {"entailment": 1.0, "not_entailment": 0.0}}
-    folder.write_predictions(probabilities, "val")
+    for split in ("val", "test"):
+        folder.write_predictions(probabilities, split)
     assert not folder.is_done(made_from)
     folder.finish({IDENTITY: made_from, "score": 1.0}, {"AX-b": (TASKS["AX-b"], probabilities)})
     assert not folder.unfinished.exists()
@@ -112,6 +113,9 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     assert folder.is_done(made_from)
     with pytest.raises(ConfigError, match=r"settings.epochs was 3.0, is 4.0.*another run.directory"):
         folder.is_done({"init": "a", "settings": {"epochs": 4.0}})
+    (folder.final / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match="has lost its test.jsonl"):
+        folder.is_done(made_from)
 
 
 def test_what_an_unfinished_run_left_is_cleared(tmp_path: Path) -> None:
@@ -145,6 +149,8 @@ def test_a_folder_that_another_run_has_just_finished_is_left_alone(tmp_path: Pat
     assert not folder.is_done({})
     other = TaskFolder(tmp_path, TASKS["CB"], 42)
     other.begin()
+    for split in ("val", "test"):
+        other.write_predictions({}, split)
     other.finish({IDENTITY: {}}, {})
     with pytest.raises(ConfigError, match="has just been finished by another run"):
         folder.begin()
@@ -190,3 +196,18 @@ def test_classifier_is_carried_over_by_the_names_of_its_labels(start_directory: 
     assert new("classifier.bias").tolist() == [0, 0] and new("classifier.weight").shape == (2, 32)
     assert np.isclose(new("classifier.weight").std(), 0.05, rtol=0.3), "random, of the model's range"
     assert (new("pooler.dense.weight") == 0.5).all() and "new classifier" in start.origin(("a", "b"))
+    other = open_starting_point(source, tokenizer=None, verify=True)
+    assert start.fingerprint != other.fingerprint == open_starting_point(source, tokenizer=None, verify=True).fingerprint
+
+
+def test_true_of_one_task_is_not_true_of_another(start_directory: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = start_directory / "dropout-0"
+    config = json.loads((source / "config.json").read_text()) | {"id2label": {"0": "true", "1": "false"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    weights |= {"pooler.dense.weight": torch.ones(32, 32), "pooler.dense.bias": torch.ones(32)}
+    save_file(weights | {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    start = open_starting_point(tmp_path, tokenizer=start_directory / "spm.model", verify=True)
+    assert "new classifier" in start.origin(("true", "false"))

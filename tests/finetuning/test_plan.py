@@ -75,6 +75,8 @@ def test_all_takes_what_the_data_holds_in_order(start_directory: Path, tmp_path:
         (["--intermediate", "MNLI", "--task", "WSC"], "would serve nothing: of MNLI, WSC none has"),
         (["--intermediate", "SNLI"], "invalid choice: 'SNLI'"),
         (["--world-size", "2"], "belongs to --dry-run"),
+        (["--mnli", "somewhere"], "--mnli belongs to --intermediate MNLI or --task MNLI"),
+        (["--task", "COPA", "--sift", "--sift.loss", "mse"], "choices take kl or symmetric_kl"),
         (["RTE"], "'RTE' is not of the form --section.key value"),
     ],
 )
