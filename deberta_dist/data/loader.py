@@ -97,12 +97,7 @@ class MaskedLMData:
         """
         if max_seq_length < 3:
             raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
-        if token_file.tokenizer_sha256 != tokenizer.sha256 or token_file.vocab_size != tokenizer.num_tokens:
-            raise DataError(
-                f"{token_file.path} was made with the tokenizer {token_file.tokenizer_sha256[:12]}... of "
-                f"{token_file.vocab_size} tokens, {tokenizer.path} is {tokenizer.sha256[:12]}... of "
-                f"{tokenizer.num_tokens}: give the tokenizer it was made with, or prepare the corpus again"
-            )
+        token_file.require_tokenizer(tokenizer)
         self.max_seq_length = max_seq_length
         self.num_samples, self.num_dropped_tokens = divmod(token_file.num_tokens, max_seq_length - 2)
         if self.num_samples == 0:

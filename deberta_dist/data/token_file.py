@@ -17,7 +17,7 @@ import json
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deberta_dist.data.new_file import new_file
+from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 
 MAGIC = b"DDTOKENS"
@@ -230,6 +231,26 @@ class TokenFile:
             raise DataError(f"{self.path} is damaged in its header; {_AGAIN}")
         return json.loads(header)
 
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuses a tokenizer other than the one the file was made with.
+
+        Raises:
+            DataError: its SHA-256 or its number of tokens is another.
+        """
+        if self.tokenizer_sha256 != tokenizer.sha256 or self.vocab_size != tokenizer.num_tokens:
+            raise DataError(
+                f"{self.path} was made with the tokenizer {self.tokenizer_sha256[:12]}... of "
+                f"{self.vocab_size} tokens, {tokenizer.path} is {tokenizer.sha256[:12]}... of "
+                f"{tokenizer.num_tokens}: give the tokenizer it was made with, or prepare the corpus again"
+            )
+
+    def blocks(self) -> Iterator[bytes]:
+        """What the checksum is of, everything after the header, at most 4 MiB at a time."""
+        with open(self.path, "rb") as file:
+            file.seek(_PAYLOAD_START)
+            while block := file.read(_COPY_BYTES):
+                yield block
+
     def verify(self) -> None:
         """Reads the whole file and compares its checksum.
 
@@ -237,10 +258,8 @@ class TokenFile:
             DataError: the ids or offsets are not those that were written.
         """
         found = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            file.seek(_PAYLOAD_START)
-            while block := file.read(_COPY_BYTES):
-                found.update(block)
+        for block in self.blocks():
+            found.update(block)
         if found.hexdigest() != self.checksum:
             raise DataError(
                 f"{self.path} is damaged: its content has SHA-256 {found.hexdigest()}, its header says "
