@@ -5,6 +5,7 @@ give the same batch everywhere, so nothing has to be sent or stored.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -172,6 +173,9 @@ class Prefetcher(Generic[T]):
 
     ``make_batch(start)``, ``make_batch(start + 1)`` and so on, in order. An error in it is raised where the
     batch would have been returned, after the batches before it.
+
+    Attributes:
+        waited_seconds: How long the batch returned last was waited for: about zero where making is as fast as using.
     """
 
     def __init__(
@@ -186,6 +190,7 @@ class Prefetcher(Generic[T]):
             stop: number to end before; None: never.
         """
         assert depth >= 1
+        self.waited_seconds = 0.0
         self._make_batch = make_batch
         self._next = start
         self._stop = stop
@@ -228,8 +233,10 @@ class Prefetcher(Generic[T]):
             StopIteration: ``stop`` is reached, or the prefetcher is closed.
             BaseException: whatever ``make_batch`` raised.
         """
+        asked = time.monotonic()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._ready or self._finished)
+            self.waited_seconds = time.monotonic() - asked
             if self._ready and not self._closed:
                 batch = self._ready.popleft()
                 self._changed.notify_all()

@@ -187,6 +187,7 @@ def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh
                     tokens_per_second=result.num_tokens / (time.monotonic() - started),
                     mfu=None,
                     consumed_samples=consumed,
+                    data_seconds=prefetched.waited_seconds,
                     skipped=result.grad_norm is None,
                 ),
                 sift_loss=result.sift_loss,

@@ -27,6 +27,7 @@ class StepMetrics:
         tokens_per_second: Of the whole run.
         mfu: Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown.
         consumed_samples: Sequences read since the start.
+        data_seconds: Time that the step waited for its batch on rank 0.
         skipped: True when a gradient was not finite on some rank, so that no rank stepped.
     """
 
@@ -37,6 +38,7 @@ class StepMetrics:
     tokens_per_second: float
     mfu: float | None
     consumed_samples: int
+    data_seconds: float
     skipped: bool = False
 
 

@@ -203,6 +203,7 @@ def train(
                     tokens_per_second=per_second,
                     mfu=None if peak is None else per_second * plan.flops.training / (peak * mesh.shape.world_size),
                     consumed_samples=consumed(step + 1),
+                    data_seconds=batches.waited_seconds,
                     skipped=outcome.skipped,
                 )
             )

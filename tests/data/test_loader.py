@@ -166,3 +166,17 @@ def test_prefetcher_closes_while_full_or_waiting() -> None:
     gate.set()
     closing.join(5)
     assert threading.active_count() == before
+
+
+def test_waiting_is_told_where_making_is_slower_than_using() -> None:
+    def make(number: int) -> int:
+        if number == 2:
+            time.sleep(0.3)
+        return number
+
+    waited = []
+    with Prefetcher(make, start=0, depth=1, stop=4) as batches:
+        for _ in batches:
+            waited.append(batches.waited_seconds)
+            time.sleep(0.05)
+    assert waited[2] > 0.1 and waited[2] == max(waited)

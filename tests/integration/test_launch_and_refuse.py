@@ -70,6 +70,7 @@ def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path:
     assert [s["step"] for s in trained] == [1, 2, 3, 4]
     assert [s["consumed_samples"] for s in trained] == [8, 16, 24, 32]
     assert all(s["grad_norm"] > 0 and s["tokens_per_second"] > 0 and s["mfu"] is None for s in trained)
+    assert all(0 <= s["data_seconds"] < 5 for s in trained)
     assert trained[0]["lr"] == 4e-3 and trained[-1]["lr"] < trained[1]["lr"]
     assert [s["step"] for s in steps if "valid_loss" in s] == [2, 4]
 

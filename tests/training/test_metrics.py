@@ -14,7 +14,7 @@ from deberta_dist.training.metrics import MetricsLog, StepMetrics
 
 def one_step(step: int, **changes: Any) -> StepMetrics:
     values = {"step": step, "loss": 7.5, "grad_norm": 1.25, "lr": 1e-4, "tokens_per_second": 12345.6, "mfu": 0.4321,
-              "consumed_samples": 8 * step}  # fmt: skip
+              "consumed_samples": 8 * step, "data_seconds": 0.25}  # fmt: skip
     return StepMetrics(**(values | changes))
 
 
@@ -31,7 +31,7 @@ def test_every_step_is_on_disk_and_some_on_screen(tmp_path: Path, capsys: pytest
     log.close()
     assert [line["step"] for line in written] == list(range(1, 101))
     assert written[1] == {"step": 2, "loss": 7.5, "grad_norm": 1.25, "lr": 1e-4, "tokens_per_second": 12345.6,
-                          "mfu": 0.4321, "consumed_samples": 16, "skipped": False}  # fmt: skip
+                          "mfu": 0.4321, "consumed_samples": 16, "data_seconds": 0.25, "skipped": False}  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert [int(re.match(r"step +(\d+)/100 \| ", line)[1]) for line in lines] == [1, *range(10, 101, 10)]
     assert "loss  7.5000 | lr 1.00e-04 | grad norm    1.250 |    12,346 tokens/s | mfu 43.2% | left " in lines[1]
