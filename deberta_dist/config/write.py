@@ -35,8 +35,8 @@ def write_resolved(
     folder.mkdir(parents=True, exist_ok=True)
     loadable = {key: AUTO if key in BATCH_KEYS else value for key, value in ds.items()}
     toml, json_file = folder / TOML_NAME, folder / JSON_NAME
-    _replace(json_file, json.dumps(loadable, indent=2) + "\n")
-    _replace(toml, to_toml(config))
+    replace_text(json_file, json.dumps(loadable, indent=2) + "\n")
+    replace_text(toml, to_toml(config))
     return toml, json_file
 
 
@@ -68,7 +68,8 @@ def _value(value: bool | int | float | str | Path | tuple[Any, ...]) -> str:
             return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that the run itself makes anew each time; a reader sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -4,7 +4,6 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 ``run.run_task`` -> table of scores.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.config import precision
+from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
 from deberta_dist.finetuning.folder import TaskFolder
@@ -131,8 +131,5 @@ def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool)
         print(f"no table of scores: {error}", flush=True)
         return
     for name, text in {"txt": report.text(), "json": report.json(), "md": report.markdown()}.items():
-        path = run_directory / f"scores.{name}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_text(run_directory / f"scores.{name}", text.rstrip() + "\n")
     print(report.text(), flush=True)
