@@ -23,7 +23,7 @@ FLOORS = (
     ("planning", "conversion"),
     ("checkpoint",),
     ("tensor_parallel", "pipeline_parallel", "zero"),
-    ("models", "mesh", "flat_layout", "tasks"),
+    ("models", "mesh", "flat_layout", "tasks", "corpus"),
     ("kernels", "data"),
     ("config",),
     ("errors",),
@@ -37,13 +37,14 @@ CLOSED = {
     "models": {"data"},
     "tasks": {"kernels"},
     "mesh": {"kernels", "data"},
+    "corpus": {"config", "kernels"},
     "data": {"config"},
 }
 PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
 DOORS = {
     "deepspeed": (f"{PACKAGE}/zero/",),
     "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
-    "mpi4py": (f"{PACKAGE}/data/prepare.py",),
+    "mpi4py": (f"{PACKAGE}/corpus/ranks.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
     "transformers": ("tools/fill_mask.py",),
@@ -193,7 +194,7 @@ def test_the_checker_sees_the_files() -> None:
         ("cellar/a.py", "", "room cellar has no floor"),
         ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero/"),
         ("data/a.py", "import sentencepiece", "its only door is deberta_dist/data/tokenizer.py"),
-        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/data/prepare.py"),
+        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/corpus/ranks.py"),
         ("training/a.py", 'import importlib\nimportlib.import_module("apex.optimizers")', "imports apex"),
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is tools/fill_mask.py"),
         ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),

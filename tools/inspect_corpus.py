@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, 65 for damage, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.data import inspect
+    from deberta_dist.corpus import inspect
     from deberta_dist.data.tokenizer import Tokenizer
 
     found = inspect.inspect(

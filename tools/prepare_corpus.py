@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.data.prepare import prepare_corpus
+    from deberta_dist.corpus.prepare import prepare_corpus
     from deberta_dist.data.tokenizer import Tokenizer
 
     report = prepare_corpus(

@@ -43,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
+    from deberta_dist.corpus.text_files import read_texts
     from deberta_dist.data.new_file import refuse_existing
-    from deberta_dist.data.text_files import read_texts
     from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 
     # Said before the work, not after it.

@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed datasets; ``data/megatron.py`` has the format. Used by ``data/convert.py``."""
+"""Writing Megatron's indexed datasets; ``corpus/megatron.py`` has the format. Used by ``corpus/convert.py``."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from deberta_dist.data.megatron import FIXED, ID_TYPES, INDEX_TYPE, LENGTH_TYPE, MAGIC, VERSION, paths
+from deberta_dist.corpus.megatron import FIXED, ID_TYPES, INDEX_TYPE, LENGTH_TYPE, MAGIC, VERSION, paths
 from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import DataError
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.data import text_files
-from deberta_dist.data.prepare import Progress, prepare_corpus
-from deberta_dist.data.text_files import list_inputs, read_documents, read_texts
+from deberta_dist.corpus import text_files
+from deberta_dist.corpus.prepare import Progress, prepare_corpus
+from deberta_dist.corpus.text_files import list_inputs, read_documents, read_texts
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError

@@ -12,7 +12,7 @@ A dataset is ``<prefix>.bin``, the ids of all sequences one after another, and `
     ...    sequence modes, int8 [S], only in datasets with more than text
 
 A document has any number of sequences, so D is the number of documents and one. Neither file knows the tokenizer
-or has a checksum. ``data/megatron_writer.py`` writes them; both are used by ``data/convert.py``.
+or has a checksum. ``corpus/megatron_writer.py`` writes them; both are used by ``corpus/convert.py``.
 
 Source: megatron/core/datasets/indexed_dataset.py and tools/preprocess_data.py of NVIDIA/Megatron-LM@d98e8a64.
 """

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deberta_dist.corpus.text_files import list_inputs, read_documents
 from deberta_dist.data.new_file import refuse_existing
-from deberta_dist.data.text_files import list_inputs, read_documents
 from deberta_dist.data.token_file import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
 from deberta_dist.errors import DataError

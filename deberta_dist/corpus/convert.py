@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from deberta_dist.data.inspect import faults
-from deberta_dist.data.megatron import MegatronFile, paths
-from deberta_dist.data.megatron_writer import MegatronWriter
+from deberta_dist.corpus.inspect import faults
+from deberta_dist.corpus.megatron import MegatronFile, paths
+from deberta_dist.corpus.megatron_writer import MegatronWriter
 from deberta_dist.data.new_file import refuse_existing
 from deberta_dist.data.token_file import TokenFile, TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.data import megatron, megatron_writer
-from deberta_dist.data.megatron import MegatronFile
-from deberta_dist.data.megatron_writer import MegatronWriter
+from deberta_dist.corpus import megatron, megatron_writer
+from deberta_dist.corpus.megatron import MegatronFile
+from deberta_dist.corpus.megatron_writer import MegatronWriter
 from deberta_dist.errors import DataError
 
 # 3 sequences of 2, 1 and 3 ids in 2 documents, uint16. Offsets: lengths 34, pointers 46, document indices 70.
