@@ -25,7 +25,7 @@ FLOORS = (
     ("tensor_parallel", "pipeline_parallel", "zero"),
     ("models", "mesh", "flat_layout", "tasks", "corpus"),
     ("kernels", "data"),
-    ("config",),
+    ("config", "lock"),
     ("errors",),
 )
 # Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and

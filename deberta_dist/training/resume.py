@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from deberta_dist.checkpoint.compatible import compatible, same_tensors
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints, newest_complete, step_name
-from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.publish import is_being_replaced, sweep
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import precision
 from deberta_dist.errors import ConfigError
 from deberta_dist.flat_layout import ShardState
+from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.build import TrainingParts, own_flat_layout

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.corpus.test_prepare import documents_of
-from tests.corpus.test_tools import assert_one_line_error, run
 
 from deberta_dist.corpus import convert
 from deberta_dist.corpus.convert import convert_corpus
@@ -14,6 +12,8 @@ from deberta_dist.corpus.megatron import MegatronFile
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
+from tests.corpus.test_prepare import documents_of
+from tests.corpus.test_tools import assert_one_line_error, run
 
 TOOL = "convert_corpus.py"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.corpus.test_tools import assert_one_line_error, run
 
 from deberta_dist.corpus import inspect as inspection
 from deberta_dist.corpus.inspect import describe, faults, inspect, is_damaged, length_statistics
 from deberta_dist.data.token_file import TokenFile, TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
+from tests.corpus.test_tools import assert_one_line_error, run
 
 # 903 ids: offsets begin at 4096 + 1806, up to a multiple of 8
 DOCUMENTS = [[5, 6, 7], [8], list(range(4, 901)), [999, 0]]

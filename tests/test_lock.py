@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.checkpoint.lock import RunLock
 from deberta_dist.errors import ConfigError
+from deberta_dist.lock import RunLock
 
 
 def test_two_runs_on_one_directory(tmp_path: Path) -> None:

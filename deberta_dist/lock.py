@@ -1,6 +1,7 @@
-"""One run per run directory: a second one is refused and told who has it.
+"""One process per directory that is being written: a second one is refused and told who has it.
 
-Two runs on one directory would sweep each other's half-written checkpoints away.
+Two runs on one run directory would sweep each other's half-written checkpoints away; two preparations of one corpus would
+remove each other's parts.
 """
 
 import errno
@@ -19,16 +20,17 @@ LOCK_NAME = ".lock"
 
 
 class RunLock:
-    """Holds a run directory until ``release`` or the end of the process; a context manager. For rank 0 only.
+    """Holds a directory until ``release`` or the end of the process; a context manager. For rank 0 only.
 
     Args:
-        directory: Run directory; made if it is missing.
+        directory: Made if it is missing.
+        key: What the user calls it, for messages.
 
     Raises:
         ConfigError: another process has it, or it cannot be locked.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, key: str = "run.directory") -> None:
         self.directory = Path(directory)
         path = self.directory / LOCK_NAME
         try:
@@ -36,7 +38,7 @@ class RunLock:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise ConfigError(
-                f"run.directory = {self.directory} cannot be written to ({error.strerror}): name another one"
+                f"{key} = {self.directory} cannot be written to ({error.strerror}): name another one"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,11 +47,11 @@ class RunLock:
             os.close(self._file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise ConfigError(
-                    f"run.directory = {self.directory} is in use by another run ({holder or 'which has just started'}): "
+                    f"{key} = {self.directory} is in use by another run ({holder or 'which has just started'}): "
                     "stop that one, or name another directory"
                 ) from error
             raise ConfigError(
-                f"run.directory = {self.directory} is on a file system without locks ({error.strerror}): name one "
+                f"{key} = {self.directory} is on a file system without locks ({error.strerror}): name one "
                 "that two runs cannot use at once unnoticed"
             ) from error
         holder = {
@@ -63,7 +65,7 @@ class RunLock:
         except OSError as error:
             os.close(self._file)
             raise ConfigError(
-                f"run.directory = {self.directory} cannot be written to ({error.strerror}): make room, or name another one"
+                f"{key} = {self.directory} cannot be written to ({error.strerror}): make room, or name another one"
             ) from error
         self.is_held = True
 
