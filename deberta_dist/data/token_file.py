@@ -99,19 +99,36 @@ class TokenFileWriter:
         Raises:
             DataError: an id is negative or not below ``vocab_size``.
         """
-        array = np.asarray(ids, dtype=np.int64)
-        assert array.ndim == 1 and array.size > 0, "a document is a non-empty sequence of ids"
-        low, high = int(array.min()), int(array.max())
+        array = np.asarray(ids)
+        self.add_documents(array, np.array([array.size]))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends several documents at once.
+
+        Args:
+            ids: their ids one after another, integers [sum of lengths].
+            lengths: ids of each, integers [N], each at least 1.
+
+        Raises:
+            DataError: an id is negative or not below ``vocab_size``.
+        """
+        if len(lengths) == 0:
+            return
+        assert ids.ndim == 1 and lengths.min() > 0 and lengths.sum(dtype=np.int64) == ids.size, "no empty documents"
+        ends = np.cumsum(lengths, dtype=np.int64)
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
+            place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
+            document = self.num_documents + int(np.searchsorted(ends, place, side="right"))
             raise DataError(
-                f"{self.path}: id {low if low < 0 else high} of document {self.num_documents} is outside "
-                f"the tokenizer's {self._vocab_size} tokens"
+                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's "
+                f"{self._vocab_size} tokens"
             )
         self._max_token_id = max(self._max_token_id, high)
-        self._write(array.astype(self._dtype).tobytes())
-        self.num_tokens += array.size
-        self.num_documents += 1
-        self._index.write(np.array([self.num_tokens], _OFFSET_DTYPE).tobytes())
+        self._write(ids.astype(self._dtype, copy=False).tobytes())
+        self._index.write((self.num_tokens + ends).astype(_OFFSET_DTYPE, copy=False).tobytes())
+        self.num_tokens += ids.size
+        self.num_documents += len(lengths)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -141,3 +141,23 @@ def test_ids_beyond_the_vocabulary_in_a_header_are_refused(
     monkeypatch.setattr(TokenFile, "_read_header", lambda self: header | {"max_token_id": 1000})
     with pytest.raises(DataError, match="holds ids up to 1000 .* vocabulary has 1000"):
         TokenFile(path)
+
+
+def test_documents_added_together_are_those_added_one_by_one(tmp_path: Path) -> None:
+    documents = [[1, 2, 3], [4], [5, 6]]
+    options = {"tokenizer_sha256": "0" * 64, "vocab_size": 100}
+    with TokenFileWriter(tmp_path / "one.tokens", **options) as writer:
+        for document in documents:
+            writer.add_document(document)
+    with TokenFileWriter(tmp_path / "all.tokens", **options) as writer:
+        writer.add_documents(np.empty(0, np.int32), np.empty(0, np.uint32))
+        writer.add_documents(np.array([1, 2, 3, 4], np.int32), np.array([3, 1], np.uint32))
+        writer.add_documents(np.array([5, 6], np.uint32), np.array([2]))
+    assert (tmp_path / "all.tokens").read_bytes() == (tmp_path / "one.tokens").read_bytes()
+    with (
+        pytest.raises(DataError, match="id 100 of document 2 is outside"),
+        TokenFileWriter(tmp_path / "bad.tokens", **options) as writer,
+    ):
+        writer.add_document([7])
+        writer.add_documents(np.array([1, 2, 100], np.int32), np.array([2, 1]))
+    assert not (tmp_path / "bad.tokens").exists()

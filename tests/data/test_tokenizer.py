@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -125,3 +126,9 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
     for ids in ([-1], [tokenizer.num_tokens]):
         with pytest.raises(DataError, match="outside the 1001 tokens"):
             tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("text", ["the time machine", "it was \0 late", "caf\u00e9 \ud800 au lait", "", "\u201cquoted\u201d"])
+def test_ids_as_an_array_are_those_of_the_list(tokenizer: Tokenizer, text: str) -> None:
+    array = tokenizer.encode_array(text)
+    assert array.dtype == np.int32 and array.tolist() == tokenizer.encode(text)
