@@ -14,8 +14,10 @@ renamed, and one rename publishes all of it. Preparation writes these files, the
 
 import hashlib
 import json
+import os
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -171,6 +173,8 @@ class TokenFileWriter:
 class TokenFile:
     """A token file, mapped: opening costs the same whatever its size.
 
+    Samples are drawn with ``read``: a mapping's pages, once touched, count as the process's resident memory.
+
     Attributes:
         path: the file.
         ids: ids of all documents one after another, uint16 or uint32 [num_tokens], read-only.
@@ -218,6 +222,28 @@ class TokenFile:
         )
         if self.document_offsets[0] != 0 or self.document_offsets[-1] != self.num_tokens:
             raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
+        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """A copy of ids ``start`` to ``stop`` - 1, uint16 or uint32 [stop - start]. Safe to call from several threads.
+
+        Raises:
+            DataError: the file cannot be read any more, or has become shorter since it was opened.
+        """
+        assert 0 <= start <= stop <= self.num_tokens
+        dtype = self.ids.dtype
+        num_bytes, offset = (stop - start) * dtype.itemsize, _PAYLOAD_START + start * dtype.itemsize
+        try:
+            data = os.pread(self._file, num_bytes, offset)
+            # A call may give less than there is.
+            while len(data) < num_bytes and (more := os.pread(self._file, num_bytes - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read at byte {offset} ({error.strerror})") from error
+        if len(data) < num_bytes:
+            raise DataError(f"{self.path} has become shorter since it was opened; {_AGAIN}")
+        return np.frombuffer(data, dtype)
 
     def _read_header(self) -> dict[str, Any]:
         try:

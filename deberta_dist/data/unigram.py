@@ -42,7 +42,8 @@ def unigram_counts(token_file: TokenFile, *, vocab_size: int, max_tokens: int | 
         starts = starts[:: max(1, -(-len(starts) * _BLOCK_TOKENS // max(max_tokens, _BLOCK_TOKENS)))]
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in starts:
-        counts += np.bincount(token_file.ids[start : start + _BLOCK_TOKENS], minlength=vocab_size)
+        stop = min(start + _BLOCK_TOKENS, token_file.num_tokens)
+        counts += np.bincount(token_file.read(start, stop), minlength=vocab_size)
     return counts
 
 

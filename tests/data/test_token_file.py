@@ -1,6 +1,8 @@
 """Round trip, and a clear refusal for every kind of damage."""
 
 import errno
+import gc
+import os
 import struct
 from pathlib import Path
 
@@ -35,6 +37,38 @@ def test_round_trip(tmp_path: Path, vocab_size: int, dtype: str) -> None:
         file.ids[0] = 1
     file.verify()
     assert [p.name for p in tmp_path.iterdir()] == ["a.tokens"]
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 70_000])
+def test_read_gives_any_range(tmp_path: Path, vocab_size: int) -> None:
+    file = TokenFile(write(tmp_path / "a.tokens", vocab_size=vocab_size))
+    for start, stop in ((0, file.num_tokens), (3, 3), (1, 800), (file.num_tokens - 1, file.num_tokens)):
+        found = file.read(start, stop)
+        assert found.dtype == file.ids.dtype and np.array_equal(found, file.ids[start:stop])
+
+
+def test_read_puts_short_reads_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = TokenFile(write(tmp_path / "a.tokens"))
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: whole(file, min(count, 7), offset))
+    assert np.array_equal(file.read(2, 60), file.ids[2:60])
+
+
+def test_read_of_a_file_cut_short_meanwhile_is_refused(tmp_path: Path) -> None:
+    file = TokenFile(write(tmp_path / "a.tokens"))
+    os.truncate(file.path, 4096 + 20)
+    assert file.read(0, 10).tolist() == [5, 6, 7, 8, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(DataError, match=r"a\.tokens has become shorter"):
+        file.read(0, 11)
+
+
+def test_a_token_file_gives_its_descriptor_back(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tokens")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(20):
+        TokenFile(path).read(0, 1)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_the_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
