@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from deberta_dist.data.masking import MaskingConfig, mask_sequence, sample_rng
+from deberta_dist.data.masking import MaskingConfig, mask_batch
 from deberta_dist.data.sampler import Permutation, check_seed, position
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
@@ -139,33 +139,35 @@ class MaskedLMData:
             DataError: the file holds an id outside the vocabulary, hence is damaged.
         """
         assert start >= 0 and count >= 1
-        input_ids = np.empty((count, self.max_seq_length), dtype=np.int64)
-        labels = np.empty_like(input_ids)
-        for row, (epoch, sample) in enumerate(self.samples_at(start, count)):
-            input_ids[row], labels[row] = mask_sequence(
-                self._sequence(sample),
-                is_word_start=self._tokenizer.is_word_start,
-                special_ids=self._tokenizer.special_ids,
-                mask_id=self._tokenizer.mask_id,
-                vocab_size=self._tokenizer.num_tokens,
-                rng=sample_rng(self._seed, epoch=epoch, sample=sample),
-                config=self._masking,
-            )
+        epochs, samples = np.array(self.samples_at(start, count), dtype=np.int64).T
+        input_ids, labels = mask_batch(
+            self._sequences(samples),
+            is_word_start=self._tokenizer.is_word_start,
+            special_ids=self._tokenizer.special_ids,
+            mask_id=self._tokenizer.mask_id,
+            vocab_size=self._tokenizer.num_tokens,
+            seed=self._seed,
+            epochs=epochs,
+            samples=samples,
+            config=self._masking,
+        )
         ids = torch.from_numpy(input_ids)
         return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.from_numpy(labels))
 
-    def _sequence(self, sample: int) -> np.ndarray:
-        """Sample ``sample`` before masking, int64 [S]."""
+    def _sequences(self, samples: np.ndarray) -> np.ndarray:
+        """Samples before masking, in the file's type [B, S]."""
         length = self.max_seq_length - 2
-        sequence = np.empty(self.max_seq_length, dtype=np.int64)
-        sequence[0], sequence[-1] = self._tokenizer.cls_id, self._tokenizer.sep_id
-        sequence[1:-1] = self._token_file.ids[sample * length : (sample + 1) * length]
-        if sequence.max() >= self._tokenizer.num_tokens:
+        sequences = np.empty((samples.size, self.max_seq_length), dtype=self._token_file.ids.dtype)
+        sequences[:, 0], sequences[:, -1] = self._tokenizer.cls_id, self._tokenizer.sep_id
+        for row, sample in zip(sequences, samples.tolist(), strict=True):
+            row[1:-1] = self._token_file.read(sample * length, (sample + 1) * length)
+        if sequences.max() >= self._tokenizer.num_tokens:
+            row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
             raise DataError(
-                f"{self._token_file.path} is damaged: sample {sample} holds the id {sequence.max()} of "
+                f"{self._token_file.path} is damaged: sample {samples[row]} holds the id {sequences.max()} of "
                 f"{self._tokenizer.num_tokens}; prepare the corpus again"
             )
-        return sequence
+        return sequences
 
 
 class Prefetcher(Generic[T]):

@@ -1,8 +1,9 @@
 """Whole-word n-gram masking as a pure function of (seed, epoch, sample).
 
-The loader calls ``mask_sequence`` with the generator of ``sample_rng`` while it makes a batch; nothing is
-masked in advance. Every draw is ``Generator.random`` of a counter-based generator, so masks depend neither
-on the number of ranks and threads nor on how many samples were drawn before.
+The loader calls ``mask_batch`` while it makes a batch; nothing is masked in advance. Every draw comes from the
+sample's own stream (``mask_draws.py``), so masks depend neither on the number of ranks and threads nor on how many
+samples were drawn before or are drawn beside it. All sequences of a batch are masked together, without a loop over
+tokens or words: in ragged arrays one row's entries follow another's, and counts say how many belong to each row.
 
 Both methods share the units, the quota and the replacement:
 
@@ -10,11 +11,13 @@ Both methods share the units, the quota and the replacement:
   begins one and the following tokens that do not (special tokens are passed over, not boundaries). With
   ``max_ngram`` = 1 every token is a unit.
 * *Spans.* n units in a row, n from 1 to ``max_ngram`` with probability proportional to 1/n.
-* *Quota.* round(p * len), at least 1, at most ``max_targets``; len counts special tokens too. Units are
+* *Quota.* round(p * len), at least 1, at most ``max_targets``; len counts special tokens too, padding not. Units are
   taken whole, in the method's order, until the tokens taken reach the quota: the number of targets is
   below the quota plus the length of the longest word.
 * *Replacement.* A target becomes ``[MASK]`` (80%), stays (10%), or becomes any id of the vocabulary,
   special ones included (10%), independently.
+
+Where spans lie is drawn in ``mask_spans.py``.
 
 ``official``: the published sampling. The units are walked through in windows of n * int(1/p) (6n for 0.15),
 n drawn per window, and a span of n units begins at a uniform place of each window; it may reach into the
@@ -31,20 +34,30 @@ Source: NGramMaskGenerator in DeBERTa/apps/tasks/mlm_task.py, microsoft/DeBERTa,
 distribution, not the same random numbers; its cap is the constant 80, computed for 512 tokens).
 """
 
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from deberta_dist.data.sampler import check_seed
+from deberta_dist.data.mask_draws import sample_draws
+from deberta_dist.data.mask_spans import (
+    official_draws,
+    official_units,
+    starts_of,
+    uniform_draws,
+    uniform_units,
+    within,
+)
 from deberta_dist.errors import ConfigError
 
 METHODS = ("official", "uniform")
 NOT_A_TARGET = 0
 
 _LONGEST_WORD = 16
-_STREAM = 0x6D61736B  # keeps these numbers apart from those of any other use of the seed
+_BLOCK_TOKENS = 1 << 15  # what is masked together stays within a core's cache
+_SPECIAL, _CONTINUES, _BEGINS = range(3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,134 +108,137 @@ class MaskingConfig:
         return min(cap, max(1, round(num_tokens * self.mask_probability)))
 
 
-def sample_rng(seed: int, *, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of one sample's mask in one epoch.
-
-    Philox is counter-based: (seed, epoch, sample) are its key and counter, so streams of different samples
-    never meet and making one costs a few microseconds.
-
-    Raises:
-        ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
-    """
-    key = np.array([check_seed(seed), _STREAM], dtype=np.uint64)
-    counter = np.array([0, 0, epoch, sample], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-def mask_sequence(
+def mask_batch(
     ids: np.ndarray,
     *,
     is_word_start: np.ndarray,
     special_ids: Sequence[int],
     mask_id: int,
     vocab_size: int,
-    rng: np.random.Generator,
+    seed: int,
+    epochs: np.ndarray,
+    samples: np.ndarray,
     config: MaskingConfig,
+    lengths: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks one sequence.
+    """Masks a batch of sequences, each as if it were alone.
 
     Args:
-        ids: integers [S], with its special tokens, without padding.
+        ids: integers [B, S], each below ``vocab_size``, special tokens anywhere; a shorter sequence is filled up with
+            a special id behind its end.
         is_word_start: bool [vocab_size], whether an id begins a word.
         special_ids: ids that are never targets, 0 (padding) among them.
         mask_id: id of ``[MASK]``.
         vocab_size: number of ids random replacements are drawn from.
-        rng: generator of this sample, from ``sample_rng``.
+        seed: seed of the run.
+        epochs: integers [B]: a sequence's mask depends on its epoch and sample.
+        samples: integers [B].
         config: how to mask.
+        lengths: integers [B], tokens of every sequence without padding; None: S of all.
 
     Returns:
-        (input_ids, labels), int64 [S] each. labels holds the original id of targets and 0 elsewhere. There
-        is at least one target unless every token is special.
+        (input_ids, labels), int64 [B, S] each. labels holds the original id of targets and 0 elsewhere. A
+        sequence has at least one target unless all its tokens are special.
+
+    Raises:
+        ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
     """
-    input_ids = np.array(ids, dtype=np.int64)
+    num_rows, width = ids.shape
+    input_ids = ids.astype(np.int64)
     labels = np.full_like(input_ids, NOT_A_TARGET)
-    maskable = np.ones(input_ids.shape, dtype=bool)
-    for special in special_ids:
-        maskable &= input_ids != special
-    places = np.flatnonzero(maskable)
-    if places.size == 0:
-        return input_ids, labels
-
-    begins = np.ones(places.size, dtype=bool) if config.max_ngram == 1 else is_word_start[input_ids[places]]
-    if config.method == "uniform":
-        begins = _split_long_words(begins)
-    unit_of_place = np.cumsum(begins) - begins[0]
-    unit_lengths = np.bincount(unit_of_place)
-    quota = config.quota(input_ids.size)
-    choose = _official_units if config.method == "official" else _uniform_units
-    units = choose(unit_lengths.size, quota=quota, rng=rng, config=config)
-    enough = np.searchsorted(np.cumsum(unit_lengths[units]), quota) + 1
-    taken = np.zeros(unit_lengths.size, dtype=bool)
-    taken[units[:enough]] = True
-    targets = places[taken[unit_of_place]]
-
-    originals = input_ids[targets]
-    labels[targets] = originals
-    kind, random_id = rng.random((2, targets.size))
-    keep_until = config.mask_token_fraction + config.keep_fraction
-    replaced = np.where(kind < keep_until, originals, (random_id * vocab_size).astype(np.int64))
-    input_ids[targets] = np.where(kind < config.mask_token_fraction, mask_id, replaced)
+    kinds = np.where(is_word_start | (config.max_ngram == 1), _BEGINS, _CONTINUES).astype(np.uint8)
+    kinds[list(special_ids)] = _SPECIAL
+    sizes = np.full(num_rows, width) if lengths is None else lengths
+    quota_of = {size: config.quota(size) for size in set(sizes.tolist())}
+    quotas = np.array([quota_of[size] for size in sizes.tolist()], dtype=np.int64)
+    rows_together = max(1, _BLOCK_TOKENS // max(width, 1))
+    for first in range(0, num_rows, rows_together):
+        rows = slice(first, first + rows_together)
+        block_ids, block_labels = input_ids[rows].reshape(-1), labels[rows].reshape(-1)  # views
+        block_kinds = kinds.take(input_ids[rows])
+        # Rows without a token that can be masked stay as they are.
+        live = np.flatnonzero(block_kinds.any(axis=1))
+        if live.size == 0:
+            continue
+        targets, kind, random_id = _targets(
+            block_kinds,
+            live,
+            quotas=quotas[rows][live],
+            seed=seed,
+            epochs=epochs[rows][live],
+            samples=samples[rows][live],
+            config=config,
+        )
+        originals = block_ids[targets]
+        block_labels[targets] = originals
+        keep_until = config.mask_token_fraction + config.keep_fraction
+        replaced = np.where(kind < keep_until, originals, (random_id * vocab_size).astype(np.int64))
+        block_ids[targets] = np.where(kind < config.mask_token_fraction, mask_id, replaced)
     return input_ids, labels
 
 
-def _split_long_words(begins: np.ndarray) -> np.ndarray:
-    """``begins``, bool [T], with every token of a word longer than 16 tokens beginning one."""
-    starts = np.flatnonzero(begins)
-    starts = starts if begins[0] else np.concatenate(([0], starts))
-    lengths = np.diff(starts, append=begins.size)
-    if lengths.max() <= _LONGEST_WORD:
-        return begins
-    return begins | np.repeat(lengths > _LONGEST_WORD, lengths)
+def _targets(
+    kinds: np.ndarray,
+    live: np.ndarray,
+    *,
+    quotas: np.ndarray,
+    seed: int,
+    epochs: np.ndarray,
+    samples: np.ndarray,
+    config: MaskingConfig,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chooses the targets of the rows ``live`` of a block.
 
+    Args:
+        kinds: uint8 [B, S], what every token is: special, within a word or beginning one.
+        live: int64 [R], ascending, the rows which have a token that is not special.
+        quotas: int64 [R].
+        seed, epochs, samples: as for ``mask_batch``, [R] each.
+        config: how to mask.
 
-def _ngram_lengths(uniforms: np.ndarray, *, max_ngram: int) -> np.ndarray:
-    """Span lengths, int64, from uniform numbers: p(n) proportional to 1/n for n = 1 .. max_ngram."""
-    cumulative = np.cumsum(1 / np.arange(1, max_ngram + 1))
-    return np.searchsorted(cumulative, uniforms * cumulative[-1], side="right") + 1
-
-
-def _official_units(
-    num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig
-) -> np.ndarray:
-    """Units of one span per window, ascending; the quota plays no part in where spans lie."""
-    window = int(1 / config.mask_probability)
-    # A window is at least this long, so this many draws are always enough.
-    kind, place = rng.random((2, -(-num_units // window)))
-    lengths = _ngram_lengths(kind, max_ngram=config.max_ngram)
-    widths = lengths * window
-    spans = np.floor(place * widths).astype(np.int64)
-    offsets = np.concatenate(([0], np.cumsum(np.maximum(widths, spans + lengths))[:-1]))
-    count = int(np.searchsorted(offsets, num_units))
-    # Only the last window can be cut off by the end, and what follows it does not count.
-    last_width = min(widths[count - 1], num_units - offsets[count - 1])
-    spans[count - 1] = int(place[count - 1] * last_width)
-    starts = offsets[:count] + spans[:count]
-    ends = np.minimum(starts + lengths[:count], num_units)
-    return _expand(starts, ends - starts)
-
-
-def _uniform_units(
-    num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig
-) -> np.ndarray:
-    """``quota`` units (or all) in disjoint spans, span after span in random order.
-
-    A unit has at least one token, hence ``quota`` units are always enough.
+    Returns:
+        Three arrays over all targets: the place in ``kinds`` as one row, ascending, and the two uniform numbers that
+        decide on what stands there instead.
     """
-    wanted = min(quota, num_units)
-    lengths = _ngram_lengths(rng.random(wanted), max_ngram=config.max_ngram)
-    ends = np.cumsum(lengths)
-    count = int(np.searchsorted(ends, wanted)) + 1
-    lengths = lengths[:count]
-    lengths[-1] -= ends[count - 1] - wanted
-    slots = np.argsort(rng.random(count + num_units - wanted))[:count]
-    slots.sort()
-    starts = slots + np.cumsum(lengths) - lengths - np.arange(count)
-    angle = int(rng.random() * num_units)
-    order = np.argsort(rng.random(count))
-    return (_expand(starts[order], lengths[order]) + angle) % num_units
+    flat_kinds = kinds.reshape(-1)
+    places = np.flatnonzero(flat_kinds)
+    num_places = np.count_nonzero(kinds, axis=1)[live]
+    row_starts = starts_of(num_places)
+    begins = flat_kinds[places] == _BEGINS
+    begins[row_starts] = True
+    unit_starts, unit_lengths = _units(begins)
+    if config.method == "uniform" and (is_long := unit_lengths > _LONGEST_WORD).any():
+        begins |= np.repeat(is_long, unit_lengths)
+        unit_starts, unit_lengths = _units(begins)
+    first_units = np.searchsorted(unit_starts, row_starts)
+    num_units = np.diff(first_units, append=unit_starts.size)
+
+    most_targets = np.minimum(quotas + unit_lengths.max() - 1, num_places)
+    window = int(1 / config.mask_probability)
+    if config.method == "official":
+        most_draws = official_draws(num_units, window=window) + 2 * most_targets
+    else:
+        most_draws = uniform_draws(num_units, quotas=quotas) + 2 * most_targets
+    draws = sample_draws(int(most_draws.max()), seed=seed, epochs=epochs, samples=samples)
+    if config.method == "official":
+        chosen = official_units(draws, num_units, window=window, max_ngram=config.max_ngram)
+    else:
+        chosen = uniform_units(draws, num_units, quotas=quotas, max_ngram=config.max_ngram)
+
+    units = chosen.units + np.repeat(first_units, chosen.counts)
+    taken_before = np.cumsum(unit_lengths[units]) - unit_lengths[units]
+    taken_before -= np.repeat(taken_before[starts_of(chosen.counts)], chosen.counts)
+    is_target = np.zeros(unit_starts.size, dtype=bool)
+    is_target[units[taken_before < np.repeat(quotas, chosen.counts)]] = True
+    targets = places[np.repeat(is_target, unit_lengths)]
+
+    counts = np.diff(np.searchsorted(targets, (live + 1) * kinds.shape[1]), prepend=0)
+    row_draws = np.arange(live.size) * draws.shape[1] + chosen.num_draws
+    at = np.repeat(row_draws, counts) + within(counts)
+    return targets, draws.reshape(-1)[at], draws.reshape(-1)[at + np.repeat(counts, counts)]
 
 
-def _expand(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... start + length - 1 of every span, one span after another."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+def _units(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First place and length of every unit, from bool [places], whether one begins there."""
+    starts = np.flatnonzero(begins)
+    return starts, np.diff(starts, append=begins.size)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deberta_dist.data.masking import METHODS, MaskingConfig, mask_sequence, sample_rng
+from deberta_dist.data.mask_draws import sample_draws
+from deberta_dist.data.masking import METHODS, MaskingConfig, mask_batch
 from deberta_dist.errors import ConfigError
 
 VOCAB = 2001
@@ -23,24 +24,30 @@ def sequence(number: int, *, length: int = LENGTH) -> np.ndarray:
     return np.concatenate(([1], body, [2]))
 
 
-def mask(
-    ids: np.ndarray, config: MaskingConfig, *, sample: int = 0, seed: int = 5
+def mask_rows(
+    ids: np.ndarray, config: MaskingConfig, *, samples: np.ndarray, seed: int = 5, starts: np.ndarray = STARTS
 ) -> tuple[np.ndarray, np.ndarray]:
-    return mask_sequence(
+    return mask_batch(
         ids,
-        is_word_start=STARTS,
+        is_word_start=starts,
         special_ids=SPECIAL,
         mask_id=MASK,
         vocab_size=VOCAB,
-        rng=sample_rng(seed, epoch=0, sample=sample),
+        seed=seed,
+        epochs=np.zeros_like(samples),
+        samples=samples,
         config=config,
     )
 
 
+def mask(ids: np.ndarray, config: MaskingConfig, *, sample: int = 0, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    input_ids, labels = mask_rows(ids[None], config, samples=np.array([sample]), seed=seed)
+    return input_ids[0], labels[0]
+
+
 def many(config: MaskingConfig, *, count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    for number in range(count):
-        ids = sequence(number)
-        yield ids, *mask(ids, config, sample=number)
+    ids = np.stack([sequence(number) for number in range(count)])
+    return zip(ids, *mask_rows(ids, config, samples=np.arange(count)), strict=True)
 
 
 def decile_shares(config: MaskingConfig, *, count: int) -> tuple[np.ndarray, float]:
@@ -133,17 +140,8 @@ def test_span_lengths() -> None:
     starts = np.ones(VOCAB, dtype=bool)
     config = MaskingConfig(mask_probability=0.01, max_targets=1000)
     runs = np.zeros(20)
-    for number in range(150):
-        ids = sequence(number, length=10_000)
-        _, labels = mask_sequence(
-            ids,
-            is_word_start=starts,
-            special_ids=SPECIAL,
-            mask_id=MASK,
-            vocab_size=VOCAB,
-            rng=sample_rng(1, epoch=0, sample=number),
-            config=config,
-        )
+    ids = np.stack([sequence(number, length=10_000) for number in range(150)])
+    for labels in mask_rows(ids, config, samples=np.arange(150), seed=1, starts=starts)[1]:
         edges = np.diff((labels > 0).astype(int), prepend=0, append=0)
         runs += np.bincount(np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1), minlength=20)
     assert runs[1:4] / runs[1:4].sum() == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.02)
@@ -195,7 +193,8 @@ def test_a_mask_depends_on_seed_epoch_and_sample_only(method: str) -> None:
     assert np.array_equal(ids, before)
     assert not np.array_equal(first[1], mask(ids, config, sample=10)[1])
     assert not np.array_equal(first[1], mask(ids, config, sample=9, seed=6)[1])
-    draws = {sample_rng(s, epoch=e, sample=i).random() for s in range(5) for e in range(5) for i in range(50)}
+    epochs, samples = np.divmod(np.arange(5 * 50), 50)
+    draws = {x for s in range(5) for x in sample_draws(1, seed=s, epochs=epochs, samples=samples)[:, 0].tolist()}
     assert len(draws) == 5 * 5 * 50
 
 
