@@ -14,7 +14,8 @@ from deberta_dist.corpus.inspect import faults
 from deberta_dist.corpus.megatron import MegatronFile, paths
 from deberta_dist.corpus.megatron_writer import MegatronWriter
 from deberta_dist.data.new_file import refuse_existing
-from deberta_dist.data.token_file import TokenFile, TokenFileWriter
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 

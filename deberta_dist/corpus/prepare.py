@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deberta_dist.corpus.text_files import list_inputs, read_documents
 from deberta_dist.data.new_file import refuse_existing
-from deberta_dist.data.token_file import TokenFileWriter
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
 from deberta_dist.errors import DataError
 

@@ -16,29 +16,24 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from deberta_dist.data.new_file import new_file
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 
 MAGIC = b"DDTOKENS"
 FORMAT_VERSION = 1
 
-_FIXED = struct.Struct("<8s3I")
-_PAYLOAD_START = 4096
-_OFFSET_DTYPE = np.dtype("<i8")
-_COPY_BYTES = 1 << 22
-_MAX_SOURCE_CHARACTERS = 400
+FIXED = struct.Struct("<8s3I")
+PAYLOAD_START = 4096
+OFFSET_DTYPE = np.dtype("<i8")
+COPY_BYTES = 1 << 22
 _AGAIN = "copy it again or prepare the corpus again with tools/prepare_corpus.py"
 
 
@@ -47,127 +42,9 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def _index_start(num_tokens: int, dtype: np.dtype) -> int:
+def index_start_of(num_tokens: int, dtype: np.dtype) -> int:
     """Byte at which the document offsets begin, aligned to 8 for the mapped int64."""
-    return (_PAYLOAD_START + num_tokens * dtype.itemsize + 7) // 8 * 8
-
-
-class TokenFileWriter:
-    """Writes a token file document by document; a context manager.
-
-    Memory does not grow with the corpus. The file appears when the block ends without error, and not at
-    all otherwise.
-    """
-
-    def __init__(self, path: str | Path, *, tokenizer_sha256: str, vocab_size: int, source: str = "") -> None:
-        """Opens the file beside its destination.
-
-        Args:
-            path: file to make.
-            tokenizer_sha256: SHA-256 of the tokenizer's model file, in hexadecimal.
-            vocab_size: number of ids of that tokenizer; each id written is below it.
-            source: where the text came from, for people; cut after 400 characters.
-
-        Raises:
-            DataError: ``path`` exists.
-        """
-        self.path = Path(path)
-        self.num_tokens = 0
-        self.num_documents = 0
-        self._vocab_size = vocab_size
-        self._dtype = id_dtype(vocab_size)
-        self._max_token_id = 0
-        self._header = {
-            "dtype": self._dtype.name,
-            "tokenizer_sha256": tokenizer_sha256,
-            "vocab_size": vocab_size,
-            "source": source[:_MAX_SOURCE_CHARACTERS],
-        }
-        self._hash = hashlib.sha256()
-        with ExitStack() as stack:
-            self._file: BinaryIO = stack.enter_context(new_file(self.path))
-            # Beside the output, where there is room for it, and without a name: it leaves nothing behind.
-            self._index: BinaryIO = stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
-            self._stack = stack.pop_all()
-        self._file.seek(_PAYLOAD_START)
-        self._index.write(np.zeros(1, _OFFSET_DTYPE).tobytes())
-
-    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Appends one document.
-
-        Args:
-            ids: its ids, at least one.
-
-        Raises:
-            DataError: an id is negative or not below ``vocab_size``.
-        """
-        array = np.asarray(ids)
-        self.add_documents(array, np.array([array.size]))
-
-    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends several documents at once.
-
-        Args:
-            ids: their ids one after another, integers [sum of lengths].
-            lengths: ids of each, integers [N], each at least 1.
-
-        Raises:
-            DataError: an id is negative or not below ``vocab_size``.
-        """
-        if len(lengths) == 0:
-            return
-        assert ids.ndim == 1 and lengths.min() > 0 and lengths.sum(dtype=np.int64) == ids.size, "no empty documents"
-        ends = np.cumsum(lengths, dtype=np.int64)
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
-            document = self.num_documents + int(np.searchsorted(ends, place, side="right"))
-            raise DataError(
-                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's "
-                f"{self._vocab_size} tokens"
-            )
-        self._max_token_id = max(self._max_token_id, high)
-        self._write(ids.astype(self._dtype, copy=False).tobytes())
-        self._index.write((self.num_tokens + ends).astype(_OFFSET_DTYPE, copy=False).tobytes())
-        self.num_tokens += ids.size
-        self.num_documents += len(lengths)
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-
-    def _finish(self) -> None:
-        if self.num_tokens == 0:
-            raise DataError(f"{self.path} is not written: there is no document to put into it")
-        self._write(bytes(_index_start(self.num_tokens, self._dtype) - self._file.tell()))
-        self._index.seek(0)
-        while block := self._index.read(_COPY_BYTES):
-            self._write(block)
-        header = json.dumps(
-            self._header
-            | {
-                "num_tokens": self.num_tokens,
-                "num_documents": self.num_documents,
-                "max_token_id": self._max_token_id,
-                "checksum": self._hash.hexdigest(),
-            }
-        ).encode("ascii")
-        assert _FIXED.size + len(header) <= _PAYLOAD_START
-        self._file.seek(0)
-        self._file.write(_FIXED.pack(MAGIC, FORMAT_VERSION, len(header), zlib.crc32(header)) + header)
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            # Told of the error, the stack removes the unfinished file instead of publishing it.
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:
-            self._finish()
+    return (PAYLOAD_START + num_tokens * dtype.itemsize + 7) // 8 * 8
 
 
 class TokenFile:
@@ -207,8 +84,8 @@ class TokenFile:
                 f"{path} holds ids up to {header['max_token_id']} as {header['dtype']}, its vocabulary has "
                 f"{self.vocab_size}: {_AGAIN}"
             )
-        index_start = _index_start(self.num_tokens, dtype)
-        expected = index_start + (self.num_documents + 1) * _OFFSET_DTYPE.itemsize
+        index_start = index_start_of(self.num_tokens, dtype)
+        expected = index_start + (self.num_documents + 1) * OFFSET_DTYPE.itemsize
         size = self.path.stat().st_size
         if size != expected or min(self.num_tokens, self.num_documents) < 1:
             kind = "truncated" if size < expected else "damaged"
@@ -216,9 +93,9 @@ class TokenFile:
                 f"{path} is {kind}: {size:,} bytes, expected {expected:,} for {self.num_tokens:,} tokens "
                 f"in {self.num_documents:,} documents; {_AGAIN}"
             )
-        self.ids = np.memmap(self.path, dtype, "r", offset=_PAYLOAD_START, shape=(self.num_tokens,))
+        self.ids = np.memmap(self.path, dtype, "r", offset=PAYLOAD_START, shape=(self.num_tokens,))
         self.document_offsets = np.memmap(
-            self.path, _OFFSET_DTYPE, "r", offset=index_start, shape=(self.num_documents + 1,)
+            self.path, OFFSET_DTYPE, "r", offset=index_start, shape=(self.num_documents + 1,)
         )
         if self.document_offsets[0] != 0 or self.document_offsets[-1] != self.num_tokens:
             raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
@@ -233,7 +110,7 @@ class TokenFile:
         """
         assert 0 <= start <= stop <= self.num_tokens
         dtype = self.ids.dtype
-        num_bytes, offset = (stop - start) * dtype.itemsize, _PAYLOAD_START + start * dtype.itemsize
+        num_bytes, offset = (stop - start) * dtype.itemsize, PAYLOAD_START + start * dtype.itemsize
         try:
             data = os.pread(self._file, num_bytes, offset)
             # A call may give less than there is.
@@ -248,7 +125,7 @@ class TokenFile:
     def _read_header(self) -> dict[str, Any]:
         try:
             with open(self.path, "rb") as file:
-                start = file.read(_PAYLOAD_START)
+                start = file.read(PAYLOAD_START)
         except OSError as error:
             raise DataError(
                 f"token file {self.path} cannot be read ({error.strerror}): make it with "
@@ -261,15 +138,15 @@ class TokenFile:
                 f"{self.path} is not a token file: it begins with {start[:8]!r}; text is turned into one by "
                 "tools/prepare_corpus.py"
             )
-        if len(start) < _PAYLOAD_START:
+        if len(start) < PAYLOAD_START:
             raise DataError(f"{self.path} is truncated within its header; {_AGAIN}")
-        _, version, length, checksum = _FIXED.unpack_from(start)
+        _, version, length, checksum = FIXED.unpack_from(start)
         if version != FORMAT_VERSION:
             raise DataError(
                 f"{self.path} has format version {version}, this program reads {FORMAT_VERSION}: use the "
                 "program's version that wrote it, or prepare the corpus again"
             )
-        header = start[_FIXED.size : _FIXED.size + length]
+        header = start[FIXED.size : FIXED.size + length]
         if zlib.crc32(header) != checksum:
             raise DataError(f"{self.path} is damaged in its header; {_AGAIN}")
         return json.loads(header)
@@ -290,8 +167,8 @@ class TokenFile:
     def blocks(self) -> Iterator[bytes]:
         """What the checksum is of, everything after the header, at most 4 MiB at a time."""
         with open(self.path, "rb") as file:
-            file.seek(_PAYLOAD_START)
-            while block := file.read(_COPY_BYTES):
+            file.seek(PAYLOAD_START)
+            while block := file.read(COPY_BYTES):
                 yield block
 
     def verify(self) -> None:

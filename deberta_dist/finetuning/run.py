@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.config import precision, write_resolved
-from deberta_dist.data.loader import Prefetcher
+from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, TrainingOrder, collate, dealt
 from deberta_dist.finetuning.finetuner import FineTuner

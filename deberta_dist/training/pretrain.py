@@ -19,7 +19,8 @@ import torch.distributed as dist
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
-from deberta_dist.data.loader import Batch, Prefetcher
+from deberta_dist.data.loader import Batch
+from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group

@@ -11,7 +11,8 @@ import pytest
 
 from deberta_dist.corpus import inspect as inspection
 from deberta_dist.corpus.inspect import describe, faults, inspect, is_damaged, length_statistics
-from deberta_dist.data.token_file import TokenFile, TokenFileWriter
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from tests.corpus.test_tools import assert_one_line_error, run
@@ -111,7 +112,7 @@ def test_any_flipped_bit_is_found(path: Path) -> None:
 
 @pytest.mark.parametrize("block_bytes", [2, 10, 1 << 22])
 def test_an_id_outside_the_vocabulary_is_placed(path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr("deberta_dist.data.token_file._COPY_BYTES", block_bytes)
+    monkeypatch.setattr("deberta_dist.data.token_file.COPY_BYTES", block_bytes)
     change(path, 4096 + 2 * 902, struct.pack("<H", 4000))
     change(path, 4096 + 2 * 3, struct.pack("<H", 1000), sign=True)
     expected = r"id 1000 at token 3 (byte 4102, document 1) is not below vocab_size = 1000; 2 such ids in all"

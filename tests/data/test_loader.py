@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist.data.loader import MaskedLMData, Prefetcher, check_vocabulary
+from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.token_file import TokenFile, TokenFileWriter
+from deberta_dist.data.prefetch import Prefetcher
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.data.token_file import TokenFile, TokenFileWriter
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [8], list(range(4, 900)), [999, 0]]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.data.token_file import TokenFile, TokenFileWriter
+from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.unigram import unigram_counts, unigram_loss
 
 
