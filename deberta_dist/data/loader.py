@@ -24,11 +24,14 @@ class Batch:
         input_ids: ids after masking.
         attention_mask: 1 for every token; sequences are full, nothing is padded.
         labels: original id of targets, 0 elsewhere.
+        document_ids: number of each token's document within its sequence: 1, 2, ... in order, 0 for padding; documents
+            do not see each other. None: whatever a sequence holds is one text.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    document_ids: torch.Tensor | None = None
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.layers import ConvLayer, Layer
+from deberta_dist.models.layers import Layer
 from deberta_dist.models.positions import pair_mask, relative_index, token_mask
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
@@ -40,14 +41,21 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.EMBEDDING_SITE)
 
     def forward(
-        self, input_ids: Tensor, *, is_token_BS: Tensor, token_type_ids: Tensor | None, dropout_key: int | None
+        self,
+        input_ids: Tensor,
+        *,
+        is_token_BS: Tensor,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None = None,
+        dropout_key: int | None,
     ) -> Tensor:
         x = self.word_embeddings(input_ids)
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(types)
         if self.position_biased_input:
-            x = x + self.absolute_positions(torch.arange(input_ids.shape[1], device=input_ids.device))
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            x = x + self.absolute_positions(places if position_ids is None else position_ids)
         if self.embed_proj is not None:
             x = self.embed_proj(x)
         x = self.LayerNorm(x)
@@ -137,7 +145,11 @@ class Encoder(nn.Module):
             )
             if number == 0 and self.conv is not None:
                 output_BSD = self.conv(
-                    hidden_BSD, output_BSD, is_token_BS=token_mask(attention_mask), dropout_key=layer_key
+                    hidden_BSD,
+                    output_BSD,
+                    is_token_BS=token_mask(attention_mask),
+                    sees_BSS=mask[:, 0] if attention_mask.dim() == 3 else None,
+                    dropout_key=layer_key,
                 )
             hidden_BSD = output_BSD
             if hidden_states is not None:
@@ -194,6 +206,7 @@ class DebertaModel(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: int | None = None,
@@ -204,13 +217,18 @@ class DebertaModel(nn.Module):
             input_ids: int64 [B, S].
             attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
             token_type_ids: int64 [B, S]; absent: all 0. Ignored by models without type embeddings.
+            position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1. Used with position_biased_input only.
             output_hidden_states: also return the embeddings and every layer's output.
             output_attentions: also return the attention probabilities.
             dropout_key: determines all dropout masks of the call; absent: torch's random state does.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         embedded_BSD = self.embed(
-            input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            dropout_key=dropout_key,
         )
         hidden_states = [embedded_BSD] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
@@ -235,9 +253,10 @@ class DebertaModel(nn.Module):
         *,
         attention_mask: Tensor,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         dropout_key: int | None,
     ) -> Tensor:
-        """Input of layer 0, [B, S, D].
+        """Input of layer 0, [B, S, D]; arguments as in `forward`.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
@@ -247,6 +266,7 @@ class DebertaModel(nn.Module):
             input_ids,
             is_token_BS=token_mask(attention_mask),
             token_type_ids=token_type_ids,
+            position_ids=position_ids,
             dropout_key=child_key(dropout_key, 0),
         )
 

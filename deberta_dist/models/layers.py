@@ -244,29 +244,3 @@ class Layer(nn.Module):
     def _after_attention(self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None) -> Tensor:
         attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key)
         return self.output(self.intermediate(attended), attended, dropout_key=dropout_key)
-
-
-class ConvLayer(nn.Module):
-    """Local n-gram convolution of the embeddings, added after layer 0 (nGiE of v2).
-
-    y = LayerNorm(x_1 + act(dropout(m conv(x_0)))) m, x_0 the embeddings, x_1 the output of layer 0, m the token mask.
-    As published, it sees the neighbours of a token whatever document they belong to.
-    """
-
-    def __init__(self, config: DebertaConfig) -> None:
-        super().__init__()
-        taps = config.conv_kernel_size
-        self.conv = nn.Conv1d(
-            config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups
-        )
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CONVOLUTION_SITE)
-        self.activation = ACTIVATIONS[config.conv_act]
-
-    def forward(
-        self, embeddings_BSD: Tensor, layer_BSD: Tensor, *, is_token_BS: Tensor, dropout_key: int | None
-    ) -> Tensor:
-        local = self.conv(embeddings_BSD.transpose(1, 2)).transpose(1, 2)
-        local = local.masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
-        local = self.activation(self.dropout(local, dropout_key))
-        return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)

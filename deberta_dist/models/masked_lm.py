@@ -17,7 +17,7 @@ from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import ACTIVATIONS
-from deberta_dist.models.positions import padded_targets, pair_mask, token_mask
+from deberta_dist.models.positions import padded_targets, pair_mask, token_mask, within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 
@@ -112,6 +112,8 @@ class DebertaForMaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         dropout_key: int | None = None,
     ) -> MaskedLMOutput:
         """Loss and logits of the targets; without labels, logits of every real token.
@@ -120,15 +122,23 @@ class DebertaForMaskedLM(nn.Module):
             input_ids: int64 [B, S].
             attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
             labels: int64 [B, S], 0 where nothing is to be predicted.
+            position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1, or what ``document_ids`` say.
+            document_ids: int [B, S], number of the document that each token belongs to, ascending from 1, and 0 for
+                padding. Documents do not see each other, and each has the absolute positions 0, 1, ...
             dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+
+        Raises:
+            ValueError: more tokens than absolute positions, or ``document_ids`` and ``attention_mask`` of two shapes.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        attention_mask, document_positions = within_documents(attention_mask, document_ids)
         is_target_BS = token_mask(attention_mask) if labels is None else labels > 0
         all_layers = range(self.config.num_hidden_layers)
         hidden_TD = self._run(
             None,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=document_positions if position_ids is None else position_ids,
             is_target_BS=is_target_BS,
             layers=all_layers,
             dropout_key=dropout_key,
@@ -146,6 +156,7 @@ class DebertaForMaskedLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor,
+        document_ids: Tensor | None = None,
         layers: range,
         dropout_key: int | None,
     ) -> Tensor:
@@ -156,6 +167,7 @@ class DebertaForMaskedLM(nn.Module):
             input_ids: as in `forward`.
             attention_mask: as in `forward`.
             labels: as in `forward`.
+            document_ids: as in `forward`.
             layers: contiguous. Layer 0 brings embeddings and convolution with it, the last layer the head. An empty
                 range returns ``hidden_BSD``.
             dropout_key: as in `forward`; the same for all parts of one micro-batch.
@@ -165,7 +177,7 @@ class DebertaForMaskedLM(nn.Module):
             the number of correct targets, the number of targets; only the first has a gradient.
 
         Raises:
-            ValueError: ``layers`` is not a contiguous range of this model's, or hidden states are missing.
+            ValueError: ``layers`` is not a contiguous range of this model's, hidden states are missing, or see `forward`.
         """
         num_layers = self.config.num_hidden_layers
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= num_layers:
@@ -175,10 +187,12 @@ class DebertaForMaskedLM(nn.Module):
         if not layers:
             return hidden_BSD
         is_target_BS = labels > 0
+        attention_mask, position_ids = within_documents(attention_mask, document_ids)
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             is_target_BS=is_target_BS,
             layers=layers,
             dropout_key=dropout_key,
@@ -206,13 +220,16 @@ class DebertaForMaskedLM(nn.Module):
         *,
         input_ids: Tensor,
         attention_mask: Tensor,
+        position_ids: Tensor | None,
         is_target_BS: Tensor,
         layers: range,
         dropout_key: int | None,
     ) -> Tensor:
         """Hidden states [B, S, D] after ``layers``; of the targets alone, [T, D], if the last is among them."""
         if layers.start == 0:
-            hidden_BSD = self.deberta.embed(input_ids, attention_mask=attention_mask, dropout_key=dropout_key)
+            hidden_BSD = self.deberta.embed(
+                input_ids, attention_mask=attention_mask, position_ids=position_ids, dropout_key=dropout_key
+            )
         rel_RD = self.deberta.encoder.relative_table()
         is_last = layers.stop == self.config.num_hidden_layers
         decodes = is_last and self.config.uses_enhanced_mask_decoder
@@ -224,24 +241,39 @@ class DebertaForMaskedLM(nn.Module):
             dropout_key=dropout_key,
         )
         if decodes:
-            return self._decode_targets(hidden_BSD, rel_RD, attention_mask, is_target_BS, dropout_key)
+            return self._decode_targets(
+                hidden_BSD,
+                rel_RD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                is_target_BS=is_target_BS,
+                dropout_key=dropout_key,
+            )
         return hidden_BSD[is_target_BS] if is_last else hidden_BSD
 
     def _decode_targets(
-        self, hidden_BSD: Tensor, rel_RD: Tensor, attention_mask: Tensor, is_target_BS: Tensor, dropout_key: int | None
+        self,
+        hidden_BSD: Tensor,
+        rel_RD: Tensor,
+        *,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        is_target_BS: Tensor,
+        dropout_key: int | None,
     ) -> Tensor:
         """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h). Targets only, [T, D]."""
         length = hidden_BSD.shape[1]
         self.deberta.require_positions(length, added=True)
         encoder = self.deberta.encoder
         positions_BT, slots = padded_targets(is_target_BS)
+        absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
         index_BTS = encoder.relative_index(length, device=hidden_BSD.device)[positions_BT]
         mask = pair_mask(attention_mask, queries_BT=positions_BT)
         layer_key = child_key(dropout_key, encoder.num_layers)
 
         def decode(hidden_BSD: Tensor, table_RD: Tensor) -> Tensor:
             gather = positions_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[-1])
-            queries_BTD = hidden_BSD.gather(1, gather) + self.deberta.embeddings.absolute_positions(positions_BT)
+            queries_BTD = hidden_BSD.gather(1, gather) + self.deberta.embeddings.absolute_positions(absolute_BT)
             return encoder.layer[-1].decode(
                 queries_BTD,
                 hidden_BSD=hidden_BSD,

@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @functools.lru_cache(maxsize=16)
@@ -79,6 +80,49 @@ def pair_mask(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> Te
     if queries_BT is not None:
         mask = mask.gather(1, queries_BT[:, :, None].expand(-1, -1, mask.shape[-1]))
     return mask[:, None]
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Which token sees which in sequences of several documents, bool [B, S, S]: those of its own document.
+
+    Args:
+        document_ids: int [B, S]: 0 for padding, which neither sees nor is seen; else the number of the document.
+    """
+    return (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids != 0)[:, None, :]
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Absolute position of every token within its document, int64 [B, S]: 0 at each one's first token.
+
+    Args:
+        document_ids: int [B, S], the tokens of a document next to each other. Padding is counted like a document.
+    """
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0))
+    return places - places.masked_fill(continues, 0).cummax(dim=1).values
+
+
+def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Attention mask and absolute positions of sequences of several documents; without ``document_ids`` no change.
+
+    Args:
+        attention_mask: 1 for real tokens, [B, S].
+        document_ids: see `document_mask`; a token is real where both say so.
+
+    Returns:
+        The mask [B, S, S] and the positions [B, S]; ``attention_mask`` itself and None without ``document_ids``.
+
+    Raises:
+        ValueError: the two are not of one shape.
+    """
+    if document_ids is None:
+        return attention_mask, None
+    if document_ids.dim() != 2 or document_ids.shape != attention_mask.shape:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)} and attention_mask {tuple(attention_mask.shape)}; "
+            "expected [batch, tokens] of both: the documents decide who sees whom"
+        )
+    return document_mask(document_ids.masked_fill(~attention_mask.bool(), 0)), document_positions(document_ids)
 
 
 def padded_targets(is_target_BS: Tensor) -> tuple[Tensor, Tensor]:

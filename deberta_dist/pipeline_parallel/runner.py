@@ -32,12 +32,15 @@ class MicroBatches:
         attention_mask: 1 for real tokens, [M * B, S] or [M * B, S, S].
         labels: Target ids, 0 where there is no target, int64 [M * B, S].
         dropout_keys: Key of each micro-batch, int64 [M] on the CPU; empty draws from torch's generator never.
+        document_ids: Number of each token's document, 0 for padding, int [M * B, S]; None where a sequence is one text.
+            Every stage makes the mask [B, S, S] of them for itself, one micro-batch at a time.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     dropout_keys: Tensor
+    document_ids: Tensor | None = None
 
 
 class Stage(nn.Module):
@@ -53,7 +56,15 @@ class Stage(nn.Module):
         self.model = model
         self.layers = layers
 
-    def forward(self, first: Tensor, *, attention_mask: Tensor, labels: Tensor, dropout_keys: Tensor) -> Tensor:
+    def forward(
+        self,
+        first: Tensor,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        dropout_keys: Tensor,
+        document_ids: Tensor | None,
+    ) -> Tensor:
         """``first``: token ids [B, S] on the first stage, hidden states [B, S, D] on the others."""
         is_ids = self.layers.start == 0
         return self.model.forward_stage(
@@ -61,6 +72,7 @@ class Stage(nn.Module):
             input_ids=first if is_ids else None,
             attention_mask=attention_mask,
             labels=labels,
+            document_ids=document_ids,
             layers=self.layers,
             dropout_key=int(dropout_keys[0]),
         )
@@ -147,6 +159,7 @@ class PipelineRunner:
             attention_mask=batch.attention_mask,
             labels=batch.labels,
             dropout_keys=batch.dropout_keys,
+            document_ids=batch.document_ids,
         )
         if not self._has_last:
             return torch.zeros(3, dtype=torch.float32, device=batch.labels.device)

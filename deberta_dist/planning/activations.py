@@ -49,6 +49,7 @@ def stage_activations(
     targets_per_sequence: int,
     dtype: torch.dtype,
     recompute: str,
+    document_boundaries: bool = False,
 ) -> StageActivations:
     """Measures one micro-batch on one stage.
 
@@ -65,6 +66,7 @@ def stage_activations(
         targets_per_sequence: Tokens to predict.
         dtype: Compute dtype.
         recompute: ``training.recompute``.
+        document_boundaries: Whether batches carry document ids.
     """
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
@@ -78,6 +80,7 @@ def stage_activations(
             targets_per_sequence=targets_per_sequence,
             dtype=dtype,
             recompute=recompute,
+            document_boundaries=document_boundaries,
         )
 
     # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
@@ -99,6 +102,7 @@ def _measure(
     targets_per_sequence: int,
     dtype: torch.dtype,
     recompute: str,
+    document_boundaries: bool = False,
 ) -> StageActivations:
     batch, length = batch_shape
     model = local_model(config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
@@ -110,6 +114,8 @@ def _measure(
     model.deberta.encoder.relative_index(length, device=torch.device("meta"))  # kept for all micro-batches
     with torch.device("meta"):
         inputs = {"attention_mask": torch.empty(batch, length, dtype=torch.int64)}
+        if document_boundaries:
+            inputs["document_ids"] = torch.empty(batch, length, dtype=torch.int64)
         if layers.start == 0:
             hidden, inputs["input_ids"] = None, torch.empty(batch, length, dtype=torch.int64)
         else:

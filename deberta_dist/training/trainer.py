@@ -112,10 +112,11 @@ class Trainer:
         return torch.tensor(keys, dtype=torch.int64)
 
     def _micro_batches(self, batch: Batch, *, dropout_keys: Tensor) -> MicroBatches:
-        device = self._mesh.device
+        device, documents = self._mesh.device, batch.document_ids
         return MicroBatches(
             input_ids=batch.input_ids.to(device, non_blocking=True),
             attention_mask=batch.attention_mask.to(device, non_blocking=True),
             labels=batch.labels.to(device, non_blocking=True),
             dropout_keys=dropout_keys,
+            document_ids=None if documents is None else documents.to(device, non_blocking=True),
         )

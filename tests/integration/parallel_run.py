@@ -39,6 +39,7 @@ class Case:
         tensor, pipeline, data: Parallel sizes.
         micro_batches: Per pipeline; the global batch is micro_batch_size x micro_batches x data.
         clipping: Small enough to be active in every step.
+        documents: Sequences hold several documents, which do not see each other.
     """
 
     tensor: int = 1
@@ -57,6 +58,7 @@ class Case:
     model: str = "v2"
     num_layers: int = 5
     offload: bool = False
+    documents: bool = False
 
     @property
     def world_size(self) -> int:
@@ -124,7 +126,13 @@ def global_batch(case: Case, step: int) -> Batch:
     mask = torch.ones(shape, dtype=torch.int64)
     mask[-1, LENGTH // 2 :] = 0
     labels = torch.where(is_target & (mask > 0), ids, 0)
-    return Batch(input_ids=torch.where(labels > 0, 202, ids) * mask, attention_mask=mask, labels=labels)
+    documents = None
+    if case.documents:
+        is_first = torch.rand(shape, generator=generator) < 0.15
+        documents = (1 + is_first.cumsum(dim=1)) * mask
+    return Batch(
+        input_ids=torch.where(labels > 0, 202, ids) * mask, attention_mask=mask, labels=labels, document_ids=documents
+    )
 
 
 def rows(batch: Batch, start: int, stop: int) -> Batch:
@@ -132,6 +140,7 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
         input_ids=batch.input_ids[start:stop],
         attention_mask=batch.attention_mask[start:stop],
         labels=batch.labels[start:stop],
+        document_ids=None if batch.document_ids is None else batch.document_ids[start:stop],
     )
 
 
@@ -220,7 +229,7 @@ def train_plain(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         batch = global_batch(case, step)
         optimizer.zero_grad()
-        loss = model(batch.input_ids, batch.attention_mask, batch.labels).loss
+        loss = model(batch.input_ids, batch.attention_mask, batch.labels, document_ids=batch.document_ids).loss
         loss.backward()
         if step == 0:
             gradients = {n: p.grad.numpy().copy() for n, p in named}

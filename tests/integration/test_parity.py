@@ -30,6 +30,7 @@ LAYOUTS = [
     Case(tensor=2, pipeline=2, recompute="full"),
     Case(tensor=2, pipeline=2, recompute="selective"),
     Case(data=2, offload=True),
+    Case(tensor=2, pipeline=2, documents=True),
 ]
 
 
@@ -41,9 +42,9 @@ def label(case: Case) -> str:
 
 
 @cache
-def oracle(global_batch_size: int, model: str) -> dict[str, Any]:
+def oracle(global_batch_size: int, model: str, documents: bool = False) -> dict[str, Any]:
     """The plain process, once per (batch, model): its layout does not matter to it."""
-    return train_plain(Case(micro_batches=1, micro_batch_size=global_batch_size, model=model))
+    return train_plain(Case(micro_batches=1, micro_batch_size=global_batch_size, model=model, documents=documents))
 
 
 def without_gradient(name: str) -> bool:
@@ -57,7 +58,7 @@ def without_gradient(name: str) -> bool:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=label)
 def test_layout_equals_one_process(case: Case) -> None:
-    expected = oracle(case.global_batch_size, case.model)
+    expected = oracle(case.global_batch_size, case.model, case.documents)
     found = run_ranks(case.world_size, train, case)
     for rank in found:
         np.testing.assert_allclose(rank["history"], expected["history"], rtol=1e-5, err_msg="loss, norm per step")

@@ -167,7 +167,8 @@ def test_prediction_equals_a_real_step(case: Case) -> None:
         assert predicted == {kind: rank["counts"].get(kind, 0) for kind in kinds}
 
 
-def test_measured_activations_are_what_autograd_saves() -> None:
+@pytest.mark.parametrize("documents", [False, True], ids=["one-text", "documents"])
+def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     config, batch, length = Case().model_config(), 2, LENGTH
     layers = range(1, 3)
     model = local_model(config, layers=layers, tensor_parallel_size=2, dtype=torch.bfloat16)
@@ -185,6 +186,7 @@ def test_measured_activations_are_what_autograd_saves() -> None:
             input_ids=None,
             attention_mask=torch.empty(batch, length, dtype=torch.int64, device="meta"),
             labels=torch.zeros(batch, length, dtype=torch.int64),
+            document_ids=torch.empty(batch, length, dtype=torch.int64, device="meta") if documents else None,
             layers=layers,
             dropout_key=1,
         )
@@ -200,6 +202,7 @@ def test_measured_activations_are_what_autograd_saves() -> None:
         targets_per_sequence=4,
         dtype=torch.bfloat16,
         recompute="none",
+        document_boundaries=documents,
     )
     # The comparison labels > 0, bool [B, S], is alive at the end of the forward pass as well.
     assert found - shared <= measured.saved <= found - shared + batch * length

@@ -1,0 +1,76 @@
+"""The n-gram convolution beside layer 0, under its published parameter names.
+
+Letters: B batch, D hidden, S sequence.
+
+Source: microsoft/DeBERTa DeBERTa/deberta/bert.py@4d7fe0bd.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.models import dropout as sites
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.dropout import Dropout
+from deberta_dist.models.layers import ACTIVATIONS
+
+
+class ConvLayer(nn.Module):
+    """Local n-gram convolution of the embeddings, added after layer 0 (nGiE of v2).
+
+    y = LayerNorm(x_1 + act(dropout(m conv(x_0)))) m, x_0 the embeddings, x_1 the output of layer 0, m the token mask.
+    Where tokens do not all see each other, a neighbour that a token does not see counts as zero, like one beyond the
+    ends of the sequence.
+    """
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        taps = config.conv_kernel_size
+        self.conv = nn.Conv1d(
+            config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups
+        )
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CONVOLUTION_SITE)
+        self.activation = ACTIVATIONS[config.conv_act]
+
+    def forward(
+        self,
+        embeddings_BSD: Tensor,
+        layer_BSD: Tensor,
+        *,
+        is_token_BS: Tensor,
+        sees_BSS: Tensor | None = None,
+        dropout_key: int | None,
+    ) -> Tensor:
+        """Output of layer 0 with the convolution added.
+
+        Args:
+            embeddings_BSD: x_0.
+            layer_BSD: x_1.
+            is_token_BS: m.
+            sees_BSS: which token sees which, bool; absent: all see all.
+            dropout_key: key of layer 0.
+        """
+        x_BDS = embeddings_BSD.transpose(1, 2)
+        local = (self.conv(x_BDS) if sees_BSS is None else self._conv_of_seen(x_BDS, sees_BSS)).transpose(1, 2)
+        local = local.masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
+        local = self.activation(self.dropout(local, dropout_key))
+        return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)
+
+    def _conv_of_seen(self, x_BDS: Tensor, sees_BSS: Tensor) -> Tensor:
+        """bias + sum over taps o of W_o x[s + o] where s sees s + o; what is not seen is dropped after the product.
+
+        So the backward pass keeps ``x_BDS`` once and not a masked copy per tap.
+        """
+        taps, length = self.conv.kernel_size[0], x_BDS.shape[-1]
+        local = self.conv.bias[:, None]
+        for tap in range(taps):
+            offset = tap - (taps - 1) // 2
+            if abs(offset) >= length:
+                continue
+            product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
+            if offset:
+                # Around the ends as well: there the padded diagonal says that nothing is seen.
+                sees_BS = F.pad(sees_BSS.diagonal(offset, dim1=1, dim2=2), (max(-offset, 0), max(offset, 0)))
+                product = product.roll(-offset, dims=-1).masked_fill(~sees_BS[:, None], 0.0)
+            local = local + product
+        return local
