@@ -76,6 +76,9 @@ class Data(Section):
     """SentencePiece model (``spm.model``) that both token files were made with."""
     max_seq_length: Annotated[int, Field(ge=3)] = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
+    document_boundaries: bool = False
+    """Documents that share a sequence are separated by [SEP], do not see each other, and each has the positions from 0
+    on. ``false``: they follow each other without a mark, as published."""
     masking: Literal["official", "uniform"] = "official"
     """``official``: the released sampling, which masks less towards the end of a sequence. ``uniform``: the same
     n-grams of whole words, without that bias."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from deberta_dist.data.masking import MaskingConfig, mask_batch
+from deberta_dist.data.packing import Packing
 from deberta_dist.data.sampler import Permutation, check_seed, position
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
@@ -54,9 +55,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 class MaskedLMData:
     """Samples of a token file for masked language modelling.
 
-    Sample i is ``[CLS]``, the S-2 tokens from i * (S-2) on, ``[SEP]``, with S = max_seq_length: as
-    published, documents follow each other without a mark, and a sample may span several. What is left
-    behind the last full sample is not used.
+    Sample i is ``[CLS]``, a window of S-2 tokens, ``[SEP]``, with S = max_seq_length, and may span several documents;
+    ``Packing`` says how.
 
     Positions run on through the epochs: position p is the sample at p % num_samples of epoch
     p // num_samples. Its mask depends on (seed, epoch, sample).
@@ -76,6 +76,7 @@ class MaskedLMData:
         masking: MaskingConfig,
         seed: int,
         shuffle: bool = True,
+        document_boundaries: bool = False,
     ) -> None:
         """Checks that file and tokenizer belong together.
 
@@ -86,6 +87,7 @@ class MaskedLMData:
             masking: how targets are chosen.
             seed: seed of order and masks.
             shuffle: every epoch in its own order; otherwise in the order of the file.
+            document_boundaries: documents of a sample are separated and do not see each other.
 
         Raises:
             ConfigError: ``max_seq_length`` is less than 3 or ``seed`` outside 0 .. 2**64 - 1.
@@ -95,7 +97,10 @@ class MaskedLMData:
             raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
         token_file.require_tokenizer(tokenizer)
         self.max_seq_length = max_seq_length
-        self.num_samples, self.num_dropped_tokens = divmod(token_file.num_tokens, max_seq_length - 2)
+        self._packing = Packing(
+            token_file, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
+        )
+        self.num_samples, self.num_dropped_tokens = self._packing.num_samples, self._packing.num_dropped_tokens
         if self.num_samples == 0:
             raise DataError(
                 f"{token_file.path} has {token_file.num_tokens} tokens, less than one sample of "
@@ -135,8 +140,10 @@ class MaskedLMData:
         """
         assert start >= 0 and count >= 1
         epochs, samples = np.array(self.samples_at(start, count), dtype=np.int64).T
+        sequences, documents = self._packing.sequences(samples)
+        self._require_ids(sequences, samples)
         input_ids, labels = mask_batch(
-            self._sequences(samples),
+            sequences,
             is_word_start=self._tokenizer.is_word_start,
             special_ids=self._tokenizer.special_ids,
             mask_id=self._tokenizer.mask_id,
@@ -147,19 +154,18 @@ class MaskedLMData:
             config=self._masking,
         )
         ids = torch.from_numpy(input_ids)
-        return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.from_numpy(labels))
+        return Batch(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            labels=torch.from_numpy(labels),
+            document_ids=None if documents is None else torch.from_numpy(documents),
+        )
 
-    def _sequences(self, samples: np.ndarray) -> np.ndarray:
-        """Samples before masking, in the file's type [B, S]."""
-        length = self.max_seq_length - 2
-        sequences = np.empty((samples.size, self.max_seq_length), dtype=self._token_file.ids.dtype)
-        sequences[:, 0], sequences[:, -1] = self._tokenizer.cls_id, self._tokenizer.sep_id
-        for row, sample in zip(sequences, samples.tolist(), strict=True):
-            row[1:-1] = self._token_file.read(sample * length, (sample + 1) * length)
+    def _require_ids(self, sequences: np.ndarray, samples: np.ndarray) -> None:
+        """Refuses ids outside the vocabulary."""
         if sequences.max() >= self._tokenizer.num_tokens:
             row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
             raise DataError(
                 f"{self._token_file.path} is damaged: sample {samples[row]} holds the id {sequences.max()} of "
                 f"{self._tokenizer.num_tokens}; prepare the corpus again"
             )
-        return sequences

@@ -128,6 +128,7 @@ def rank_memory(
             targets_per_sequence=expected_targets(config),
             dtype=dtype,
             recompute=training.recompute,
+            document_boundaries=config.data.document_boundaries,
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]

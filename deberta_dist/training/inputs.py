@@ -71,7 +71,11 @@ def open_data(plan: Plan) -> RunData:
     masking = MaskingConfig(
         method=data.masking, mask_probability=data.mask_probability, max_ngram=data.max_ngram
     )
-    options = {"max_seq_length": data.max_seq_length, "masking": masking}
+    options = {
+        "max_seq_length": data.max_seq_length,
+        "masking": masking,
+        "document_boundaries": data.document_boundaries,
+    }
     train_file = TokenFile(data.train)
     return RunData(
         train_file=train_file,

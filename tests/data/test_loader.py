@@ -182,3 +182,42 @@ def test_waiting_is_told_where_making_is_slower_than_using() -> None:
             waited.append(batches.waited_seconds)
             time.sleep(0.05)
     assert waited[2] > 0.1 and waited[2] == max(waited)
+
+
+@pytest.mark.parametrize("length", [3, 5, 64, 3000])
+def test_documents_can_be_kept_apart(token_file: TokenFile, tokenizer: Tokenizer, length: int) -> None:
+    data = MaskedLMData(
+        token_file, tokenizer, max_seq_length=length, masking=MaskingConfig(), seed=1, shuffle=False,
+        document_boundaries=True,
+    )
+    offsets = token_file.document_offsets
+    stream = [
+        (int(token), number)
+        for number in range(token_file.num_documents)
+        for token in [*token_file.ids[offsets[number] : offsets[number + 1]], tokenizer.sep_id]
+    ]
+    assert (data.num_samples, data.num_dropped_tokens) == divmod(len(stream), length - 2)
+    step = max(1, data.num_samples // 40)
+    for sample in {*range(0, data.num_samples, step), data.num_samples - 1}:
+        batch = data.batch(sample, 1)
+        ids = torch.where(batch.labels > 0, batch.labels, batch.input_ids)[0].tolist()
+        window = stream[sample * (length - 2) : (sample + 1) * (length - 2)]
+        assert ids == [tokenizer.cls_id, *(token for token, _ in window), tokenizer.sep_id]
+        numbers = [1 + number - window[0][1] for _, number in window]
+        assert batch.document_ids is not None
+        assert batch.document_ids[0].tolist() == [numbers[0], *numbers, numbers[-1]]
+
+
+def test_many_short_documents_share_a_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with TokenFileWriter(
+        tmp_path / "short.tokens", tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.num_tokens
+    ) as writer:
+        writer.add_documents(np.full(40, 7), np.ones(40, np.int64))
+    data = MaskedLMData(
+        TokenFile(tmp_path / "short.tokens"), tokenizer, max_seq_length=22, masking=MaskingConfig(), seed=1,
+        shuffle=False, document_boundaries=True,
+    )
+    assert data.num_samples == 4
+    batch = data.batch(1, 1)
+    assert batch.document_ids is not None
+    assert batch.document_ids[0].tolist() == [1, *(1 + place // 2 for place in range(20)), 10]
