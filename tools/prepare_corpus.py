@@ -16,6 +16,8 @@ from deberta_dist.errors import with_exit_code  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
+    from deberta_dist.corpus import filters
+
     parser = argparse.ArgumentParser(description="Turn text files into one token file for pre-training.")
     parser.add_argument(
         "--input",
@@ -26,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="token file to make, X.tokens; never replaced")
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects (default: text)")
+    filters.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -33,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
+    from deberta_dist.corpus import filters
     from deberta_dist.corpus.prepare import prepare_corpus
     from deberta_dist.data.tokenizer import Tokenizer
 
@@ -41,6 +45,7 @@ def main() -> int:
         arguments.output,
         tokenizer=Tokenizer(arguments.tokenizer),
         text_field=arguments.text_field,
+        filters=filters.from_arguments(arguments),
         progress=lambda progress: print(progress, file=sys.stderr, flush=True),
     )
     print(
@@ -49,6 +54,8 @@ def main() -> int:
         f"({report.num_bytes / 1e6 / max(report.seconds, 1e-9):.1f} MB/s); "
         f"{report.num_empty_documents:,} empty documents skipped, {report.num_cleaned_documents:,} cleaned"
     )
+    for rule, number in sorted(report.num_filtered_documents.items()):
+        print(f"{number:,} documents left out by {rule.replace('_', '-')}")
     return 0
 
 

@@ -4,10 +4,12 @@ Called by tools/prepare_corpus.py.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from deberta_dist.corpus.filters import Filters
 from deberta_dist.corpus.text_files import list_inputs, read_documents
 from deberta_dist.data.new_file import refuse_existing
 from deberta_dist.data.token_writer import TokenFileWriter
@@ -53,6 +55,7 @@ class PrepareReport:
         num_tokens: tokens written.
         num_empty_documents: documents skipped because no token came of them.
         num_cleaned_documents: documents in which NUL or lone surrogates became spaces.
+        num_filtered_documents: documents left out by each rule of the filters.
         seconds: time taken.
     """
 
@@ -63,6 +66,7 @@ class PrepareReport:
     num_empty_documents: int
     num_cleaned_documents: int
     seconds: float
+    num_filtered_documents: Mapping[str, int] = field(default_factory=dict)
 
 
 def prepare_corpus(
@@ -71,6 +75,7 @@ def prepare_corpus(
     *,
     tokenizer: Tokenizer,
     text_field: str = "text",
+    filters: Filters | None = None,
     progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
 ) -> PrepareReport:
@@ -81,6 +86,7 @@ def prepare_corpus(
         output: token file to make.
         tokenizer: turns text into ids.
         text_field: field of .jsonl objects which holds the text.
+        filters: documents that fail a rule are left out and counted; None: all stay.
         progress: called every ``progress_seconds`` while it runs.
         progress_seconds: seconds between calls.
 
@@ -96,6 +102,8 @@ def prepare_corpus(
     total_bytes = sum(file.stat().st_size for file in files)
     begin = last = time.monotonic()
     num_bytes = num_empty = num_cleaned = 0
+    filtered: Counter[str] = Counter()
+    filters = Filters() if filters is None else filters
     with TokenFileWriter(
         output,
         tokenizer_sha256=tokenizer.sha256,
@@ -105,12 +113,15 @@ def prepare_corpus(
         for file in files:
             for document in read_documents(file, text_field=text_field):
                 num_bytes += document.num_bytes
-                num_cleaned += clean_text(document.text) != document.text
-                ids = tokenizer.encode(document.text)
-                if ids:
-                    writer.add_document(ids)
-                else:
+                text = clean_text(document.text)
+                num_cleaned += text != document.text
+                ids = tokenizer.encode_array(text)
+                if not ids.size:
                     num_empty += 1
+                elif (failed := filters.first_failed(text)) is not None:
+                    filtered[failed] += 1
+                else:
+                    writer.add_document(ids)
                 now = time.monotonic()
                 if progress and now - last >= progress_seconds:
                     last = now
@@ -123,7 +134,8 @@ def prepare_corpus(
                         )
                     )
         if writer.num_tokens == 0:
-            raise DataError(f"no text was read from {len(files)} files ({num_empty} empty documents)")
+            left_out = "".join(f", {number:,} left out by {rule}" for rule, number in sorted(filtered.items()))
+            raise DataError(f"no text was read from {len(files)} files ({num_empty} empty documents{left_out})")
     return PrepareReport(
         num_files=len(files),
         num_bytes=total_bytes,
@@ -131,5 +143,6 @@ def prepare_corpus(
         num_tokens=writer.num_tokens,
         num_empty_documents=num_empty,
         num_cleaned_documents=num_cleaned,
+        num_filtered_documents=dict(filtered),
         seconds=time.monotonic() - begin,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.corpus import text_files
+from deberta_dist.corpus.filters import Filters
 from deberta_dist.corpus.prepare import Progress, prepare_corpus
 from deberta_dist.corpus.text_files import list_inputs, read_documents, read_texts
 from deberta_dist.data.token_file import TokenFile
@@ -154,3 +155,14 @@ def test_a_sample_of_the_text_is_even_and_repeatable(tmp_path: Path) -> None:
     assert sample == list(read_texts([path], max_bytes=path.stat().st_size // 4))
     numbers = [int(text.split()[1]) for text in sample]
     assert 440 < len(numbers) < 560 and 900 < sum(numbers) / len(numbers) < 1100
+
+
+def test_documents_that_a_filter_leaves_out_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", "the time machine", "it", "", "##########!!", "was late", "no")
+    filters = Filters(min_characters=3, max_symbol_share=0.5)
+    report = prepare_corpus([path], tmp_path / "x.tokens", tokenizer=tokenizer, filters=filters)
+    assert documents_of(tmp_path / "x.tokens") == [tokenizer.encode(text) for text in ("the time machine", "was late")]
+    assert (report.num_documents, report.num_empty_documents) == (2, 1)
+    assert report.num_filtered_documents == {"min_characters": 2, "max_symbol_share": 1}
+    with pytest.raises(DataError, match=r"\(1 empty documents, 5 left out by min_characters\)"):
+        prepare_corpus([path], tmp_path / "y.tokens", tokenizer=tokenizer, filters=Filters(min_characters=99))
