@@ -3,6 +3,7 @@
 
     tools/benchmark.py convert --rounds 3 --json convert.json
     tools/benchmark.py sift --rounds 5
+    tools/benchmark.py data --part masking --json data.json
 """
 
 import argparse
@@ -13,10 +14,10 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, sift  # noqa: E402
+from deberta_dist.benchmark import convert, data, sift  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
-VERBS = {"convert": convert, "sift": sift}
+VERBS = {"convert": convert, "data": data, "sift": sift}
 
 
 def parse_arguments() -> argparse.Namespace:

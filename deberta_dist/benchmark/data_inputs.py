@@ -1,0 +1,55 @@
+"""What the parts of the verb ``data`` work on: a text, a tokenizer, its tokens, and a place to work.
+
+Made by commands, not here: a process that is measured must not inherit their memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from deberta_dist.benchmark.measure import run_command
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInputs:
+    """Files of a benchmark of the data path.
+
+    Attributes:
+        text: Text of the bundled corpus, .jsonl.
+        tokenizer: A sentencepiece model.
+        tokens: A token file made with it.
+        directory: A place to work, removed at the end.
+    """
+
+    text: Path
+    tokenizer: Path
+    tokens: Path
+    directory: Path
+
+
+def bundled_text() -> Path:
+    """The corpus that comes with the program, .jsonl."""
+    return _ROOT / "launchers" / "demo_text" / "train.jsonl"
+
+
+def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
+    """Trains a tokenizer on the bundled text and writes its token file.
+
+    Args:
+        directory: Where both files appear.
+        vocab_size: Pieces of the tokenizer.
+
+    Returns:
+        The tokenizer and the token file.
+
+    Raises:
+        BenchmarkError: The text is too small for the vocabulary, or the disk is full.
+    """
+    tokenizer, tokens = directory / "spm.model", directory / "train.tokens"
+    given = ["--input", str(bundled_text()), "--output"]
+    train, prepare = (str(_ROOT / "tools" / name) for name in ("train_tokenizer.py", "prepare_corpus.py"))
+    run_command([sys.executable, train, *given, str(tokenizer), "--vocab-size", str(vocab_size)])
+    run_command([sys.executable, prepare, *given, str(tokens), "--tokenizer", str(tokenizer)])
+    return tokenizer, tokens
