@@ -17,11 +17,10 @@ from typing import Any
 
 from deberta_dist.benchmark.data_inputs import DataInputs
 from deberta_dist.benchmark.measure import Contestant, Sample, interleaved, run_command
+from deberta_dist.data.token_file import FIXED, PAYLOAD_START
 
 SMALL, LARGE, MAPPED = "read, small file", "read, large file", "mapped, large file"
 SMALL_BYTES = 100_000_000
-_FIXED = struct.Struct("<8s3I")
-_PAYLOAD_START = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -87,15 +86,15 @@ def write_sparse(path: Path, *, like: Path, num_bytes: int) -> None:
         num_bytes: Size of the ids, about.
     """
     with open(like, "rb") as file:
-        magic, version, length, _ = _FIXED.unpack(file.read(_FIXED.size))
+        magic, version, length, _ = FIXED.unpack(file.read(FIXED.size))
         header = json.loads(file.read(length))
     item_bytes = 2 if header["dtype"] == "uint16" else 4
     num_tokens = num_bytes // 8 * 8 // item_bytes  # what follows the ids is aligned to 8 bytes
     header |= {"num_tokens": num_tokens, "num_documents": 1, "max_token_id": 0}
     text = json.dumps(header).encode("ascii")
     with open(path, "wb") as file:
-        file.write(_FIXED.pack(magic, version, len(text), zlib.crc32(text)) + text)
-        file.seek(_PAYLOAD_START + num_tokens * item_bytes)
+        file.write(FIXED.pack(magic, version, len(text), zlib.crc32(text)) + text)
+        file.seek(PAYLOAD_START + num_tokens * item_bytes)
         file.write(struct.pack("<2q", 0, num_tokens))
 
 
