@@ -45,7 +45,7 @@ def test_agrees_with_one_character_at_a_time() -> None:
     generator = random.Random(1)
     everything = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     seen: dict[str | None, int] = {}
-    for number in range(3000):
+    for number in range(1500):
         source = everything if number % 3 == 0 else ALPHABET
         text = "".join(generator.choices(source, k=generator.randrange(60)))
         text = "\n".join(generator.choices([text, text[:7], "x y", ""], k=generator.randrange(1, 5)))
@@ -64,7 +64,7 @@ def test_agrees_with_one_character_at_a_time() -> None:
         assert filters.first_failed(text) == expected, (filters, text)
         seen[expected] = seen.get(expected, 0) + 1
     assert set(seen) == {None, *bounds}
-    assert min(seen.values()) >= 20
+    assert min(seen.values()) >= 10
 
 
 @pytest.mark.parametrize(
