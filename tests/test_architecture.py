@@ -49,6 +49,7 @@ DOORS = {
     "pydantic": (f"{PACKAGE}/config/",),
     "transformers": ("tools/fill_mask.py",),
     "scipy": (f"{PACKAGE}/tasks/significance.py",),
+    "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),
 }
 MAX_LINES = 300
 # Path -> why one file is better here than two.
