@@ -29,6 +29,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
     parser.add_argument("--text-field", default="text", help="field of .jsonl objects (default: text)")
     filters.add_arguments(parser)
+    parser.add_argument(
+        "--benchmark",
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of a benchmark: documents that share --benchmark-ngram words in a row with it are left out",
+    )
+    parser.add_argument("--benchmark-ngram", type=int, default=13, metavar="N", help="words in a row (default: 13)")
     return parser.parse_args()
 
 
@@ -37,6 +44,7 @@ def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
     from deberta_dist.corpus import filters
+    from deberta_dist.corpus.contamination import benchmark_ngrams
     from deberta_dist.corpus.prepare import prepare_corpus
     from deberta_dist.data.tokenizer import Tokenizer
 
@@ -46,6 +54,7 @@ def main() -> int:
         tokenizer=Tokenizer(arguments.tokenizer),
         text_field=arguments.text_field,
         filters=filters.from_arguments(arguments),
+        contamination=benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram) if arguments.benchmark else None,
         progress=lambda progress: print(progress, file=sys.stderr, flush=True),
     )
     print(

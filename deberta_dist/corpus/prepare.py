@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deberta_dist.corpus.contamination import NgramSet
 from deberta_dist.corpus.filters import Filters
 from deberta_dist.corpus.text_files import list_inputs, read_documents
 from deberta_dist.data.new_file import refuse_existing
@@ -55,7 +56,7 @@ class PrepareReport:
         num_tokens: tokens written.
         num_empty_documents: documents skipped because no token came of them.
         num_cleaned_documents: documents in which NUL or lone surrogates became spaces.
-        num_filtered_documents: documents left out by each rule of the filters.
+        num_filtered_documents: documents left out by each rule: those of the filters, and ``contaminated``.
         seconds: time taken.
     """
 
@@ -76,6 +77,7 @@ def prepare_corpus(
     tokenizer: Tokenizer,
     text_field: str = "text",
     filters: Filters | None = None,
+    contamination: NgramSet | None = None,
     progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
 ) -> PrepareReport:
@@ -87,6 +89,7 @@ def prepare_corpus(
         tokenizer: turns text into ids.
         text_field: field of .jsonl objects which holds the text.
         filters: documents that fail a rule are left out and counted; None: all stay.
+        contamination: documents that hold one of these n-grams are left out and counted; None: all stay.
         progress: called every ``progress_seconds`` while it runs.
         progress_seconds: seconds between calls.
 
@@ -120,6 +123,8 @@ def prepare_corpus(
                     num_empty += 1
                 elif (failed := filters.first_failed(text)) is not None:
                     filtered[failed] += 1
+                elif contamination is not None and contamination.shares(text):
+                    filtered["contaminated"] += 1
                 else:
                     writer.add_document(ids)
                 now = time.monotonic()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.corpus import text_files
+from deberta_dist.corpus.contamination import benchmark_ngrams
 from deberta_dist.corpus.filters import Filters
 from deberta_dist.corpus.prepare import Progress, prepare_corpus
 from deberta_dist.corpus.text_files import list_inputs, read_documents, read_texts
@@ -166,3 +167,14 @@ def test_documents_that_a_filter_leaves_out_are_counted(tokenizer: Tokenizer, tm
     assert report.num_filtered_documents == {"min_characters": 2, "max_symbol_share": 1}
     with pytest.raises(DataError, match=r"\(1 empty documents, 5 left out by min_characters\)"):
         prepare_corpus([path], tmp_path / "y.tokens", tokenizer=tokenizer, filters=Filters(min_characters=99))
+
+
+def test_documents_that_quote_a_benchmark_are_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
+    benchmark = jsonl(tmp_path / "test.jsonl", " ".join(words), field="passage")
+    quoted, shorter = f"As they say: {' '.join(words[1:]).title()}!", " ".join(words[:12])
+    path = jsonl(tmp_path / "a.jsonl", quoted, shorter)
+    ngrams = benchmark_ngrams([benchmark])
+    report = prepare_corpus([path], tmp_path / "x.tokens", tokenizer=tokenizer, contamination=ngrams)
+    assert documents_of(tmp_path / "x.tokens") == [tokenizer.encode(shorter)]
+    assert report.num_filtered_documents == {"contaminated": 1}
