@@ -35,6 +35,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATH",
         help="files or folders of a benchmark: documents that share --benchmark-ngram words in a row with it are left out",
     )
+    parser.add_argument(
+        "--near-duplicates",
+        type=float,
+        metavar="J",
+        help="leave out documents whose word 5-grams are this similar to an earlier document's, 0.8 for example (MinHash; "
+        "needs rensa, and 2 to 3 KB of memory for every document kept)",
+    )
     parser.add_argument("--benchmark-ngram", type=int, default=13, metavar="N", help="words in a row (default: 13)")
     return parser.parse_args()
 
@@ -45,6 +52,7 @@ def main() -> int:
     arguments = parse_arguments()
     from deberta_dist.corpus import filters
     from deberta_dist.corpus.contamination import benchmark_ngrams
+    from deberta_dist.corpus.near_duplicates import NearDuplicates
     from deberta_dist.corpus.prepare import prepare_corpus
     from deberta_dist.data.tokenizer import Tokenizer
 
@@ -54,6 +62,7 @@ def main() -> int:
         tokenizer=Tokenizer(arguments.tokenizer),
         text_field=arguments.text_field,
         filters=filters.from_arguments(arguments),
+        near_duplicates=None if arguments.near_duplicates is None else NearDuplicates(arguments.near_duplicates),
         contamination=benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram) if arguments.benchmark else None,
         progress=lambda progress: print(progress, file=sys.stderr, flush=True),
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deberta_dist.corpus.contamination import NgramSet
 from deberta_dist.corpus.filters import Filters
+from deberta_dist.corpus.near_duplicates import NearDuplicates, signature
 from deberta_dist.corpus.text_files import list_inputs, read_documents
 from deberta_dist.data.new_file import refuse_existing
 from deberta_dist.data.token_writer import TokenFileWriter
@@ -56,7 +57,8 @@ class PrepareReport:
         num_tokens: tokens written.
         num_empty_documents: documents skipped because no token came of them.
         num_cleaned_documents: documents in which NUL or lone surrogates became spaces.
-        num_filtered_documents: documents left out by each rule: those of the filters, and ``contaminated``.
+        num_filtered_documents: documents left out by each rule: those of the filters, ``contaminated`` and
+            ``near_duplicate``.
         seconds: time taken.
     """
 
@@ -78,6 +80,7 @@ def prepare_corpus(
     text_field: str = "text",
     filters: Filters | None = None,
     contamination: NgramSet | None = None,
+    near_duplicates: NearDuplicates | None = None,
     progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
 ) -> PrepareReport:
@@ -90,6 +93,7 @@ def prepare_corpus(
         text_field: field of .jsonl objects which holds the text.
         filters: documents that fail a rule are left out and counted; None: all stay.
         contamination: documents that hold one of these n-grams are left out and counted; None: all stay.
+        near_duplicates: knows the documents kept; those near an earlier one are left out and counted. None: all stay.
         progress: called every ``progress_seconds`` while it runs.
         progress_seconds: seconds between calls.
 
@@ -125,6 +129,8 @@ def prepare_corpus(
                     filtered[failed] += 1
                 elif contamination is not None and contamination.shares(text):
                     filtered["contaminated"] += 1
+                elif near_duplicates is not None and near_duplicates.is_duplicate(signature(text)):
+                    filtered["near_duplicate"] += 1
                 else:
                     writer.add_document(ids)
                 now = time.monotonic()

@@ -8,6 +8,7 @@ import pytest
 from deberta_dist.corpus import text_files
 from deberta_dist.corpus.contamination import benchmark_ngrams
 from deberta_dist.corpus.filters import Filters
+from deberta_dist.corpus.near_duplicates import NearDuplicates
 from deberta_dist.corpus.prepare import Progress, prepare_corpus
 from deberta_dist.corpus.text_files import list_inputs, read_documents, read_texts
 from deberta_dist.data.token_file import TokenFile
@@ -178,3 +179,13 @@ def test_documents_that_quote_a_benchmark_are_left_out(tokenizer: Tokenizer, tmp
     report = prepare_corpus([path], tmp_path / "x.tokens", tokenizer=tokenizer, contamination=ngrams)
     assert documents_of(tmp_path / "x.tokens") == [tokenizer.encode(shorter)]
     assert report.num_filtered_documents == {"contaminated": 1}
+
+
+def test_documents_near_an_earlier_one_are_left_out(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+    first, other = texts[0], texts[1]
+    path = jsonl(tmp_path / "a.jsonl", first, other, first.upper() + " And one more word.")
+    report = prepare_corpus(
+        [path], tmp_path / "x.tokens", tokenizer=tokenizer, near_duplicates=NearDuplicates(0.8)
+    )
+    assert documents_of(tmp_path / "x.tokens") == [tokenizer.encode(first), tokenizer.encode(other)]
+    assert report.num_filtered_documents == {"near_duplicate": 1}
