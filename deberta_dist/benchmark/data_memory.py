@@ -11,13 +11,12 @@ import json
 import statistics
 import struct
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 from deberta_dist.benchmark.data_inputs import DataInputs
 from deberta_dist.benchmark.measure import Contestant, Sample, interleaved, run_command
-from deberta_dist.data.token_file import FIXED, PAYLOAD_START
+from deberta_dist.data.token_file import FIXED, PAYLOAD_START, pack_header
 
 SMALL, LARGE, MAPPED = "read, small file", "read, large file", "mapped, large file"
 SMALL_BYTES = 100_000_000
@@ -86,14 +85,13 @@ def write_sparse(path: Path, *, like: Path, num_bytes: int) -> None:
         num_bytes: Size of the ids, about.
     """
     with open(like, "rb") as file:
-        magic, version, length, _ = FIXED.unpack(file.read(FIXED.size))
+        _, _, length, _ = FIXED.unpack(file.read(FIXED.size))
         header = json.loads(file.read(length))
     item_bytes = 2 if header["dtype"] == "uint16" else 4
     num_tokens = num_bytes // 8 * 8 // item_bytes  # what follows the ids is aligned to 8 bytes
     header |= {"num_tokens": num_tokens, "num_documents": 1, "max_token_id": 0}
-    text = json.dumps(header).encode("ascii")
     with open(path, "wb") as file:
-        file.write(FIXED.pack(magic, version, len(text), zlib.crc32(text)) + text)
+        file.write(pack_header(header))
         file.seek(PAYLOAD_START + num_tokens * item_bytes)
         file.write(struct.pack("<2q", 0, num_tokens))
 

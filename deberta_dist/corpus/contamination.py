@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deberta_dist.corpus.text_files import files_below
 from deberta_dist.corpus.words import Words, ngram_hashes, split_words
 from deberta_dist.errors import ConfigError, DataError
 
@@ -169,8 +170,7 @@ def _list_files(paths: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            below = files_below(path, suffixes=SUFFIXES)
             if not below:
                 raise DataError(f"benchmark {path} has no {', '.join(SUFFIXES)} files below it")
             files += below

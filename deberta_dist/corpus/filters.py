@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from deberta_dist.corpus.words import code_points
 from deberta_dist.errors import ConfigError
 
 _ALNUM, _DIGIT, _SPACE = 1, 2, 4
@@ -144,7 +145,7 @@ def _count_kinds(text: str) -> tuple[int, int, int]:
     )
     if not text.isascii():
         rest = raw.translate(None, _ASCII_BYTES).decode("utf-8", "surrogatepass")
-        kinds = np.bincount(_kinds()[_code_points(rest)], minlength=8)
+        kinds = np.bincount(_kinds()[code_points(rest)], minlength=8)
         num_alnum += int(kinds[_ALNUM] + kinds[_ALNUM | _DIGIT])
         num_digits += int(kinds[_ALNUM | _DIGIT])
         num_spaces += int(kinds[_SPACE])
@@ -157,14 +158,9 @@ def _word_lengths(text: str) -> np.ndarray:
     if text.isascii():
         is_space = np.frombuffer(text.encode().translate(_SPACE_IS_ONE), dtype=bool)
     else:
-        is_space = _kinds()[_code_points(text)] == _SPACE
+        is_space = _kinds()[code_points(text)] == _SPACE
     lengths = np.diff(np.flatnonzero(is_space)) - 1
     return lengths[lengths > 0]
-
-
-def _code_points(text: str) -> np.ndarray:
-    """uint32 [num_characters]"""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from deberta_dist.corpus.megatron import FIXED, ID_TYPES, INDEX_TYPE, LENGTH_TYPE, MAGIC, VERSION, paths
-from deberta_dist.data.new_file import new_file
+from deberta_dist.data.new_file import PublishingWriter, new_file
 from deberta_dist.errors import DataError
 
 _UINT16_CODE, _INT32_CODE = 8, 4
@@ -22,7 +22,7 @@ _MAX_LENGTH = (1 << 31) - 1
 _BLOCK = 1 << 18
 
 
-class MegatronWriter:
+class MegatronWriter(PublishingWriter):
     """Writes an indexed dataset document by document, each as one sequence; a context manager.
 
     Memory does not grow with the corpus. Both files appear when the block ends without error, the .idx last,
@@ -109,16 +109,3 @@ class MegatronWriter:
             return
         if os.path.samestat(os.lstat(self.bin_path), self._bin_stat):
             self.bin_path.unlink()
-
-    def __enter__(self) -> "MegatronWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            # Told of the error, the stack removes the unfinished files instead of publishing them.
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:
-            self._finish()

@@ -1,10 +1,11 @@
 """Near-duplicates by MinHash: of documents that share most of their word 5-grams the first is kept. The door to rensa.
 
-Corpus preparation makes a signature of every document, in many processes, and stores them; one process then asks
-``NearDuplicates`` for one after the other, in the order of the input, so that the answer does not depend on the number
-of processes. Memory is that of the second step, and grows with the documents kept: see there.
+Corpus preparation makes a signature of every document and asks ``NearDuplicates`` for one after the other, in the order of
+the input. A signature is bytes that any process can make; the answers are one process's. Memory is that of the second
+step, and grows with the documents kept: see there.
 """
 
+import functools
 from types import ModuleType
 
 from deberta_dist.corpus.words import ngram_hashes, split_words
@@ -23,6 +24,12 @@ def signature_bytes(num_permutations: int = 128) -> int:
     Raises:
         ConfigError: rensa is not installed, or num_permutations is out of its range.
     """
+    _rensa(num_permutations)
+    return _signature_bytes(num_permutations)
+
+
+@functools.cache
+def _signature_bytes(num_permutations: int) -> int:
     # No sketch takes more room than that of an empty set: all its numbers are the largest there are.
     return _LENGTH_BYTES + len(_rensa(num_permutations).RMinHash(num_permutations, _SEED).__getstate__())
 
@@ -47,7 +54,7 @@ def signature(text: str, *, num_permutations: int = 128) -> bytes:
         ConfigError: rensa is not installed, or num_permutations is out of its range.
     """
     rensa = _rensa(num_permutations)
-    size = signature_bytes(num_permutations)
+    size = _signature_bytes(num_permutations)
     words = split_words(text).hashes
     if not len(words):
         return bytes(size)

@@ -45,11 +45,10 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for given in map(Path, inputs):
         if given.is_dir():
-            below = [p for p in given.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
-            below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(given).parts)]
+            below = files_below(given, suffixes=SUFFIXES)
             if not below:
                 raise DataError(f"{given} has no {' or '.join(SUFFIXES)} files below it")
-            files += sorted(below)
+            files += below
         elif not given.is_file():
             raise DataError(f"input {given} does not exist")
         elif given.suffix not in SUFFIXES:
@@ -63,6 +62,12 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[Path]:
             raise DataError(f"input {file} is given twice")
         seen.add(file.resolve())
     return files
+
+
+def files_below(folder: Path, *, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files below a folder with one of these endings, ordered by path; hidden files and folders are passed over."""
+    found = (p for p in folder.rglob("*") if p.suffix in suffixes and p.is_file())
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def read_documents(path: str | Path, *, text_field: str = "text") -> Iterator[Document]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deberta_dist.data.sampler import mix_array
+
 MAX_WORD = 1 << 16  # characters of a word that its hash sees
 
 _SPACE = ord(" ")
@@ -43,6 +45,11 @@ class Words:
         text = _decode(codes)
         begin = self.starts[first]
         return [text[i:j] for i, j in zip(self.starts[first:last] - begin, self.ends[first:last] - begin, strict=True)]
+
+
+def code_points(text: str) -> np.ndarray:
+    """The characters of a text as numbers, lone surrogates among them; uint32 [num_characters]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def fold(text: str) -> str:
@@ -84,7 +91,7 @@ def ngram_hashes(word_hashes: np.ndarray, *, n: int) -> np.ndarray:
         uint64 [max(num_words - n + 1, 0)]
     """
     assert n >= 1
-    return _mix(_ngram_sums(word_hashes, n))
+    return mix_array(_ngram_sums(word_hashes, n))
 
 
 def _ngram_sums(hashes: np.ndarray, n: int) -> np.ndarray:
@@ -116,7 +123,7 @@ def _hash_words(codes: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.n
         begins = starts[first:last] - begin
         sums[first:last] = (running[ends[first:last] - begin] - running[begins]) * tables.inverse_powers[begins]
         first = last
-    return _mix(sums)
+    return mix_array(sums)
 
 
 def _fold_codes(text: str) -> np.ndarray:
@@ -124,10 +131,10 @@ def _fold_codes(text: str) -> np.ndarray:
     tables = _tables()
     if text.isascii():
         return np.frombuffer(text.encode().translate(tables.ascii), dtype=np.uint8)
-    codes = tables.folded[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+    codes = tables.folded[code_points(text)]
     highest = codes.max()
     if highest == _SLOW:
-        codes = np.frombuffer(fold(text).encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        codes = code_points(fold(text))
         codes = np.where(tables.is_word[codes], codes, np.uint32(_SPACE))
         highest = codes.max(initial=0)
     return codes.astype(np.uint8) if highest < 256 else codes
@@ -135,13 +142,6 @@ def _fold_codes(text: str) -> np.ndarray:
 
 def _decode(codes: np.ndarray) -> str:
     return codes.tobytes().decode("latin-1" if codes.itemsize == 1 else "utf-32-le", "surrogatepass")
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Spreads every bit over all of them, one to one. Source: the finalizer of SplitMix64 (Steele et al. 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -196,7 +196,7 @@ def _tables() -> _Tables:
         folded=folded,
         is_word=is_word,
         is_whole=is_whole,
-        numbers=_mix(np.arange(1, num_codes + 1, dtype=np.uint64) * np.uint64(_BASE)),
+        numbers=mix_array(np.arange(1, num_codes + 1, dtype=np.uint64) * np.uint64(_BASE)),
         powers=powers[0],
         inverse_powers=powers[1],
     )

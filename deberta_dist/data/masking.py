@@ -34,7 +34,6 @@ Source: NGramMaskGenerator in DeBERTa/apps/tasks/mlm_task.py, microsoft/DeBERTa,
 distribution, not the same random numbers; its cap is the constant 80, computed for 512 tokens).
 """
 
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

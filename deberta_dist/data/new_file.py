@@ -5,10 +5,12 @@ The tokenizer trainer and the token file writer publish through this one place.
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from deberta_dist.errors import DataError
 
@@ -26,6 +28,32 @@ def refuse_existing(path: str | Path) -> None:
     """
     if os.path.lexists(path):
         raise DataError(f"{path} exists already and is left as it is: move it away or name another output")
+
+
+class PublishingWriter(ABC):
+    """A context manager whose files appear when its block ends without error, and not at all otherwise.
+
+    A writer opens its files in ``_stack``; ``_finish`` writes what is known at the end only.
+    """
+
+    _stack: ExitStack
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Completes the files; an error keeps them from appearing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            # Told of the error, the stack removes the unfinished files instead of publishing them.
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._finish()
 
 
 @contextmanager

@@ -46,8 +46,11 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _mix_array(words: np.ndarray) -> np.ndarray:
-    """``_mix`` of every element, uint64; multiplication wraps as it should."""
+def mix_array(words: np.ndarray) -> np.ndarray:
+    """``_mix`` of every element, uint64: one to one, and multiplication wraps as it should.
+
+    Source: the finaliser of SplitMix64 (Steele et al. 2014).
+    """
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -107,5 +110,5 @@ class Permutation:
         """One pass of the network over uint64 values below 2**(2 * half_bits)."""
         left, right = values >> self._half_bits, values & self._half_mask
         for key in self._keys:
-            left, right = right, left ^ (_mix_array(right + key) & self._half_mask)
+            left, right = right, left ^ (mix_array(right + key) & self._half_mask)
         return (left << self._half_bits) | right

@@ -18,7 +18,7 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ def id_dtype(vocab_size: int) -> np.dtype:
 def index_start_of(num_tokens: int, dtype: np.dtype) -> int:
     """Byte at which the document offsets begin, aligned to 8 for the mapped int64."""
     return (PAYLOAD_START + num_tokens * dtype.itemsize + 7) // 8 * 8
+
+
+def pack_header(header: Mapping[str, Any]) -> bytes:
+    """What a token file begins with, up to the zeros before its ids."""
+    text = json.dumps(header).encode("ascii")
+    assert FIXED.size + len(text) <= PAYLOAD_START
+    return FIXED.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text
 
 
 class TokenFile:

@@ -1,34 +1,29 @@
 """Writing token files; ``token_file`` has their layout."""
 
 import hashlib
-import json
 import tempfile
-import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
-from deberta_dist.data.new_file import new_file
+from deberta_dist.data.new_file import PublishingWriter, new_file
 from deberta_dist.data.token_file import (
     COPY_BYTES,
-    FIXED,
-    FORMAT_VERSION,
-    MAGIC,
     OFFSET_DTYPE,
     PAYLOAD_START,
     id_dtype,
     index_start_of,
+    pack_header,
 )
 from deberta_dist.errors import DataError
 
 _MAX_SOURCE_CHARACTERS = 400
 
 
-class TokenFileWriter:
+class TokenFileWriter(PublishingWriter):
     """Writes a token file document by document; a context manager.
 
     Memory does not grow with the corpus. The file appears when the block ends without error, and not at
@@ -119,28 +114,11 @@ class TokenFileWriter:
         self._index.seek(0)
         while block := self._index.read(COPY_BYTES):
             self._write(block)
-        header = json.dumps(
-            self._header
-            | {
-                "num_tokens": self.num_tokens,
-                "num_documents": self.num_documents,
-                "max_token_id": self._max_token_id,
-                "checksum": self._hash.hexdigest(),
-            }
-        ).encode("ascii")
-        assert FIXED.size + len(header) <= PAYLOAD_START
+        counts = {
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "max_token_id": self._max_token_id,
+            "checksum": self._hash.hexdigest(),
+        }
         self._file.seek(0)
-        self._file.write(FIXED.pack(MAGIC, FORMAT_VERSION, len(header), zlib.crc32(header)) + header)
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            # Told of the error, the stack removes the unfinished file instead of publishing it.
-            self._stack.__exit__(kind, error, trace)
-            return
-        with self._stack:
-            self._finish()
+        self._file.write(pack_header(self._header | counts))
