@@ -45,6 +45,8 @@ DOORS = {
     "deepspeed": (f"{PACKAGE}/zero/",),
     "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
     "mpi4py": (f"{PACKAGE}/corpus/ranks.py",),
+    "pyarrow": (f"{PACKAGE}/corpus/parquet.py",),
+    "zstandard": (f"{PACKAGE}/corpus/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
     "transformers": ("tools/fill_mask.py",),
