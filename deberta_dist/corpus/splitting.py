@@ -26,7 +26,7 @@ _SEPARATOR = re.compile(rb"\n" + _SPACE + rb"\n")
 _SPACE_BYTES = bytes(
     {*range(9, 14), *range(28, 33), *range(0x80, 0x8B)} | {*b"\x85\x9a\x9f\xa0\xa8\xa9\xaf\xc2\xe1\xe2\xe3"} - {10}
 )
-_LOOK_BACK_BYTES = 1 << 16
+_LOOK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,13 @@ class _Rest:
         if self.num_bytes <= self._limit:
             return
         self._is_long = True
-        text = self._decoder.decode(self.kept)
+        for at in range(0, len(self.kept), _LOOK_BYTES):
+            text = self._decoder.decode(self.kept[at : at + _LOOK_BYTES])
+            if text and not text.isspace():
+                self._is_text = True
+                break
         self.kept = bytearray()
-        if text and not text.isspace():
-            self._is_text = True
+        if self._is_text:
             self._refuse(self.offset)
 
     def region(self, *, num_bytes: int) -> Region:
@@ -210,7 +213,7 @@ def line_before(handle: BinaryIO, *, start: int, first: int) -> int:
     """
     high = start - 1
     while high > first:
-        low = max(first, high - _LOOK_BACK_BYTES)
+        low = max(first, high - _LOOK_BYTES)
         handle.seek(low)
         data = handle.read(high - low)
         line = data.rfind(b"\n") + 1

@@ -16,8 +16,8 @@ from deberta_dist.corpus.inputs import InputFile
 from deberta_dist.errors import DataError
 
 CHUNK_BYTES = 1 << 20
-# zstd makes up to 128 KiB of 4 bytes and cannot be told to stop earlier: 2 KiB at a time are at most 64 MiB.
-_ZSTD_READ_BYTES = 1 << 11
+# zstd makes up to 128 KiB of 4 bytes and cannot be told to stop earlier: 1 KiB at a time is at most 32 MiB.
+_ZSTD_READ_BYTES = 1 << 10
 _BZ2_READ_BYTES = 1 << 16
 
 
@@ -153,7 +153,7 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
         ) from error
     context = zstandard.ZstdDecompressor()
 
-    def decompress(decoder: zstandard.ZstdDecompressionObj, data: bytes) -> tuple[bytes, bool]:
+    def decompress(decoder: Any, data: bytes) -> tuple[bytes, bool]:
         return decoder.decompress(data), False
 
     return _unpack(
