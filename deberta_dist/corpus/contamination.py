@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deberta_dist.corpus.text_files import files_below
+from deberta_dist.corpus.inputs import files_below
 from deberta_dist.corpus.words import Words, ngram_hashes, split_words
 from deberta_dist.errors import ConfigError, DataError
 

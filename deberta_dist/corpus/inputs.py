@@ -97,6 +97,15 @@ def list_inputs(inputs: Iterable[str | Path]) -> list[InputFile]:
     return files
 
 
+def files_below(folder: Path, *, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files below a directory with one of these endings, ordered by path; hidden ones are passed over.
+
+    Raises:
+        DataError: a directory cannot be read, or links to one it lies in.
+    """
+    return sorted(file for file in _below(folder, ()) if file.suffix in suffixes)
+
+
 def _name_and_path(word: str | Path) -> tuple[str, Path]:
     """``("wiki", Path("w.txt"))`` for "wiki=w.txt"; ``("", path)`` where there is no name."""
     named = _NAMED.fullmatch(word) if isinstance(word, str) else None

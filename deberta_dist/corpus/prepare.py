@@ -12,7 +12,8 @@ from pathlib import Path
 from deberta_dist.corpus.contamination import NgramSet
 from deberta_dist.corpus.filters import Filters
 from deberta_dist.corpus.near_duplicates import NearDuplicates, signature
-from deberta_dist.corpus.text_files import list_inputs, read_documents
+from deberta_dist.corpus.inputs import list_inputs
+from deberta_dist.corpus.reading import ReadOptions, read_documents
 from deberta_dist.data.new_file import refuse_existing
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
@@ -106,7 +107,7 @@ def prepare_corpus(
     """
     refuse_existing(output)
     files = list_inputs(inputs)
-    total_bytes = sum(file.stat().st_size for file in files)
+    total_bytes = sum(file.num_bytes for file in files)
     begin = last = time.monotonic()
     num_bytes = num_empty = num_cleaned = 0
     filtered: Counter[str] = Counter()
@@ -115,10 +116,10 @@ def prepare_corpus(
         output,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.num_tokens,
-        source=" ".join(file.name for file in files),
+        source=" ".join(file.path.name for file in files),
     ) as writer:
         for file in files:
-            for document in read_documents(file, text_field=text_field):
+            for document in read_documents(file, options=ReadOptions(text_field=text_field)):
                 num_bytes += document.num_bytes
                 text = clean_text(document.text)
                 num_cleaned += text != document.text

@@ -198,6 +198,13 @@ class Tokenizer:
         """As ``encode``, int32 [T], without a Python number per token."""
         return self._processor.encode(clean_text(text), return_type="numpy")
 
+    def surfaces(self, text: str) -> list[str]:
+        """What each id of ``encode(text)`` stands for in the normalised text, ``[UNK]`` as well.
+
+        ``WORD_START`` is a space; characters outside the vocabulary that follow each other are one ``[UNK]``.
+        """
+        return self._processor.encode(clean_text(text), out_type=str)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones written out as ``[CLS]`` and so on.
 

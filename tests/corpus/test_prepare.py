@@ -1,16 +1,15 @@
-"""Reading text strictly, counting what is skipped, leaving nothing half done."""
+"""Text to a token file: in order, counting what is skipped, leaving nothing half done."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from deberta_dist.corpus import text_files
 from deberta_dist.corpus.contamination import benchmark_ngrams
 from deberta_dist.corpus.filters import Filters
+from deberta_dist.corpus.inputs import list_inputs
 from deberta_dist.corpus.near_duplicates import NearDuplicates
 from deberta_dist.corpus.prepare import Progress, prepare_corpus
-from deberta_dist.corpus.text_files import list_inputs, read_documents, read_texts
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
@@ -44,7 +43,7 @@ def test_the_token_file_holds_the_documents_in_order(tokenizer: Tokenizer, tmp_p
     assert report.num_cleaned_documents == 1
     assert report.num_tokens == TokenFile(tmp_path / "out" / "x.tokens").num_tokens
     files = list_inputs([single, folder])
-    assert report.num_bytes == sum(file.stat().st_size for file in files)
+    assert report.num_bytes == sum(file.num_bytes for file in files)
     assert TokenFile(tmp_path / "out" / "x.tokens").tokenizer_sha256 == tokenizer.sha256
 
 
@@ -58,15 +57,6 @@ def test_text_and_jsonl_of_the_same_documents_agree(
     assert documents_of(tmp_path / "txt.tokens") == documents_of(tmp_path / "jsonl.tokens")
 
 
-def test_line_ends_byte_order_marks_and_odd_separators(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\xe2\x80\xa8four\x0cfive\n")
-    documents = list(read_documents(path))
-    assert [d.text.split() for d in documents] == [["one", "two"], ["three", "four", "five"]]
-    assert [d.line for d in documents] == [1, 4]
-    assert sum(d.num_bytes for d in documents) == path.stat().st_size
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_not_utf8_are_located(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
     start = b'{"text": "fine"}\n'
@@ -77,52 +67,10 @@ def test_bytes_that_are_not_utf8_are_located(tokenizer: Tokenizer, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "cut', r"a.jsonl:2: not a line of JSON"),
-        ("[" * 100_000, r"a.jsonl:2: not a line of JSON"),
-        ('["text"]', r"a.jsonl:2: expected a JSON object"),
-        ('{"body": "x", "id": 3}', r"a.jsonl:2: no string in the field 'text'; fields here: body, id"),
-        ('{"text": null}', r"a.jsonl:2: no string in the field 'text'"),
-    ],
-)
-def test_lines_that_are_no_documents_are_located(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match=message):
-        list(read_documents(tmp_path / "a.jsonl"))
-
-
 def test_another_field_can_be_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", "the time", field="body")
     prepare_corpus([tmp_path / "a.jsonl"], tmp_path / "x.tokens", tokenizer=tokenizer, text_field="body")
     assert documents_of(tmp_path / "x.tokens") == [tokenizer.encode("the time")]
-
-
-def test_documents_too_large_for_memory_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 1000)
-    (tmp_path / "a.txt").write_text("\n\nshort line\n" * 30 + "no empty line\n" * 100)
-    with pytest.raises(DataError, match=r"a.txt:90: a document is larger .* an empty line separates"):
-        list(read_documents(tmp_path / "a.txt"))
-    (tmp_path / "b.jsonl").write_text("\n" + "x" * 1001)
-    with pytest.raises(DataError, match=r"b.jsonl:2: a line is larger"):
-        list(read_documents(tmp_path / "b.jsonl"))
-
-
-def test_inputs_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", "x")
-    (tmp_path / "a.csv").write_text("x")
-    (tmp_path / "empty").mkdir()
-    for inputs, message in (
-        ([tmp_path / "missing.txt"], "does not exist"),
-        ([tmp_path / "a.csv"], "neither .jsonl nor .txt"),
-        ([tmp_path / "empty"], "has no .jsonl or .txt files"),
-        ([path, tmp_path], "given twice"),
-    ):
-        with pytest.raises(DataError, match=message):
-            list_inputs(inputs)
 
 
 def test_nothing_read_and_existing_output_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -148,15 +96,6 @@ def test_progress_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert str(Progress(num_bytes=10**8, total_bytes=10**9, num_tokens=25, seconds=1000.0)) == (
         "10.0% of 1,000.0 MB, 25 tokens, 0.1 MB/s, 2:30:00 left"
     )
-
-
-def test_a_sample_of_the_text_is_even_and_repeatable(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", *(f"document {i}" for i in range(2000)))
-    assert len(list(read_texts([path]))) == 2000
-    sample = list(read_texts([path], max_bytes=path.stat().st_size // 4))
-    assert sample == list(read_texts([path], max_bytes=path.stat().st_size // 4))
-    numbers = [int(text.split()[1]) for text in sample]
-    assert 440 < len(numbers) < 560 and 900 < sum(numbers) / len(numbers) < 1100
 
 
 def test_documents_that_a_filter_leaves_out_are_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
-from deberta_dist.corpus.text_files import read_texts
+from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import train_tokenizer
 from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.batches import batch_key, collate, dealt

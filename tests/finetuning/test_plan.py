@@ -147,7 +147,7 @@ def open_with(directory: Path, **options) -> StartingPoint:
 
 
 def test_tokenizer_of_another_model(start_directory: Path, tmp_path: Path) -> None:
-    from deberta_dist.corpus.text_files import read_texts
+    from deberta_dist.corpus.reading import read_texts
     from deberta_dist.data.tokenizer import train_tokenizer
 
     texts = read_texts([ROOT / "launchers" / "demo_text" / "valid.jsonl"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.corpus.text_files import read_texts
+from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs

@@ -9,7 +9,7 @@ import pytest
 
 from deberta_dist.config import Data, Evaluation, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.corpus.prepare import prepare_corpus
-from deberta_dist.corpus.text_files import read_texts
+from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = Path(__file__).parents[2] / "launchers" / "demo_text" / "valid.jsonl"
