@@ -209,7 +209,7 @@ def line_before(handle: BinaryIO, *, start: int, first: int) -> int:
         first: where the file's text begins.
 
     Returns:
-        The beginning of that line; or, where that is far, a byte of it that cannot belong to white space.
+        The beginning of that line; or, where that is far, a place in it before text that is not white space.
     """
     high = start - 1
     while high > first:
@@ -217,8 +217,7 @@ def line_before(handle: BinaryIO, *, start: int, first: int) -> int:
         handle.seek(low)
         data = handle.read(high - low)
         line = data.rfind(b"\n") + 1
-        text = len(data.rstrip(_SPACE_BYTES + b"\n")) - 1
-        if line or text >= 0:
-            return low + max(line, text)
+        if line or data.rstrip(_SPACE_BYTES):
+            return low + line
         high = low
     return first

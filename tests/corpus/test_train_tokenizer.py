@@ -2,18 +2,19 @@
 
 import gzip
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deberta_dist.corpus import sampling
+from deberta_dist.corpus import sampling, vocabulary
 from deberta_dist.corpus.documents import ReadOptions
 from deberta_dist.corpus.reading import read_texts
 from deberta_dist.corpus.sampling import is_held_out, sample_texts
 from deberta_dist.corpus.vocabulary import measure
-from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import ConfigError
 from tests.corpus.test_tools import TEXT, assert_one_line_error, run
 
@@ -57,13 +58,13 @@ def test_every_document_has_the_same_chance(tmp_path: Path) -> None:
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"{i} first\n\n{i} {'x' * 100}\n\n{i} last")
     counts: dict[str, int] = {}
-    for salt in range(400):
+    for salt in range(200):
         for text, _ in sample_texts([tmp_path], options=ReadOptions(), max_bytes=400, salt=str(salt)):
             counts[text] = counts.get(text, 0) + 1
     share = 400 / sum(path.stat().st_size for path in tmp_path.iterdir())
     assert len(counts) == 30
-    # Five standard deviations of 400 draws.
-    assert all(abs(n - 400 * share) < 5 * (400 * share * (1 - share)) ** 0.5 for n in counts.values()), counts
+    # Five standard deviations of 200 draws.
+    assert all(abs(n - 200 * share) < 5 * (200 * share * (1 - share)) ** 0.5 for n in counts.values()), counts
 
 
 def test_held_out_depends_on_the_text_alone(corpus: list[Path]) -> None:
@@ -73,6 +74,21 @@ def test_held_out_depends_on_the_text_alone(corpus: list[Path]) -> None:
     assert is_held_out("lone \ud800 surrogate") in (True, False)
     with pytest.raises(ConfigError, match="max_bytes = 0"):
         list(sample_texts(corpus, options=ReadOptions(), max_bytes=0))
+
+
+def test_held_out_text_is_measured_and_not_trained_on(
+    corpus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def train(texts: Iterable[str], path: str | Path, *, vocab_size: int) -> None:
+        trained.extend(texts)
+        train_tokenizer(trained[:200], path, vocab_size=vocab_size)
+
+    monkeypatch.setattr(vocabulary, "train_tokenizer", train)
+    options = ReadOptions()
+    fit = vocabulary.train_vocabulary(corpus, tmp_path / "m", options=options, vocab_size=50, max_bytes=None)
+    assert fit.num_documents + len(trained) == 12_000 and not any(map(is_held_out, trained))
 
 
 def test_measures(tokenizer: Tokenizer) -> None:
