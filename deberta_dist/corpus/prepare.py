@@ -11,8 +11,8 @@ from pathlib import Path
 
 from deberta_dist.corpus.contamination import NgramSet
 from deberta_dist.corpus.filters import Filters
-from deberta_dist.corpus.near_duplicates import NearDuplicates, signature
 from deberta_dist.corpus.inputs import list_inputs
+from deberta_dist.corpus.near_duplicates import NearDuplicates, signature
 from deberta_dist.corpus.reading import ReadOptions, read_documents
 from deberta_dist.data.new_file import refuse_existing
 from deberta_dist.data.token_writer import TokenFileWriter
