@@ -19,7 +19,9 @@ from deberta_dist.errors import with_exit_code  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Convert a corpus between a token file and a Megatron dataset.")
-    parser.add_argument("source", metavar="SOURCE", help="X.tokens, or X.idx (or X.bin) of a Megatron dataset")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="X.tokens, a directory of them with index.json, or X.idx (or X.bin) of Megatron"
+    )
     parser.add_argument("target", metavar="TARGET", help="Y.tokens, or the prefix Y of Y.idx and Y.bin")
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model, that made the ids")
     parser.add_argument(

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Shows what a token file holds. The exit code is 65 where --verify finds damage.
+"""Shows what a token file, or a directory of them, holds. The exit code is 65 where --verify finds damage.
 
     tools/inspect_corpus.py train.tokens --verify
     tools/inspect_corpus.py train.tokens --tokenizer spm.model --document 17
+    tools/inspect_corpus.py books/ --verify
 """
 
 import argparse
@@ -18,8 +19,8 @@ from deberta_dist.errors import DataError, with_exit_code  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Show what a token file holds.")
-    parser.add_argument("path", metavar="FILE.tokens", help="token file")
+    parser = argparse.ArgumentParser(description="Show what a corpus holds.")
+    parser.add_argument("path", metavar="CORPUS", help="token file, or directory of them with index.json")
     parser.add_argument("--tokenizer", help="sentencepiece model, spm.model: show documents as text, not ids")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--documents", type=int, default=0, metavar="N", help="show the first N documents")

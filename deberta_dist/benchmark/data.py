@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("--part", choices=(*PARTS, "all"), default="all", help="what is measured (default: all)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="an spm.model; with --tokens")
-    parser.add_argument("--tokens", type=Path, metavar="FILE", help="a token file made with it")
+    parser.add_argument("--tokens", type=Path, metavar="PATH", help="a token file made with it, or a directory of them")
     parser.add_argument("--vocab-size", type=int, default=16_000, help="pieces of one made here (default: 16000)")
     parser.add_argument("--directory", type=Path, help="where to work (default: the system's temporary directory)")
     for name, module in PARTS.items():

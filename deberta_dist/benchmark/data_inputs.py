@@ -19,7 +19,7 @@ class DataInputs:
     Attributes:
         text: Text of the bundled corpus, .jsonl.
         tokenizer: A sentencepiece model.
-        tokens: A token file made with it.
+        tokens: A token file made with it, or a directory of them.
         directory: A place to work, removed at the end.
     """
 

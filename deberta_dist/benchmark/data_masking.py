@@ -44,11 +44,11 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     from deberta_dist.benchmark.published_masking import PublishedMasking
     from deberta_dist.data.loader import MaskedLMData
     from deberta_dist.data.masking import MaskingConfig
-    from deberta_dist.data.token_file import TokenFile
+    from deberta_dist.data.token_corpus import open_corpus
     from deberta_dist.data.tokenizer import Tokenizer
 
     torch.set_num_threads(1)
-    tokenizer, tokens = Tokenizer(inputs.tokenizer), TokenFile(inputs.tokens)
+    tokenizer, tokens = Tokenizer(inputs.tokenizer), open_corpus(inputs.tokens)
 
     def ours(method: str) -> MaskedLMData:
         masking = MaskingConfig(method=method, mask_probability=0.15, max_ngram=MAX_NGRAM)

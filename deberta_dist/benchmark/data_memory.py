@@ -16,6 +16,7 @@ from typing import Any
 
 from deberta_dist.benchmark.data_inputs import DataInputs
 from deberta_dist.benchmark.measure import Contestant, Sample, interleaved, run_command
+from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import FIXED, PAYLOAD_START, pack_header
 
 SMALL, LARGE, MAPPED = "read, small file", "read, large file", "mapped, large file"
@@ -36,8 +37,9 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     """
     large_bytes = int(arguments.gigabytes * 1e9)
     small, large = inputs.directory / "small.tokens", inputs.directory / "large.tokens"
+    like = next(open_corpus(inputs.tokens).files()).path
     for path, num_bytes in ((small, SMALL_BYTES), (large, large_bytes)):
-        write_sparse(path, like=inputs.tokens, num_bytes=num_bytes)
+        write_sparse(path, like=like, num_bytes=num_bytes)
     reports: dict[str, list[dict[str, Any]]] = {SMALL: [], LARGE: [], MAPPED: []}
 
     def contestant(name: str, path: Path, *flags: str) -> Contestant:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deberta_dist.data.loader import MaskedLMData
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 
 BATCH_SIZE, SEQUENCE_LENGTH = 32, 512
@@ -58,13 +58,13 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = Tokenizer(arguments.tokenizer)
     begin = time.perf_counter()
-    file = TokenFile(arguments.tokens)
-    data = MaskedLMData(file, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=MaskingConfig(), seed=1)
+    corpus = open_corpus(arguments.tokens)
+    data = MaskedLMData(corpus, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=MaskingConfig(), seed=1)
     data.batch(0, 1)
     opened = time.perf_counter()
-    before = memory(file.path)
+    before = memory(arguments.tokens)
     drawing = time.perf_counter()
-    length = SEQUENCE_LENGTH - 2
+    length, file = SEQUENCE_LENGTH - 2, next(corpus.files())
     for start in range(0, arguments.batches * BATCH_SIZE, BATCH_SIZE):
         if arguments.mapped:
             for _, sample in data.samples_at(start, BATCH_SIZE):
@@ -73,7 +73,7 @@ def main() -> None:
             data.batch(start, BATCH_SIZE)
     drawn = time.perf_counter()
     seconds = {"open_seconds": opened - begin, "draw_seconds": drawn - drawing}
-    figures = {**seconds, "before": before, "after": memory(file.path)}
+    figures = {**seconds, "before": before, "after": memory(arguments.tokens)}
     arguments.report.write_text(json.dumps(figures), encoding="utf-8")
 
 

@@ -69,11 +69,12 @@ class Data(Section):
     """``[data]``: what is read, and how tokens are masked."""
 
     train: File
-    """Token file to train on (written by ``tools/prepare_corpus.py``)."""
+    """Corpus to train on: a token file (written by ``tools/prepare_corpus.py``), or a directory of them with an
+    ``index.json``, read as one."""
     validation: File
-    """Token file to evaluate on."""
+    """Corpus to evaluate on."""
     tokenizer: File
-    """SentencePiece model (``spm.model``) that both token files were made with."""
+    """SentencePiece model (``spm.model``) that both were made with."""
     max_seq_length: Annotated[int, Field(ge=3)] = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
     document_boundaries: bool = False

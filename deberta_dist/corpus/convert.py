@@ -3,6 +3,7 @@
 Called by tools/convert_corpus.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from deberta_dist.corpus.inspect import faults
+from deberta_dist.corpus.inspect import corpus_faults
 from deberta_dist.corpus.megatron import MegatronFile, paths
 from deberta_dist.corpus.megatron_writer import MegatronWriter
+from deberta_dist.data.corpus_index import TOKENS_SUFFIX
 from deberta_dist.data.new_file import refuse_existing
-from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 
-TOKENS_SUFFIX = ".tokens"
 MEGATRON_SUFFIXES = (".idx", ".bin")
 _BLOCK = 1 << 18
 
@@ -53,7 +54,8 @@ def convert_corpus(
     """Writes the documents of ``source``, in order, in the other format. A terminal shows how far it is.
 
     Args:
-        source: X.tokens; or X.idx or X.bin, which stand for both.
+        source: X.tokens, or a directory of them with an index, whose files are put together; or X.idx or X.bin, which
+            stand for both.
         target: X.tokens for a Megatron dataset; for a token file X, X.idx or X.bin, of which X.idx and X.bin
             are made.
         tokenizer: the one that made the ids. A token file knows it; of a Megatron dataset it is the user's word,
@@ -64,7 +66,7 @@ def convert_corpus(
     Raises:
         ConfigError: the suffixes are not one of each format, an option is of the other direction, or an id given
             is negative or, to be appended, outside the vocabulary.
-        DataError: a target exists; the source is damaged, as ``MegatronFile`` and ``faults`` say; it was made
+        DataError: a target exists; the source is damaged, as ``MegatronFile`` and ``corpus_faults`` say; it was made
             with another tokenizer, holds ids outside the vocabulary, or no documents with ids. No file is left
             behind.
     """
@@ -75,7 +77,7 @@ def convert_corpus(
         if strip_eod is not None and strip_eod < 0:
             raise ConfigError(f"--strip-eod {strip_eod}: expected an id, 0 or more")
         return _from_megatron(source.with_suffix(""), target, tokenizer=tokenizer, strip_eod=strip_eod)
-    if source.suffix == TOKENS_SUFFIX and target.suffix != TOKENS_SUFFIX:
+    if (source.suffix == TOKENS_SUFFIX or source.is_dir()) and target.suffix != TOKENS_SUFFIX:
         if strip_eod is not None:
             raise ConfigError("--strip-eod is for reading Megatron datasets: take it away, or give --append-eod")
         if append_eod is not None and not 0 <= append_eod < tokenizer.num_tokens:
@@ -86,8 +88,8 @@ def convert_corpus(
         prefix = target.with_suffix("") if target.suffix in MEGATRON_SUFFIXES else target
         return _to_megatron(source, prefix, tokenizer=tokenizer, append_eod=append_eod)
     raise ConfigError(
-        f"SOURCE {source} and TARGET {target}: expected X.idx or X.bin and Y{TOKENS_SUFFIX}, or X{TOKENS_SUFFIX} and "
-        "the prefix of .idx and .bin"
+        f"SOURCE {source} and TARGET {target}: expected X.idx or X.bin and Y{TOKENS_SUFFIX}, or X{TOKENS_SUFFIX} "
+        "or a directory of them and the prefix of .idx and .bin"
     )
 
 
@@ -102,7 +104,7 @@ def _from_megatron(prefix: Path, target: Path, *, tokenizer: Tokenizer, strip_eo
             vocab_size=tokenizer.num_tokens,
             source=dataset.bin_path.name,
         ) as writer,
-        _progress(dataset.ids) as progress,
+        _progress(dataset.ids.nbytes) as progress,
     ):
         for ids in dataset.documents(vocab_size=tokenizer.num_tokens, strip_eod=strip_eod):
             if ids.size:
@@ -120,33 +122,38 @@ def _from_megatron(prefix: Path, target: Path, *, tokenizer: Tokenizer, strip_eo
 
 
 def _to_megatron(source: Path, prefix: Path, *, tokenizer: Tokenizer, append_eod: int | None) -> ConvertReport:
-    file = TokenFile(source)
-    file.require_tokenizer(tokenizer)
+    corpus = open_corpus(source)
+    corpus.require_tokenizer(tokenizer)
     for path in paths(prefix):
         refuse_existing(path)
     # Megatron's files carry no checksum: what is damaged here would pass for right from now on.
-    for fault in faults(file).values():
+    for fault in corpus_faults(corpus).values():
         if fault is not None:
             raise DataError(f"{source} is damaged: {fault}")
-    mapped = np.asarray(file.ids)
     with (
         MegatronWriter(prefix, vocab_size=tokenizer.num_tokens, append_eod=append_eod) as writer,
-        _progress(mapped) as progress,
+        _progress(corpus.num_tokens * corpus.dtype.itemsize) as progress,
     ):
-        for start in range(0, file.num_documents, _BLOCK):
-            for begin, end in pairwise(file.document_offsets[start : start + _BLOCK + 1].tolist()):
-                ids = mapped[begin:end]
-                writer.add_document(ids)
-                progress.update(ids.nbytes)
+        for ids in _documents(corpus):
+            writer.add_document(ids)
+            progress.update(ids.nbytes)
     return ConvertReport(
         paths=(writer.index_path, writer.bin_path),
         num_documents=writer.num_documents,
         num_tokens=writer.num_tokens,
         num_empty_documents=0,
-        num_eod=writer.num_tokens - file.num_tokens,
+        num_eod=writer.num_tokens - corpus.num_tokens,
     )
 
 
-def _progress(ids: np.ndarray) -> tqdm:
+def _documents(corpus: TokenCorpus) -> Iterator[np.ndarray]:
+    for file in corpus.files():
+        mapped = np.asarray(file.ids)
+        for start in range(0, file.num_documents, _BLOCK):
+            for begin, end in pairwise(file.document_offsets[start : start + _BLOCK + 1].tolist()):
+                yield mapped[begin:end]
+
+
+def _progress(num_bytes: int) -> tqdm:
     # None: a bar on a terminal, nothing in a file or a pipe.
-    return tqdm(total=ids.nbytes, desc="convert", unit="B", unit_scale=True, disable=None, leave=False)
+    return tqdm(total=num_bytes, desc="convert", unit="B", unit_scale=True, disable=None, leave=False)

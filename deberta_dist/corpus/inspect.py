@@ -1,13 +1,15 @@
-"""What a token file holds, and what is wrong with it where it is damaged; behind tools/inspect_corpus.py."""
+"""What a corpus holds, and what is wrong with it where it is damaged; behind tools/inspect_corpus.py."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_file import FORMAT_VERSION, TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError, printable
@@ -24,53 +26,57 @@ def inspect(
     document: int | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """What is in a token file, as JSON.
+    """What is in a corpus, as JSON.
 
     Args:
-        path: the file.
+        path: token file, or directory of them.
         tokenizer: decodes the documents shown. None: they are shown as ids.
         num_documents: how many documents to show, from the first.
         document: number of the one document to show instead, from 0.
         verify: read all of it and check it.
 
     Returns:
-        The header's fields; ``lengths`` as ``length_statistics``; ``documents``: number, num_tokens, and text or
-        ids of those asked for; ``verified``: as ``faults``, None if not asked for. Damage that ``verify`` finds
-        leaves ``documents`` empty, and ``lengths`` None where the offsets are wrong.
+        The header's fields; ``files``: those of a directory, as its index has them; ``lengths`` as
+        ``length_statistics``; ``documents``: number, num_tokens, and text or ids of those asked for; ``verified``: as
+        ``corpus_faults``, None if not asked for. Damage that ``verify`` finds leaves ``documents`` empty, and
+        ``lengths`` None where the offsets are wrong.
 
     Raises:
         ConfigError: there is no document of that number.
-        DataError: as ``TokenFile``; the tokenizer is another than the corpus was made with; or, without
+        DataError: as ``open_corpus``; the tokenizer is another than the corpus was made with; or, without
             ``verify``, the document offsets do not ascend.
     """
-    file = TokenFile(path)
+    corpus = open_corpus(path)
     if tokenizer is not None:
-        file.require_tokenizer(tokenizer)
+        corpus.require_tokenizer(tokenizer)
     if num_documents < 0:
         raise ConfigError(f"--documents {num_documents}: expected a number of documents, 0 or more")
-    if document is not None and not 0 <= document < file.num_documents:
-        raise ConfigError(f"--document {document}: {path} has documents 0 to {file.num_documents - 1}")
-    verified = faults(file) if verify else None
-    offsets_fault = verified["offsets"] if verified is not None else _offsets_fault(file)
-    if offsets_fault is not None and not verify:
-        raise DataError(f"{path} is damaged: {offsets_fault}")
-    shown = range(min(num_documents, file.num_documents)) if document is None else (document,)
+    if document is not None and not 0 <= document < corpus.num_documents:
+        raise ConfigError(f"--document {document}: {path} has documents 0 to {corpus.num_documents - 1}")
+    verified = corpus_faults(corpus) if verify else None
+    if verified is None:
+        for file in corpus.files():
+            if (offsets_fault := _offsets_fault(file)) is not None:
+                raise DataError(f"{file.path} is damaged: {offsets_fault}")
+    has_offsets = verified is None or verified["offsets"] is None
+    shown = range(min(num_documents, corpus.num_documents)) if document is None else (document,)
     if is_damaged(verified):
         shown = ()
     return {
         "path": str(path),
         "format_version": FORMAT_VERSION,
-        "dtype": file.ids.dtype.name,
-        "vocab_size": file.vocab_size,
-        "tokenizer_sha256": file.tokenizer_sha256,
-        "checksum": file.checksum,
-        "source": file.source,
-        "num_tokens": file.num_tokens,
-        "num_documents": file.num_documents,
-        "num_bytes": file.path.stat().st_size,
-        "lengths": None if offsets_fault else length_statistics(file.document_offsets),
+        "dtype": corpus.dtype.name,
+        "vocab_size": corpus.vocab_size,
+        "tokenizer_sha256": corpus.tokenizer_sha256,
+        "checksum": corpus.checksum,
+        "source": corpus.source,
+        "num_tokens": corpus.num_tokens,
+        "num_documents": corpus.num_documents,
+        "num_bytes": sum(file.path.stat().st_size for file in corpus.files()),
+        "files": [asdict(shard) for shard in corpus.shards] if corpus.path.is_dir() else [],
+        "lengths": length_statistics(file.document_offsets for file in corpus.files()) if has_offsets else None,
         "verified": verified,
-        "documents": [_document(file, number, tokenizer=tokenizer) for number in shown],
+        "documents": [_document(corpus, number, tokenizer=tokenizer) for number in shown],
     }
 
 
@@ -79,16 +85,25 @@ def is_damaged(verified: Mapping[str, str | None] | None) -> bool:
     return verified is not None and any(fault is not None for fault in verified.values())
 
 
-def length_statistics(offsets: np.ndarray) -> dict[str, int]:
+def length_statistics(offsets: Iterable[np.ndarray]) -> dict[str, int]:
     """Lengths of documents: min, median, p95 and max, in tokens.
 
     The q-quantile is the smallest length that a share q of the documents does not exceed, so each number is the
     length of a document. Takes memory for the lengths in the smallest type that holds them: at most as much as
-    the offsets, half of it up to 2**32 tokens a document.
+    the offsets, half of it for one file of documents up to 2**32 tokens.
 
     Args:
-        offsets: where documents begin, and the end, ascending, int64 [num_documents + 1].
+        offsets: of each file, where documents begin, and the end, ascending, int64 [num_documents + 1].
     """
+    parts = [_lengths(of_file) for of_file in offsets]
+    lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    ranks = {name: -(-percent * lengths.size // 100) - 1 for name, percent in _QUANTILES.items()}
+    lengths.partition(sorted(ranks.values()))
+    quantiles = {name: int(lengths[rank]) for name, rank in ranks.items()}
+    return {"min": int(lengths.min()), **quantiles, "max": int(lengths.max())}
+
+
+def _lengths(offsets: np.ndarray) -> np.ndarray:
     count = len(offsets) - 1
     starts = range(0, count, _BLOCK)
     largest = max(int(np.diff(offsets[start : start + _BLOCK + 1]).max()) for start in starts)
@@ -96,10 +111,18 @@ def length_statistics(offsets: np.ndarray) -> dict[str, int]:
     for start in starts:
         block = np.diff(offsets[start : start + _BLOCK + 1])
         lengths[start : start + len(block)] = block
-    ranks = {name: -(-percent * count // 100) - 1 for name, percent in _QUANTILES.items()}
-    lengths.partition(sorted(ranks.values()))
-    quantiles = {name: int(lengths[rank]) for name, rank in ranks.items()}
-    return {"min": int(lengths.min()), **quantiles, "max": largest}
+    return lengths
+
+
+def corpus_faults(corpus: TokenCorpus) -> dict[str, str | None]:
+    """``faults`` of all files; of a directory each names the first file that has it, and how many more have it."""
+    found: dict[str, list[str]] = {}
+    for file in corpus.files():
+        where = "" if file.path == corpus.path else f"{file.path.name}: "
+        for name, fault in faults(file).items():
+            found.setdefault(name, []).extend([] if fault is None else [where + fault])
+    more = {name: f"; {len(texts) - 1} more files" if len(texts) > 1 else "" for name, texts in found.items()}
+    return {name: texts[0] + more[name] if texts else None for name, texts in found.items()}
 
 
 def faults(file: TokenFile) -> dict[str, str | None]:
@@ -121,7 +144,7 @@ def faults(file: TokenFile) -> dict[str, str | None]:
         for block in file.blocks():
             digest.update(block)
             count = min(len(block) // file.ids.itemsize, file.num_tokens - position)
-            ids = np.frombuffer(block[: count * file.ids.itemsize], file.ids.dtype)
+            ids = np.frombuffer(block[: count * file.dtype.itemsize], file.dtype)
             bad = np.flatnonzero(ids >= file.vocab_size)
             if bad.size and first_bad is None:
                 first_bad = (position + int(bad[0]), int(ids[bad[0]]))
@@ -160,17 +183,19 @@ def _offsets_fault(file: TokenFile) -> str | None:
     return None
 
 
-def _document(file: TokenFile, number: int, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    begin, end = file.document_offsets[number : number + 2].tolist()
-    ids = file.ids[begin:end].tolist()
+def _document(corpus: TokenCorpus, number: int, *, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    begin, end = corpus.document_offsets(number, number + 2).tolist()
+    ids = corpus.read(begin, end).tolist()
     content = {"ids": ids} if tokenizer is None else {"text": tokenizer.decode(ids)}
     return {"number": number, "num_tokens": len(ids), **content}
 
 
 def describe(found: Mapping[str, Any]) -> str:
     """`inspect` for the screen."""
+    count = len(found["files"])
+    kind = f"{count} token files" if count else "token file"
     lines = [
-        f"{found['path']}: token file, format version {found['format_version']}",
+        f"{found['path']}: {kind}, format version {found['format_version']}",
         f"  {found['num_tokens']:,} tokens in {found['num_documents']:,} documents, {found['dtype']}, "
         f"{found['num_bytes']:,} bytes",
         f"  vocabulary: {found['vocab_size']:,}, tokenizer SHA-256 {found['tokenizer_sha256']}",
@@ -179,6 +204,8 @@ def describe(found: Mapping[str, Any]) -> str:
     if found["lengths"] is not None:
         lengths = ", ".join(f"{name} {length:,}" for name, length in found["lengths"].items())
         lines.append(f"  document lengths in tokens: {lengths}")
+    for file in found["files"]:
+        lines.append(f"  {file['name']}: {file['num_tokens']:,} tokens in {file['num_documents']:,} documents")
     for name, fault in (found["verified"] or {}).items():
         lines.append(f"  {name}: {'right' if fault is None else f'WRONG: {fault}'}")
     for document in found["documents"]:

@@ -1,4 +1,4 @@
-"""Masked batches from a token file, by global sample position.
+"""Masked batches from a corpus, by global sample position.
 
 Every pipeline stage and rank of a run calls ``MaskedLMData.batch`` with positions only; the same positions
 give the same batch everywhere, so nothing has to be sent or stored.
@@ -12,7 +12,7 @@ import torch
 from deberta_dist.data.masking import MaskingConfig, mask_batch
 from deberta_dist.data.packing import Packing
 from deberta_dist.data.sampler import Permutation, check_seed, position
-from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 
@@ -53,7 +53,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 class MaskedLMData:
-    """Samples of a token file for masked language modelling.
+    """Samples of a corpus for masked language modelling.
 
     Sample i is ``[CLS]``, a window of S-2 tokens, ``[SEP]``, with S = max_seq_length, and may span several documents;
     ``Packing`` says how.
@@ -69,7 +69,7 @@ class MaskedLMData:
 
     def __init__(
         self,
-        token_file: TokenFile,
+        corpus: TokenCorpus,
         tokenizer: Tokenizer,
         *,
         max_seq_length: int,
@@ -78,35 +78,35 @@ class MaskedLMData:
         shuffle: bool = True,
         document_boundaries: bool = False,
     ) -> None:
-        """Checks that file and tokenizer belong together.
+        """Checks that corpus and tokenizer belong together.
 
         Args:
-            token_file: the corpus.
+            corpus: the text.
             tokenizer: the tokenizer it was made with.
             max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
             masking: how targets are chosen.
             seed: seed of order and masks.
-            shuffle: every epoch in its own order; otherwise in the order of the file.
+            shuffle: every epoch in its own order; otherwise in the order of the text.
             document_boundaries: documents of a sample are separated and do not see each other.
 
         Raises:
             ConfigError: ``max_seq_length`` is less than 3 or ``seed`` outside 0 .. 2**64 - 1.
-            DataError: the file was made with another tokenizer, or has less than one sample.
+            DataError: the corpus was made with another tokenizer, or has less than one sample.
         """
         if max_seq_length < 3:
             raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
-        token_file.require_tokenizer(tokenizer)
+        corpus.require_tokenizer(tokenizer)
         self.max_seq_length = max_seq_length
         self._packing = Packing(
-            token_file, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
+            corpus, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
         )
         self.num_samples, self.num_dropped_tokens = self._packing.num_samples, self._packing.num_dropped_tokens
         if self.num_samples == 0:
             raise DataError(
-                f"{token_file.path} has {token_file.num_tokens} tokens, less than one sample of "
+                f"{corpus.path} has {corpus.num_tokens} tokens, less than one sample of "
                 f"max_seq_length - 2 = {max_seq_length - 2}: give more text or a smaller max_seq_length"
             )
-        self._token_file = token_file
+        self._corpus = corpus
         self._tokenizer = tokenizer
         self._masking = masking
         self._seed = check_seed(seed)
@@ -136,7 +136,7 @@ class MaskedLMData:
             A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
 
         Raises:
-            DataError: the file holds an id outside the vocabulary, hence is damaged.
+            DataError: the corpus holds an id outside the vocabulary, hence is damaged.
         """
         assert start >= 0 and count >= 1
         epochs, samples = np.array(self.samples_at(start, count), dtype=np.int64).T
@@ -166,6 +166,6 @@ class MaskedLMData:
         if sequences.max() >= self._tokenizer.num_tokens:
             row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
             raise DataError(
-                f"{self._token_file.path} is damaged: sample {samples[row]} holds the id {sequences.max()} of "
+                f"{self._corpus.path} is damaged: sample {samples[row]} holds the id {sequences.max()} of "
                 f"{self._tokenizer.num_tokens}; prepare the corpus again"
             )

@@ -1,20 +1,18 @@
-"""Which tokens make a sample: windows of a token file, with the boundaries of documents ignored or honoured.
+"""Which tokens make a sample: windows of a corpus, with the boundaries of documents ignored or honoured.
 
 No list of samples exists: sample i is found from i alone. Used by the loader.
 """
 
-from bisect import bisect_right
-
 import numpy as np
 
-from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
 
 
 class Packing:
     """Samples of S tokens: ``[CLS]``, a window of S-2, ``[SEP]``. Sample i is the window from i * (S-2) on.
 
-    Boundaries ignored, as published: windows of the file's tokens; documents follow each other without a mark.
+    Boundaries ignored, as published: windows of the corpus's tokens; documents follow each other without a mark.
 
     Boundaries honoured: windows of the same tokens with a ``[SEP]`` behind every document. A document that ends in one
     window and begins in the next is cut, as it would be otherwise; ``[CLS]`` belongs to the first document of a sample and
@@ -23,18 +21,18 @@ class Packing:
     What is left behind the last full window is not used.
 
     Attributes:
-        num_samples: samples in the file.
+        num_samples: samples in the corpus.
         num_dropped_tokens: tokens behind the last full window, the ``[SEP]`` of documents included.
     """
 
     def __init__(
-        self, token_file: TokenFile, tokenizer: Tokenizer, *, max_seq_length: int, document_boundaries: bool
+        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, max_seq_length: int, document_boundaries: bool
     ) -> None:
-        self._file = token_file
+        self._corpus = corpus
         self._tokenizer = tokenizer
         self._window = max_seq_length - 2
         self._honours = document_boundaries
-        length = token_file.num_tokens + (token_file.num_documents if document_boundaries else 0)
+        length = corpus.num_tokens + (corpus.num_documents if document_boundaries else 0)
         self.num_samples, self.num_dropped_tokens = divmod(length, self._window)
 
     def sequences(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -44,17 +42,17 @@ class Packing:
             samples: their numbers, int64 [B].
 
         Returns:
-            (ids, documents): ids in the file's type [B, S]; with boundaries the number of each token's document within its
-            sample, from 1, int64 [B, S], otherwise None.
+            (ids, documents): ids in the corpus's type [B, S]; with boundaries the number of each token's document within
+            its sample, from 1, int64 [B, S], otherwise None.
         """
         shape = (samples.size, self._window + 2)
-        ids = np.empty(shape, self._file.ids.dtype)
+        ids = np.empty(shape, self._corpus.dtype)
         ids[:, 0], ids[:, -1] = self._tokenizer.cls_id, self._tokenizer.sep_id
         documents = np.empty(shape, np.int64) if self._honours else None
         for row, sample in enumerate(samples.tolist()):
             start = sample * self._window
             if documents is None:
-                ids[row, 1:-1] = self._file.read(start, start + self._window)
+                ids[row, 1:-1] = self._corpus.read(start, start + self._window)
             else:
                 ids[row, 1:-1], documents[row, 1:-1] = self._with_boundaries(start)
         if documents is not None:
@@ -63,15 +61,14 @@ class Packing:
 
     def _with_boundaries(self, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and documents of the window that begins at ``start``, counted in tokens and ``[SEP]`` of documents."""
-        offsets = self._file.document_offsets
-        # Document d begins at offsets[d] + d: one [SEP] for each before it.
-        first = bisect_right(range(self._file.num_documents), start, key=lambda d: int(offsets[d]) + d) - 1
-        numbers = np.arange(first, min(first + self._window, self._file.num_documents))
-        ends = offsets[numbers + 1] + numbers  # where the [SEP] of each lies
+        first = self._corpus.document_at(start, num_separators=1)
+        stop = min(first + self._window, self._corpus.num_documents)
+        # Where the [SEP] of each document lies: behind its tokens and one [SEP] for each before it.
+        ends = self._corpus.document_offsets(first + 1, stop + 1) + np.arange(first, stop)
         places = np.arange(start, start + self._window)
         which = np.searchsorted(ends, places)
         is_end = ends[which] == places
-        ids = np.full(self._window, self._tokenizer.sep_id, self._file.ids.dtype)
+        ids = np.full(self._window, self._tokenizer.sep_id, self._corpus.dtype)
         begin = start - first
-        ids[~is_end] = self._file.read(begin, begin + int((~is_end).sum()))
+        ids[~is_end] = self._corpus.read(begin, begin + int((~is_end).sum()))
         return ids, which - which[0] + 1

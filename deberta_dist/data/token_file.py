@@ -1,4 +1,4 @@
-"""Token files: the ids of a corpus, memory-mapped, with a header that names the tokenizer by hash.
+"""Token files: the ids of a corpus, with a header that names the tokenizer by hash.
 
 Layout of ``<name>.tokens``, little-endian::
 
@@ -19,6 +19,7 @@ import struct
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,14 @@ def pack_header(header: Mapping[str, Any]) -> bytes:
 
 
 class TokenFile:
-    """A token file, mapped: opening costs the same whatever its size.
+    """A token file: opening costs the same whatever its size.
 
-    Samples are drawn with ``read``: a mapping's pages, once touched, count as the process's resident memory.
+    Samples are drawn with ``read`` and ``read_offsets``. ``ids`` and ``document_offsets`` are mapped where they are
+    asked for, by those who go through all of a file: a mapping's pages, once touched, count as resident memory.
 
     Attributes:
         path: the file.
-        ids: ids of all documents one after another, uint16 or uint32 [num_tokens], read-only.
-        document_offsets: first id of every document and the end, int64 [num_documents + 1], read-only.
+        dtype: type of the ids, uint16 or uint32.
         num_tokens, num_documents: their numbers.
         tokenizer_sha256: SHA-256 of the tokenizer's model file.
         vocab_size: number of ids of that tokenizer.
@@ -71,7 +72,7 @@ class TokenFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the file.
+        """Opens the file.
 
         Raises:
             DataError: the file is missing, empty, no token file, of a newer format, damaged in its header,
@@ -85,14 +86,14 @@ class TokenFile:
         self.vocab_size: int = header["vocab_size"]
         self.checksum: str = header["checksum"]
         self.source: str = header["source"]
-        dtype = id_dtype(self.vocab_size)
-        if header["dtype"] != dtype.name or not 0 <= header["max_token_id"] < self.vocab_size:
+        self.dtype = id_dtype(self.vocab_size)
+        if header["dtype"] != self.dtype.name or not 0 <= header["max_token_id"] < self.vocab_size:
             raise DataError(
                 f"{path} holds ids up to {header['max_token_id']} as {header['dtype']}, its vocabulary has "
                 f"{self.vocab_size}: {_AGAIN}"
             )
-        index_start = index_start_of(self.num_tokens, dtype)
-        expected = index_start + (self.num_documents + 1) * OFFSET_DTYPE.itemsize
+        self._index_start = index_start_of(self.num_tokens, self.dtype)
+        expected = self._index_start + (self.num_documents + 1) * OFFSET_DTYPE.itemsize
         size = self.path.stat().st_size
         if size != expected or min(self.num_tokens, self.num_documents) < 1:
             kind = "truncated" if size < expected else "damaged"
@@ -100,14 +101,21 @@ class TokenFile:
                 f"{path} is {kind}: {size:,} bytes, expected {expected:,} for {self.num_tokens:,} tokens "
                 f"in {self.num_documents:,} documents; {_AGAIN}"
             )
-        self.ids = np.memmap(self.path, dtype, "r", offset=PAYLOAD_START, shape=(self.num_tokens,))
-        self.document_offsets = np.memmap(
-            self.path, OFFSET_DTYPE, "r", offset=index_start, shape=(self.num_documents + 1,)
-        )
-        if self.document_offsets[0] != 0 or self.document_offsets[-1] != self.num_tokens:
-            raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
         self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
+        ends = [int(self.read_offsets(place, place + 1)[0]) for place in (0, self.num_documents)]
+        if ends != [0, self.num_tokens]:
+            raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
+
+    @cached_property
+    def ids(self) -> np.memmap:
+        """Ids of all documents one after another, uint16 or uint32 [num_tokens], read-only."""
+        return np.memmap(self.path, self.dtype, "r", offset=PAYLOAD_START, shape=(self.num_tokens,))
+
+    @cached_property
+    def document_offsets(self) -> np.memmap:
+        """First id of every document and the end, int64 [num_documents + 1], read-only."""
+        return np.memmap(self.path, OFFSET_DTYPE, "r", offset=self._index_start, shape=(self.num_documents + 1,))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of ids ``start`` to ``stop`` - 1, uint16 or uint32 [stop - start]. Safe to call from several threads.
@@ -116,8 +124,16 @@ class TokenFile:
             DataError: the file cannot be read any more, or has become shorter since it was opened.
         """
         assert 0 <= start <= stop <= self.num_tokens
-        dtype = self.ids.dtype
-        num_bytes, offset = (stop - start) * dtype.itemsize, PAYLOAD_START + start * dtype.itemsize
+        return self._read(self.dtype, PAYLOAD_START, start, stop)
+
+    def read_offsets(self, start: int, stop: int) -> np.ndarray:
+        """A copy of document offsets ``start`` to ``stop`` - 1, int64 [stop - start]; as ``read``."""
+        assert 0 <= start <= stop <= self.num_documents + 1
+        return self._read(OFFSET_DTYPE, self._index_start, start, stop)
+
+    def _read(self, dtype: np.dtype, begin: int, start: int, stop: int) -> np.ndarray:
+        """Items ``start`` to ``stop`` - 1 of the array at byte ``begin``."""
+        num_bytes, offset = (stop - start) * dtype.itemsize, begin + start * dtype.itemsize
         try:
             data = os.pread(self._file, num_bytes, offset)
             # A call may give less than there is.

@@ -45,7 +45,7 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
     labels = data.validation.batch(0, count).labels
     vocab_size = data.tokenizer.num_tokens
     unigram = unigram_loss(
-        unigram_counts(data.train_file, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
+        unigram_counts(data.train_corpus, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
         labels[labels > 0].numpy(),
         vocab_size=vocab_size,
     )

@@ -1,4 +1,4 @@
-"""What a run reads: token files, tokenizer and initial weights, opened and checked before any process group exists."""
+"""What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.initialisation import initial_tensor
@@ -30,20 +30,20 @@ class RunData:
     """The texts of a run, opened and checked against model and tokenizer.
 
     Attributes:
-        train_file: Token file of ``train``.
+        train_corpus: Text of ``train``.
         tokenizer: The run's tokenizer.
         train: Samples to train on.
         validation: Held-out samples, in file order.
     """
 
-    train_file: TokenFile
+    train_corpus: TokenCorpus
     tokenizer: Tokenizer
     train: MaskedLMData
     validation: MaskedLMData
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the texts that are trained on."""
-        return {"train": self.train_file.checksum}
+        return {"train": self.train_corpus.checksum}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class InitialWeights:
 
 
 def open_data(plan: Plan) -> RunData:
-    """Opens tokenizer and token files and checks that they belong to each other and to the model.
+    """Opens tokenizer and corpora and checks that they belong to each other and to the model.
 
     Raises:
         DataError: with the file and the key that names it.
@@ -76,13 +76,13 @@ def open_data(plan: Plan) -> RunData:
         "masking": masking,
         "document_boundaries": data.document_boundaries,
     }
-    train_file = TokenFile(data.train)
+    train_corpus = open_corpus(data.train)
     return RunData(
-        train_file=train_file,
+        train_corpus=train_corpus,
         tokenizer=tokenizer,
-        train=MaskedLMData(train_file, tokenizer, seed=seed, **options),
+        train=MaskedLMData(train_corpus, tokenizer, seed=seed, **options),
         validation=MaskedLMData(
-            TokenFile(data.validation), tokenizer, seed=EVALUATION_SEED, shuffle=False, **options
+            open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, shuffle=False, **options
         ),
     )
 

@@ -16,6 +16,7 @@ from deberta_dist.benchmark.measure import BenchmarkError, Sample
 from deberta_dist.benchmark.published_masking import PublishedMasking
 from deberta_dist.data.loader import MaskedLMData
 from deberta_dist.data.masking import MaskingConfig
+from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
@@ -27,7 +28,8 @@ Masked = tuple[np.ndarray, np.ndarray]
 
 def ours(file: TokenFile, tokenizer: Tokenizer, *, method: str) -> Masked:
     masking = MaskingConfig(method=method)
-    samples = MaskedLMData(file, tokenizer, max_seq_length=LENGTH, masking=masking, seed=1, shuffle=False)
+    corpus = open_corpus(file.path)
+    samples = MaskedLMData(corpus, tokenizer, max_seq_length=LENGTH, masking=masking, seed=1, shuffle=False)
     batch = samples.batch(0, samples.num_samples)
     return batch.input_ids.numpy(), batch.labels.numpy()
 

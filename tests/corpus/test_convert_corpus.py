@@ -9,7 +9,9 @@ import pytest
 from deberta_dist.corpus import convert
 from deberta_dist.corpus.convert import convert_corpus
 from deberta_dist.corpus.megatron import MegatronFile
+from deberta_dist.data.corpus_index import write_index
 from deberta_dist.data.token_file import TokenFile
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from tests.corpus.test_prepare import documents_of
@@ -55,6 +57,22 @@ def test_there_and_back_is_bit_exact(
     convert_corpus(tmp_path / "b.tokens", tmp_path / "again.idx", tokenizer=tokenizer, append_eod=eod)
     for suffix in ("idx", "bin"):
         assert (tmp_path / f"again.{suffix}").read_bytes() == (tmp_path / f"m.v1.{suffix}").read_bytes()
+
+
+def test_a_directory_becomes_one_dataset(token_file: TokenFile, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    offsets = token_file.document_offsets
+    for name, first, stop in (("a", 0, 5), ("b", 5, token_file.num_documents)):
+        with TokenFileWriter(
+            tmp_path / "many" / f"{name}.tokens", tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.num_tokens
+        ) as writer:
+            writer.add_documents(token_file.ids[offsets[first] : offsets[stop]], np.diff(offsets[first : stop + 1]))
+    write_index(tmp_path / "many", ["a.tokens", "b.tokens"])
+    for source, target in ((token_file.path, "one"), (tmp_path / "many", "all")):
+        convert_corpus(source, tmp_path / target, tokenizer=tokenizer, append_eod=2)
+    for suffix in ("idx", "bin"):
+        assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"all.{suffix}").read_bytes()
+    with pytest.raises(ConfigError, match="or X.tokens or a directory of them and the prefix"):
+        convert_corpus(tmp_path / "many", tmp_path / "b.tokens", tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<u2"])

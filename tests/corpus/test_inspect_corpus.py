@@ -11,6 +11,7 @@ import pytest
 
 from deberta_dist.corpus import inspect as inspection
 from deberta_dist.corpus.inspect import describe, faults, inspect, is_damaged, length_statistics
+from deberta_dist.data.corpus_index import write_index
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
@@ -54,9 +55,11 @@ def test_length_statistics_against_numpy(monkeypatch: pytest.MonkeyPatch, block:
         offsets = np.concatenate(([0], np.cumsum(lengths)))
         median, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf")
         expected = {"min": lengths.min(), "median": median, "p95": p95, "max": lengths.max()}
-        assert length_statistics(offsets) == expected
+        assert length_statistics([offsets]) == expected
+        cut = count // 2
+        assert length_statistics([offsets[: cut + 1], offsets[cut:]] if cut else [offsets]) == expected
     long = {"min": 1, "median": 1, "p95": 1 << 33, "max": 1 << 33}
-    assert length_statistics(np.array([0, 1 << 33, (1 << 33) + 1])) == long
+    assert length_statistics([np.array([0, 1 << 33, (1 << 33) + 1])]) == long
 
 
 def test_header_and_documents(path: Path) -> None:
@@ -87,6 +90,28 @@ def test_documents_as_text(token_file: TokenFile, tokenizer: Tokenizer, texts: l
     assert found["verified"] == {"checksum": None, "ids": None, "offsets": None} and not is_damaged(found["verified"])
     assert found["documents"][0]["text"] == tokenizer.decode(tokenizer.encode(texts[1]))
     assert found["documents"][0]["text"] in describe(found) and "checksum: right" in describe(found)
+
+
+def test_a_directory_is_shown_as_one(path: Path, tmp_path: Path) -> None:
+    """Documents by their number in the whole, lengths of all files, damage with the file's name."""
+    directory = tmp_path / "many"
+    for number, documents in enumerate((DOCUMENTS[:1], DOCUMENTS[1:3], DOCUMENTS[3:])):
+        with TokenFileWriter(directory / f"{number}.tokens", tokenizer_sha256="ab" * 32, vocab_size=1000) as writer:
+            for document in documents:
+                writer.add_document(document)
+    write_index(directory, ["0.tokens", "1.tokens", "2.tokens"], source="three")
+    one, many = (inspect(corpus, num_documents=4, verify=True) for corpus in (path, directory))
+    for key in ("num_tokens", "num_documents", "dtype", "lengths", "verified", "documents"):
+        assert many[key] == one[key]
+    assert [file["num_documents"] for file in many["files"]] == [1, 2, 1] and one["files"] == []
+    text = describe(many)
+    assert "many: 3 token files, format version 1" in text and "1.tokens: 898 tokens in 2 documents" in text
+    assert inspect(directory, document=3)["documents"] == [{"number": 3, "num_tokens": 2, "ids": [999, 0]}]
+    change(directory / "1.tokens", 4096, struct.pack("<H", 1000))
+    change(directory / "2.tokens", 4096, struct.pack("<H", 7))
+    verified = inspect(directory, verify=True)["verified"]
+    assert verified["checksum"].startswith("1.tokens: content has") and verified["checksum"].endswith("; 1 more files")
+    assert verified["ids"].startswith("1.tokens: id 1000 at token 0") and verified["offsets"] is None
 
 
 def test_refusals(path: Path, token_file: TokenFile, other_tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ import torch
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.prefetch import Prefetcher
+from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
@@ -20,8 +21,8 @@ from deberta_dist.errors import ConfigError, DataError
 def data_of(
     file: TokenFile, tokenizer: Tokenizer, *, length: int = 64, seed: int = 1, shuffle: bool = True
 ) -> MaskedLMData:
-    masking = MaskingConfig()
-    return MaskedLMData(file, tokenizer, max_seq_length=length, masking=masking, seed=seed, shuffle=shuffle)
+    corpus, masking = open_corpus(file.path), MaskingConfig()
+    return MaskedLMData(corpus, tokenizer, max_seq_length=length, masking=masking, seed=seed, shuffle=shuffle)
 
 
 def test_sequences_are_the_file_cut_into_samples(token_file: TokenFile, tokenizer: Tokenizer) -> None:
@@ -187,7 +188,7 @@ def test_waiting_is_told_where_making_is_slower_than_using() -> None:
 @pytest.mark.parametrize("length", [3, 5, 64, 3000])
 def test_documents_can_be_kept_apart(token_file: TokenFile, tokenizer: Tokenizer, length: int) -> None:
     data = MaskedLMData(
-        token_file, tokenizer, max_seq_length=length, masking=MaskingConfig(), seed=1, shuffle=False,
+        open_corpus(token_file.path), tokenizer, max_seq_length=length, masking=MaskingConfig(), seed=1, shuffle=False,
         document_boundaries=True,
     )
     offsets = token_file.document_offsets
@@ -214,7 +215,7 @@ def test_many_short_documents_share_a_sample(tokenizer: Tokenizer, tmp_path: Pat
     ) as writer:
         writer.add_documents(np.full(40, 7), np.ones(40, np.int64))
     data = MaskedLMData(
-        TokenFile(tmp_path / "short.tokens"), tokenizer, max_seq_length=22, masking=MaskingConfig(), seed=1,
+        open_corpus(tmp_path / "short.tokens"), tokenizer, max_seq_length=22, masking=MaskingConfig(), seed=1,
         shuffle=False, document_boundaries=True,
     )
     assert data.num_samples == 4
