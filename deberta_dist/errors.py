@@ -29,6 +29,12 @@ class DataError(DebertaDistError, ValueError):
     exit_code = 65
 
 
+class UnfinishedError(DebertaDistError):
+    """Work that ended early through nothing in its input: the same command goes on where it ended."""
+
+    exit_code = 75
+
+
 class DivergedError(DebertaDistError):
     """Gradients stayed non-finite; the run cannot go on."""
 

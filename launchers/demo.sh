@@ -31,13 +31,11 @@ if [ ! -f "$data/spm.model" ]; then
     say "training the tokenizer ($pieces pieces)"
     python tools/train_tokenizer.py --input "$text/train.jsonl" --output "$data/spm.model" --vocab-size "$pieces"
 fi
-for part in train valid; do
-    if [ ! -f "$data/$part.tokens" ]; then
-        say "writing $data/$part.tokens"
-        python tools/prepare_corpus.py --input "$text/$part.jsonl" --output "$data/$part.tokens" \
-            --tokenizer "$data/spm.model"
-    fi
-done
+if [ ! -f "$data/corpus/report.json" ]; then
+    say "writing $data/corpus"
+    python tools/prepare_corpus.py --input "$text/train.jsonl" --held-out-input "$text/valid.jsonl" --held-out 0 \
+        --output "$data/corpus" --tokenizer "$data/spm.model" --workers 2
+fi
 
 gpus=0
 if command -v nvidia-smi >/dev/null 2>&1; then

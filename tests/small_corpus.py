@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.corpus.prepare import prepare_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from tests.token_files import write_token_file
 
 DEMO_TEXT = Path(__file__).parents[1] / "launchers" / "demo_text"
 
@@ -35,5 +35,5 @@ def other_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def token_file(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
     path = tmp_path_factory.mktemp("tokens") / "valid.tokens"
-    prepare_corpus([DEMO_TEXT / "valid.jsonl"], path, tokenizer=tokenizer)
+    write_token_file([DEMO_TEXT / "valid.jsonl"], path, tokenizer=tokenizer)
     return TokenFile(path)

@@ -22,7 +22,7 @@ FLOORS = (
     ("training",),
     ("planning", "conversion"),
     ("checkpoint",),
-    ("tensor_parallel", "pipeline_parallel", "zero"),
+    ("tensor_parallel", "pipeline_parallel", "zero", "preparation"),
     ("models", "mesh", "flat_layout", "tasks", "corpus"),
     ("kernels", "data"),
     ("config", "lock"),
@@ -38,13 +38,14 @@ CLOSED = {
     "tasks": {"kernels"},
     "mesh": {"kernels", "data"},
     "corpus": {"config", "kernels"},
+    "preparation": {"config", "kernels", "models", "mesh", "flat_layout", "tasks"},
     "data": {"config"},
 }
 PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
 DOORS = {
     "deepspeed": (f"{PACKAGE}/zero/",),
     "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
-    "mpi4py": (f"{PACKAGE}/corpus/ranks.py",),
+    "mpi4py": (f"{PACKAGE}/preparation/ranks.py",),
     "pyarrow": (f"{PACKAGE}/corpus/parquet.py",),
     "zstandard": (f"{PACKAGE}/corpus/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
@@ -197,7 +198,7 @@ def test_the_checker_sees_the_files() -> None:
         ("cellar/a.py", "", "room cellar has no floor"),
         ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero/"),
         ("data/a.py", "import sentencepiece", "its only door is deberta_dist/data/tokenizer.py"),
-        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/corpus/ranks.py"),
+        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/preparation/ranks.py"),
         ("training/a.py", 'import importlib\nimportlib.import_module("apex.optimizers")', "imports apex"),
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is tools/fill_mask.py"),
         ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),

@@ -1,7 +1,12 @@
 #!/usr/bin/env python
-"""Turns text files into one token file for pre-training.
+"""Turns text into a corpus of token files for pre-training, with one process or many, on one node or many.
 
-    tools/prepare_corpus.py --input corpus/ more.jsonl --output corpus.tokens --tokenizer spm.model
+    tools/prepare_corpus.py --input text/ --output corpus --tokenizer spm.model --workers 16
+    mpirun -n 32 python tools/prepare_corpus.py --input 'wiki=text/wiki/**' 'news=text/news/*.jsonl.zst' \
+        --output corpus --tokenizer spm.model --workers 4
+
+The same command goes on after any end. corpus/train (or corpus/train/NAME) and corpus/heldout are what data.train and
+data.valid name; corpus/report.md says what was read, left out and written.
 """
 
 import argparse
@@ -17,63 +22,118 @@ from deberta_dist.errors import with_exit_code  # noqa: E402
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     from deberta_dist.corpus import filters
+    from deberta_dist.corpus.arguments import add_reading_arguments
 
-    parser = argparse.ArgumentParser(description="Turn text files into one token file for pre-training.")
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        help=".jsonl files (one object per line), .txt files (documents separated by an empty line), folders",
+    parser = argparse.ArgumentParser(
+        description="Turn text into a corpus of token files for pre-training.",
+        epilog="Under mpirun all nodes have to see inputs, output and tokenizer under the same paths.",
     )
-    parser.add_argument("--output", required=True, help="token file to make, X.tokens; never replaced")
+    add_reading_arguments(parser)
+    parser.add_argument("--output", required=True, help="directory to make; an unfinished one is gone on with")
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
-    parser.add_argument("--text-field", default="text", help="field of .jsonl objects (default: text)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (of each rank; default: 1)")
+    group = parser.add_argument_group("held-out split")
+    group.add_argument(
+        "--held-out",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="share of the documents, chosen by a hash of their text (default: 5)",
+    )
+    group.add_argument(
+        "--held-out-input", nargs="+", default=[], metavar="PATH", help="inputs whose documents are all held out"
+    )
+    group = parser.add_argument_group("duplicates")
+    group.add_argument("--keep-duplicates", action="store_true", help="keep documents whose text repeats an earlier one")
+    group.add_argument(
+        "--near-duplicates",
+        type=float,
+        metavar="J",
+        help="leave out documents whose word 5-grams are this similar to an earlier document's, 0.8 for example (MinHash; "
+        "needs rensa, and in one process 2 to 3 KB of memory for every document kept)",
+    )
+    group.add_argument(
+        "--duplicates-memory",
+        type=int,
+        default=1 << 30,
+        metavar="BYTES",
+        help="memory of one process for finding exact duplicates (default: 1 GiB)",
+    )
     filters.add_arguments(parser)
-    parser.add_argument(
+    group = parser.add_argument_group("benchmarks")
+    group.add_argument(
         "--benchmark",
         nargs="+",
         metavar="PATH",
         help="files or folders of a benchmark: documents that share --benchmark-ngram words in a row with it are left out",
     )
-    parser.add_argument(
-        "--near-duplicates",
-        type=float,
-        metavar="J",
-        help="leave out documents whose word 5-grams are this similar to an earlier document's, 0.8 for example (MinHash; "
-        "needs rensa, and 2 to 3 KB of memory for every document kept)",
+    group.add_argument("--benchmark-ngram", type=int, metavar="N", help="words in a row (default: 13)")
+    group = parser.add_argument_group("sizes")
+    group.add_argument(
+        "--shard-bytes", type=int, default=1 << 30, metavar="BYTES", help="largest token file (default: 1 GiB of ids)"
     )
-    parser.add_argument("--benchmark-ngram", type=int, default=13, metavar="N", help="words in a row (default: 13)")
-    return parser.parse_args()
+    group.add_argument(
+        "--piece-bytes",
+        type=int,
+        default=1 << 25,
+        metavar="BYTES",
+        help="input that a process takes at a time (default: 32 MiB); the output is the same with any",
+    )
+    arguments = parser.parse_args()
+    if arguments.benchmark_ngram is not None and not arguments.benchmark:
+        parser.error("--benchmark-ngram says how to compare with --benchmark, which is missing")
+    return arguments
 
 
 @with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.corpus import filters
-    from deberta_dist.corpus.contamination import benchmark_ngrams
-    from deberta_dist.corpus.near_duplicates import NearDuplicates
-    from deberta_dist.corpus.prepare import prepare_corpus
-    from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.preparation.ranks import Ranks
 
-    report = prepare_corpus(
+    ranks = Ranks.of_environment()
+    return ranks.run(with_exit_code(lambda: prepare(arguments, ranks)))
+
+
+def prepare(arguments: argparse.Namespace, ranks: "Ranks") -> int:  # noqa: F821
+    """One rank's work."""
+    from deberta_dist.corpus import filters
+    from deberta_dist.corpus.arguments import read_options
+    from deberta_dist.corpus.contamination import benchmark_ngrams
+    from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.preparation.prepare import prepare_corpus
+    from deberta_dist.preparation.recipe import Recipe
+
+    def check():
+        """On one rank: an error is printed once."""
+        recipe = Recipe.of(
+            Tokenizer(arguments.tokenizer),
+            reading=read_options(arguments),
+            filters=filters.from_arguments(arguments),
+            held_out_percent=arguments.held_out,
+            deduplicate=not arguments.keep_duplicates,
+            near_duplicates=arguments.near_duplicates,
+            shard_bytes=arguments.shard_bytes,
+            piece_bytes=arguments.piece_bytes,
+        )
+        ngrams = benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram or 13) if arguments.benchmark else None
+        return recipe, ngrams
+
+    recipe, ngrams = ranks.first(check)
+    outcome = prepare_corpus(
         arguments.input,
         arguments.output,
         tokenizer=Tokenizer(arguments.tokenizer),
-        text_field=arguments.text_field,
-        filters=filters.from_arguments(arguments),
-        near_duplicates=None if arguments.near_duplicates is None else NearDuplicates(arguments.near_duplicates),
-        contamination=benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram) if arguments.benchmark else None,
+        recipe=recipe,
+        held_out_inputs=arguments.held_out_input,
+        ngrams=ngrams,
+        num_workers=arguments.workers,
+        ranks=ranks,
+        memory_bytes=arguments.duplicates_memory,
         progress=lambda progress: print(progress, file=sys.stderr, flush=True),
     )
-    print(
-        f"{arguments.output}: {report.num_tokens:,} tokens in {report.num_documents:,} documents, from "
-        f"{report.num_files:,} files of {report.num_bytes / 1e6:,.1f} MB in {report.seconds:.1f} s "
-        f"({report.num_bytes / 1e6 / max(report.seconds, 1e-9):.1f} MB/s); "
-        f"{report.num_empty_documents:,} empty documents skipped, {report.num_cleaned_documents:,} cleaned"
-    )
-    for rule, number in sorted(report.num_filtered_documents.items()):
-        print(f"{number:,} documents left out by {rule.replace('_', '-')}")
+    if outcome is not None:
+        print(outcome.summary(Path(arguments.output)))
     return 0
 
 

@@ -35,21 +35,21 @@ def bundled_text() -> Path:
 
 
 def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
-    """Trains a tokenizer on the bundled text and writes its token file.
+    """Trains a tokenizer on the bundled text and writes its corpus.
 
     Args:
         directory: Where both files appear.
         vocab_size: Pieces of the tokenizer.
 
     Returns:
-        The tokenizer and the token file.
+        The tokenizer and the corpus.
 
     Raises:
         BenchmarkError: The text is too small for the vocabulary, or the disk is full.
     """
-    tokenizer, tokens = directory / "spm.model", directory / "train.tokens"
+    tokenizer, corpus = directory / "spm.model", directory / "corpus"
     given = ["--input", str(bundled_text()), "--output"]
     train, prepare = (str(_ROOT / "tools" / name) for name in ("train_tokenizer.py", "prepare_corpus.py"))
     run_command([sys.executable, train, *given, str(tokenizer), "--vocab-size", str(vocab_size)])
-    run_command([sys.executable, prepare, *given, str(tokens), "--tokenizer", str(tokenizer)])
-    return tokenizer, tokens
+    run_command([sys.executable, prepare, *given, str(corpus), "--tokenizer", str(tokenizer), "--held-out", "0"])
+    return tokenizer, corpus / "train"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.corpus.prepare import prepare_corpus
 from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from tests.token_files import write_token_file
 
 TEXT = Path(__file__).parents[2] / "launchers" / "demo_text"
 
@@ -19,8 +19,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(read_texts(inputs), directory / "spm.model", vocab_size=1000)
     tokenizer = Tokenizer(directory / "spm.model")
     for name in ("train", "valid"):
-        prepare_corpus(inputs, directory / f"{name}.tokens", tokenizer=tokenizer)
+        write_token_file(inputs, directory / f"{name}.tokens", tokenizer=tokenizer)
     half = directory / "half.jsonl"
     half.write_text("".join((TEXT / "valid.jsonl").read_text().splitlines(keepends=True)[::2]))
-    prepare_corpus([half], directory / "other.tokens", tokenizer=tokenizer)
+    write_token_file([half], directory / "other.tokens", tokenizer=tokenizer)
     return directory

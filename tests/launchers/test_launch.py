@@ -179,9 +179,10 @@ def test_demo_repeats_nothing_and_shows_again(tmp_path: Path) -> None:
 
     looks = ["runs tools/fill_mask.py"] * 2
     submits = ["fine-tunes", "runs tools/make_submission.py"]
-    made = ["runs tools/train_tokenizer.py", *["runs tools/prepare_corpus.py"] * 2]
+    made = ["runs tools/train_tokenizer.py", "runs tools/prepare_corpus.py"]
     assert steps() == [*made, "trains", "runs tools/convert_checkpoint.py", *looks, *submits]
-    for name in ("spm.model", "train.tokens", "valid.tokens"):
+    (tmp_path / "demo_data" / "corpus").mkdir()
+    for name in ("spm.model", "corpus/report.json"):
         (tmp_path / "demo_data" / name).touch()
     run = tmp_path / "runs" / "pretrain_demo"
     run.mkdir(parents=True)

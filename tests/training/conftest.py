@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from deberta_dist.config import Data, Evaluation, Model, Optimizer, Parallel, Run, RunConfig, Training
-from deberta_dist.corpus.prepare import prepare_corpus
 from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from tests.token_files import write_token_file
 
 TEXT = Path(__file__).parents[2] / "launchers" / "demo_text" / "valid.jsonl"
 VOCABULARY = 512
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(iter(texts[10:]), directory / "another.model", vocab_size=300)
     short = directory / "short.jsonl"
     short.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    prepare_corpus([short], directory / "text.tokens", tokenizer=Tokenizer(directory / "spm.model"))
+    write_token_file([short], directory / "text.tokens", tokenizer=Tokenizer(directory / "spm.model"))
     (directory / "deepspeed.json").write_text('{"zero_optimization": {"stage": 3}}')
     return directory
 

@@ -1,0 +1,296 @@
+"""Text to a corpus of token files, by one process or many on any number of nodes: the same bytes every time.
+
+Called by tools/prepare_corpus.py on every rank. Three phases, each shared out in units that any process can take::
+
+    encode        a piece of an input      -> parts: ids, lengths, hashes of its documents
+    duplicates    a range of hashes        -> documents to drop
+    shards        a token file             -> the documents that stay, in the order of the input
+
+What a phase has finished is on disk, so the same command goes on after any end. Memory: a part per process (about 200 MB),
+the hashes of a range, nothing that grows with the corpus but a few numbers per part; near-duplicates have a memory of
+their own.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from deberta_dist.corpus.contamination import NgramSet
+from deberta_dist.corpus.inputs import list_inputs
+from deberta_dist.corpus.reading import cut
+from deberta_dist.data.corpus_index import INDEX_NAME, write_index
+from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.lock import RunLock
+from deberta_dist.preparation.crew import Crew
+from deberta_dist.preparation.duplicates import Dropped, num_ranges
+from deberta_dist.preparation.encode import finished_parts
+from deberta_dist.preparation.parts import Part
+from deberta_dist.preparation.progress import Monitor, Progress
+from deberta_dist.preparation.publish import VISIBLE_SECONDS
+from deberta_dist.preparation.ranks import Ranks
+from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.report import Outcome, write_report
+from deberta_dist.preparation.shards import ShardPlan, plan_shards
+from deberta_dist.preparation.tasks import EncodeTask, FindDuplicatesTask, FindNearDuplicatesTask, WriteShardsTask
+from deberta_dist.preparation.workspace import Workspace
+
+MIN_MEMORY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What rank 0 tells the others.
+
+    Attributes:
+        units: all pieces of the inputs, in order.
+        run: folder of this start.
+        state: folder of what depends on all units.
+        outcome: of a start that was killed when all was done but the moving; None: there is work.
+    """
+
+    units: tuple[Unit, ...]
+    run: Path
+    state: Path
+    outcome: Outcome | None
+
+
+def prepare_corpus(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    *,
+    tokenizer: Tokenizer,
+    recipe: Recipe | None = None,
+    held_out_inputs: Sequence[str | Path] = (),
+    ngrams: NgramSet | None = None,
+    num_workers: int = 1,
+    ranks: Ranks | None = None,
+    memory_bytes: int = 1 << 30,
+    progress: Callable[[Progress], None] | None = None,
+    progress_seconds: float = 5.0,
+) -> Outcome | None:
+    """Makes a corpus; on all ranks together.
+
+    Args:
+        inputs: as for ``list_inputs``.
+        output: directory to make: ``train/`` (or ``train/NAME/``), ``heldout/``, report.json and report.md.
+        tokenizer: turns text into ids.
+        recipe: what is done with each document; None: the defaults, for this tokenizer.
+        held_out_inputs: further inputs, all of whose documents are held out; they come before the others, so a document
+            that is in both is held out.
+        ngrams: documents that hold one of them are left out; None: there are none.
+        num_workers: processes of this rank.
+        ranks: the group of processes; None: this one alone.
+        memory_bytes: of one process for the search for exact duplicates.
+        progress: told how far it is, every ``progress_seconds``, on rank 0.
+        progress_seconds: seconds between two of these.
+
+    Returns:
+        What was read and written, on rank 0; None on others.
+
+    Raises:
+        ConfigError: settings that cannot be meant, or another preparation in ``output``.
+        DataError: ``output`` is complete or foreign, or an input cannot be read as told. What is finished stays, and the
+            same call goes on with it.
+        UnfinishedError: a worker was killed.
+    """
+    ranks = Ranks() if ranks is None else ranks
+    recipe = Recipe.of(tokenizer) if recipe is None else recipe
+    recipe = dataclasses.replace(recipe, contamination=None if ngrams is None else ngrams.fingerprint)
+    if num_workers < 1:
+        raise ConfigError(f"--workers {num_workers}: expected at least 1")
+    if memory_bytes < MIN_MEMORY_BYTES:
+        raise ConfigError(f"memory for duplicates of {memory_bytes} bytes: expected at least {MIN_MEMORY_BYTES}")
+    workspace = Workspace(Path(output))
+    began = time.monotonic()
+    with ExitStack() as stack:
+
+        def begin() -> _Start:
+            units = _list_units(inputs, held_out_inputs, piece_bytes=recipe.piece_bytes)
+            workspace.refuse_foreign()
+            stack.enter_context(RunLock(workspace.directory, key="--output: working directory"))
+            state = workspace.state(recipe, units)
+            run = workspace.begin(recipe, state=state)
+            return _Start(units=units, run=run, state=state, outcome=workspace.finished(state))
+
+        start = ranks.first(begin)
+        outcome = start.outcome or _prepare(
+            start,
+            workspace=workspace,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            ngrams=ngrams,
+            num_workers=num_workers,
+            ranks=ranks,
+            memory_bytes=memory_bytes,
+            progress=progress,
+            progress_seconds=progress_seconds,
+            began=began,
+        )
+        ranks.first(lambda: workspace.publish(start.state))
+        return outcome if ranks.rank == 0 else None
+
+
+def _prepare(
+    start: _Start,
+    *,
+    workspace: Workspace,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    ngrams: NgramSet | None,
+    num_workers: int,
+    ranks: Ranks,
+    memory_bytes: int,
+    progress: Callable[[Progress], None] | None,
+    progress_seconds: float,
+    began: float,
+) -> Outcome:
+    """The phases; everything is in the working directory when they end."""
+    made = workspace.made(start.state)
+    with (
+        Monitor(start.run, report=progress if ranks.rank == 0 else None, seconds=progress_seconds) as monitor,
+        Crew(start.run, rank=ranks.rank, num_workers=num_workers) as crew,
+    ):
+        encode = EncodeTask(
+            pieces=start.units,
+            recipe=recipe,
+            tokenizer=Path(tokenizer.path),
+            ngrams=ngrams,
+            directory=workspace.parts,
+        )
+        if ranks.rank == 0:
+            total = sum(unit.input_bytes for unit in start.units)
+            monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
+        crew.run(encode)
+        ranks.barrier()
+        parts, unit_of_part = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
+
+        duplicates = _find_duplicates(
+            parts,
+            directory=workspace.duplicates(start.state),
+            recipe=recipe,
+            memory_bytes=memory_bytes,
+            crew=crew,
+            ranks=ranks,
+            monitor=monitor,
+        )
+        monitor.phase("writing token files")
+        plan: ShardPlan = ranks.first(
+            lambda: plan_shards(
+                parts,
+                sources=[start.units[number].file.source for number in unit_of_part],
+                duplicates={rule: Dropped(paths) for rule, paths in duplicates.items()},
+                shard_bytes=recipe.shard_bytes,
+                vocab_size=tokenizer.num_tokens,
+            )
+        )
+        if not plan.shards:
+            raise DataError(_nothing_kept(parts))
+        crew.run(
+            WriteShardsTask(
+                plan=plan,
+                parts=parts,
+                duplicates=[path for paths in duplicates.values() for path in paths],
+                directory=made,
+                tokenizer=Path(tokenizer.path),
+            )
+        )
+        ranks.barrier()
+
+    def finish() -> Outcome:
+        names = " ".join(dict.fromkeys(unit.file.path.name for unit in start.units))
+        for folder, shards in plan.folders().items():
+            if not (made / folder / INDEX_NAME).exists():
+                write_index(made / folder, [shard.name for shard in shards], source=names[:400])
+        outcome = Outcome.of(
+            start.units,
+            parts=parts,
+            unit_of_part=unit_of_part,
+            plan=plan,
+            recipe=recipe,
+            processes=ranks.size * num_workers,
+            seconds=time.monotonic() - began,
+        )
+        write_report(outcome, directory=made)
+        return outcome
+
+    return ranks.first(finish)
+
+
+def _find_duplicates(
+    parts: Sequence[Part],
+    *,
+    directory: Path,
+    recipe: Recipe,
+    memory_bytes: int,
+    crew: Crew,
+    ranks: Ranks,
+    monitor: Monitor,
+) -> dict[str, list[Path]]:
+    """Lists of documents to drop, by rule."""
+    found: dict[str, list[Path]] = {}
+    if recipe.deduplicate:
+        monitor.phase("finding duplicates")
+        count = num_ranges(sum(part.num_documents for part in parts), memory_bytes=memory_bytes)
+        exact = FindDuplicatesTask(parts=parts, count=count, directory=directory)
+        crew.run(exact)
+        ranks.barrier()
+        found["duplicate"] = exact.paths
+    if recipe.near_duplicates is not None:
+        monitor.phase("finding near-duplicates")
+        path = directory / "near.dropped"
+        crew.run(
+            FindNearDuplicatesTask(
+                parts=parts, threshold=recipe.near_duplicates, duplicates=found.get("duplicate", []), path=path
+            )
+        )
+        ranks.barrier()
+        found["near_duplicate"] = [path]
+    return found
+
+
+def _list_units(
+    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int
+) -> tuple[Unit, ...]:
+    """Pieces of all inputs, in order; refuses a file that is given twice."""
+    units: list[Unit] = []
+    seen: dict[Path, bool] = {}
+    for given, held_out in ((held_out_inputs, True), (inputs, False)):
+        for file in list_inputs(given):
+            if seen.setdefault(file.path.resolve(), held_out) != held_out:
+                raise DataError(f"{file.path} is given as --input and as --held-out-input: name it in one of them")
+            pieces = cut(file, piece_bytes=piece_bytes)
+            units += [
+                Unit(file=file, piece=piece, held_out=held_out, input_bytes=file.num_bytes // len(pieces))
+                for piece in pieces
+            ]
+    return tuple(units)
+
+
+def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
+    """All parts in order, and the number of the unit of each."""
+    parts: list[Part] = []
+    unit_of_part: list[int] = []
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for number, unit in enumerate(units):
+        found, is_complete = finished_parts(directory, unit)
+        while not is_complete:
+            if time.monotonic() > deadline:
+                raise DataError(f"{unit.file.path}: its parts in {directory} have vanished; run the same command again")
+            time.sleep(0.2)
+            found, is_complete = finished_parts(directory, unit)
+        parts += found
+        unit_of_part += [number] * len(found)
+    return parts, unit_of_part
+
+
+def _nothing_kept(parts: Sequence[Part]) -> str:
+    dropped: dict[str, int] = {}
+    for part in parts:
+        for rule, number in part.counts.dropped.items():
+            dropped[rule] = dropped.get(rule, 0) + number
+    why = ", ".join(f"{number:,} {rule}" for rule, number in sorted(dropped.items())) or "the inputs are empty"
+    return f"no document is left to write ({why})"

@@ -1,0 +1,54 @@
+"""Files inside a preparation's working directory: each complete or absent, whoever is killed when."""
+
+import errno
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from deberta_dist.errors import DataError
+
+# An NFS client may believe for so long that a file which another node has made is not there.
+VISIBLE_SECONDS = 60.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Writes a file under another name, forces it to disk and gives it its name, replacing what is there.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in _NO_ROOM:
+            raise no_room(path, error) from error
+        raise
+
+
+def no_room(path: Path, error: OSError) -> DataError:
+    """What a full disk means to who prepares a corpus."""
+    return DataError(
+        f"{path} is not written ({error.strerror}): make room and run the same command again; what is finished stays"
+    )
+
+
+def wait_for(paths: Iterable[Path]) -> None:
+    """Waits until files that are finished can be seen on this node.
+
+    Raises:
+        DataError: one cannot after ``VISIBLE_SECONDS``.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise DataError(f"{path} has vanished; run the same command again")
+            time.sleep(0.2)

@@ -1,0 +1,92 @@
+"""What a preparation does with each document, apart from where it runs: equal recipes on equal text give equal bytes."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.corpus.filters import Filters
+from deberta_dist.corpus.inputs import InputFile, Piece
+from deberta_dist.corpus.reading import ReadOptions
+from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import ConfigError
+
+# A new number where the same recipe would give other parts or shards than before.
+VERSION = 1
+MIN_SHARD_BYTES = 1 << 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings that decide the output.
+
+    Attributes:
+        tokenizer_sha256: of the tokenizer's model file.
+        reading: how files become documents.
+        filters: which documents are dropped for what they look like.
+        held_out_percent: share of the documents that is held out, by their hash.
+        deduplicate: whether only the first of documents with equal normalised text stays.
+        near_duplicates: least similarity of two documents of which only the first stays; None: both stay.
+        contamination: fingerprint of the n-grams no document may hold; None: there are none.
+        shard_bytes: most bytes of ids in one token file; a document is never cut, a longer one has a file of its own.
+        piece_bytes: bytes of input that one process takes at a time, about; decides nothing in the output.
+    """
+
+    tokenizer_sha256: str
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    filters: Filters = field(default_factory=Filters)
+    held_out_percent: float = 5.0
+    deduplicate: bool = True
+    near_duplicates: float | None = None
+    contamination: str | None = None
+    shard_bytes: int = 1 << 30
+    piece_bytes: int = 1 << 25
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ConfigError: one is outside its range.
+        """
+        if not 0 <= self.held_out_percent < 100:
+            raise ConfigError(f"--held-out {self.held_out_percent}: expected a percentage, at least 0 and below 100")
+        if self.shard_bytes < MIN_SHARD_BYTES:
+            raise ConfigError(f"--shard-bytes {self.shard_bytes}: expected at least {MIN_SHARD_BYTES}")
+        if self.piece_bytes < 1:
+            raise ConfigError(f"--piece-bytes {self.piece_bytes}: expected at least 1")
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, **settings: Any) -> "Recipe":
+        """The defaults for a tokenizer, with other ``settings`` where they are given."""
+        return cls(tokenizer_sha256=tokenizer.sha256, **settings)
+
+    def as_json(self) -> dict[str, Any]:
+        """All settings, as they are written beside the parts."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A piece of an input: what one process encodes at a time.
+
+    Attributes:
+        file: the input.
+        piece: the part of it.
+        held_out: whether all its documents are held out.
+        input_bytes: bytes of the file that it takes, about.
+    """
+
+    file: InputFile
+    piece: Piece
+    held_out: bool
+    input_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Begins the names of its parts: another file, or the same file changed, has another."""
+        file = self.file
+        identity = json.dumps([str(Path(file.path).resolve()), file.num_bytes, file.modified_ns, self.held_out])
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        return f"{digest}-{self.piece.start:x}-{self.piece.stop:x}"

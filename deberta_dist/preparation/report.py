@@ -1,0 +1,215 @@
+"""What a preparation read, left out and wrote: report.json for programs, report.md for people and the README of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.preparation.parts import Counts, Part
+from deberta_dist.preparation.publish import publish
+from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.shards import HELD_OUT, TRAIN, ShardPlan, Split
+
+JSON_NAME, TEXT_NAME = "report.json", "report.md"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """One source, or all together.
+
+    Attributes:
+        files: input files.
+        input_bytes: their size.
+        read_documents, read_bytes: documents read and bytes of text (of compressed files: after decompression).
+        dropped: documents that are in no split, by rule.
+        altered: documents that were altered and kept by the rules that look at one document, by reason.
+        train, heldout: what is in the splits.
+        cpu_seconds: processor time of reading and encoding.
+    """
+
+    files: int
+    input_bytes: int
+    read_documents: int
+    read_bytes: int
+    dropped: Mapping[str, int]
+    altered: Mapping[str, int]
+    train: Split
+    heldout: Split
+    cpu_seconds: float
+
+    @property
+    def bytes_per_cpu_second(self) -> float:
+        """Bytes of text per second and core."""
+        return self.read_bytes / max(self.cpu_seconds, 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished preparation.
+
+    Attributes:
+        recipe: its settings.
+        sources: what each source came to; "" is the name of inputs without one.
+        total: all of them.
+        shards: token files in each folder.
+        processes: of the start that finished it.
+        seconds: wall time of that start.
+    """
+
+    recipe: Mapping[str, Any]
+    sources: Mapping[str, SourceReport]
+    total: SourceReport
+    shards: Mapping[str, int]
+    processes: int
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        units: Sequence[Unit],
+        *,
+        parts: Sequence[Part],
+        unit_of_part: Sequence[int],
+        plan: ShardPlan,
+        recipe: Recipe,
+        processes: int,
+        seconds: float,
+    ) -> "Outcome":
+        """Counts what there is.
+
+        Args:
+            units: pieces of the inputs.
+            parts: what they became.
+            unit_of_part: number of the unit of each part.
+            plan: where documents went.
+            recipe: the settings.
+            processes, seconds: as above.
+        """
+        counts: dict[str, Counts] = {unit.file.source: Counts() for unit in units}
+        for part, number in zip(parts, unit_of_part, strict=True):
+            counts[units[number].file.source] += part.counts
+        sources: dict[str, SourceReport] = {}
+        for source, count in counts.items():
+            files = {unit.file.path: unit.file.num_bytes for unit in units if unit.file.source == source}
+            duplicates = {rule: number for rule, number in plan.dropped.get(source, {}).items() if number}
+            sources[source] = SourceReport(
+                files=len(files),
+                input_bytes=sum(files.values()),
+                read_documents=count.num_read,
+                read_bytes=count.num_bytes,
+                dropped={**count.dropped, **duplicates},
+                altered=count.altered,
+                train=plan.splits.get((source, TRAIN), Split()),
+                heldout=plan.splits.get((source, HELD_OUT), Split()),
+                cpu_seconds=round(count.seconds, 3),
+            )
+        return cls(
+            recipe=recipe.as_json(),
+            sources=sources,
+            total=_sum(list(sources.values())),
+            shards={folder: len(shards) for folder, shards in plan.folders().items()},
+            processes=processes,
+            seconds=round(seconds, 3),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of report.json; ``Outcome.from_json`` reads it."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Outcome":
+        """What ``as_json`` has made."""
+        values = {key: value for key, value in content.items() if key != "version"}
+        values["sources"] = {name: _source(value) for name, value in content["sources"].items()}
+        values["total"] = _source(content["total"])
+        return cls(**values)
+
+    def summary(self, output: Path) -> str:
+        """A few lines for the terminal."""
+        total = self.total
+        dropped = ", ".join(f"{number:,} {rule}" for rule, number in sorted(total.dropped.items())) or "none"
+        lines = [
+            f"{output}: {total.read_documents:,} documents of {total.read_bytes / 1e6:,.1f} MB in {total.files:,} files, "
+            f"{self.seconds:,.1f} s, {total.bytes_per_cpu_second / 1e6:,.1f} MB/s per core",
+            f"  left out: {dropped}",
+            *(
+                f"  {folder}: {split.documents:,} documents, {split.tokens:,} tokens"
+                for folder, split in ((TRAIN, total.train), (HELD_OUT, total.heldout))
+            ),
+            f"  {output / TEXT_NAME} says more",
+        ]
+        return "\n".join(lines)
+
+    def as_text(self) -> str:
+        """Tables in Markdown."""
+        named = [*self.sources.items()] if len(self.sources) > 1 else []
+        rows = [*named, ("total", self.total)]
+        lines = [
+            "# Corpus",
+            "",
+            "| source | files | MB read | documents read | train: documents | tokens | held out: documents | tokens |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        rows = [(name or "(no name)", source) for name, source in rows]
+        for name, source in rows:
+            lines.append(
+                f"| {name} | {source.files:,} | {source.read_bytes / 1e6:,.1f} | {source.read_documents:,} "
+                f"| {source.train.documents:,} | {source.train.tokens:,} "
+                f"| {source.heldout.documents:,} | {source.heldout.tokens:,} |"
+            )
+        rules = sorted({rule for _, source in rows for rule in source.dropped})
+        reasons = sorted({reason for _, source in rows for reason in source.altered})
+        for title, names, field in (
+            ("Documents left out", rules, "dropped"),
+            ("Documents altered", reasons, "altered"),
+        ):
+            if names:
+                lines += ["", f"## {title}", "", f"| source | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+                for name, source in rows:
+                    values = " | ".join(f"{getattr(source, field).get(column, 0):,}" for column in names)
+                    lines.append(f"| {name} | {values} |")
+        lines += [
+            "",
+            "## Work",
+            "",
+            f"- reading and encoding: {self.total.cpu_seconds:,.1f} core-seconds, "
+            f"{self.total.bytes_per_cpu_second / 1e6:,.1f} MB/s per core",
+            f"- the start that finished it: {self.processes} processes, {self.seconds:,.1f} s",
+            *(f"- {folder}/: {count:,} token files" for folder, count in self.shards.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def write_report(outcome: Outcome, *, directory: Path) -> None:
+    """Writes both files, report.json last.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    publish(directory / TEXT_NAME, outcome.as_text().encode("utf-8"))
+    publish(directory / JSON_NAME, (json.dumps(outcome.as_json(), indent=2) + "\n").encode("utf-8"))
+
+
+def _source(content: Mapping[str, Any]) -> SourceReport:
+    splits = {split: Split(**content[split]) for split in (TRAIN, HELD_OUT)}
+    return SourceReport(**{**content, **splits})
+
+
+def _sum(sources: Sequence[SourceReport]) -> SourceReport:
+    def add(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        names = dict.fromkeys(name for count in counts for name in count)
+        return {name: sum(count.get(name, 0) for count in counts) for name in names}
+
+    return SourceReport(
+        files=sum(source.files for source in sources),
+        input_bytes=sum(source.input_bytes for source in sources),
+        read_documents=sum(source.read_documents for source in sources),
+        read_bytes=sum(source.read_bytes for source in sources),
+        dropped=add([source.dropped for source in sources]),
+        altered=add([source.altered for source in sources]),
+        train=sum((source.train for source in sources), Split()),
+        heldout=sum((source.heldout for source in sources), Split()),
+        cpu_seconds=round(sum(source.cpu_seconds for source in sources), 3),
+    )
