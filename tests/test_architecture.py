@@ -44,7 +44,7 @@ CLOSED = {
 PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
 DOORS = {
     "deepspeed": (f"{PACKAGE}/zero/",),
-    "sentencepiece": (f"{PACKAGE}/data/tokenizer.py",),
+    "sentencepiece": (f"{PACKAGE}/data/tokenizer.py", f"{PACKAGE}/benchmark/raw_encoding.py"),
     "mpi4py": (f"{PACKAGE}/preparation/ranks.py",),
     "pyarrow": (f"{PACKAGE}/corpus/parquet.py",),
     "zstandard": (f"{PACKAGE}/corpus/streams.py",),

@@ -1,4 +1,4 @@
-"""The data path beside the published one and beside what a run needs: masking, memory.
+"""The data path beside the published one and beside what a run needs: preparation, memory, masking.
 
 Unless --tokenizer and --tokens are given, both are made from the bundled text. Every part runs by itself or, without
 --part, after the others.
@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark import data_masking, data_memory
+from deberta_dist.benchmark import data_masking, data_memory, data_preparation
 from deberta_dist.benchmark.data_inputs import DataInputs, bundled_text, make_tokens
 from deberta_dist.benchmark.measure import machine
 from deberta_dist.errors import ConfigError
 
 # By name: a module with add_arguments(parser) and run(arguments, inputs), which prints and returns its figures.
-PARTS = {"memory": data_memory, "masking": data_masking}
+PARTS = {"memory": data_memory, "preparation": data_preparation, "masking": data_masking}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

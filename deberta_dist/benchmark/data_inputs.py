@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deberta_dist.benchmark.measure import run_command
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DataInputs:
 
 def bundled_text() -> Path:
     """The corpus that comes with the program, .jsonl."""
-    return _ROOT / "launchers" / "demo_text" / "train.jsonl"
+    return ROOT / "launchers" / "demo_text" / "train.jsonl"
 
 
 def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
@@ -49,7 +49,7 @@ def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
     """
     tokenizer, corpus = directory / "spm.model", directory / "corpus"
     given = ["--input", str(bundled_text()), "--output"]
-    train, prepare = (str(_ROOT / "tools" / name) for name in ("train_tokenizer.py", "prepare_corpus.py"))
+    train, prepare = (str(ROOT / "tools" / name) for name in ("train_tokenizer.py", "prepare_corpus.py"))
     run_command([sys.executable, train, *given, str(tokenizer), "--vocab-size", str(vocab_size)])
     run_command([sys.executable, prepare, *given, str(corpus), "--tokenizer", str(tokenizer), "--held-out", "0"])
     return tokenizer, corpus / "train"

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from deberta_dist.benchmark import data
+from deberta_dist.benchmark.data_inputs import bundled_text
 from deberta_dist.benchmark.data_masking import OFFICIAL, PUBLISHED, UNIFORM, compare, consumed_per_second, rates
 from deberta_dist.benchmark.data_memory import write_sparse
+from deberta_dist.benchmark.data_preparation import OURS, RAW, write_text
 from deberta_dist.benchmark.draw_batches import memory
 from deberta_dist.benchmark.measure import BenchmarkError, Sample
 from deberta_dist.benchmark.published_masking import PublishedMasking
@@ -106,6 +108,29 @@ def test_masking_part_tells_rates_and_multiples(token_file: TokenFile, tokenizer
             assert row["times_consumption"][gpu] == pytest.approx(row["tokens_per_second"] / consumed)
     with pytest.raises(ConfigError, match="belong together"):
         data.run(parser.parse_args([*given, *files[:2]]))
+
+
+def test_preparation_part_compares_the_same_text(tokenizer: Tokenizer, token_file: TokenFile, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int)
+    data.add_arguments(parser)
+    given = ["--rounds", "1", "--megabytes", "0.3", "--cores", "2", "--part", "preparation", "--directory", str(tmp_path)]
+    files = ["--tokenizer", str(tokenizer.path), "--tokens", str(token_file.path)]
+    found = data.run(parser.parse_args([*given, *files]))["parts"]["preparation"]
+    rates = {name: row["bytes_per_second"] for name, row in found["contestants"].items()}
+    assert len(rates) == 4 and found["tokens"] > 0 and found["bytes"] >= 300_000
+    one, two = f"{OURS}, 1 core", f"{OURS}, 2 cores"
+    assert found["scaling"][OURS] == pytest.approx(rates[two] / rates[one])
+    assert found["share_of_raw"][1] == pytest.approx(rates[one] / rates[f"{RAW}, 1 core"])
+    assert found["core_hours_of_160_gb"][2] == pytest.approx(2 * 160e9 / rates[two] / 3600)
+
+
+def test_the_measured_text_has_no_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    written = write_text(path, source=bundled_text(), num_bytes=12_000_000)
+    lines = path.read_bytes().splitlines()
+    assert len(set(lines)) == len(lines) and 12_000_000 <= written < 18_000_000
+    assert 3_000 < written / len(lines) < 6_000
 
 
 def test_rates_are_in_processor_time() -> None:
