@@ -10,15 +10,18 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from deberta_dist.config.recipes import Recipe, Tables, read_toml
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
+# Stands for the names of a table of tables.
+ANY_NAME = "NAME"
 
 Sources = dict[tuple[str, ...], str]
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -35,8 +38,9 @@ def load_config(
 
     Args:
         toml_path: The file. Relative paths in it are relative to the folder it lies in.
-        overrides: ``--section.key value`` or ``--section.key=value``. A value is read as TOML, and as
-            plain text where it is none. Relative paths are relative to the current directory.
+        overrides: ``--section.key value`` or ``--section.key=value``; ``--section.key.NAME.key`` in a table of
+            tables. A value is read as TOML, and as plain text where it is none. Relative paths are relative to the
+            current directory.
         schema: Class of the whole; its fields are the tables.
         recipes: Take the place of what the TOML says, a later one of an earlier one's.
 
@@ -101,40 +105,49 @@ def read_tables(
         for section, table in sections.items():
             tables[section] = {**tables.get(section, {}), **table}
             sources |= {(section, key): f"{recipe.path}, [{recipe.name}]" for key in table}
-    for (section, key), text in split_overrides(overrides).items():
-        value = _value(text, as_text=_wants_text(schema, section, key))
-        if (section, key) in _path_keys(schema) and isinstance(value, str):
+    for place, text in split_overrides(overrides).items():
+        known = _known_place(place)
+        value = _value(text, as_text=_wants_text(schema, known))
+        if known in _path_keys(schema) and isinstance(value, str):
             value = _absolute(value, Path.cwd())
-        if section not in tables:
-            sources[(section,)] = COMMAND_LINE
-        if not isinstance(tables.setdefault(section, {}), dict):
-            raise ConfigError(f"{path}: {section} must be a table [{section}], not {tables[section]!r}")
-        tables[section][key] = value
-        sources[(section, key)] = COMMAND_LINE
+        if place[0] not in tables:
+            sources[place[:1]] = COMMAND_LINE
+        table = tables
+        for depth, name in enumerate(place[:-1], start=1):
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                where = ".".join(place[:depth])
+                raise ConfigError(f"{path}: {where} must be a table [{where}], not {table!r}")
+        table[place[-1]] = value
+        sources[place] = COMMAND_LINE
     return tables, sources
 
 
 def _resolve_paths(tables: Tables, folder: Path, *, schema: type[BaseModel]) -> None:
-    for section, key in _path_keys(schema):
-        table = tables.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str):
-            table[key] = _absolute(table[key], folder)
+    for place in _path_keys(schema):
+        found: list[Any] = [tables]
+        for name in place[:-1]:
+            inside = [table for table in found if isinstance(table, dict)]
+            found = [value for table in inside for value in (table.values() if name == ANY_NAME else [table.get(name)])]
+        for table in found:
+            if isinstance(table, dict) and isinstance(table.get(place[-1]), str):
+                table[place[-1]] = _absolute(table[place[-1]], folder)
 
 
-def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], str]:
-    """``--section.key value`` and ``--section.key=value`` -> {(section, key): text}.
+def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, ...], str]:
+    """``--section.key value`` and ``--section.key=value`` -> {(section, key): text}; four parts in a table of tables.
 
     Raises:
         ConfigError: An argument of another form, without a value, or a key given twice.
     """
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, ...], str] = {}
     problems: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.partition("=")
         parts = name[2:].split(".")
-        if not name.startswith("--") or len(parts) != 2 or not all(parts):
+        if not name.startswith("--") or len(parts) not in (2, 4) or not all(parts):
             problems.append(f"command line: {argument!r} is not of the form --section.key value")
             continue
         if not equals:
@@ -142,7 +155,7 @@ def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], str]:
                 problems.append(f"command line: {name} has no value")
                 continue
             text = rest.pop(0)
-        key = (parts[0], parts[1])
+        key = tuple(parts)
         if key in found:
             problems.append(f"command line: {name} is given twice ({found[key]!r} and {text!r})")
         found[key] = text
@@ -172,35 +185,49 @@ def _mentions(annotation: Any, kind: type) -> bool:
     return any(_mentions(argument, kind) for argument in get_args(annotation))
 
 
-def _fields(schema: type[BaseModel]) -> dict[tuple[str, str], Any]:
-    return {
-        (section, key): field.annotation
-        for section, table in schema.model_fields.items()
-        if isinstance(table.annotation, type) and issubclass(table.annotation, BaseModel)
-        for key, field in table.annotation.model_fields.items()
-    }
+def _fields(schema: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
+    """Every key, as (section, key), and as (section, key, NAME, key) in a table of tables."""
+    found = {}
+    for section, table in schema.model_fields.items():
+        if isinstance(table.annotation, type) and issubclass(table.annotation, BaseModel):
+            for key, field in table.annotation.model_fields.items():
+                found[section, key] = field
+                if get_origin(field.annotation) is dict and _mentions(field.annotation, BaseModel):
+                    inner = get_args(field.annotation)[1].model_fields
+                    found |= {(section, key, ANY_NAME, name): inside for name, inside in inner.items()}
+    return found
 
 
-def _path_keys(schema: type[BaseModel]) -> set[tuple[str, str]]:
-    return {key for key, annotation in _fields(schema).items() if _mentions(annotation, Path)}
+def _known_place(place: tuple[str, ...]) -> tuple[str, ...]:
+    """As ``_fields`` has it."""
+    return (*place[:2], ANY_NAME, *place[3:]) if len(place) > 2 else place
 
 
-def _wants_text(schema: type[BaseModel], section: str, key: str) -> bool:
+def _path_keys(schema: type[BaseModel]) -> set[tuple[str, ...]]:
+    return {key for key, field in _fields(schema).items() if _mentions(field.annotation, Path)}
+
+
+def _wants_text(schema: type[BaseModel], known: tuple[str, ...]) -> bool:
     # A run directory named 2024 is a name, not a number.
-    annotation = _fields(schema).get((section, key))
+    field = _fields(schema).get(known)
+    annotation = None if field is None else field.annotation
     return any(kind in (annotation, *get_args(annotation)) for kind in (str, Path)) or _mentions(annotation, Path)
 
 
 def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources, path: str) -> list[str]:
-    known = [".".join(key) for key in _fields(schema)]
+    fields = _fields(schema)
+    known = [".".join(key) for key in fields]
     messages: dict[tuple[str, ...], list[str]] = {}
     for item in error.errors(include_url=False):
         location = tuple(str(part) for part in item["loc"])
-        key, name = location[:2], ".".join(location[:2])
+        # Behind the key come places in a list and alternatives of a union.
+        depth = 4 if (*location[:2], ANY_NAME) in {key[:3] for key in fields} else 2
+        key = tuple(part for part in location[:depth] if part != "[key]")
+        name = ".".join(key)
         where = sources.get(key, path)
         if item["type"] == "extra_forbidden":
             text = f"{where}: unknown key {name}{_suggestion(name, known, schema)}"
-        elif item["type"] == "missing" and len(location) > 2:  # inside a list
+        elif item["type"] == "missing" and len(location) > depth:  # inside a list
             text = f"{where}: {name} has too few values{_meaning(schema, key)}"
         elif item["type"] == "missing":
             text = f"{where}: {name} is missing{_meaning(schema, key)}"
@@ -238,10 +265,7 @@ def _suggestion(name: str, known: Sequence[str], schema: type[BaseModel]) -> str
 
 
 def _meaning(schema: type[BaseModel], key: tuple[str, ...]) -> str:
-    table = schema.model_fields[key[0]].annotation
-    if len(key) < 2 or not isinstance(table, type) or not issubclass(table, BaseModel):
-        return ""
-    field = table.model_fields.get(key[1])
+    field = _fields(schema).get(_known_place(key))
     return f": {field.description.splitlines()[0]}" if field is not None and field.description else ""
 
 

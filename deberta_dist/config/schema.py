@@ -21,6 +21,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 # TOML has no paths and no tuples: these two kinds alone are converted.
 File = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Layers = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
 
 
@@ -65,16 +66,34 @@ class Model(Section):
         return self
 
 
+class Source(Section):
+    """``[data.sources.NAME]``: one of the corpora that a run blends.
+
+    Either all sources of a run have a proportion, or all have epochs. Order and masks of a source depend on its name
+    and on ``training.seed``.
+    """
+
+    path: File
+    """A token file, or a directory of them, as ``data.train``."""
+    proportion: Positive | None = None
+    """Its share of the samples is this over the sum of all proportions, in any stretch of the run."""
+    epochs: Positive | None = None
+    """How often it is read while the others are read as often as theirs say. ``training.max_steps`` decides where the
+    run ends."""
+
+
 class Data(Section):
     """``[data]``: what is read, and how tokens are masked."""
 
-    train: File
+    train: File | None = None
     """Corpus to train on: a token file (written by ``tools/prepare_corpus.py``), or a directory of them with an
-    ``index.json``, read as one."""
+    ``index.json``, read as one. Takes the place of ``sources``."""
+    sources: dict[Name, Source] = Field(default_factory=dict)
+    """Corpora to blend, one table ``[data.sources.NAME]`` each."""
     validation: File
     """Corpus to evaluate on."""
     tokenizer: File
-    """SentencePiece model (``spm.model``) that both were made with."""
+    """SentencePiece model (``spm.model``) that all of them were made with."""
     max_seq_length: Annotated[int, Field(ge=3)] = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
     document_boundaries: bool = False
@@ -87,6 +106,24 @@ class Data(Section):
     """Share of the tokens to predict."""
     max_ngram: Count = 3
     """Longest masked span (words)."""
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        if (self.train is None) == (not self.sources):
+            given = "both are given" if self.sources else "neither is given"
+            raise ValueError(f"exactly one of data.train and tables [data.sources.NAME] is needed; {given}")
+        kinds = {}
+        for name, source in self.sources.items():
+            if (source.proportion is None) == (source.epochs is None):
+                given = "neither is given" if source.epochs is None else "both are given"
+                raise ValueError(f"data.sources.{name} needs exactly one of proportion and epochs; {given}")
+            kinds.setdefault("epochs" if source.proportion is None else "proportion", name)
+        if len(kinds) > 1:
+            raise ValueError(
+                f"data.sources.{kinds['proportion']} has a proportion and data.sources.{kinds['epochs']} has epochs; all "
+                "sources of a run need the same of the two"
+            )
+        return self
 
 
 class Training(Section):
@@ -142,7 +179,7 @@ class Evaluation(Section):
     every_steps: CountOrNone = 0
     """Optimizer steps between evaluations; 0 = only at the end."""
     num_sequences: Count = 1024
-    """Sequences of the validation file that are read each time (at most what it holds)."""
+    """Held-out sequences that are read each time (at most what there are): the same ones, drawn from all of them."""
 
 
 class Checkpoint(Section):

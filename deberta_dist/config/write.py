@@ -45,8 +45,14 @@ def to_toml(config: RunConfig | FineTuneConfig) -> str:
     lines = ["# Written by the run itself: every default and derived size in full.", f"# Read from {config.source!r}."]
     for section, table in config.model_dump(exclude_none=True).items():
         lines += ["", f"[{section}]"]
+        tables = {key: value for key, value in table.items() if isinstance(value, dict)}
         for key, value in table.items():
-            lines.append(f"{_key(key)} = {_value(JSON_NAME if (section, key) == ('run', 'deepspeed') else value)}")
+            if key not in tables:
+                lines.append(f"{_key(key)} = {_value(JSON_NAME if (section, key) == ('run', 'deepspeed') else value)}")
+        for key, inner in tables.items():
+            for name, values in inner.items():
+                lines += ["", f"[{section}.{key}.{name}]"]
+                lines += [f"{_key(inside)} = {_value(value)}" for inside, value in values.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ from deberta_dist.data.packing import Packing
 from deberta_dist.data.sampler import Permutation, check_seed, position
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +93,12 @@ class MaskedLMData:
             ConfigError: ``max_seq_length`` is less than 3 or ``seed`` outside 0 .. 2**64 - 1.
             DataError: the corpus was made with another tokenizer, or has less than one sample.
         """
-        if max_seq_length < 3:
-            raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
         corpus.require_tokenizer(tokenizer)
         self.max_seq_length = max_seq_length
         self._packing = Packing(
             corpus, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
         )
         self.num_samples, self.num_dropped_tokens = self._packing.num_samples, self._packing.num_dropped_tokens
-        if self.num_samples == 0:
-            raise DataError(
-                f"{corpus.path} has {corpus.num_tokens} tokens, less than one sample of "
-                f"max_seq_length - 2 = {max_seq_length - 2}: give more text or a smaller max_seq_length"
-            )
         self._corpus = corpus
         self._tokenizer = tokenizer
         self._masking = masking

@@ -7,6 +7,26 @@ import numpy as np
 
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import ConfigError, DataError
+
+
+def count_samples(corpus: TokenCorpus, *, max_seq_length: int, document_boundaries: bool) -> tuple[int, int]:
+    """(samples of a corpus, tokens behind the last), the ``[SEP]`` of documents included; as ``Packing`` makes them.
+
+    Raises:
+        ConfigError: ``max_seq_length`` is less than 3.
+        DataError: the corpus has less than one sample.
+    """
+    if max_seq_length < 3:
+        raise ConfigError(f"max_seq_length = {max_seq_length} leaves no room between [CLS] and [SEP]")
+    length = corpus.num_tokens + (corpus.num_documents if document_boundaries else 0)
+    num_samples, rest = divmod(length, max_seq_length - 2)
+    if num_samples == 0:
+        raise DataError(
+            f"{corpus.path} has {corpus.num_tokens} tokens, less than one sample of "
+            f"max_seq_length - 2 = {max_seq_length - 2}: give more text or a smaller max_seq_length"
+        )
+    return num_samples, rest
 
 
 class Packing:
@@ -32,8 +52,9 @@ class Packing:
         self._tokenizer = tokenizer
         self._window = max_seq_length - 2
         self._honours = document_boundaries
-        length = corpus.num_tokens + (corpus.num_documents if document_boundaries else 0)
-        self.num_samples, self.num_dropped_tokens = divmod(length, self._window)
+        self.num_samples, self.num_dropped_tokens = count_samples(
+            corpus, max_seq_length=max_seq_length, document_boundaries=document_boundaries
+        )
 
     def sequences(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Samples before masking.

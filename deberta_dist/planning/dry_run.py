@@ -15,6 +15,7 @@ from deberta_dist.planning.flops import PEAK_FLOPS
 from deberta_dist.planning.layout import Layout
 from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memory
 from deberta_dist.planning.plan import Plan
+from deberta_dist.planning.reading import reading_block, training_paths
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
 
 # The step time is an orientation: this device, at this share of its peak.
@@ -97,6 +98,7 @@ def describe(plan: Plan) -> str:
         _memory(plan, reports),
         _communication(plan, reports),
         _compute(plan),
+        *reading_block(plan.config),
         _notes(plan),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -256,8 +258,8 @@ def _notes(plan: Plan) -> str:
             "exported"
         )
     notes.append("NVIDIA apex is looked for where the run starts, not here; its Adam takes the same memory")
-    for key in ("train", "validation", "tokenizer"):
-        path = getattr(config.data, key)
+    others = {"validation": config.data.validation, "tokenizer": config.data.tokenizer}
+    for key, path in (training_paths(config) | others).items():
         if not path.exists():
             notes.append(f"data.{key} = {path} does not exist yet")
     offload = plan.deepspeed["zero_optimization"].get("offload_param", {}).get("device", "none")

@@ -5,18 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from deberta_dist.data.loader import Batch, MaskedLMData
-from deberta_dist.data.unigram import unigram_counts, unigram_loss
+from deberta_dist.data.unigram import blended_counts, unigram_loss
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
-# Tokens of the training file that the unigram yardstick is fitted on at most.
+# Tokens of the training text that the unigram yardstick is fitted on at most.
 UNIGRAM_TOKENS = 100_000_000
 
 
 def evaluate(trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh) -> EvaluationResult:
-    """Loss and accuracy on the first ``evaluation.num_sequences`` held-out sequences."""
+    """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same."""
     size = plan.config.training.global_batch_size
     count = num_evaluation_sequences(plan, validation)
     return trainer.evaluate(
@@ -44,8 +44,14 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
     count = num_evaluation_sequences(plan, data.validation)
     labels = data.validation.batch(0, count).labels
     vocab_size = data.tokenizer.num_tokens
+    mixture = data.train.mixture
     unigram = unigram_loss(
-        unigram_counts(data.train_corpus, vocab_size=vocab_size, max_tokens=UNIGRAM_TOKENS),
+        blended_counts(
+            [source.corpus for source in mixture.sources],
+            proportions=[float(share) for share in mixture.blend.shares],
+            vocab_size=vocab_size,
+            max_tokens=UNIGRAM_TOKENS,
+        ),
         labels[labels > 0].numpy(),
         vocab_size=vocab_size,
     )

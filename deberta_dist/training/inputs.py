@@ -1,7 +1,7 @@
 """What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -15,13 +15,15 @@ from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
+from deberta_dist.data.sources import BlendedData
+from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
+from deberta_dist.planning.reading import UNNAMED, open_sources
 
-# Masks of the held-out text never depend on the run's seed: losses of different runs are comparable.
+# Order and masks of the held-out text never depend on the run's seed: losses of different runs are comparable.
 EVALUATION_SEED = 20061
 
 
@@ -30,20 +32,29 @@ class RunData:
     """The texts of a run, opened and checked against model and tokenizer.
 
     Attributes:
-        train_corpus: Text of ``train``.
         tokenizer: The run's tokenizer.
         train: Samples to train on.
-        validation: Held-out samples, in file order.
+        validation: Held-out samples, in an order that is the same for every run: the first of them are a sample of all.
     """
 
-    train_corpus: TokenCorpus
     tokenizer: Tokenizer
-    train: MaskedLMData
+    train: BlendedData
     validation: MaskedLMData
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the texts that are trained on."""
-        return {"train": self.train_corpus.checksum}
+        """SHA-256 of the texts that are trained on, by their key in ``[data]``."""
+        sources = self.train.mixture.sources
+        return {f"sources.{source.name}" if source.name else UNNAMED: source.corpus.checksum for source in sources}
+
+    def position(self, consumed_samples: int) -> dict[str, dict[str, int]]:
+        """Epoch, index in it and samples per epoch of each source after so many samples of the run."""
+        positions = self.train.mixture.positions(consumed_samples)
+        return {name or UNNAMED: asdict(place) for name, place in positions.items()}
+
+    def epochs(self, consumed_samples: int) -> dict[str, float]:
+        """Epochs of each source after so many samples of the run."""
+        positions = self.train.mixture.positions(consumed_samples)
+        return {name or UNNAMED: round(place.epochs, 6) for name, place in positions.items()}
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,10 @@ def open_data(plan: Plan) -> RunData:
         "masking": masking,
         "document_boundaries": data.document_boundaries,
     }
-    train_corpus = open_corpus(data.train)
     return RunData(
-        train_corpus=train_corpus,
         tokenizer=tokenizer,
-        train=MaskedLMData(train_corpus, tokenizer, seed=seed, **options),
-        validation=MaskedLMData(
-            open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, shuffle=False, **options
-        ),
+        train=BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options),
+        validation=MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options),
     )
 
 

@@ -14,6 +14,9 @@ from deberta_dist.planning.dry_run import format_seconds
 METRICS_NAME = "metrics.jsonl"
 _LONGEST_LINE = 2**20
 
+# By name of a source: epoch, index in it, num_samples per epoch.
+Position = Mapping[str, Mapping[str, int]]
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -63,7 +66,7 @@ class MetricsLog:
         self._first_step_ended: float | None = None
         self._done = 0
 
-    def step(self, metrics: StepMetrics, **more: float | None) -> None:
+    def step(self, metrics: StepMetrics, **more: float | Mapping[str, float] | None) -> None:
         """Records one optimizer step, with further numbers for the file."""
         if self._first_step_ended is None:
             self._first_step_ended = time.monotonic()
@@ -90,7 +93,14 @@ class MetricsLog:
         self.say(f"step {step}: validation {shown}{' (best so far)' if is_best else ''}")
 
     def checkpoint(
-        self, *, step: int, path: Path, wait_seconds: float, copy_seconds: float, write_seconds: float
+        self,
+        *,
+        step: int,
+        path: Path,
+        wait_seconds: float,
+        copy_seconds: float,
+        write_seconds: float,
+        position: Position,
     ) -> None:
         """Records a finished checkpoint.
 
@@ -100,9 +110,10 @@ class MetricsLog:
             wait_seconds: Pause until the checkpoint before was finished; 0 unless the disk is too slow for them.
             copy_seconds: Pause for the copy to host memory.
             write_seconds: From then on, in the background.
+            position: Where it stands in each source.
         """
         seconds = {"wait_seconds": wait_seconds, "copy_seconds": copy_seconds, "write_seconds": write_seconds}
-        self._write({"step": step, "checkpoint": path.name, **seconds})
+        self._write({"step": step, "checkpoint": path.name, **seconds, "position": position})
         pause = wait_seconds + copy_seconds
         self.say(f"step {step}: checkpoint {path} (pause {pause:.2f} s, written in {write_seconds:.2f} s)")
 
@@ -111,10 +122,12 @@ class MetricsLog:
         if self._file is not None and self._file.tell():
             self._write({"resumed_from_step": 0})
 
-    def resumed(self, *, step: int, path: Path, changed: list[str]) -> None:
+    def resumed(self, *, step: int, path: Path, changed: list[str], position: Position) -> None:
         """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start."""
-        self._write({"resumed_from_step": step, "checkpoint": path.name, "changed": changed})
+        self._write({"resumed_from_step": step, "checkpoint": path.name, "changed": changed, "position": position})
         self.say(f"continues from {path} (step {step})")
+        for name, place in position.items():
+            self.say(f"  {name}: epoch {place['epoch']}, sample {place['index']:,} of {place['num_samples']:,}")
         for line in changed:
             self.say(f"  changed since: {line}")
 

@@ -27,6 +27,7 @@ from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_gr
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
 from deberta_dist.planning.plan import Plan, check_plan
+from deberta_dist.planning.reading import describe_reading
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
 from deberta_dist.training.entry import parse_arguments, start
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
@@ -104,6 +105,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
+    log.say(describe_reading(plan.config, data.train.mixture))
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
     # They keep files open, and with them the space of checkpoints that are removed meanwhile.
@@ -145,7 +147,12 @@ def make_parts(
         shards, manifest = read_shards(checkpoint, plan=plan, mesh=mesh), checkpoint.manifest
         parts = make(shards=[shard.weight for shard in shards])
         load_state(parts, shards, manifest=manifest)
-        log.resumed(step=manifest.step, path=checkpoint.directory, changed=changed_settings(plan, data, manifest=manifest))
+        log.resumed(
+            step=manifest.step,
+            path=checkpoint.directory,
+            changed=changed_settings(plan, data, manifest=manifest),
+            position=data.position(manifest.consumed_samples),
+        )
         return parts
     log.starts_over()
     if initial_weights is not None:
@@ -206,7 +213,8 @@ def train(
                     consumed_samples=consumed(step + 1),
                     data_seconds=batches.waited_seconds,
                     skipped=outcome.skipped,
-                )
+                ),
+                epochs=data.epochs(consumed(step + 1)),
             )
             skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:

@@ -52,7 +52,7 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
 
     Raises:
         ConfigError: the directory holds a finished run, a run that must not or cannot be continued, or the
-            checkpoint is of another model or tokenizer.
+            checkpoint is of another model or tokenizer, or of other sources.
         CheckpointError: there are checkpoints, and none is whole.
     """
     run, directory, resume = Path(plan.config.run.directory), checkpoint_directory(plan), plan.config.checkpoint.resume
@@ -79,12 +79,50 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
         reader.manifest, model_config=plan.model_config.to_dict(), tokenizer_sha256=data.tokenizer.sha256
     )
     same_tensors(reader.manifest, plan.layout.full_shapes, where=reader.directory)
+    _same_sources(reader, plan=plan, data=data)
     if reader.manifest.step > plan.config.training.max_steps:
         raise ConfigError(
             f"training.max_steps = {plan.config.training.max_steps} is less than the {reader.manifest.step} steps of "
             f"{reader.directory}"
         )
     return Found(reader, frozenset(damaged))
+
+
+def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> None:
+    """Refuses to go on with other sources, proportions or windows where several are blended.
+
+    How many samples each source has given follows from the number of samples and these; with others, some would be read
+    twice and some never. A run of one corpus may go on with another text, which is told (``changed_settings``).
+
+    Raises:
+        ConfigError: with every difference.
+    """
+    there, here = reader.manifest.run_config["data"], plan.config.data.model_dump(mode="json")
+    old, new = there.get("sources", {}), here["sources"]
+    if not old and not new:
+        return
+    found = [
+        f"data.{key} = {here[key]}, {there.get(key)} there"
+        for key in ("max_seq_length", "document_boundaries")
+        if here[key] != there.get(key)
+    ]
+    old_texts, new_texts = reader.manifest.data_sha256, data.checksums()
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new:
+            found.append(f"data.sources.{name} is {'new' if name in new else 'gone'}")
+            continue
+        found += [
+            f"data.sources.{name}.{key} = {new[name][key]}, {old[name][key]} there"
+            for key in ("proportion", "epochs")
+            if new[name][key] != old[name][key]
+        ]
+        if old_texts.get(f"sources.{name}") != new_texts[f"sources.{name}"]:
+            found.append(f"data.sources.{name} is another text")
+    if found:
+        raise ConfigError(
+            f"{reader.directory} is of a run with other sources: {'; '.join(found)}. Its place in each follows from all of "
+            "them: go on with the same, or start a new run from its weights (training.init and another run.directory)"
+        )
 
 
 def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan) -> CheckpointReader | None:
@@ -113,7 +151,7 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
     """What differs between the run that wrote a checkpoint and this one: ``section.key: old -> new``."""
     new, old = _flat(plan.config.model_dump(mode="json")), _flat(manifest.run_config)
     # Paths: what is behind them is compared instead.
-    ignored = ("run.", "data.train", "data.validation", "data.tokenizer")
+    ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources")
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())

@@ -137,6 +137,7 @@ class Checkpointing:
             "wait_seconds": times.wait_seconds,
             "copy_seconds": times.copy_seconds,
             "write_seconds": time.monotonic() - times.copied_at,
+            "position": self._data.position(manifest.consumed_samples),
         }
 
     def _report(self, committing: Future[dict[str, Any]]) -> None:

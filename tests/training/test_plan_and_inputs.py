@@ -112,3 +112,13 @@ def test_more_held_out_sequences_than_there_are_means_all(make_run: MakeRun) -> 
     plan = check_plan(make_run(evaluation={"num_sequences": 10**9}), world_size=1)
     validation = open_data(plan).validation
     assert num_evaluation_sequences(plan, validation) == validation.num_samples
+
+
+def test_limited_validation_is_the_same_sample_of_all(make_run: MakeRun) -> None:
+    """Not the beginning of the file, and not another one for another seed of the run."""
+    found = []
+    for seed in (1, 2):
+        validation = open_data(check_plan(make_run(training={"seed": seed}), world_size=1)).validation
+        found.append([sample for _, sample in validation.samples_at(0, validation.num_samples)])
+    assert found[0] == found[1] and sorted(found[0]) == list(range(len(found[0])))
+    assert max(found[0][:11]) > len(found[0]) // 2

@@ -1,0 +1,112 @@
+"""Which source the sample at a position of a run comes from: exact proportions, computed from the position alone.
+
+Sources are the leaves of Huffman's tree over their weights: the two lightest parts are joined until one is left. A node
+of weight b gives, of its first x samples, round(x a / b) to its part of weight a (halves up) and the rest to the other.
+So position p walks down the tree by one comparison per level, and how many samples a source has given before p is known
+without anything that was counted, listed or stored. Weights are whole numbers of any size: nothing is rounded.
+
+*Bound.* Of any L samples in a row of a node, its part of weight a has L a / b, give or take less than one, and so has the
+other. From the root down: in any window of any length N, the number of samples of a source with the share q differs from
+N q by less than
+
+    B = w_0 / w_0 + w_0 / w_1 + ... + w_0 / w_k,
+
+w_0 its weight and w_1 .. w_k those of the nodes above it, without the root. With two sources B = 1, and nothing is smaller.
+With any number B < 3.36, the sum of the inverse Fibonacci numbers, because Huffman's tree lets weights grow at least as
+they do. No order at all has less than 2 - 1 / (n - 1) for every choice of n weights (Tijdeman 1980); one that reaches it
+has to be played from its first sample on, and repeats only after as many samples as the weights have in all.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import lcm
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Two parts, each a source or a node, and how the samples are shared between them.
+
+    Attributes:
+        first, second: the parts.
+        first_weight: weight of ``first``, a.
+        weight: of both, b.
+    """
+
+    first: "int | _Node"
+    second: "int | _Node"
+    first_weight: int
+    weight: int
+
+    def given_to_first(self, count: int) -> int:
+        """Of the first ``count`` samples of this node: round(count a / b)."""
+        return (2 * count * self.first_weight + self.weight) // (2 * self.weight)
+
+
+class Blend:
+    """The source of every position, from 0.
+
+    Attributes:
+        shares: of each source, their sum is 1.
+        bounds: B of each source.
+    """
+
+    def __init__(self, weights: Sequence[Fraction | int]) -> None:
+        """Joins the sources.
+
+        Args:
+            weights: of each source, in any unit, each above 0. Equal ones are told apart by their place.
+        """
+        assert weights and all(weight > 0 for weight in weights)
+        total = sum(weights)
+        self.shares = [Fraction(weight) / total for weight in weights]
+        unit = lcm(*(share.denominator for share in self.shares))
+        # The number keeps the order definite where weights are equal, and nodes out of comparisons.
+        parts: list[tuple[int, int, int | _Node]] = [
+            (int(share * unit), number, number) for number, share in enumerate(self.shares)
+        ]
+        heapq.heapify(parts)
+        number = len(parts)
+        while len(parts) > 1:
+            (a, _, first), (b, _, second) = heapq.heappop(parts), heapq.heappop(parts)
+            heapq.heappush(parts, (a + b, number, _Node(first, second, first_weight=a, weight=a + b)))
+            number += 1
+        self._root = parts[0][2]
+        self.bounds = [Fraction(0)] * len(weights)
+        self._set_bounds(self._root, Fraction(0))
+
+    def sources_at(self, start: int, count: int) -> list[int]:
+        """Number of the source at positions ``start`` .. ``start`` + ``count`` - 1."""
+        return [self._source_at(position) for position in range(start, start + count)]
+
+    def consumed(self, position: int) -> list[int]:
+        """How many samples each source has given before a position."""
+        found = [0] * len(self.shares)
+        parts = [(self._root, position)]
+        while parts:
+            part, count = parts.pop()
+            if isinstance(part, int):
+                found[part] = count
+            else:
+                of_first = part.given_to_first(count)
+                parts += [(part.first, of_first), (part.second, count - of_first)]
+        return found
+
+    def _source_at(self, position: int) -> int:
+        part = self._root
+        while not isinstance(part, int):
+            before = part.given_to_first(position)
+            if part.given_to_first(position + 1) > before:
+                part, position = part.first, before
+            else:
+                part, position = part.second, position - before
+        return part
+
+    def _set_bounds(self, part: "int | _Node", above: Fraction) -> None:
+        """Hands B down: of a part with the share r of its node, 1 + r x that of the node."""
+        if isinstance(part, int):
+            self.bounds[part] = above
+            return
+        for child, weight in ((part.first, part.first_weight), (part.second, part.weight - part.first_weight)):
+            self._set_bounds(child, 1 + Fraction(weight, part.weight) * above)

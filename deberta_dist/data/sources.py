@@ -1,0 +1,203 @@
+"""What a run trains on: one corpus, or several sources in given proportions, by global sample position.
+
+Every pipeline stage and rank of a run calls ``BlendedData.batch`` with positions only, as with one corpus::
+
+    position -> source (Blend) -> number among the source's samples -> epoch, index -> sample (Permutation)
+
+Each source has its own order and masks, of a seed made of the run's and its name: to add, leave out or weigh another
+source changes which positions a source has, never the sequence of its samples. No sample is lost or repeated: the first
+k x num_samples samples that a source gives are every sample of it k times, epoch after epoch.
+
+All of it follows from the sources, the seed and the number of samples consumed, so the sequence is the same for every
+number of ranks and after every resume, and nothing about it is stored. That holds for one set of sources: with another
+one the same number of samples would be other samples. A run therefore keeps its sources
+(``training/resume.py`` refuses others).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+import torch
+
+from deberta_dist.data.blend import Blend
+from deberta_dist.data.loader import Batch, MaskedLMData
+from deberta_dist.data.masking import MaskingConfig
+from deberta_dist.data.packing import count_samples
+from deberta_dist.data.sampler import position
+from deberta_dist.data.token_corpus import TokenCorpus
+from deberta_dist.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A corpus and how much of it is read, in exactly one of two ways, the same for all sources of a run.
+
+    Attributes:
+        corpus: the text.
+        name: its name in the configuration; "" for the only one of a run, which keeps the run's own seed.
+        proportion: its share of the samples, in any unit.
+        epochs: how often it is read while the others are read as often as theirs say.
+    """
+
+    corpus: TokenCorpus
+    name: str = ""
+    proportion: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePosition:
+    """Where in a source a run is.
+
+    Attributes:
+        epoch: times it was read in full.
+        index: samples read of this epoch.
+        num_samples: samples per epoch.
+    """
+
+    epoch: int
+    index: int
+    num_samples: int
+
+    @property
+    def epochs(self) -> float:
+        """Epochs read, with the part of this one."""
+        return self.epoch + self.index / self.num_samples
+
+
+class Mixture:
+    """How the samples of a run are shared among its sources. Knows their sizes and reads nothing of them.
+
+    Attributes:
+        sources: by name, so that the order in a file does not matter.
+        sizes: samples per epoch of each.
+        blend: which source is read where.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, max_seq_length: int, document_boundaries: bool = False) -> None:
+        """Counts samples.
+
+        Args:
+            sources: at least one, each with another name.
+            max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
+            document_boundaries: documents of a sample are separated.
+
+        Raises:
+            ConfigError: as ``count_samples``.
+            DataError: as ``count_samples``.
+        """
+        assert sources and len({source.name for source in sources}) == len(sources)
+        self.sources = tuple(sorted(sources, key=lambda source: source.name))
+        self.sizes = [
+            count_samples(source.corpus, max_seq_length=max_seq_length, document_boundaries=document_boundaries)[0]
+            for source in self.sources
+        ]
+        self.blend = Blend([self._weight(source, size) for source, size in zip(self.sources, self.sizes, strict=True)])
+
+    def _weight(self, source: Source, size: int) -> Fraction:
+        if len(self.sources) == 1:
+            return Fraction(1)
+        assert (source.proportion is None) != (source.epochs is None) == (self.sources[0].epochs is None)
+        # As it is written: 0.3 is three tenths, not the nearest binary fraction.
+        return Fraction(str(source.proportion)) if source.epochs is None else Fraction(str(source.epochs)) * size
+
+    @property
+    def num_samples(self) -> Fraction | None:
+        """Samples of all sources at their epochs; None where proportions are given."""
+        if self.sources[0].epochs is None:
+            return None
+        return sum(Fraction(str(source.epochs)) * size for source, size in zip(self.sources, self.sizes, strict=True))
+
+    def positions(self, consumed: int) -> dict[str, SourcePosition]:
+        """Where each source is, by name, after ``consumed`` samples of the run."""
+        found = {}
+        for source, size, given in zip(self.sources, self.sizes, self.blend.consumed(consumed), strict=True):
+            epoch, index = position(given, size)
+            found[source.name] = SourcePosition(epoch=epoch, index=index, num_samples=size)
+        return found
+
+
+def source_seed(seed: int, name: str) -> int:
+    """Seed of a source's order and masks, 0 to 2**64 - 1: the run's own for a corpus without a name."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") if name else seed
+
+
+class BlendedData:
+    """Samples of several sources for masked language modelling; of one without a name, those of ``MaskedLMData``.
+
+    Attributes:
+        mixture: what is read, and where.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        *,
+        max_seq_length: int,
+        masking: MaskingConfig,
+        seed: int,
+        document_boundaries: bool = False,
+    ) -> None:
+        """Checks that sources and tokenizer belong together.
+
+        Args:
+            sources: the corpora, at least one, each with another name.
+            tokenizer: the tokenizer they were made with.
+            max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
+            masking: how targets are chosen.
+            seed: the run's seed.
+            document_boundaries: documents of a sample are separated and do not see each other.
+
+        Raises:
+            ConfigError: as ``MaskedLMData``.
+            DataError: as ``MaskedLMData``.
+        """
+        self.mixture = Mixture(sources, max_seq_length=max_seq_length, document_boundaries=document_boundaries)
+        self._parts = [
+            MaskedLMData(
+                source.corpus,
+                tokenizer,
+                max_seq_length=max_seq_length,
+                masking=masking,
+                seed=source_seed(seed, source.name),
+                document_boundaries=document_boundaries,
+            )
+            for source in self.mixture.sources
+        ]
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The samples at global positions start .. start + count - 1.
+
+        Args:
+            start: first position, from 0: the number of samples consumed before.
+            count: number of samples, at least 1.
+
+        Returns:
+            A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
+
+        Raises:
+            DataError: as ``MaskedLMData.batch``.
+        """
+        if len(self._parts) == 1:
+            return self._parts[0].batch(start, count)
+        sources = torch.tensor(self.mixture.blend.sources_at(start, count))
+        # Positions in a row are, of each source, samples in a row.
+        firsts = self.mixture.blend.consumed(start)
+        rows, parts = [], []
+        for number in sources.unique().tolist():
+            rows.append(torch.nonzero(sources == number)[:, 0])
+            parts.append(self._parts[number].batch(firsts[number], len(rows[-1])))
+        return _in_order(parts, torch.cat(rows))
+
+
+def _in_order(parts: Sequence[Batch], rows: torch.Tensor) -> Batch:
+    """One batch whose row ``rows[i]`` is row i of the parts one after another."""
+    order = torch.argsort(rows)
+    columns = {}
+    for field in fields(Batch):
+        tensors = [getattr(part, field.name) for part in parts]
+        columns[field.name] = None if tensors[0] is None else torch.cat(tensors)[order]
+    return Batch(**columns)

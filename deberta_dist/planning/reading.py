@@ -1,0 +1,75 @@
+"""What a run reads of its training text: its sources, opened, and how often it goes through each.
+
+The dry run and the start of a run show it.
+"""
+
+from pathlib import Path
+
+from deberta_dist.config import RunConfig
+from deberta_dist.data.sources import Mixture, Source
+from deberta_dist.data.token_corpus import open_corpus
+
+# Of the only source of a run that names one corpus, data.train.
+UNNAMED = "train"
+
+
+def open_sources(config: RunConfig) -> list[Source]:
+    """The corpora of ``data.train`` or ``data.sources``.
+
+    Raises:
+        DataError: as ``open_corpus``.
+    """
+    data = config.data
+    if data.train is not None:
+        return [Source(corpus=open_corpus(data.train))]
+    return [
+        Source(corpus=open_corpus(source.path), name=name, proportion=source.proportion, epochs=source.epochs)
+        for name, source in data.sources.items()
+    ]
+
+
+def training_paths(config: RunConfig) -> dict[str, Path]:
+    """Paths of the training text by their key in ``[data]``."""
+    data = config.data
+    if data.train is not None:
+        return {"train": data.train}
+    return {f"sources.{name}.path": source.path for name, source in data.sources.items()}
+
+
+def reading_block(config: RunConfig) -> list[str]:
+    """``describe_reading`` where all of the training text is there already, else nothing.
+
+    Raises:
+        DataError: what is there is no corpus, or too short.
+    """
+    if not all(path.exists() for path in training_paths(config).values()):
+        return []
+    data = config.data
+    sizes = {"max_seq_length": data.max_seq_length, "document_boundaries": data.document_boundaries}
+    return [describe_reading(config, Mixture(open_sources(config), **sizes))]
+
+
+def describe_reading(config: RunConfig, mixture: Mixture) -> str:
+    """One line per source: its share, its size, and the epochs that ``training.max_steps`` makes of it."""
+    training = config.training
+    consumed = training.max_steps * training.global_batch_size
+    width = max(len(name) for name in (*(source.name for source in mixture.sources), UNNAMED))
+    lines = [
+        f"DATA        {consumed:,} samples of {config.data.max_seq_length} tokens in {training.max_steps:,} steps",
+        f"  {'source':<{width}}     share   samples/epoch      epochs",
+    ]
+    for source, share, place in zip(
+        mixture.sources, mixture.blend.shares, mixture.positions(consumed).values(), strict=True
+    ):
+        asked = f"  (asked for: {source.epochs:g})" if source.epochs is not None else ""
+        lines.append(
+            f"  {source.name or UNNAMED:<{width}} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}"
+        )
+    if (wanted := mixture.num_samples) is not None:
+        steps = wanted / training.global_batch_size
+        if abs(consumed - wanted) >= training.global_batch_size:
+            lines.append(
+                f"  training.max_steps = {training.max_steps:,} reads {float(consumed / wanted):.3g} times what the epochs "
+                f"asked for hold ({float(wanted):,.0f} samples, {float(steps):,.1f} steps)"
+            )
+    return "\n".join(lines)
