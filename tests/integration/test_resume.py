@@ -1,6 +1,7 @@
 """A run that was interrupted ends as if it had not been, on the same layout and on any other."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -37,10 +38,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(corpus: Path, directory: Path, layout: Layout, **changes: object) -> None:
-    """Six steps of the demo's model, small, on a layout (tensor, pipeline, data), continuing where it can."""
+def settings_of(corpus: Path, directory: Path, layout: Layout) -> dict[str, object]:
+    """Six steps of the demo's model, small, on a layout (tensor, pipeline, data), by key."""
     tensor, pipeline, data = layout
-    settings = {
+    return {
         "data.train": corpus / "train.tokens",
         "data.validation": corpus / "valid.tokens",
         "data.tokenizer": corpus / "spm.model",
@@ -62,10 +63,13 @@ def run(corpus: Path, directory: Path, layout: Layout, **changes: object) -> Non
         "parallel.data_parallel_size": data,
         "run.directory": directory,
     }
+
+
+def run(corpus: Path, directory: Path, layout: Layout, **changes: object) -> None:
+    """Runs that, continuing where it can."""
+    settings = settings_of(corpus, directory, layout)
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    run_ranks(
-        tensor * pipeline * data, pretrain_rank, [f"--{k}={v}" for k, v in settings.items()], free_port()
-    )
+    run_ranks(math.prod(layout), pretrain_rank, [f"--{k}={v}" for k, v in settings.items()], free_port())
 
 
 def interrupted(whole: Path, directory: Path) -> Path:
