@@ -133,15 +133,22 @@ class TokenCorpus:
         file = self._file(number)
         place -= self._tokens[number] + self._documents[number] * num_separators
 
-        def begin(document: int) -> int:
-            return int(file.read_offsets(document, document + 1)[0]) + document * num_separators
+        def begins(first: int, stop: int) -> np.ndarray:
+            return file.read_offsets(first, stop) + num_separators * np.arange(first, stop)
 
-        # By pages first, of which only one is read in whole; nothing of the offsets is kept.
+        def page_of(first: int) -> np.ndarray:
+            return begins(first, min(first + _OFFSETS_PER_READ, file.num_documents) + 1)
+
+        # The page where the document lies if all are equally long; where it does not, that page is sought, from pages'
+        # beginnings. Nothing of the offsets is kept.
         pages = range(0, file.num_documents, _OFFSETS_PER_READ)
-        page = pages[bisect_right(pages, place, key=begin) - 1]
-        offsets = file.read_offsets(page, min(page + _OFFSETS_PER_READ, file.num_documents))
-        begins = offsets + num_separators * np.arange(page, page + offsets.size)
-        return self._documents[number] + page + int(np.searchsorted(begins, place, side="right")) - 1
+        guess = place * file.num_documents // (file.num_tokens + num_separators * file.num_documents)
+        first = pages[guess // _OFFSETS_PER_READ]
+        page = page_of(first)
+        if not page[0] <= place < page[-1]:
+            first = pages[bisect_right(pages, place, key=lambda start: int(begins(start, start + 1)[0])) - 1]
+            page = page_of(first)
+        return self._documents[number] + first + int(np.searchsorted(page, place, side="right")) - 1
 
 
 def open_corpus(path: str | Path) -> TokenCorpus:
