@@ -16,7 +16,8 @@ Fine-tuning has a TOML of its own kind (``finetune.py``), over which a task's re
   file (or "command line"), its key and the nearest key that exists. Exit code 2, before any device is
   touched.
 * ``--section.key value`` or ``--section.key=value``. The value is TOML (``1e-4``, ``true``,
-  ``[6, 6]``), or plain text (``v2-xxlarge``, ``auto``). Each key at most once.
+  ``[6, 6]``), or plain text (``v2-xxlarge``, ``auto``). Each key at most once. In a table of tables:
+  ``--data.sources.wiki.proportion 0.3``.
 * A relative path in a TOML is relative to the folder of that TOML, so a launcher works from any
   current directory. A relative path on the command line is relative to the current directory, as the
   shell completes it. ``~`` is expanded in both.

@@ -179,7 +179,7 @@ class Evaluation(Section):
     every_steps: CountOrNone = 0
     """Optimizer steps between evaluations; 0 = only at the end."""
     num_sequences: Count = 1024
-    """Held-out sequences that are read each time (at most what there are): the same ones, drawn from all of them."""
+    """Held-out sequences that are read each time, at most what there are: always the same, drawn from all of them."""
 
 
 class Checkpoint(Section):

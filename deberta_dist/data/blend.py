@@ -1,20 +1,23 @@
 """Which source the sample at a position of a run comes from: exact proportions, computed from the position alone.
 
-Sources are the leaves of Huffman's tree over their weights: the two lightest parts are joined until one is left. A node
-of weight b gives, of its first x samples, round(x a / b) to its part of weight a (halves up) and the rest to the other.
-So position p walks down the tree by one comparison per level, and how many samples a source has given before p is known
-without anything that was counted, listed or stored. Weights are whole numbers of any size: nothing is rounded.
+Sources are the leaves of Huffman's tree over their weights: the two lightest parts are joined until one is left. A
+node of weight b gives, of its first x samples, round(x a / b) to its part of weight a (halves up) and the rest to the
+other. So position p walks down the tree by one comparison per level, and how many samples a source has given before p
+is known without anything that was counted, listed or stored. Weights are whole numbers of any size: nothing is rounded.
 
-*Bound.* Of any L samples in a row of a node, its part of weight a has L a / b, give or take less than one, and so has the
-other. From the root down: in any window of any length N, the number of samples of a source with the share q differs from
-N q by less than
+*Bound.* Of any L samples in a row of a node, its part of weight a has L a / b, give or take less than one, and so has
+the other. From the root down: in any window of any length N, the number of samples of a source with the share q differs
+from N q by less than
 
     B = w_0 / w_0 + w_0 / w_1 + ... + w_0 / w_k,
 
-w_0 its weight and w_1 .. w_k those of the nodes above it, without the root. With two sources B = 1, and nothing is smaller.
-With any number B < 3.36, the sum of the inverse Fibonacci numbers, because Huffman's tree lets weights grow at least as
-they do. No order at all has less than 2 - 1 / (n - 1) for every choice of n weights (Tijdeman 1980); one that reaches it
-has to be played from its first sample on, and repeats only after as many samples as the weights have in all.
+w_0 its weight and w_1 .. w_k those of the nodes above it, without the root. With two sources B = 1, and no order has
+less for all weights. With any number B < 3.36, the sum of the inverse Fibonacci numbers: on the way up, a node's
+neighbour is at least as heavy as the node's own parts. The best order known keeps every beginning of a run within
+1 - 1 / (2n - 2) and so every window within 2 - 1 / (n - 1) (Tijdeman 1980), but is found from its first sample on only,
+and repeats after as many samples as the weights have in all: this one trades at most 1.36 samples for a formula.
+
+Source: D. A. Huffman 1952 (the tree); R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
 """
 
 import heapq

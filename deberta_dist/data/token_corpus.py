@@ -58,7 +58,7 @@ class TokenCorpus:
         self.num_tokens = self._tokens[-1]
         self.num_documents = self._documents[-1]
         self._directory = path if is_directory else path.parent
-        # Of a function that knows no corpus: files are closed with it, not when a cycle is collected. A file that is put
+        # Of a function that knows no corpus: files are closed with it, not when a cycle is collected. One that is put
         # aside stays open until its last reader, of any thread, lets go of it.
         self._file = lru_cache(maxsize=_MAX_OPEN_FILES)(partial(_open_shard, self._directory, shards))
 

@@ -53,7 +53,7 @@ def describe_reading(config: RunConfig, mixture: Mixture) -> str:
     """One line per source: its share, its size, and the epochs that ``training.max_steps`` makes of it."""
     training = config.training
     consumed = training.max_steps * training.global_batch_size
-    width = max(len(name) for name in (*(source.name for source in mixture.sources), UNNAMED))
+    width = max(len(name) for name in (*(source.name for source in mixture.sources), "source"))
     lines = [
         f"DATA        {consumed:,} samples of {config.data.max_seq_length} tokens in {training.max_steps:,} steps",
         f"  {'source':<{width}}     share   samples/epoch      epochs",
@@ -62,14 +62,13 @@ def describe_reading(config: RunConfig, mixture: Mixture) -> str:
         mixture.sources, mixture.blend.shares, mixture.positions(consumed).values(), strict=True
     ):
         asked = f"  (asked for: {source.epochs:g})" if source.epochs is not None else ""
-        lines.append(
-            f"  {source.name or UNNAMED:<{width}} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}"
-        )
+        name = f"{source.name or UNNAMED:<{width}}"
+        lines.append(f"  {name} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}")
     if (wanted := mixture.num_samples) is not None:
         steps = wanted / training.global_batch_size
         if abs(consumed - wanted) >= training.global_batch_size:
             lines.append(
-                f"  training.max_steps = {training.max_steps:,} reads {float(consumed / wanted):.3g} times what the epochs "
-                f"asked for hold ({float(wanted):,.0f} samples, {float(steps):,.1f} steps)"
+                f"  training.max_steps = {training.max_steps:,} reads {float(consumed / wanted):.3g} times what the "
+                f"epochs asked for hold ({float(wanted):,.0f} samples, {float(steps):,.1f} steps)"
             )
     return "\n".join(lines)

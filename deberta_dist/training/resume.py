@@ -91,8 +91,8 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
 def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> None:
     """Refuses to go on with other sources, proportions or windows where several are blended.
 
-    How many samples each source has given follows from the number of samples and these; with others, some would be read
-    twice and some never. A run of one corpus may go on with another text, which is told (``changed_settings``).
+    How many samples each source has given follows from the number of samples and these; with others, some would be
+    read twice and some never. A run of one corpus may go on with another text, which is told (``changed_settings``).
 
     Raises:
         ConfigError: with every difference.
@@ -120,8 +120,8 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
             found.append(f"data.sources.{name} is another text")
     if found:
         raise ConfigError(
-            f"{reader.directory} is of a run with other sources: {'; '.join(found)}. Its place in each follows from all of "
-            "them: go on with the same, or start a new run from its weights (training.init and another run.directory)"
+            f"{reader.directory} is of a run with other sources: {'; '.join(found)}. Its place in each follows from all "
+            "of them: go on with the same, or start a new run from its weights (training.init and another run.directory)"
         )
 
 

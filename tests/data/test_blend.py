@@ -50,7 +50,8 @@ def test_nothing_is_rounded_and_any_position_is_reached_at_once() -> None:
     blend, total = Blend(weights), 123_456_789_123 + 987_654_321 + 5 + 31_415_926_535
     assert blend.consumed(1000 * total) == [1000 * weight for weight in weights]
     assert blend.sources_at(1000 * total + 3, 200) == blend.sources_at(3, 200)
-    assert Blend([Fraction("0.1"), Fraction("0.2"), Fraction("0.7")]).consumed(10**15) == [10**14, 2 * 10**14, 7 * 10**14]
+    tenths = [Fraction("0.1"), Fraction("0.2"), Fraction("0.7")]
+    assert Blend(tenths).consumed(10**15) == [10**14, 2 * 10**14, 7 * 10**14]
 
 
 def test_what_is_consumed_are_the_sources_before() -> None:
