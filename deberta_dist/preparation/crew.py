@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import signal
 import struct
-import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,9 +20,11 @@ from types import TracebackType
 from typing import Protocol
 
 from deberta_dist.errors import DebertaDistError, UnfinishedError
+from deberta_dist.preparation.publish import making
 
 _PROGRESS = struct.Struct("<3Q")
 _PROGRESS_NAME = "progress-"
+_AGAIN = "run the same command again, what is finished stays; where memory is short, with fewer --workers"
 
 
 class Worker:
@@ -30,19 +33,24 @@ class Worker:
     Args:
         directory: folder of this start.
         name: of the worker, in no other process.
-        parent: process that it ends with; None: it ends by itself.
+
+    Raises:
+        DataError: here and in every method: the disk is full.
     """
 
-    def __init__(self, directory: Path, *, name: str, parent: int | None) -> None:
+    def __init__(self, directory: Path, *, name: str) -> None:
         self.directory = directory
-        self._parent = parent
         self._totals = [0, 0, 0]
-        self._file = os.open(directory / f"{_PROGRESS_NAME}{name}", os.O_WRONLY | os.O_CREAT, 0o666)
+        self._path = directory / f"{_PROGRESS_NAME}{name}"
+        with making(self._path):
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
 
     def claim(self, unit: str) -> bool:
         """Whether a unit is this worker's."""
+        path = self.directory / f"claim-{unit}"
         try:
-            os.close(os.open(self.directory / f"claim-{unit}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            with making(path):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             return False
         return True
@@ -51,12 +59,12 @@ class Worker:
         """Adds to what this worker has done, for ``progress``."""
         for place, more in enumerate((num_bytes, num_tokens, input_bytes)):
             self._totals[place] += more
-        os.pwrite(self._file, _PROGRESS.pack(*self._totals), 0)
+        with making(self._path):
+            os.pwrite(self._file, _PROGRESS.pack(*self._totals), 0)
 
-    def check(self) -> None:
-        """Ends the process if its parent is gone: nobody would learn of what it does."""
-        if self._parent is not None and os.getppid() != self._parent:
-            sys.exit(1)
+    def close(self) -> None:
+        """Closes its file: NFS does not remove a directory with open files in it."""
+        os.close(self._file)
 
 
 def progress(directory: Path) -> tuple[int, int, int]:
@@ -83,27 +91,37 @@ class Task(Protocol):
 def _work(task: Task, worker: Worker) -> None:
     for number, unit in enumerate(task.units):
         if worker.claim(f"{type(task).__name__}-{unit}"):
-            worker.check()
-            task.run(number, worker=worker)
+            try:
+                task.run(number, worker=worker)
+            except MemoryError as error:
+                raise UnfinishedError(f"there is not enough memory: {_AGAIN}") from error
 
 
-def _serve(connection: Connection, directory: Path, name: str, parent: int) -> None:
+def _serve(connection: Connection, directory: Path, name: str) -> None:
     """Life of a worker process: a task in, None or an error out, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well, and ends this process
-    worker = Worker(directory, name=name, parent=parent)
-    while True:
-        try:
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    try:
+        worker = Worker(directory, name=name)
+        while True:
             task = connection.recv()
-        except EOFError:
-            return
-        try:
-            _work(task, worker)
-        except (DebertaDistError, OSError) as error:
-            connection.send(error)
-        except Exception:
-            connection.send(RuntimeError(traceback.format_exc()))
-        else:
-            connection.send(None)
+            try:
+                _work(task, worker)
+            except (DebertaDistError, OSError) as error:
+                connection.send(error)
+            except Exception:
+                connection.send(RuntimeError(traceback.format_exc()))
+            else:
+                connection.send(None)
+    except (EOFError, ConnectionError):  # the parent has ended, or does
+        return
+
+
+def _end_with_parent() -> None:
+    """Waits for the parent's end, by whatever, and ends this process: a new start may be at the same work by then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class Crew:
@@ -119,24 +137,31 @@ class Crew:
         self._members: list[tuple[BaseProcess, Connection]] = []
         self._worker: Worker | None = None
         if num_workers == 1:
-            self._worker = Worker(directory, name=f"{rank}", parent=None)
+            self._worker = Worker(directory, name=f"{rank}")
             return
         # Not fork: MPI libraries do not survive it.
         context = multiprocessing.get_context("spawn")
-        for number in range(num_workers):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, directory, f"{rank}-{number}", os.getpid())
-            process = context.Process(target=_serve, args=arguments, name=f"worker {number}", daemon=True)
-            process.start()
-            theirs.close()
-            self._members.append((process, ours))
+        # Workers inherit that SIGINT is blocked: a terminal interrupts them too, and this process is to end them. The
+        # tracker comes first, for its start would lift the block.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for number in range(num_workers):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, directory, f"{rank}-{number}")
+                process = context.Process(target=_serve, args=arguments, name=f"worker {number}", daemon=True)
+                process.start()
+                theirs.close()
+                self._members.append((process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, task: Task) -> None:
         """Works until no unit of a task is left to claim; those of other ranks may still be at theirs.
 
         Raises:
             DebertaDistError: of a worker; the others are ended. What they have published stays.
-            UnfinishedError: a worker was killed.
+            UnfinishedError: a worker was killed, or memory was short.
         """
         if self._worker is not None:
             _work(task, self._worker)
@@ -161,10 +186,12 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._worker is not None:
+            self._worker.close()
         for process, connection in self._members:
-            connection.close()
             if kind is not None:
                 process.terminate()
+            connection.close()
         for process, _ in self._members:
             process.join()
 
@@ -180,8 +207,5 @@ def _send(connection: Connection, task: Task, *, process: BaseProcess) -> None:
 def _killed(process: BaseProcess) -> UnfinishedError:
     code = process.exitcode or 0
     how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with code {code}"
-    return UnfinishedError(
-        f"{process.name} {how}: run the same command again, what is finished stays; where memory is short, with fewer "
-        "--workers"
-    )
+    return UnfinishedError(f"{process.name} {how}: {_AGAIN}")
 

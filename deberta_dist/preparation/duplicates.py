@@ -6,7 +6,7 @@ depends on the memory allowed, what is found does not. Nearly: one process asks 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +55,7 @@ def find_duplicates(parts: Sequence[Part], *, number: int, count: int, path: Pat
     write_dropped(path, which=which[order[same]], documents=documents[order[same]], num_parts=len(parts))
 
 
-def find_near_duplicates(
-    parts: Sequence[Part], *, threshold: float, dropped: "Dropped", path: Path, check: Callable[[], None]
-) -> None:
+def find_near_duplicates(parts: Sequence[Part], *, threshold: float, dropped: "Dropped", path: Path) -> None:
     """Writes the documents that are near an earlier one, exact duplicates aside.
 
     Args:
@@ -65,13 +63,11 @@ def find_near_duplicates(
         threshold: as of ``NearDuplicates``, which also says how much memory is needed.
         dropped: documents that are no more, and near nothing.
         path: file to write, for ``Dropped``.
-        check: called for every part.
     """
     memory = NearDuplicates(threshold)
     which: list[int] = []
     documents: list[int] = []
     for number, part in enumerate(parts):
-        check()
         (signatures,) = part.read("signatures")
         for document in np.flatnonzero(dropped.keep(number, num_documents=part.num_documents)).tolist():
             if memory.is_duplicate(signatures[document].tobytes()):

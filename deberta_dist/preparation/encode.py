@@ -105,7 +105,6 @@ class Encoder:
                 batch = _Batch(self, all_held_out=unit.held_out)
             batch.add(document)
             if batch.unreported_bytes >= _REPORT_BYTES:
-                worker.check()
                 batch.report(worker)
         batch.report(worker)
         batch.write(part_path(self._directory, unit, number), is_last=True)

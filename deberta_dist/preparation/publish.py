@@ -3,7 +3,9 @@
 import errno
 import os
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from deberta_dist.errors import DataError
@@ -13,31 +15,41 @@ VISIBLE_SECONDS = 60.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Says what a full disk means to who prepares a corpus, for a block that makes ``path``.
+
+    Raises:
+        DataError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise DataError(
+            f"{path} is not written ({error.strerror}): make room and run the same command again; what is finished stays"
+        ) from error
+
+
 def publish(path: Path, content: bytes) -> None:
     """Writes a file under another name, forces it to disk and gives it its name, replacing what is there.
 
     Raises:
         DataError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in _NO_ROOM:
-            raise no_room(path, error) from error
-        raise
-
-
-def no_room(path: Path, error: OSError) -> DataError:
-    """What a full disk means to who prepares a corpus."""
-    return DataError(
-        f"{path} is not written ({error.strerror}): make room and run the same command again; what is finished stays"
-    )
+    # Containers on two nodes may agree in their names and numbers of processes.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with making(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def wait_for(paths: Iterable[Path]) -> None:

@@ -123,11 +123,7 @@ class FindNearDuplicatesTask:
         """Searches all, unless the list is there."""
         if not self.path.exists():
             find_near_duplicates(
-                self.parts,
-                threshold=self.threshold,
-                dropped=Dropped(self.duplicates),
-                path=self.path,
-                check=worker.check,
+                self.parts, threshold=self.threshold, dropped=Dropped(self.duplicates), path=self.path
             )
 
 
