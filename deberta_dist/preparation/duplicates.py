@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from deberta_dist.corpus.near_duplicates import NearDuplicates
-from deberta_dist.preparation.parts import Part
+from deberta_dist.preparation.parts import Part, checked, read_checked
 from deberta_dist.preparation.publish import publish, wait_for
 
 # Per document of a range: hash 16, part and document 4 each, the sort's order 8, and copies of some of them.
@@ -90,7 +89,7 @@ def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_p
     order = np.lexsort((documents, which))
     starts = np.searchsorted(which[order], np.arange(num_parts + 1))
     tensors = {"documents": documents[order].astype(np.uint32), "starts": starts.astype(np.uint64)}
-    publish(path, save(tensors))
+    publish(path, checked(tensors))
 
 
 class Dropped:
@@ -98,6 +97,9 @@ class Dropped:
 
     Args:
         paths: files of ``write_dropped``.
+
+    Raises:
+        DataError: one is missing or damaged.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -105,8 +107,8 @@ class Dropped:
         wait_for(self._paths)
         self._starts: list[np.ndarray] = []
         for path in self._paths:
-            with safe_open(path, "np") as file:
-                self._starts.append(file.get_tensor("starts"))
+            # The documents are looked at once, for damage, and not kept.
+            self._starts.append(read_checked(path, "starts", "documents")[0])
 
     def of(self, part: int) -> np.ndarray:
         """Numbers of the documents of a part to drop, integers, in no order."""

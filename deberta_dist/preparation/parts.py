@@ -1,10 +1,11 @@
 """Parts: the encoded documents of a stretch of one input, as a preparation keeps them until all is read.
 
 A part is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
-and ``assemble`` read from it what they need and no more.
+and ``shards`` read from it what they need and no more. Each array has a CRC-32, compared wherever the whole of it is read.
 """
 
 import json
+import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
@@ -92,8 +93,37 @@ def write_part(
     }
     if signatures is not None:
         tensors["signatures"] = signatures
-    metadata = {"counts": json.dumps(vars(counts)), "is_last": json.dumps(is_last)}
-    publish(path, save(tensors, metadata))
+    publish(path, checked(tensors, counts=vars(counts), is_last=is_last))
+
+
+def checked(tensors: Mapping[str, np.ndarray], **metadata: Any) -> bytes:
+    """A safetensors file with a checksum of every array, for ``read_checked``; ``metadata`` is what JSON can hold."""
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    metadata["crc32"] = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
+    return save(tensors, {name: json.dumps(value) for name, value in metadata.items()})
+
+
+def read_checked(path: Path, *names: str) -> tuple[np.ndarray, ...]:
+    """Whole arrays of a file that ``checked`` has made, in the order of ``names``.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            expected = json.loads(file.metadata()["crc32"])
+            tensors = tuple(file.get_tensor(name) for name in names)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    for name, tensor in zip(names, tensors, strict=True):
+        if zlib.crc32(tensor) != expected[name]:
+            raise damaged(path, f"the checksum of {name} is another")
+    return tensors
+
+
+def damaged(path: Path, why: str) -> DataError:
+    """What a damaged file of the working directory means: it can be made again."""
+    return DataError(f"{path} is damaged ({why}): remove this file and run the same command again")
 
 
 class Part:
@@ -119,13 +149,24 @@ class Part:
                 self.counts = Counts(**json.loads(metadata["counts"]))
                 self.is_last: bool = json.loads(metadata["is_last"])
                 self.num_documents: int = file.get_slice("lengths").get_shape()[0]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}): remove this file and run the same command again") from error
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise damaged(path, str(error)) from error
 
     def read(self, *names: str) -> tuple[np.ndarray, ...]:
-        """Whole arrays, in the order of ``names``."""
-        with safe_open(self.path, "np") as file:
-            return tuple(file.get_tensor(name) for name in names)
+        """Whole arrays, in the order of ``names``.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        return read_checked(self.path, *names)
+
+    def verify_hashes(self) -> None:
+        """Reads what ``hash_range`` reads in pieces; a bit that has flipped could hide a duplicate.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        self.read("hash_high", "hash_low", "order")
 
     def hash_range(self, low: int, high: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Documents whose hash has its upper 64 bits in ``low`` .. ``high`` - 1 (None: up to the end).

@@ -195,7 +195,8 @@ def _prepare(
                 parts=parts,
                 duplicates=[path for paths in duplicates.values() for path in paths],
                 directory=made,
-                tokenizer=Path(tokenizer.path),
+                tokenizer_sha256=tokenizer.sha256,
+                vocab_size=tokenizer.num_tokens,
             )
         )
         ranks.barrier()
@@ -271,7 +272,7 @@ def _list_units(
 
 
 def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
-    """All parts in order, and the number of the unit of each."""
+    """All parts in order, and the number of the unit of each; sees to it that no duplicate is sought in damaged ones."""
     parts: list[Part] = []
     unit_of_part: list[int] = []
     deadline = time.monotonic() + VISIBLE_SECONDS
@@ -282,6 +283,8 @@ def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], lis
                 raise DataError(f"{unit.file.path}: its parts in {directory} have vanished; run the same command again")
             time.sleep(0.2)
             found, is_complete = finished_parts(directory, unit)
+        for part in found:
+            part.verify_hashes()
         parts += found
         unit_of_part += [number] * len(found)
     return parts, unit_of_part

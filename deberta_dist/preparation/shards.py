@@ -12,7 +12,6 @@ import numpy as np
 
 from deberta_dist.data.token_file import TokenFile, id_dtype
 from deberta_dist.data.token_writer import TokenFileWriter
-from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.preparation.duplicates import Dropped
 from deberta_dist.preparation.parts import Part
 
@@ -191,9 +190,16 @@ def folder_of(source: str, *, split: str) -> str:
 
 
 def write_shard(
-    shard: Shard, *, parts: Sequence[Part], dropped: Dropped, directory: Path, tokenizer: Tokenizer
+    shard: Shard, *, parts: Sequence[Part], dropped: Dropped, directory: Path, tokenizer_sha256: str, vocab_size: int
 ) -> None:
     """Writes one token file; one that is there is left alone where it is what would be written.
+
+    Args:
+        shard: which documents.
+        parts: all parts, in the order of the input.
+        dropped: documents that go nowhere.
+        directory: where its folder is made.
+        tokenizer_sha256, vocab_size: of the tokenizer that made the parts.
 
     Raises:
         DataError: the disk is full, a part is damaged, or another file is in the way.
@@ -201,9 +207,7 @@ def write_shard(
     path = directory / shard.folder / shard.name
     if path.exists() and TokenFile(path).num_tokens == shard.num_tokens:
         return
-    with TokenFileWriter(
-        path, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.num_tokens, source=shard.folder
-    ) as writer:
+    with TokenFileWriter(path, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, source=shard.folder) as writer:
         for ids, lengths in _documents(shard, parts=parts, dropped=dropped):
             writer.add_documents(ids, lengths)
         assert (writer.num_tokens, writer.num_documents) == (shard.num_tokens, shard.num_documents)

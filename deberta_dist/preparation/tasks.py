@@ -136,14 +136,15 @@ class WriteShardsTask:
         parts: all parts, in the order of the input.
         duplicates: lists of documents that go nowhere.
         directory: where the folders of token files are made.
-        tokenizer: of the ids.
+        tokenizer_sha256, vocab_size: of the tokenizer that made the parts; its file may be another by now.
     """
 
     plan: ShardPlan
     parts: Sequence[Part]
     duplicates: Sequence[Path]
     directory: Path
-    tokenizer: Path
+    tokenizer_sha256: str
+    vocab_size: int
 
     @property
     def units(self) -> Sequence[str]:
@@ -157,16 +158,13 @@ class WriteShardsTask:
             parts=self.parts,
             dropped=self._dropped,
             directory=self.directory,
-            tokenizer=self._tokenizer,
+            tokenizer_sha256=self.tokenizer_sha256,
+            vocab_size=self.vocab_size,
         )
 
     @cached_property
     def _dropped(self) -> Dropped:
         return Dropped(self.duplicates)
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.tokenizer)
 
     def __getstate__(self) -> dict[str, object]:
         """Without what was made on the way."""
