@@ -9,6 +9,7 @@ import string
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ from deberta_dist.corpus.near_duplicates import signature, signature_bytes
 from deberta_dist.corpus.reading import Document, read_documents
 from deberta_dist.data.token_file import id_dtype
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
+from deberta_dist.errors import DataError
 from deberta_dist.preparation.crew import Worker
 from deberta_dist.preparation.parts import HASH_BYTES, SUFFIX, Counts, Part, write_part
-from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.publish import VISIBLE_SECONDS
+from deberta_dist.preparation.recipe import Recipe
+from deberta_dist.preparation.units import Unit
 
 CLEANED = "nul_or_surrogate"
 EMPTY = "empty"
@@ -62,6 +66,25 @@ def finished_parts(directory: Path, unit: Unit) -> tuple[list[Part], bool]:
         if parts[-1].is_last:
             return parts, True
     return parts, False
+
+
+def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
+    """All parts in order, and the number of the unit of each; sees to it that no duplicate is sought in damaged ones."""
+    parts: list[Part] = []
+    unit_of_part: list[int] = []
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    for number, unit in enumerate(units):
+        found, is_complete = finished_parts(directory, unit)
+        while not is_complete:
+            if time.monotonic() > deadline:
+                raise DataError(f"{unit.file.path}: its parts in {directory} have vanished; run the same command again")
+            time.sleep(0.2)
+            found, is_complete = finished_parts(directory, unit)
+        for part in found:
+            part.verify_hashes()
+        parts += found
+        unit_of_part += [number] * len(found)
+    return parts, unit_of_part
 
 
 class Encoder:

@@ -19,23 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deberta_dist.corpus.contamination import NgramSet
-from deberta_dist.corpus.inputs import list_inputs
-from deberta_dist.corpus.reading import cut
 from deberta_dist.data.corpus_index import INDEX_NAME, write_index
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.lock import RunLock
 from deberta_dist.preparation.crew import Crew
 from deberta_dist.preparation.duplicates import Dropped, num_ranges
-from deberta_dist.preparation.encode import finished_parts
+from deberta_dist.preparation.encode import collect_parts
 from deberta_dist.preparation.parts import Part
 from deberta_dist.preparation.progress import Monitor, Progress
-from deberta_dist.preparation.publish import VISIBLE_SECONDS
 from deberta_dist.preparation.ranks import Ranks
-from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.recipe import Recipe
 from deberta_dist.preparation.report import Outcome, write_report
 from deberta_dist.preparation.shards import ShardPlan, plan_shards
 from deberta_dist.preparation.tasks import EncodeTask, FindDuplicatesTask, FindNearDuplicatesTask, WriteShardsTask
+from deberta_dist.preparation.units import Unit, list_units
 from deberta_dist.preparation.workspace import Workspace
 
 MIN_MEMORY_BYTES = 1 << 20
@@ -109,9 +107,10 @@ def prepare_corpus(
     with ExitStack() as stack:
 
         def begin() -> _Start:
-            units = _list_units(inputs, held_out_inputs, piece_bytes=recipe.piece_bytes)
+            units = list_units(inputs, held_out_inputs, piece_bytes=recipe.piece_bytes)
             workspace.refuse_foreign()
             stack.enter_context(RunLock(workspace.directory, key="--output: working directory"))
+            workspace.refuse_foreign()  # whoever had the lock may have completed it
             state = workspace.state(recipe, units)
             run = workspace.begin(recipe, state=state)
             return _Start(units=units, run=run, state=state, outcome=workspace.finished(state))
@@ -130,7 +129,13 @@ def prepare_corpus(
             progress_seconds=progress_seconds,
             began=began,
         )
-        ranks.first(lambda: workspace.publish(start.state))
+
+        def end() -> None:
+            workspace.publish(start.state)
+            stack.close()  # NFS keeps a directory in which a file is open
+            workspace.remove()
+
+        ranks.first(end)
         return outcome if ranks.rank == 0 else None
 
 
@@ -166,7 +171,7 @@ def _prepare(
             monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
         crew.run(encode)
         ranks.barrier()
-        parts, unit_of_part = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
+        parts, unit_of_part = ranks.first(lambda: collect_parts(start.units, directory=workspace.parts))
 
         duplicates = _find_duplicates(
             parts,
@@ -251,43 +256,6 @@ def _find_duplicates(
         ranks.barrier()
         found["near_duplicate"] = [path]
     return found
-
-
-def _list_units(
-    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int
-) -> tuple[Unit, ...]:
-    """Pieces of all inputs, in order; refuses a file that is given twice."""
-    units: list[Unit] = []
-    seen: dict[Path, bool] = {}
-    for given, held_out in ((held_out_inputs, True), (inputs, False)):
-        for file in list_inputs(given):
-            if seen.setdefault(file.path.resolve(), held_out) != held_out:
-                raise DataError(f"{file.path} is given as --input and as --held-out-input: name it in one of them")
-            pieces = cut(file, piece_bytes=piece_bytes)
-            units += [
-                Unit(file=file, piece=piece, held_out=held_out, input_bytes=file.num_bytes // len(pieces))
-                for piece in pieces
-            ]
-    return tuple(units)
-
-
-def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
-    """All parts in order, and the number of the unit of each; sees to it that no duplicate is sought in damaged ones."""
-    parts: list[Part] = []
-    unit_of_part: list[int] = []
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    for number, unit in enumerate(units):
-        found, is_complete = finished_parts(directory, unit)
-        while not is_complete:
-            if time.monotonic() > deadline:
-                raise DataError(f"{unit.file.path}: its parts in {directory} have vanished; run the same command again")
-            time.sleep(0.2)
-            found, is_complete = finished_parts(directory, unit)
-        for part in found:
-            part.verify_hashes()
-        parts += found
-        unit_of_part += [number] * len(found)
-    return parts, unit_of_part
 
 
 def _nothing_kept(parts: Sequence[Part]) -> str:

@@ -1,18 +1,16 @@
 """What a preparation does with each document, apart from where it runs: equal recipes on equal text give equal bytes."""
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deberta_dist.corpus.filters import Filters
-from deberta_dist.corpus.inputs import InputFile, Piece
 from deberta_dist.corpus.reading import ReadOptions
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
 
+# sentencepiece counts bytes in 32 bits with a sign.
+MAX_DOCUMENT_BYTES = 2**31 - 1
 # A new number where the same recipe would give other parts or shards than before.
 VERSION = 1
 MIN_SHARD_BYTES = 1 << 12
@@ -56,6 +54,10 @@ class Recipe:
             raise ConfigError(f"--shard-bytes {self.shard_bytes}: expected at least {MIN_SHARD_BYTES}")
         if self.piece_bytes < 1:
             raise ConfigError(f"--piece-bytes {self.piece_bytes}: expected at least 1")
+        if self.reading.max_document_bytes > MAX_DOCUMENT_BYTES:
+            raise ConfigError(
+                f"--max-document-bytes {self.reading.max_document_bytes}: expected at most {MAX_DOCUMENT_BYTES}"
+            )
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **settings: Any) -> "Recipe":
@@ -65,28 +67,3 @@ class Recipe:
     def as_json(self) -> dict[str, Any]:
         """All settings, as they are written beside the parts."""
         return {"version": VERSION, **dataclasses.asdict(self)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A piece of an input: what one process encodes at a time.
-
-    Attributes:
-        file: the input.
-        piece: the part of it.
-        held_out: whether all its documents are held out.
-        input_bytes: bytes of the file that it takes, about.
-    """
-
-    file: InputFile
-    piece: Piece
-    held_out: bool
-    input_bytes: int
-
-    @property
-    def name(self) -> str:
-        """Begins the names of its parts: another file, or the same file changed, has another."""
-        file = self.file
-        identity = json.dumps([str(Path(file.path).resolve()), file.num_bytes, file.modified_ns, self.held_out])
-        digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
-        return f"{digest}-{self.piece.start:x}-{self.piece.stop:x}"

@@ -8,8 +8,9 @@ from typing import Any
 
 from deberta_dist.preparation.parts import Counts, Part
 from deberta_dist.preparation.publish import publish
-from deberta_dist.preparation.recipe import Recipe, Unit
-from deberta_dist.preparation.shards import HELD_OUT, TRAIN, ShardPlan, Split
+from deberta_dist.preparation.recipe import Recipe
+from deberta_dist.preparation.shards import HELD_OUT, TRAIN, ShardPlan, Split, folder_of
+from deberta_dist.preparation.units import Unit
 
 JSON_NAME, TEXT_NAME = "report.json", "report.md"
 _VERSION = 1
@@ -54,6 +55,7 @@ class Outcome:
         sources: what each source came to; "" is the name of inputs without one.
         total: all of them.
         shards: token files in each folder.
+        missing: folders of training documents that are not there, for no document is left for them.
         processes: of the start that finished it.
         seconds: wall time of that start.
     """
@@ -62,6 +64,7 @@ class Outcome:
     sources: Mapping[str, SourceReport]
     total: SourceReport
     shards: Mapping[str, int]
+    missing: Sequence[str]
     processes: int
     seconds: float
 
@@ -105,11 +108,14 @@ class Outcome:
                 heldout=plan.splits.get((source, HELD_OUT), Split()),
                 cpu_seconds=round(count.seconds, 3),
             )
+        folders = plan.folders()
+        expected = dict.fromkeys(folder_of(unit.file.source, split=TRAIN) for unit in units if not unit.held_out)
         return cls(
             recipe=recipe.as_json(),
             sources=sources,
             total=_sum(list(sources.values())),
-            shards={folder: len(shards) for folder, shards in plan.folders().items()},
+            shards={folder: len(shards) for folder, shards in folders.items()},
+            missing=[folder for folder in expected if folder not in folders],
             processes=processes,
             seconds=round(seconds, 3),
         )
@@ -138,9 +144,13 @@ class Outcome:
                 f"  {folder}: {split.documents:,} documents, {split.tokens:,} tokens"
                 for folder, split in ((TRAIN, total.train), (HELD_OUT, total.heldout))
             ),
+            *(f"  {line}" for line in self._missing_lines()),
             f"  {output / TEXT_NAME} says more",
         ]
         return "\n".join(lines)
+
+    def _missing_lines(self) -> list[str]:
+        return [f"{folder}/ is not there: no document is left for it" for folder in self.missing]
 
     def as_text(self) -> str:
         """Tables in Markdown."""
@@ -178,6 +188,7 @@ class Outcome:
             f"{self.total.bytes_per_cpu_second / 1e6:,.1f} MB/s per core",
             f"- the start that finished it: {self.processes} processes, {self.seconds:,.1f} s",
             *(f"- {folder}/: {count:,} token files" for folder, count in self.shards.items()),
+            *(f"- {line}" for line in self._missing_lines()),
         ]
         return "\n".join(lines) + "\n"
 

@@ -13,8 +13,9 @@ from deberta_dist.preparation.crew import Worker
 from deberta_dist.preparation.duplicates import Dropped, find_duplicates, find_near_duplicates
 from deberta_dist.preparation.encode import Encoder, finished_parts
 from deberta_dist.preparation.parts import Part
-from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.recipe import Recipe
 from deberta_dist.preparation.shards import ShardPlan, write_shard
+from deberta_dist.preparation.units import Unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,10 @@ from typing import Any
 
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.publish import publish
-from deberta_dist.preparation.recipe import Recipe, Unit
+from deberta_dist.preparation.recipe import Recipe
 from deberta_dist.preparation.report import JSON_NAME, Outcome
 from deberta_dist.preparation.shards import HELD_OUT, TRAIN
+from deberta_dist.preparation.units import Unit
 
 WORK_NAME = ".work"
 _RECIPE_NAME = "recipe.json"
@@ -52,8 +53,7 @@ class Workspace:
             DataError: it is complete, or holds something else.
         """
         if (self.output / JSON_NAME).exists():
-            if self.directory.is_dir():  # killed between the last two steps
-                shutil.rmtree(self.directory)
+            self.remove()  # whoever completed it may have been killed before
             raise DataError(f"{self.output} is a complete corpus and is left as it is: name another output, or move it away")
         if not self.output.exists():
             return
@@ -104,7 +104,7 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
         publish(path, json.dumps(wanted, indent=2).encode("utf-8"))
         for stale in self.directory.glob("run-*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)  # a process of that start may be ending just now
         for left in self.directory.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         run = self.directory / f"run-{uuid.uuid4().hex[:12]}"
@@ -112,10 +112,13 @@ class Workspace:
         return run
 
     def publish(self, state: Path) -> None:
-        """Moves what was made to the output, the report last, and removes the working directory."""
+        """Moves what was made to the output, the report last."""
         for path in sorted(self.made(state).iterdir(), key=lambda path: path.name == JSON_NAME):
             os.replace(path, self.output / path.name)
-        shutil.rmtree(self.directory)
+
+    def remove(self) -> None:
+        """Removes the working directory of a complete corpus; what cannot be is harmless, and the next start tries again."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 # Parts do not depend on these.

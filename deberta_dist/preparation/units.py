@@ -1,0 +1,72 @@
+"""Units of work: the inputs, cut into pieces that one process encodes at a time."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deberta_dist.corpus.inputs import PARQUET, InputFile, Piece, list_inputs
+from deberta_dist.corpus.reading import cut
+from deberta_dist.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A piece of an input: what one process encodes at a time.
+
+    Attributes:
+        file: the input.
+        piece: the part of it.
+        held_out: whether all its documents are held out.
+        input_bytes: bytes of the file that it takes, about.
+    """
+
+    file: InputFile
+    piece: Piece
+    held_out: bool
+    input_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Begins the names of its parts: another file, or the same file changed, has another."""
+        file = self.file
+        identity = json.dumps([str(Path(file.path).resolve()), file.num_bytes, file.modified_ns, self.held_out])
+        digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        return f"{digest}-{self.piece.start:x}-{self.piece.stop:x}"
+
+
+def list_units(
+    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int
+) -> tuple[Unit, ...]:
+    """Pieces of all inputs, in order; an empty file is one piece, so that the report counts it.
+
+    Args:
+        inputs: as for ``list_inputs``.
+        held_out_inputs: further ones, all of whose documents are held out; they come first.
+        piece_bytes: as for ``cut``.
+
+    Raises:
+        DataError: as ``list_inputs`` and ``cut``; a file is in both; an archive has no bytes; the names of two sources
+            differ in case alone.
+    """
+    units: list[Unit] = []
+    seen: dict[Path, bool] = {}
+    spelling: dict[str, str] = {}
+    for given, held_out in ((held_out_inputs, True), (inputs, False)):
+        for file in list_inputs(given):
+            if seen.setdefault(file.path.resolve(), held_out) != held_out:
+                raise DataError(f"{file.path} is given as --input and as --held-out-input: name it in one of them")
+            if (other := spelling.setdefault(file.source.lower(), file.source)) != file.source:
+                raise DataError(
+                    f"sources {other} and {file.source} differ in case alone, and would share a folder where file "
+                    "names do not: spell them in one way, or name one otherwise"
+                )
+            if not file.num_bytes and (file.compression or file.kind == PARQUET):
+                raise DataError(f"{file.path} is cut short: it has no bytes; copy it again, or leave it out")
+            pieces = cut(file, piece_bytes=piece_bytes) or [Piece(start=0, stop=0)]
+            units += [
+                Unit(file=file, piece=piece, held_out=held_out, input_bytes=file.num_bytes // len(pieces))
+                for piece in pieces
+            ]
+    return tuple(units)
