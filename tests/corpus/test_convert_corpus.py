@@ -14,8 +14,8 @@ from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
-from tests.corpus.test_prepare import documents_of
 from tests.corpus.test_tools import assert_one_line_error, run
+from tests.preparation.small import documents_in
 
 TOOL = "convert_corpus.py"
 
@@ -86,7 +86,7 @@ def test_sequences_are_joined_and_empty_documents_counted(
 ) -> None:  # fmt: skip
     lay_out(tmp_path / "m", dtype=dtype)
     report = convert_corpus(tmp_path / "m.idx", tmp_path / "a.tokens", tokenizer=tokenizer, strip_eod=strip_eod)
-    assert documents_of(tmp_path / "a.tokens") == expected
+    assert documents_in(tmp_path / "a.tokens") == expected
     assert (report.num_documents, report.num_empty_documents, report.num_eod) == (len(expected), num_empty, num_eod)
 
 

@@ -31,15 +31,18 @@ def prepare(
     return outcome
 
 
+def documents_in(path: Path) -> list[list[int]]:
+    """Ids of every document of a token file, in order."""
+    file = TokenFile(path)
+    file.verify()
+    offsets = file.document_offsets
+    return [file.ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
 def documents_of(corpus: Path) -> list[list[int]]:
     """Ids of every document of a directory with index.json, in order."""
-    found: list[list[int]] = []
     names = [item["name"] for item in json.loads((corpus / "index.json").read_text())["files"]]
-    for name in names:
-        file = TokenFile(corpus / name)
-        file.verify()
-        offsets = file.document_offsets
-        found += [file.ids[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    found = [document for name in names for document in documents_in(corpus / name)]
     assert open_corpus(corpus).num_tokens == sum(map(len, found))
     return found
 
