@@ -55,7 +55,7 @@ def test_the_large_model_on_64_processes() -> None:
         "64 = tensor 2 x pipeline 4 x data 8",
         "1,048.58 G tokens",
         "whatever the number of micro-batches",
-        "train.tokens does not exist yet",
+        "corpus/train does not exist yet",
         "128100 + 28 rows",
     ):
         assert words in text
