@@ -10,17 +10,25 @@ data.valid name; corpus/report.md says what was read, left out and written.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import with_exit_code  # noqa: E402
+from deberta_dist.errors import encodable, with_exit_code  # noqa: E402
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace | int:
+    """The command line; an exit code if it asks for help or is wrong, which argparse has told by then."""
+    try:
+        return _parse_arguments()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _parse_arguments() -> argparse.Namespace:
     from deberta_dist.corpus import filters
     from deberta_dist.corpus.arguments import add_reading_arguments
 
@@ -88,15 +96,17 @@ def parse_arguments() -> argparse.Namespace:
 @with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
-    arguments = parse_arguments()
     from deberta_dist.preparation.ranks import Ranks
 
     ranks = Ranks.of_environment()
-    return ranks.run(with_exit_code(lambda: prepare(arguments, ranks)))
+    return ranks.run(with_exit_code(lambda: prepare(ranks)))
 
 
-def prepare(arguments: argparse.Namespace, ranks: "Ranks") -> int:  # noqa: F821
+def prepare(ranks: "Ranks") -> int:  # noqa: F821
     """One rank's work."""
+    arguments = ranks.first(parse_arguments)
+    if isinstance(arguments, int):
+        return arguments
     from deberta_dist.corpus import filters
     from deberta_dist.corpus.arguments import read_options
     from deberta_dist.corpus.contamination import benchmark_ngrams
@@ -120,6 +130,8 @@ def prepare(arguments: argparse.Namespace, ranks: "Ranks") -> int:  # noqa: F821
         return recipe, ngrams
 
     recipe, ngrams = ranks.first(check)
+    if ranks.rank == 0 and (hint := ranks.unused_cores(num_workers=arguments.workers)):
+        print(f"note: {hint}", file=sys.stderr, flush=True)
     outcome = prepare_corpus(
         arguments.input,
         arguments.output,
@@ -133,9 +145,11 @@ def prepare(arguments: argparse.Namespace, ranks: "Ranks") -> int:  # noqa: F821
         progress=lambda progress: print(progress, file=sys.stderr, flush=True),
     )
     if outcome is not None:
-        print(outcome.summary(Path(arguments.output)))
+        print(encodable(outcome.summary(Path(arguments.output))))
     return 0
 
 
 if __name__ == "__main__":
+    # As on an interrupt, workers are ended and unfinished files removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -47,9 +47,8 @@ def publish(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
 
 def wait_for(paths: Iterable[Path]) -> None:

@@ -40,7 +40,7 @@ class Ranks:
         Raises:
             ConfigError: mpi4py, or the MPI library it needs, is missing.
         """
-        if not any(name in os.environ for name in _STARTED_BY_MPI):
+        if not cls.is_started_by_mpi():
             return cls()
         try:
             from mpi4py import MPI
@@ -73,6 +73,21 @@ class Ranks:
         self.barrier()
         return self._communicator.gather(value, root=0)
 
+    def unused_cores(self, *, num_workers: int) -> str | None:
+        """What to tell a user whose mpirun has bound this rank to fewer cores than its workers could use; else None."""
+        bound, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+        if not self.is_started_by_mpi() or bound >= min(num_workers, present):
+            return None
+        return (
+            f"{num_workers} workers of each rank share {bound} of {present} cores, for mpirun has bound the ranks: "
+            "mpirun --bind-to none lets them use all"
+        )
+
+    @staticmethod
+    def is_started_by_mpi() -> bool:
+        """Whether mpirun, or what does its work, started this process."""
+        return any(name in os.environ for name in _STARTED_BY_MPI)
+
     def run(self, main: Callable[[], int]) -> int:
         """Runs ``main``; what goes wrong on one rank ends all, which would wait for it for ever.
 
@@ -83,6 +98,8 @@ class Ranks:
             return main()
         try:
             code = main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
         except BaseException:
             traceback.print_exc()
             code = 1

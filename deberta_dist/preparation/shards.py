@@ -112,7 +112,7 @@ class _Folder:
         ends = np.cumsum(lengths, dtype=np.int64)
         start = taken = 0
         while start < len(documents):
-            room = self._max_tokens - self._num_tokens
+            room = max(self._max_tokens - self._num_tokens, 0)  # a document alone may be longer
             stop = int(np.searchsorted(ends, taken + room, side="right"))
             if stop == start and self._num_documents == 0:
                 stop = start + 1  # longer than a shard: a file of its own
