@@ -13,6 +13,8 @@ from typing import Any
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_corpus.py"
 SECONDS = 60.0
+# The algebra library reserves memory for every core.
+_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def mpirun() -> str | None:
@@ -63,11 +65,13 @@ class Start:
         output: its --output.
         arguments: the others.
         num_ranks: of mpirun; None: it is started without.
+        memory_bytes: addresses that each process may have; None: any.
     """
 
     output: Path
     arguments: list[Any]
     num_ranks: int | None = None
+    memory_bytes: int | None = None
     _process: subprocess.Popen = field(init=False)
     _family: list[int] = field(init=False, default_factory=list)
 
@@ -75,12 +79,14 @@ class Start:
         command = [sys.executable, str(TOOL), *map(str, self.arguments), "--output", str(self.output)]
         if self.num_ranks is not None:
             command = [str(mpirun()), "-n", str(self.num_ranks), "--oversubscribe", *command]
+        if self.memory_bytes is not None:
+            command = ["sh", "-c", f'ulimit -v {self.memory_bytes >> 10}; exec "$@"', "sh", *command]
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
+            env={**os.environ, **_ENVIRONMENT},
         )
         return self
 
