@@ -24,7 +24,10 @@ from deberta_dist.preparation.publish import making
 
 _PROGRESS = struct.Struct("<3Q")
 _PROGRESS_NAME = "progress-"
-_AGAIN = "run the same command again, what is finished stays; where memory is short, with fewer --workers"
+_AGAIN = (
+    "run the same command again, what is finished stays; where memory is short, with fewer --workers or a smaller "
+    "--max-document-bytes"
+)
 
 
 class Worker:

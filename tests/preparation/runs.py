@@ -76,7 +76,7 @@ class Start:
     _family: list[int] = field(init=False, default_factory=list)
 
     def __enter__(self) -> "Start":
-        command = [sys.executable, str(TOOL), *map(str, self.arguments), "--output", str(self.output)]
+        command = [sys.executable, str(TOOL), *(one if isinstance(one, bytes) else str(one) for one in self.arguments), "--output", str(self.output)]
         if self.num_ranks is not None:
             command = [str(mpirun()), "-n", str(self.num_ranks), "--oversubscribe", *command]
         if self.memory_bytes is not None:

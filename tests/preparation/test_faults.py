@@ -3,7 +3,6 @@
 import gzip
 import json
 import multiprocessing
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
