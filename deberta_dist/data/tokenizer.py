@@ -194,9 +194,9 @@ class Tokenizer:
         """
         return self._processor.encode(clean_text(text))
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """As ``encode``, int32 [T], without a Python number per token."""
-        return self._processor.encode(clean_text(text), return_type="numpy")
+    def encode_array(self, text: str, *, is_clean: bool = False) -> np.ndarray:
+        """As ``encode``, int32 [T], without a Python number per token; ``is_clean`` if ``clean_text`` made the text."""
+        return self._processor.encode(text if is_clean else clean_text(text), return_type="numpy")
 
     def surfaces(self, text: str) -> list[str]:
         """What each id of ``encode(text)`` stands for in the normalised text, ``[UNK]`` as well.

@@ -36,16 +36,31 @@ _LOWER = bytes(range(256)).lower()
 _REPORT_BYTES = 1 << 18
 
 
-def document_hash(text: str) -> bytes:
+def document_hash(text: bytes) -> bytes:
     """128 bits of a document: equal for texts that differ only in case, white space and Unicode's spelling.
 
     BLAKE2b of the text after NFKC, full case folding and removal of white space.
+
+    Args:
+        text: its text, UTF-8.
     """
-    if text.isascii():
-        normal = text.encode("ascii").translate(_LOWER, _WHITESPACE)
-    else:
-        normal = unicodedata.normalize("NFKC", text).casefold().encode("utf-8").translate(None, _WHITESPACE)
-    return hashlib.blake2b(normal, digest_size=HASH_BYTES).digest()
+    if not text.isascii() and _may_fold(text):
+        text = _fold(text)
+    return hashlib.blake2b(text.translate(_LOWER, _WHITESPACE), digest_size=HASH_BYTES).digest()
+
+
+def _may_fold(text: bytes) -> bool:
+    """Whether folding changes more than the case of ASCII letters; looks at a text's few other characters alone."""
+    content = np.frombuffer(text, np.uint8)
+    is_other = content > 127
+    # With the character before, which a combining mark may join. Nothing joins an ASCII character from behind.
+    is_other[:-1] |= is_other[1:]
+    others = content[is_other].tobytes()
+    return 4 * len(others) > len(text) or _fold(others) != others.lower()
+
+
+def _fold(text: bytes) -> bytes:
+    return unicodedata.normalize("NFKC", text.decode("utf-8")).casefold().encode("utf-8")
 
 
 def held_out_below(percent: float) -> int:
@@ -141,6 +156,7 @@ class _Batch:
         self._encoder = encoder
         self._recipe = encoder.recipe
         self._all_held_out = all_held_out
+        self._dtype = id_dtype(encoder.tokenizer.num_tokens)
         self._began = time.process_time()
         self._ids: list[np.ndarray] = []
         self._num_bytes: list[int] = []
@@ -189,27 +205,27 @@ class _Batch:
             return failed
         if self._encoder.ngrams is not None and self._encoder.ngrams.shares(text):
             return CONTAMINATED
-        ids = self._encoder.tokenizer.encode_array(text)
+        ids = self._encoder.tokenizer.encode_array(text, is_clean=True)
         if not ids.size:
             return EMPTY
-        self._ids.append(ids)
+        self._ids.append(ids.astype(self._dtype))
         self._num_tokens += ids.size
-        self._num_bytes.append(len(text) if text.isascii() else len(text.encode("utf-8")))
-        self._hashes.append(document_hash(text))
+        content = text.encode("utf-8")
+        self._num_bytes.append(len(content))
+        self._hashes.append(document_hash(content))
         if self._recipe.near_duplicates is not None:
             self._signatures.append(signature(text))
         return None
 
     def write(self, path: Path, *, is_last: bool) -> None:
         """Writes the part."""
-        dtype = id_dtype(self._encoder.tokenizer.num_tokens)
         # Stored whole; a hash never depends on the machine's byte order.
         hashes = np.frombuffer(b"".join(self._hashes), ">u8").astype(np.uint64).reshape(-1, 2)
         held_out = np.full(len(hashes), self._all_held_out)
         held_out |= hashes[:, 1] < np.uint64(min(held_out_below(self._recipe.held_out_percent), 2**64 - 1))
         write_part(
             path,
-            ids=np.concatenate([np.empty(0, np.int32), *self._ids]).astype(dtype),
+            ids=np.concatenate([np.empty(0, self._dtype), *self._ids]),
             lengths=np.array([ids.size for ids in self._ids], np.uint32),
             num_bytes=np.array(self._num_bytes, np.uint32),
             hashes=hashes,
