@@ -34,6 +34,7 @@ CONTAMINATED = "contaminated"
 _WHITESPACE = string.whitespace.encode("ascii")
 _LOWER = bytes(range(256)).lower()
 _REPORT_BYTES = 1 << 18
+_SEPARATOR = b"\0"  # in no text: clean_text takes it out
 
 
 def document_hash(text: bytes) -> bytes:
@@ -42,21 +43,31 @@ def document_hash(text: bytes) -> bytes:
     BLAKE2b of the text after NFKC, full case folding and removal of white space.
 
     Args:
-        text: its text, UTF-8.
+        text: its text, UTF-8, as ``clean_text`` leaves it.
     """
-    if not text.isascii() and _may_fold(text):
-        text = _fold(text)
-    return hashlib.blake2b(text.translate(_LOWER, _WHITESPACE), digest_size=HASH_BYTES).digest()
+    folded = text if text.isascii() else _folded(text)
+    return hashlib.blake2b(folded.translate(_LOWER, _WHITESPACE), digest_size=HASH_BYTES).digest()
 
 
-def _may_fold(text: bytes) -> bool:
-    """Whether folding changes more than the case of ASCII letters; looks at a text's few other characters alone."""
+def _folded(text: bytes) -> bytes:
+    """``_fold``, but for the case of ASCII letters: looks at the few characters of most texts that are not ASCII alone.
+
+    Each is taken with the ASCII character before it, which a combining mark may join; nothing joins an ASCII character
+    from behind.
+    """
     content = np.frombuffer(text, np.uint8)
     is_other = content > 127
-    # With the character before, which a combining mark may join. Nothing joins an ASCII character from behind.
     is_other[:-1] |= is_other[1:]
     others = content[is_other].tobytes()
-    return 4 * len(others) > len(text) or _fold(others) != others.lower()
+    if 4 * len(others) > len(text):
+        return _fold(text)
+    if _fold(others) == others.lower():
+        return text
+    edges = np.flatnonzero(np.diff(is_other, prepend=False, append=False)).tolist()
+    starts, stops = edges[::2], edges[1::2]
+    runs = _fold(_SEPARATOR.join([text[a:b] for a, b in zip(starts, stops, strict=True)])).split(_SEPARATOR)
+    between = [text[a:b] for a, b in zip(stops, [*starts[1:], len(text)], strict=True)]
+    return text[: starts[0]] + b"".join([piece for pair in zip(runs, between, strict=True) for piece in pair])
 
 
 def _fold(text: bytes) -> bytes:
