@@ -5,13 +5,14 @@ give the same batch everywhere, so nothing has to be sent or stored.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from deberta_dist.data.masking import MaskingConfig, mask_batch
 from deberta_dist.data.packing import Packing
-from deberta_dist.data.sampler import Permutation, check_seed, position
+from deberta_dist.data.sampler import check_seed, samples_at
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
@@ -49,6 +50,26 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         raise DataError(
             f"vocab_size = {vocab_size} of the model is less than the {tokenizer.num_tokens} tokens of "
             f"{tokenizer.path} ([MASK] included): raise it to at least that"
+        )
+
+
+def require_ids(sequences: np.ndarray, tokenizer: Tokenizer, *, where: Path, samples: np.ndarray) -> None:
+    """Refuses ids outside the vocabulary.
+
+    Args:
+        sequences: ids [B, S].
+        tokenizer: of the vocabulary.
+        where: the corpus, for the message.
+        samples: what each sequence is called in it, integers [B].
+
+    Raises:
+        DataError: with the corpus and the first sample that holds one.
+    """
+    if sequences.max() >= tokenizer.num_tokens:
+        row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
+        raise DataError(
+            f"{where} is damaged: sample {samples[row]} holds the id {sequences.max()} of {tokenizer.num_tokens}; "
+            "prepare the corpus again"
         )
 
 
@@ -107,16 +128,11 @@ class MaskedLMData:
 
     def samples_at(self, start: int, count: int) -> list[tuple[int, int]]:
         """(epoch, sample) at global positions start .. start + count - 1."""
-        found: list[tuple[int, int]] = []
-        while len(found) < count:
-            epoch, index = position(start + len(found), self.num_samples)
-            # All that this epoch still has: the permutation is much cheaper per sample on an array.
-            last = min(index + count - len(found), self.num_samples)
-            samples = np.arange(index, last)
-            if self._shuffle:
-                samples = Permutation(self.num_samples, seed=self._seed, epoch=epoch)(samples)
-            found += [(epoch, sample) for sample in samples.tolist()]
-        return found
+        epochs, samples = self._samples_at(start, count)
+        return list(zip(epochs.tolist(), samples.tolist(), strict=True))
+
+    def _samples_at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return samples_at(start, count, size=self.num_samples, seed=self._seed if self._shuffle else None)
 
     def batch(self, start: int, count: int) -> Batch:
         """The samples at global positions start .. start + count - 1.
@@ -132,9 +148,9 @@ class MaskedLMData:
             DataError: the corpus holds an id outside the vocabulary, hence is damaged.
         """
         assert start >= 0 and count >= 1
-        epochs, samples = np.array(self.samples_at(start, count), dtype=np.int64).T
+        epochs, samples = self._samples_at(start, count)
         sequences, documents = self._packing.sequences(samples)
-        self._require_ids(sequences, samples)
+        require_ids(sequences, self._tokenizer, where=self._corpus.path, samples=samples)
         input_ids, labels = mask_batch(
             sequences,
             is_word_start=self._tokenizer.is_word_start,
@@ -153,12 +169,3 @@ class MaskedLMData:
             labels=torch.from_numpy(labels),
             document_ids=None if documents is None else torch.from_numpy(documents),
         )
-
-    def _require_ids(self, sequences: np.ndarray, samples: np.ndarray) -> None:
-        """Refuses ids outside the vocabulary."""
-        if sequences.max() >= self._tokenizer.num_tokens:
-            row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
-            raise DataError(
-                f"{self._corpus.path} is damaged: sample {samples[row]} holds the id {sequences.max()} of "
-                f"{self._tokenizer.num_tokens}; prepare the corpus again"
-            )

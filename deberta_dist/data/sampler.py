@@ -39,6 +39,33 @@ def position(consumed: int, size: int) -> tuple[int, int]:
     return divmod(consumed, size)
 
 
+def samples_at(start: int, count: int, *, size: int, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and samples at positions that run on through the epochs.
+
+    Args:
+        start: first position, from 0.
+        count: number of positions.
+        size: samples per epoch.
+        seed: of the epochs' orders; None: every epoch in ascending order.
+
+    Returns:
+        Epochs and samples, int64 [count] each.
+
+    Raises:
+        ConfigError: ``seed`` is outside its range.
+    """
+    epochs, samples, found = np.empty(count, np.int64), np.empty(count, np.int64), 0
+    while found < count:
+        epoch, index = position(start + found, size)
+        # All that this epoch still has: the permutation is much cheaper per sample on an array.
+        here = np.arange(index, min(index + count - found, size))
+        rows = slice(found, found + here.size)
+        epochs[rows] = epoch
+        samples[rows] = here if seed is None else Permutation(size, seed=seed, epoch=epoch)(here)
+        found += here.size
+    return epochs, samples
+
+
 def _mix(word: int) -> int:
     """splitmix64's finaliser: every bit of the result depends on every bit of ``word``."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD

@@ -67,6 +67,23 @@ class SourcePosition:
         return self.epoch + self.index / self.num_samples
 
 
+def source_weights(sources: Sequence[Source], sizes: Sequence[int]) -> list[Fraction]:
+    """What the sources are read in proportion to.
+
+    Args:
+        sources: all with a proportion, or all with epochs; a single one needs neither.
+        sizes: of an epoch of each, in any unit.
+    """
+    if len(sources) == 1:
+        return [Fraction(1)]
+    weights = []
+    for source, size in zip(sources, sizes, strict=True):
+        assert (source.proportion is None) != (source.epochs is None) == (sources[0].epochs is None)
+        # As it is written: 0.3 is three tenths, not the nearest binary fraction.
+        weights.append(Fraction(str(source.proportion)) if source.epochs is None else Fraction(str(source.epochs)) * size)
+    return weights
+
+
 class Mixture:
     """How the samples of a run are shared among its sources. Knows their sizes and reads nothing of them.
 
@@ -94,14 +111,12 @@ class Mixture:
             count_samples(source.corpus, max_seq_length=max_seq_length, document_boundaries=document_boundaries)[0]
             for source in self.sources
         ]
-        self.blend = Blend([self._weight(source, size) for source, size in zip(self.sources, self.sizes, strict=True)])
+        self.blend = Blend(source_weights(self.sources, self.sizes))
 
-    def _weight(self, source: Source, size: int) -> Fraction:
-        if len(self.sources) == 1:
-            return Fraction(1)
-        assert (source.proportion is None) != (source.epochs is None) == (self.sources[0].epochs is None)
-        # As it is written: 0.3 is three tenths, not the nearest binary fraction.
-        return Fraction(str(source.proportion)) if source.epochs is None else Fraction(str(source.epochs)) * size
+    @property
+    def shares(self) -> list[Fraction]:
+        """Share of each source in the samples."""
+        return self.blend.shares
 
     @property
     def num_samples(self) -> Fraction | None:
@@ -190,10 +205,10 @@ class BlendedData:
         for number in sources.unique().tolist():
             rows.append(torch.nonzero(sources == number)[:, 0])
             parts.append(self._parts[number].batch(firsts[number], len(rows[-1])))
-        return _in_order(parts, torch.cat(rows))
+        return in_order(parts, torch.cat(rows))
 
 
-def _in_order(parts: Sequence[Batch], rows: torch.Tensor) -> Batch:
+def in_order(parts: Sequence[Batch], rows: torch.Tensor) -> Batch:
     """One batch whose row ``rows[i]`` is row i of the parts one after another."""
     order = torch.argsort(rows)
     columns = {}
