@@ -83,9 +83,9 @@ def _parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--piece-bytes",
         type=int,
-        default=1 << 25,
+        default=1 << 23,
         metavar="BYTES",
-        help="input that a process takes at a time (default: 32 MiB); the output is the same with any",
+        help="input that a process takes at a time (default: 8 MiB); the output is the same with any",
     )
     arguments = parser.parse_args()
     if arguments.benchmark_ngram is not None and not arguments.benchmark:

@@ -95,7 +95,7 @@ def finished_parts(directory: Path, unit: Unit) -> tuple[list[Part], bool]:
 
 
 def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
-    """All parts in order, and the number of the unit of each; sees to it that no duplicate is sought in damaged ones."""
+    """All parts in order, and the number of the unit of each; no duplicate is sought in damaged ones."""
     parts: list[Part] = []
     unit_of_part: list[int] = []
     deadline = time.monotonic() + VISIBLE_SECONDS

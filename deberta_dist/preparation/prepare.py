@@ -6,9 +6,9 @@ Called by tools/prepare_corpus.py on every rank. Three phases, each shared out i
     duplicates    a range of hashes        -> documents to drop
     shards        a token file             -> the documents that stay, in the order of the input
 
-What a phase has finished is on disk, so the same command goes on after any end. Memory: a part per process (about 200 MB),
-26 bytes for each of the longest document, the hashes of a range, nothing that grows with the corpus but a few numbers per
-part; near-duplicates have a memory of their own.
+What a phase has finished is on disk, so the same command goes on after any end. Memory of a process: a part (about 100 MB),
+26 bytes for each byte of the longest document, the hashes of a range, nothing that grows with the corpus but a few numbers
+per part; near-duplicates have a memory of their own.
 """
 
 import dataclasses

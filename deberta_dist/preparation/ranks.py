@@ -75,8 +75,10 @@ class Ranks:
 
     def unused_cores(self, *, num_workers: int) -> str | None:
         """What to tell a user whose mpirun has bound this rank to fewer cores than its workers could use; else None."""
+        if not self.is_started_by_mpi():
+            return None
         bound, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-        if not self.is_started_by_mpi() or bound >= min(num_workers, present):
+        if bound >= min(num_workers, present):
             return None
         return (
             f"{num_workers} workers of each rank share {bound} of {present} cores, for mpirun has bound the ranks: "

@@ -40,7 +40,7 @@ class Recipe:
     near_duplicates: float | None = None
     contamination: str | None = None
     shard_bytes: int = 1 << 30
-    piece_bytes: int = 1 << 25
+    piece_bytes: int = 1 << 23
 
     def __post_init__(self) -> None:
         """Checks the numbers.

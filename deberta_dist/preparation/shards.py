@@ -12,8 +12,9 @@ import numpy as np
 
 from deberta_dist.data.token_file import TokenFile, id_dtype
 from deberta_dist.data.token_writer import TokenFileWriter
+from deberta_dist.errors import DataError
 from deberta_dist.preparation.duplicates import Dropped
-from deberta_dist.preparation.parts import Part
+from deberta_dist.preparation.parts import Part, damaged
 
 TRAIN, HELD_OUT = "train", "heldout"
 
@@ -192,7 +193,7 @@ def folder_of(source: str, *, split: str) -> str:
 def write_shard(
     shard: Shard, *, parts: Sequence[Part], dropped: Dropped, directory: Path, tokenizer_sha256: str, vocab_size: int
 ) -> None:
-    """Writes one token file; one that is there is left alone where it is what would be written.
+    """Writes one token file; one that is there, of an earlier start, is compared with its checksum and left.
 
     Args:
         shard: which documents.
@@ -202,10 +203,14 @@ def write_shard(
         tokenizer_sha256, vocab_size: of the tokenizer that made the parts.
 
     Raises:
-        DataError: the disk is full, a part is damaged, or another file is in the way.
+        DataError: the disk is full, or a part or the file that is there is damaged.
     """
     path = directory / shard.folder / shard.name
-    if path.exists() and TokenFile(path).num_tokens == shard.num_tokens:
+    if path.exists():
+        try:
+            TokenFile(path).verify()
+        except DataError as error:
+            raise damaged(path, "its checksum or header is another") from error
         return
     with TokenFileWriter(path, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, source=shard.folder) as writer:
         for ids, lengths in _documents(shard, parts=parts, dropped=dropped):

@@ -20,20 +20,14 @@ class Unit:
         piece: the part of it.
         held_out: whether all its documents are held out.
         input_bytes: bytes of the file that it takes, about.
+        name: begins the names of its parts: another file, or the same file changed, has another.
     """
 
     file: InputFile
     piece: Piece
     held_out: bool
     input_bytes: int
-
-    @property
-    def name(self) -> str:
-        """Begins the names of its parts: another file, or the same file changed, has another."""
-        file = self.file
-        identity = json.dumps([str(Path(file.path).resolve()), file.num_bytes, file.modified_ns, self.held_out])
-        digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:20]
-        return f"{digest}-{self.piece.start:x}-{self.piece.stop:x}"
+    name: str
 
 
 def list_units(
@@ -55,7 +49,8 @@ def list_units(
     spelling: dict[str, str] = {}
     for given, held_out in ((held_out_inputs, True), (inputs, False)):
         for file in list_inputs(given):
-            if seen.setdefault(file.path.resolve(), held_out) != held_out:
+            path = file.path.resolve()
+            if seen.setdefault(path, held_out) != held_out:
                 raise DataError(f"{file.path} is given as --input and as --held-out-input: name it in one of them")
             if (other := spelling.setdefault(file.source.lower(), file.source)) != file.source:
                 raise DataError(
@@ -65,8 +60,16 @@ def list_units(
             if not file.num_bytes and (file.compression or file.kind == PARQUET):
                 raise DataError(f"{file.path} is cut short: it has no bytes; copy it again, or leave it out")
             pieces = cut(file, piece_bytes=piece_bytes) or [Piece(start=0, stop=0)]
+            identity = json.dumps([str(path), file.num_bytes, file.modified_ns, held_out])
+            digest = hashlib.sha256(identity.encode("ascii")).hexdigest()[:20]
             units += [
-                Unit(file=file, piece=piece, held_out=held_out, input_bytes=file.num_bytes // len(pieces))
+                Unit(
+                    file=file,
+                    piece=piece,
+                    held_out=held_out,
+                    input_bytes=file.num_bytes // len(pieces),
+                    name=f"{digest}-{piece.start:x}-{piece.stop:x}",
+                )
                 for piece in pieces
             ]
     return tuple(units)

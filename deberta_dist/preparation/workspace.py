@@ -117,7 +117,7 @@ class Workspace:
             os.replace(path, self.output / path.name)
 
     def remove(self) -> None:
-        """Removes the working directory of a complete corpus; what cannot be is harmless, and the next start tries again."""
+        """Removes the working directory of a complete corpus; what is left is harmless, and the next start tries again."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Starts tools/prepare_corpus.py, alone or under mpirun, waits for a moment of its work, and sees who is left behind."""
+"""Starts tools/prepare_corpus.py, alone or under mpirun, waits for a moment of its work, and sees who is left."""
 
 import os
 import shutil
@@ -76,7 +76,8 @@ class Start:
     _family: list[int] = field(init=False, default_factory=list)
 
     def __enter__(self) -> "Start":
-        command = [sys.executable, str(TOOL), *(one if isinstance(one, bytes) else str(one) for one in self.arguments), "--output", str(self.output)]
+        words = [one if isinstance(one, bytes) else str(one) for one in self.arguments]
+        command = [sys.executable, str(TOOL), *words, "--output", str(self.output)]
         if self.num_ranks is not None:
             command = [str(mpirun()), "-n", str(self.num_ranks), "--oversubscribe", *command]
         if self.memory_bytes is not None:

@@ -15,8 +15,17 @@ from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.progress import Progress
+from deberta_dist.preparation.units import list_units
 from tests.preparation.runs import Start, parts_of
 from tests.preparation.small import documents_of, files_of, jsonl, prepare
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def kill(*arguments: Any, **settings: Any) -> None:
+    raise Killed
 
 
 def at(phase: str, action: Callable[[], Any]) -> Callable[[Progress], None]:
@@ -30,7 +39,9 @@ def at(phase: str, action: Callable[[], Any]) -> Callable[[Progress], None]:
     return progress
 
 
-def test_archives_that_end_early_and_inputs_without_documents(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+def test_archives_that_end_early_and_inputs_without_documents(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
+) -> None:
     jsonl(tmp_path / "in" / "a.jsonl", *texts[:4])
     (tmp_path / "in" / "b.txt").touch()
     (tmp_path / "in" / "c.jsonl").write_text('\n\n{"text": ""}\n{"text": " "}\n')
@@ -44,7 +55,7 @@ def test_archives_that_end_early_and_inputs_without_documents(tokenizer: Tokeniz
     archive.write_bytes(whole)
     kept: dict[str, tuple[int, int]] = {}
     progress = at("finding duplicates", lambda: kept.update(parts_of(tmp_path / "x")))
-    # Nothing but parts of the archive is made anew; those of its first half have another name, for the file has changed.
+    # Nothing but parts of the archive is made anew; those of its first half have another name, the file has changed.
     outcome = prepare([tmp_path / "in"], tmp_path / "x", tokenizer=tokenizer, piece_bytes=30_000, progress=progress)
     assert before.items() <= kept.items()
     assert documents_of(tmp_path / "x" / "train") == [tokenizer.encode(text) for text in texts]
@@ -91,7 +102,9 @@ def test_bytes_that_are_not_utf8_are_left_out_and_counted(tokenizer: Tokenizer, 
     assert documents_of(tmp_path / "x" / "train") == [tokenizer.encode("the time"), tokenizer.encode("was late")]
 
 
-def test_an_input_that_changes_costs_its_own_parts_alone(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+def test_an_input_that_changes_costs_its_own_parts_alone(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
+) -> None:
     steady, changing = jsonl(tmp_path / "a.jsonl", *texts), jsonl(tmp_path / "b.jsonl", "the time")
     output = tmp_path / "x"
 
@@ -145,19 +158,15 @@ def test_a_bit_that_flips_in_a_part_is_found(
     damaged: list[Path] = []
 
     def flip() -> None:
-        path = sorted((output / ".work" / "parts").iterdir())[1]
+        # Of the first file: nothing that is only in the second stays, so nobody would look at all of it.
+        name = list_units(paths, [], piece_bytes=1 << 23)[0].name
+        (path,) = (output / ".work" / "parts").glob(f"{name}.*")
         content = bytearray(path.read_bytes())
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
         content[8 + size + header[array]["data_offsets"][0]] ^= 1
         path.write_bytes(content)
         damaged.append(path)
-
-    class Killed(Exception):
-        """Stands for a kill."""
-
-    def kill() -> None:
-        raise Killed
 
     with pytest.raises(Killed):
         prepare(paths, output, progress=at("finding duplicates", kill), **settings)
@@ -168,6 +177,36 @@ def test_a_bit_that_flips_in_a_part_is_found(
     prepare(paths, output, **settings)
     prepare(paths, tmp_path / "whole", **settings)
     assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_a_bit_that_flips_in_a_list_or_a_token_file_is_found(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, output = [jsonl(tmp_path / f"{name}.jsonl", *texts[:3]) for name in "ab"], tmp_path / "x"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("deberta_dist.preparation.prepare.write_index", kill)
+        prepare(paths, output, tokenizer=tokenizer)
+    for suffix in ("dropped", "tokens"):
+        (path,) = output.rglob(f"*.{suffix}")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"\.{suffix} is damaged .*: remove this file and run the same command"):
+            prepare(paths, output, tokenizer=tokenizer)
+        path.unlink()
+    prepare(paths, output, tokenizer=tokenizer)
+    assert documents_of(output / "train") == [tokenizer.encode(text) for text in texts[:3]]
+
+
+def test_a_second_start_is_refused_while_one_is_at_work(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+    path, output = jsonl(tmp_path / "a.jsonl", *texts), tmp_path / "x"
+
+    def again() -> None:
+        with pytest.raises(ConfigError, match=r"--output: working directory = .*/x/\.work is in use by another run"):
+            prepare([path], output, tokenizer=tokenizer)
+
+    prepare([path], output, tokenizer=tokenizer, progress=at("finding duplicates", again))
+    assert documents_of(output / "train") == [tokenizer.encode(text) for text in texts]
 
 
 def test_a_full_disk_in_every_phase(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
@@ -195,14 +234,8 @@ def test_a_full_disk_in_every_phase(tokenizer: Tokenizer, texts: list[str], tmp_
         process.join()
         if limit == 20_000:
             # Parts are larger than token files here: made where there is room, they are what the next starts find.
-            class Enough(Exception):
-                """Ends the start once its parts are made."""
-
-            def stop() -> None:
-                raise Enough
-
-            with pytest.raises(Enough):
-                prepare(paths, output, progress=at("finding duplicates", stop), **settings)
+            with pytest.raises(Killed):
+                prepare(paths, output, progress=at("finding duplicates", kill), **settings)
     assert all(line.startswith("DataError") and "File too large" in line and "make room" in line for line in told), told
     assert "recipe.json" in told[0] and ".part" in told[1] and ".tokens" in told[2]
     prepare(paths, output, **settings)

@@ -1,4 +1,4 @@
-"""Kills, wherever they come: the same command goes on, makes nothing twice, and ends with the bytes of an undisturbed run."""
+"""Kills, wherever they come: the same command goes on, makes nothing twice, and ends with the undisturbed bytes."""
 
 import multiprocessing
 import os

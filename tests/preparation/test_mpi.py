@@ -1,4 +1,4 @@
-"""Under mpirun: the same bytes from any number of ranks, one error and its exit code, and ranks that are killed or slow."""
+"""Under mpirun: the same bytes from any number of ranks, one error and its exit code, killed and slow ranks."""
 
 import importlib.util
 import os
@@ -95,6 +95,5 @@ def test_ranks_bound_to_few_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert Ranks().unused_cores(num_workers=4) is None
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     assert Ranks().unused_cores(num_workers=1) is None
-    assert Ranks().unused_cores(num_workers=4) == (
-        "4 workers of each rank share 1 of 8 cores, for mpirun has bound the ranks: mpirun --bind-to none lets them use all"
-    )
+    told = Ranks().unused_cores(num_workers=4)
+    assert told is not None and "4 workers of each rank share 1 of 8 cores" in told and "--bind-to none" in told

@@ -15,7 +15,8 @@ from tests.preparation.small import documents_of, files_of, jsonl, prepare
 
 def test_names_of_any_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    inputs = [jsonl(folder / name, name) for name in ("a\nb.jsonl", "x=y.jsonl", "*[.jsonl", os.fsdecode(b"\xff.jsonl"))]
+    names = ("a\nb.jsonl", "x=y.jsonl", "*[.jsonl", os.fsdecode(b"\xff.jsonl"))
+    inputs = [jsonl(folder / name, name) for name in names]
     inputs[-1].write_text('{"text": "no text in its name"}\n')
     (tmp_path / "link.jsonl").symlink_to(inputs[0])
     arguments = ["--tokenizer", tokenizer.path, "--workers", 2, "--held-out", 0]
@@ -23,14 +24,15 @@ def test_names_of_any_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with Start(output, [*arguments, "--input", *map(os.fsencode, inputs)]) as start:
         code, told, errors = start.end()
     assert code == 0 and told.startswith(f"{tmp_path}/caf\\udce9/corpus: 4 documents"), errors
-    texts = ["a\nb.jsonl", "x=y.jsonl", "*[.jsonl", "no text in its name"]
+    texts = [*names[:3], "no text in its name"]
     assert documents_of(output / "train") == [tokenizer.encode(text) for text in texts]
     with pytest.raises(DataError, match=r"link\.jsonl is given twice \(also as"):
         prepare([*inputs, tmp_path / "link.jsonl"], tmp_path / "x", tokenizer=tokenizer)
 
 
 def test_sources_that_a_file_system_could_mix_up(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    inputs = [f"{name}={jsonl(tmp_path / f'{number}.jsonl', 'x')}" for number, name in enumerate(("web", "Wiki", "wiki"))]
+    names = ("web", "Wiki", "wiki")
+    inputs = [f"{name}={jsonl(tmp_path / f'{number}.jsonl', 'x')}" for number, name in enumerate(names)]
     with pytest.raises(DataError, match="sources Wiki and wiki differ in case alone"):
         prepare(inputs, tmp_path / "x", tokenizer=tokenizer)
 
@@ -50,7 +52,9 @@ def test_folders_that_are_missing_are_told(tokenizer: Tokenizer, texts: list[str
     assert outcome.missing == [] and outcome.total.heldout.documents == 1
 
 
-def test_a_document_longer_than_a_token_file_has_one_alone(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
+def test_a_document_longer_than_a_token_file_has_one_alone(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
+) -> None:
     short, long = [f"number {number}" for number in range(4)], " ".join(texts[:4])
     expected = [short[0], long, *short[1:], f"{long} again", f"{long} and again"]
     path = jsonl(tmp_path / "a.jsonl", *expected)
