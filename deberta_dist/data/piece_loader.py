@@ -1,0 +1,83 @@
+"""Masked batches of one corpus' pieces, by bucket and position in it. ``buckets.py`` asks for them."""
+
+import numpy as np
+import torch
+
+from deberta_dist.data.loader import Batch, require_ids
+from deberta_dist.data.masking import MaskingConfig, mask_batch
+from deberta_dist.data.pieces import NUM_SPECIAL, PieceList
+from deberta_dist.data.sampler import check_seed, samples_at
+from deberta_dist.data.token_corpus import TokenCorpus
+from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.errors import DataError
+
+
+class PieceData:
+    """Pieces of a corpus for masked language modelling: ``[CLS]``, the piece, ``[SEP]``, padding.
+
+    Positions of a bucket run on through its epochs, each in its own order. The mask of a piece depends on
+    (seed, epoch of its bucket, its first token): not on the lengths of the buckets.
+    """
+
+    def __init__(
+        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, pieces: PieceList, masking: MaskingConfig, seed: int
+    ) -> None:
+        """Of a corpus made with this tokenizer.
+
+        Args:
+            corpus: the text.
+            tokenizer: the tokenizer it was made with.
+            pieces: of this corpus.
+            masking: how targets are chosen.
+            seed: seed of order and masks.
+
+        Raises:
+            ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
+        """
+        self.pieces = pieces
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._masking, self._seed = masking, check_seed(seed)
+
+    def batch(self, bucket: int, start: int, count: int) -> Batch:
+        """The pieces of a bucket at positions start .. start + count - 1.
+
+        Args:
+            bucket: number of the bucket; it is not empty.
+            start: first position, from 0.
+            count: number of pieces, at least 1.
+
+        Returns:
+            A batch of ``count`` sequences of the bucket's length, on the CPU. Safe to call from several threads.
+
+        Raises:
+            DataError: the corpus or the list of pieces cannot be read any more, or is damaged.
+        """
+        sizes = self.pieces.sizes
+        epochs, numbers = samples_at(start, count, size=sizes.num_pieces[bucket], seed=self._seed)
+        starts, tokens = self.pieces.read(bucket, numbers)
+        if (starts + tokens).max() > self._corpus.num_tokens:
+            raise DataError(f"{self.pieces.path} is damaged: a piece ends behind the text; remove it")
+        ids = np.full((count, sizes.lengths[bucket]), self._tokenizer.pad_id, self._corpus.dtype)
+        ids[:, 0] = self._tokenizer.cls_id
+        for row, begin, length in zip(ids, starts.tolist(), tokens.tolist(), strict=True):
+            row[1 : length + 1] = self._corpus.read(begin, begin + length)
+            row[length + 1] = self._tokenizer.sep_id
+        require_ids(ids, self._tokenizer, where=self._corpus.path, samples=starts)
+        lengths = tokens + NUM_SPECIAL
+        input_ids, labels = mask_batch(
+            ids,
+            is_word_start=self._tokenizer.is_word_start,
+            special_ids=self._tokenizer.special_ids,
+            mask_id=self._tokenizer.mask_id,
+            vocab_size=self._tokenizer.num_tokens,
+            seed=self._seed,
+            epochs=epochs,
+            samples=starts,
+            config=self._masking,
+            lengths=lengths,
+        )
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)),
+            labels=torch.from_numpy(labels),
+        )
