@@ -23,6 +23,7 @@ File = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Layers = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+Lengths = Annotated[tuple[Annotated[int, Field(ge=3)], ...], Field(strict=False, min_length=1)]
 
 
 class Section(BaseModel):
@@ -99,6 +100,12 @@ class Data(Section):
     document_boundaries: bool = False
     """Documents that share a sequence are separated by [SEP], do not see each other, and each has the positions from 0
     on. ``false``: they follow each other without a mark, as published."""
+    bucket_lengths: Lengths | None = None
+    """Dynamic batching: every document is a sequence, padded to the shortest of these lengths that holds it (tokens,
+    ascending, the last one ``max_seq_length``; longer documents are cut), and all micro-batches have as many tokens.
+    Absent: documents follow each other, and every sequence has ``max_seq_length`` tokens."""
+    index_directory: File | None = None
+    """Directory, seen by all processes, of the list that dynamic batching makes; by default that of ``data.train``."""
     masking: Literal["official", "uniform"] = "official"
     """``official``: the released sampling, which masks less towards the end of a sequence. ``uniform``: the same
     n-grams of whole words, without that bias."""
@@ -125,12 +132,32 @@ class Data(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _buckets_are_ascending(self) -> Self:
+        lengths = self.bucket_lengths
+        if lengths is None:
+            if self.index_directory is not None:
+                raise ValueError(
+                    f"data.index_directory = {self.index_directory} is of no use without data.bucket_lengths"
+                )
+            return self
+        given = f"data.bucket_lengths = {list(lengths)}"
+        if sorted(set(lengths)) != list(lengths) or lengths[-1] != self.max_seq_length:
+            raise ValueError(f"{given} must ascend to data.max_seq_length = {self.max_seq_length}")
+        if self.document_boundaries:
+            raise ValueError(
+                f"{given} makes every document a sequence of its own: data.document_boundaries = true has nothing to "
+                "separate, leave one of them out"
+            )
+        return self
+
 
 class Training(Section):
     """``[training]``: batch sizes, length of the run, what is recomputed."""
 
     global_batch_size: Count
-    """Sequences per optimizer step = micro_batch_size x num_micro_batches x data_parallel_size."""
+    """Sequences per optimizer step = micro_batch_size x num_micro_batches x data_parallel_size. With dynamic batching
+    these are sequences of ``data.max_seq_length``; of shorter ones there are as many more."""
     micro_batch_size: Count
     """Sequences of one micro-batch on one pipeline."""
     num_micro_batches: Count | Auto = AUTO
@@ -244,6 +271,25 @@ class RunConfig(Section):
     def source(self) -> str:
         """The TOML's path as given, or ``configuration`` for one that was made in Python."""
         return str(self._source) if self._source else "configuration"
+
+    @property
+    def micro_batch_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(sequences, tokens of each) of a micro-batch, for every bucket; the longest sequences last."""
+        tokens = self.training.micro_batch_size * self.data.max_seq_length
+        lengths = self.data.bucket_lengths or (self.data.max_seq_length,)
+        return tuple((tokens // length, length) for length in lengths)
+
+    @model_validator(mode="after")
+    def _buckets_divide(self) -> Self:
+        micro, length = self.training.micro_batch_size, self.data.max_seq_length
+        for bucket in self.data.bucket_lengths or ():
+            if micro * length % bucket:
+                raise ValueError(
+                    f"data.bucket_lengths: {bucket} does not divide training.micro_batch_size = {micro} x "
+                    f"data.max_seq_length = {length} = {micro * length} tokens of a micro-batch, which are the same for "
+                    "all lengths"
+                )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -2,7 +2,7 @@
 
 The schedules are torch.distributed.pipelining's; we write none. Every stage reads the same micro-batch
 (mask, labels, dropout keys) from the data itself, so only hidden states and their gradients travel. One
-stage and one micro-batch take the same path as many.
+stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ class PipelineRunner:
         mesh: The grid.
         schedule: One of ``SCHEDULES``.
         num_micro_batches: M.
-        micro_batch_shape: (B, S), sequences and tokens.
+        micro_batch_shapes: (B, S), sequences and tokens, of all micro-batches that can come; those of one step are alike.
         hidden_size: D.
         dtype: Compute dtype, of the hidden states that travel.
     """
@@ -107,7 +107,7 @@ class PipelineRunner:
         mesh: Mesh,
         schedule: str,
         num_micro_batches: int,
-        micro_batch_shape: tuple[int, int],
+        micro_batch_shapes: Sequence[tuple[int, int]],
         hidden_size: int,
         dtype: torch.dtype,
     ) -> None:
@@ -115,23 +115,26 @@ class PipelineRunner:
         self._has_first = 0 in local_stages
         self._has_last = len(stages) - 1 in local_stages
         self._model = model
-        batch, length = micro_batch_shape
-        ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
-        hidden = torch.empty(batch, length, hidden_size, dtype=dtype, device="meta", requires_grad=True)
         result = torch.empty(1, 3, dtype=torch.float32, device="meta", requires_grad=True)
-        pipeline_stages = [
-            PipelineStage(
-                Stage(model, layers=stages[index]),
-                index,
-                len(stages),
-                mesh.device,
-                input_args=(ids if index == 0 else hidden,),
-                output_args=(result if index == len(stages) - 1 else hidden,),
-                group=mesh.groups["pipeline"],
-            )
-            for index in local_stages
-        ]
-        self._schedule = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages))
+        # By the shape of all micro-batches together, (M * B, S). Kept: each has receive buffers of its own.
+        self._schedules = {}
+        for batch, length in micro_batch_shapes:
+            ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+            hidden = torch.empty(batch, length, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+            pipeline_stages = [
+                PipelineStage(
+                    Stage(model, layers=stages[index]),
+                    index,
+                    len(stages),
+                    mesh.device,
+                    input_args=(ids if index == 0 else hidden,),
+                    output_args=(result if index == len(stages) - 1 else hidden,),
+                    group=mesh.groups["pipeline"],
+                )
+                for index in local_stages
+            ]
+            made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages))
+            self._schedules[num_micro_batches * batch, length] = made
 
     def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> Tensor:
         """Runs all micro-batches; gradients of ``loss_scale`` times the loss sum accumulate in ``.grad``.
@@ -150,7 +153,8 @@ class PipelineRunner:
             return self._run(batch, loss_scale=1.0, backward=False)
 
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> Tensor:
-        call = self._schedule.step if backward else self._schedule.eval
+        schedule = self._schedules[tuple(batch.labels.shape)]
+        call = schedule.step if backward else schedule.eval
         args = (batch.input_ids,) if self._has_first else ()
         output = call(
             *args,

@@ -56,7 +56,7 @@ class RankCommunication:
         tensor_head: Of the head and its cross entropy.
         pipeline_activations: Sent to later stages.
         pipeline_gradients: Sent to earlier stages.
-        scalars: Targets, losses and the agreement on finite gradients (DeepSpeed's norms not counted).
+        scalars: Targets, tokens, losses and the agreement on finite gradients (DeepSpeed's norms not counted).
     """
 
     zero_gather: int
@@ -170,7 +170,7 @@ def _target_bytes(
 
 
 def _scalars(config: RunConfig) -> int:
-    """The trainer's own: int64 number of targets over the data axis, float64 [4] over the world."""
+    """The trainer's own: int64 targets and tokens over the data axis, float64 [4] over the world."""
     parallel = config.parallel
     world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
-    return 8 * (parallel.data_parallel_size > 1) + 32 * (world > 1)
+    return 16 * (parallel.data_parallel_size > 1) + 32 * (world > 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, precision
-from deberta_dist.planning.activations import stage_activations
+from deberta_dist.planning.activations import StageActivations, stage_activations
 from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
@@ -36,8 +36,9 @@ class RankMemory:
         borrowed_weights: What other ranks lend, compute dtype.
         gradients: Float32 sums over the micro-batches, of owned weights.
         borrowed_gradients: The same of borrowed weights.
-        receive_buffers: For every micro-batch one received activation and one received gradient.
-        activations: Kept for backward by all micro-batches in flight.
+        receive_buffers: For every micro-batch one received activation and one received gradient; for every shape of
+            micro-batches (dynamic batching) anew.
+        activations: Kept for backward by all micro-batches in flight; of the bucket with most.
         logits: Of these, the head's.
         working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
         hand_over: When all micro-batches are done, the largest of what one after the other needs: the check that all
@@ -119,28 +120,12 @@ def rank_memory(
     ]
     largest_tie = max(tie_sizes, default=0)
 
-    stages = [
-        stage_activations(
-            layout.config,
-            layers=layout.stages[index],
-            tensor_parallel_size=layout.tensor_parallel_size,
-            batch_shape=(training.micro_batch_size, config.data.max_seq_length),
-            targets_per_sequence=expected_targets(config),
-            dtype=dtype,
-            recompute=training.recompute,
-            document_boundaries=config.data.document_boundaries,
-        )
-        for index in layout.stages_by_rank[pipeline_rank]
-    ]
-    counts = max(
-        micro_batches_in_flight(
-            parallel.schedule,
-            pipeline_rank=pipeline_rank,
-            pipeline_parallel_size=parallel.pipeline_parallel_size,
-            stages_per_rank=parallel.stages_per_rank,
-            num_micro_batches=training.num_micro_batches,
+    activations = max(
+        (
+            _in_flight(layout, config=config, dtype=dtype, pipeline_rank=pipeline_rank, batch_shape=shape)
+            for shape in config.micro_batch_shapes
         ),
-        key=lambda counts: sum(n * (stage.saved + stage.logits) for n, stage in zip(counts, stages, strict=True)),
+        key=lambda one: one.saved + one.logits + one.working,
     )
     last = len(layout.stages) - 1
     received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
@@ -159,10 +144,10 @@ def rank_memory(
         borrowed_weights=borrowed * dtype.itemsize,
         gradients=flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
-        receive_buffers=received * training.num_micro_batches * hidden,
-        activations=sum(n * stage.saved for n, stage in zip(counts, stages, strict=True)),
-        logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
-        working=max(stage.working for stage in stages) + (hidden if len(layout.stages) > 1 else 0),
+        receive_buffers=received * training.num_micro_batches * hidden * len(config.micro_batch_shapes),
+        activations=activations.saved,
+        logits=activations.logits,
+        working=activations.working + (hidden if len(layout.stages) > 1 else 0),
         hand_over=max(
             borrowed * (dtype.itemsize + FLOAT32) + (largest + largest_tie) * FLOAT32,
             flat * dtype.itemsize + (largest * FLOAT32 if dtype.itemsize < FLOAT32 else 0),
@@ -172,15 +157,50 @@ def rank_memory(
     )
 
 
+def _in_flight(
+    layout: Layout, *, config: RunConfig, dtype: torch.dtype, pipeline_rank: int, batch_shape: tuple[int, int]
+) -> StageActivations:
+    """What all stages of a rank keep at the highest moment of a step with micro-batches of one shape (B, S)."""
+    parallel, training = config.parallel, config.training
+    stages = [
+        stage_activations(
+            layout.config,
+            layers=layout.stages[index],
+            tensor_parallel_size=layout.tensor_parallel_size,
+            batch_shape=batch_shape,
+            targets_per_sequence=expected_targets(config, length=batch_shape[1]),
+            dtype=dtype,
+            recompute=training.recompute,
+            document_boundaries=config.data.document_boundaries,
+        )
+        for index in layout.stages_by_rank[pipeline_rank]
+    ]
+    counts = max(
+        micro_batches_in_flight(
+            parallel.schedule,
+            pipeline_rank=pipeline_rank,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            stages_per_rank=parallel.stages_per_rank,
+            num_micro_batches=training.num_micro_batches,
+        ),
+        key=lambda counts: sum(n * (stage.saved + stage.logits) for n, stage in zip(counts, stages, strict=True)),
+    )
+    return StageActivations(
+        saved=sum(n * stage.saved for n, stage in zip(counts, stages, strict=True)),
+        logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
+        working=max(stage.working for stage in stages),
+    )
+
+
 def reduced_width(deepspeed_config: dict[str, Any]) -> int:
     """Bytes of a gradient element on its way through DeepSpeed's reduce-scatter."""
     name = str(deepspeed_config.get("communication_data_type") or precision(deepspeed_config)).lower()
     return FLOAT32 if name == "fp32" else 2
 
 
-def expected_targets(config: RunConfig) -> int:
-    """Tokens to predict per sequence, rounded."""
-    return max(1, round(config.data.mask_probability * config.data.max_seq_length))
+def expected_targets(config: RunConfig, *, length: int | None = None) -> int:
+    """Tokens to predict in a full sequence of ``length`` tokens, by default ``data.max_seq_length``; rounded."""
+    return max(1, round(config.data.mask_probability * (length or config.data.max_seq_length)))
 
 
 def micro_batches_in_flight(

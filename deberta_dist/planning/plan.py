@@ -25,7 +25,7 @@ class Plan:
         config: Resolved.
         deepspeed: Filled-in DeepSpeed JSON.
         model_config: The model.
-        flops: Its cost per token.
+        flops: Its cost per token in sequences of ``data.max_seq_length``.
         layout: Who holds what.
     """
 
@@ -34,6 +34,10 @@ class Plan:
     model_config: DebertaConfig
     flops: ForwardFlops
     layout: Layout
+
+    def flops_of_bucket(self, length: int) -> ForwardFlops:
+        """The model's cost per token in a bucket's sequences of ``length`` tokens, which take less attention."""
+        return _flops(self.config, self.model_config, length=length)
 
 
 def check_plan(config: RunConfig, *, world_size: int) -> Plan:
@@ -50,17 +54,22 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
             f"{config.source}: data.max_seq_length = {config.data.max_seq_length} is over "
             f"model.max_position_embeddings = {model_config.max_position_embeddings}"
         )
-    flops = forward_flops(
-        model_config,
-        max_seq_length=config.data.max_seq_length,
-        micro_batch_size=config.training.micro_batch_size,
-        mask_probability=config.data.mask_probability,
-    )
+    flops = _flops(config, model_config, length=config.data.max_seq_length)
     try:
         layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
     return Plan(config=config, deepspeed=ds, model_config=model_config, flops=flops, layout=layout)
+
+
+def _flops(config: RunConfig, model_config: DebertaConfig, *, length: int) -> ForwardFlops:
+    sequences = {length: count for count, length in config.micro_batch_shapes}
+    return forward_flops(
+        model_config,
+        max_seq_length=length,
+        micro_batch_size=sequences[length],
+        mask_probability=config.data.mask_probability,
+    )
 
 
 def read_model_config(config: RunConfig) -> DebertaConfig:

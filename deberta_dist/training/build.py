@@ -89,7 +89,7 @@ def build(
         mesh=mesh,
         schedule=config.parallel.schedule,
         num_micro_batches=config.training.num_micro_batches,
-        micro_batch_shape=(config.training.micro_batch_size, config.data.max_seq_length),
+        micro_batch_shapes=config.micro_batch_shapes,
         hidden_size=layout.config.hidden_size,
         dtype=DTYPES[precision(deepspeed_config)],
     )

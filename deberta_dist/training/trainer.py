@@ -26,11 +26,13 @@ class StepResult:
         loss: Mean over all targets of the step (nats), before the update.
         grad_norm: Global norm before clipping; None when the step was skipped.
         num_targets: Targets of the step over all ranks.
+        num_tokens: Tokens of the step over all ranks, padding left out.
     """
 
     loss: float
     grad_norm: float | None
     num_targets: int
+    num_tokens: int
 
     @property
     def skipped(self) -> bool:
@@ -77,16 +79,18 @@ class Trainer:
         """
         mesh = self._mesh
         micro_batches = self._micro_batches(batch, dropout_keys=self._dropout_keys(step))
-        num_targets = (micro_batches.labels > 0).sum()
-        dist.all_reduce(num_targets, group=mesh.groups["data"])
+        # Of all micro-batches on all replicas: sequences of a bucket may be many or few, every target weighs the same.
+        counts = torch.stack([(micro_batches.labels > 0).sum(), micro_batches.attention_mask.sum()])
+        dist.all_reduce(counts, group=mesh.groups["data"])
         sums, grad_norm = optimizer_step(
             self.parts.sharded_model,
             mesh=mesh,
-            count=num_targets,
+            count=counts[0],
             learning_rate=learning_rate,
             forward_backward=lambda scale: self.parts.runner.forward_backward(micro_batches, loss_scale=scale),
         )
-        return StepResult(loss=float(sums[0] / sums[2].clamp(min=1)), grad_norm=grad_norm, num_targets=int(sums[2]))
+        loss = float(sums[0] / sums[2].clamp(min=1))
+        return StepResult(loss=loss, grad_norm=grad_norm, num_targets=int(sums[2]), num_tokens=int(counts[1]))
 
     def evaluate(self, batches: list[Batch]) -> EvaluationResult:
         """Forward passes without dropout over this data-parallel rank's batches. Collective."""

@@ -40,6 +40,7 @@ class Case:
         micro_batches: Per pipeline; the global batch is micro_batch_size x micro_batches x data.
         clipping: Small enough to be active in every step.
         documents: Sequences hold several documents, which do not see each other.
+        buckets: Lengths of sequences, ending with ``LENGTH``: a step of each in turn, as many tokens in all of them.
     """
 
     tensor: int = 1
@@ -59,6 +60,7 @@ class Case:
     num_layers: int = 5
     offload: bool = False
     documents: bool = False
+    buckets: tuple[int, ...] = (LENGTH,)
 
     @property
     def world_size(self) -> int:
@@ -95,7 +97,9 @@ class Case:
     def run_config(self) -> RunConfig:
         return RunConfig(
             model=Model(preset="unused"),
-            data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH),
+            data=Data(
+                train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH, bucket_lengths=self.buckets
+            ),
             training=Training(
                 global_batch_size=self.global_batch_size,
                 micro_batch_size=self.micro_batch_size,
@@ -120,11 +124,12 @@ class Case:
 def global_batch(case: Case, step: int) -> Batch:
     """The whole batch of a step; the last sequence is padded and the number of targets differs per sequence."""
     generator = torch.Generator().manual_seed(1000 + step)
-    shape = (case.global_batch_size, LENGTH)
+    length = case.buckets[step % len(case.buckets)]
+    shape = (case.global_batch_size * LENGTH // length, length)
     ids = torch.randint(4, 203, shape, generator=generator)
     is_target = torch.rand(shape, generator=generator) < torch.linspace(0.05, 0.4, shape[0])[:, None]
     mask = torch.ones(shape, dtype=torch.int64)
-    mask[-1, LENGTH // 2 :] = 0
+    mask[-1, length // 2 :] = 0
     labels = torch.where(is_target & (mask > 0), ids, 0)
     documents = None
     if case.documents:
@@ -169,11 +174,10 @@ def make_trainer(case: Case) -> Trainer:
 
 def own_batch(case: Case, step: int) -> Batch:
     """The rows of this data-parallel rank."""
-    rank = case.run_config().parallel
-    per_rank = case.micro_batches * case.micro_batch_size
+    batch = global_batch(case, step)
+    per_rank = len(batch.labels) // case.data
     data = mesh_shape(case.run_config()).coordinate(dist.get_rank()).data
-    del rank
-    return rows(global_batch(case, step), data * per_rank, (data + 1) * per_rank)
+    return rows(batch, data * per_rank, (data + 1) * per_rank)
 
 
 def train(case: Case) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.harness import run_ranks
-from tests.integration.parallel_run import Case, relative_error, train, train_plain
+from tests.integration.parallel_run import LENGTH, Case, relative_error, train, train_plain
 
+BUCKETS = (8, 12, LENGTH)
 LAYOUTS = [
     Case(tensor=tensor, pipeline=pipeline, data=data)
     for tensor in (1, 2)
@@ -31,6 +32,8 @@ LAYOUTS = [
     Case(tensor=2, pipeline=2, recompute="selective"),
     Case(data=2, offload=True),
     Case(tensor=2, pipeline=2, documents=True),
+    Case(tensor=2, pipeline=2, buckets=BUCKETS),
+    Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS),
 ]
 
 
@@ -42,9 +45,9 @@ def label(case: Case) -> str:
 
 
 @cache
-def oracle(global_batch_size: int, model: str, documents: bool = False) -> dict[str, Any]:
+def oracle(global_batch_size: int, model: str, **texts: Any) -> dict[str, Any]:
     """The plain process, once per (batch, model): its layout does not matter to it."""
-    return train_plain(Case(micro_batches=1, micro_batch_size=global_batch_size, model=model, documents=documents))
+    return train_plain(Case(micro_batches=1, micro_batch_size=global_batch_size, model=model, **texts))
 
 
 def without_gradient(name: str) -> bool:
@@ -58,7 +61,7 @@ def without_gradient(name: str) -> bool:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=label)
 def test_layout_equals_one_process(case: Case) -> None:
-    expected = oracle(case.global_batch_size, case.model, case.documents)
+    expected = oracle(case.global_batch_size, case.model, documents=case.documents, buckets=case.buckets)
     found = run_ranks(case.world_size, train, case)
     for rank in found:
         np.testing.assert_allclose(rank["history"], expected["history"], rtol=1e-5, err_msg="loss, norm per step")

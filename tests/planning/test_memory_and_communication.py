@@ -88,8 +88,8 @@ def run_and_count(case: Case) -> dict[str, Any]:
         counts.clear()
         batch = own_batch(case, step)
         trainer.step(batch, step=step, learning_rate=LEARNING_RATE)
-    schedule = trainer.parts.runner._schedule
-    stages = schedule._stages if case.stages_per_rank > 1 else [schedule._stage]
+    schedules = trainer.parts.runner._schedules.values()
+    stages = [s for made in schedules for s in (made._stages if case.stages_per_rank > 1 else [made._stage])]
     received = [i for stage in stages for i in (*stage.args_recv_info.values(), *stage.grad_recv_info.values())]
     store_optimizer = model.store._engine.optimizer
     masters = {flat.untyped_storage().data_ptr() for flat in store_optimizer.fp32_partitioned_groups_flat}
@@ -128,6 +128,7 @@ def layout_of(case: Case) -> Layout:
         Case(tensor=2, recompute="selective", model="v1"),
         Case(pipeline=2, data=2, precision="bf16", dropout=0.1),
         Case(pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2),
+        Case(pipeline=2, buckets=(8, 12, LENGTH)),
     ],
     ids=lambda case: (
         f"tp{case.tensor}-pp{case.pipeline}-dp{case.data}-{case.recompute}-{case.precision}-{case.schedule}"
