@@ -6,8 +6,11 @@ The dry run and the start of a run show it.
 from pathlib import Path
 
 from deberta_dist.config import RunConfig
+from deberta_dist.data.buckets import BucketMixture
+from deberta_dist.data.pieces import count_pieces
 from deberta_dist.data.sources import Mixture, Source
 from deberta_dist.data.token_corpus import open_corpus
+from deberta_dist.planning.buckets import describe_buckets, describe_shapes
 
 # Of the only source of a run that names one corpus, data.train.
 UNNAMED = "train"
@@ -37,20 +40,26 @@ def training_paths(config: RunConfig) -> dict[str, Path]:
 
 
 def reading_block(config: RunConfig) -> list[str]:
-    """``describe_reading`` where all of the training text is there already, else nothing.
+    """``describe_reading`` where all of the training text is there already, else nothing or shapes of micro-batches.
 
     Raises:
         DataError: what is there is no corpus, or too short.
     """
-    if not all(path.exists() for path in training_paths(config).values()):
-        return []
     data = config.data
+    if not all(path.exists() for path in training_paths(config).values()):
+        return [] if data.bucket_lengths is None else [describe_shapes(config)]
+    if data.bucket_lengths is not None:
+        sources = open_sources(config)
+        sizes = [count_pieces(source.corpus, data.bucket_lengths) for source in sources]
+        return [describe_buckets(config, BucketMixture(sources, sizes, samples_per_step=config.training.global_batch_size))]
     sizes = {"max_seq_length": data.max_seq_length, "document_boundaries": data.document_boundaries}
     return [describe_reading(config, Mixture(open_sources(config), **sizes))]
 
 
-def describe_reading(config: RunConfig, mixture: Mixture) -> str:
+def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str:
     """One line per source: its share, its size, and the epochs that ``training.max_steps`` makes of it."""
+    if isinstance(mixture, BucketMixture):
+        return describe_buckets(config, mixture)
     training = config.training
     consumed = training.max_steps * training.global_batch_size
     width = max(len(name) for name in (*(source.name for source in mixture.sources), "source"))

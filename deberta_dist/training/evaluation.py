@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import Batch, MaskedLMData
+from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.unigram import blended_counts, unigram_loss
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
@@ -29,7 +31,9 @@ def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:
     return min(plan.config.evaluation.num_sequences, validation.num_samples)
 
 
-def own_rows(data: MaskedLMData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None) -> Batch:
+def own_rows(
+    data: MaskedLMData | BlendedData | BucketedData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None
+) -> Batch:
     """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
     rows = plan.config.training.global_batch_size // mesh.shape.data
     first = start + mesh.coordinate.data * rows
@@ -48,7 +52,7 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
     unigram = unigram_loss(
         blended_counts(
             [source.corpus for source in mixture.sources],
-            proportions=[float(share) for share in mixture.blend.shares],
+            proportions=[float(share) for share in mixture.shares],
             vocab_size=vocab_size,
             max_tokens=UNIGRAM_TOKENS,
         ),

@@ -13,6 +13,7 @@ from deberta_dist.conversion import files
 from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import shorten
+from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedData
@@ -35,10 +36,11 @@ class RunData:
         tokenizer: The run's tokenizer.
         train: Samples to train on.
         validation: Held-out samples, in an order that is the same for every run: the first of them are a sample of all.
+            Never in buckets, so that losses of runs with and without are of the same targets.
     """
 
     tokenizer: Tokenizer
-    train: BlendedData
+    train: BlendedData | BucketedData
     validation: MaskedLMData
 
     def checksums(self) -> dict[str, str]:
@@ -50,6 +52,15 @@ class RunData:
         """Epoch, index in it and samples per epoch of each source after so many samples of the run."""
         positions = self.train.mixture.positions(consumed_samples)
         return {name or UNNAMED: asdict(place) for name, place in positions.items()}
+
+    def resume_at(self, consumed_samples: int) -> int:
+        """Where a run goes on that has consumed so many samples: with buckets, between two of its steps.
+
+        A run whose batch has become larger may have begun a step; the rest of it is left out.
+        """
+        if isinstance(self.train, BlendedData):
+            return consumed_samples
+        return self.train.mixture.whole_steps(consumed_samples) * self.train.samples_per_step
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:
         """Epochs of each source after so many samples of the run."""
@@ -89,7 +100,19 @@ def open_data(plan: Plan) -> RunData:
     }
     return RunData(
         tokenizer=tokenizer,
-        train=BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options),
+        train=(
+            BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options)
+            if data.bucket_lengths is None
+            else BucketedData(
+                open_sources(plan.config),
+                tokenizer,
+                lengths=data.bucket_lengths,
+                samples_per_step=plan.config.training.global_batch_size,
+                masking=masking,
+                seed=seed,
+                index_directory=data.index_directory,
+            )
+        ),
         validation=MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options),
     )
 

@@ -27,9 +27,10 @@ class StepMetrics:
         loss: Mean over the step's targets (nats); null on disk where it is not finite.
         grad_norm: Global L2 norm before clipping; None when the step was skipped.
         lr: Learning rate of the step.
-        tokens_per_second: Of the whole run.
+        tokens_per_second: Of the whole run, padding left out.
         mfu: Model FLOPs utilisation, 0 to 1; None where the device's peak is unknown.
-        consumed_samples: Sequences read since the start.
+        consumed_samples: Sequences read since the start; with dynamic batching ``data.max_seq_length`` tokens count as
+            one, padding included.
         data_seconds: Time that the step waited for its batch on rank 0.
         skipped: True when a gradient was not finite on some rank, so that no rank stepped.
     """
@@ -79,7 +80,7 @@ class MetricsLog:
                 f"(loss {metrics.loss:.4f}); weights unchanged"
             )
         elif metrics.step % self._print_every == 0 or metrics.step in (1, self._max_steps):
-            self.say(self._line(metrics))
+            self.say(self._line(metrics, padding=more.get("padding")))
 
     def evaluation(self, *, step: int, loss: float, accuracy: float, num_targets: int) -> None:
         """Records an evaluation on held-out text."""
@@ -157,16 +158,17 @@ class MetricsLog:
                 self._is_full = not is_written
                 self.say(f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}")
 
-    def _line(self, metrics: StepMetrics) -> str:
+    def _line(self, metrics: StepMetrics, *, padding: float | None) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = format_seconds(elapsed / self._done * steps_left) if self._done else "..."
+        padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
         return (
             f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | loss {metrics.loss:7.4f} | "
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
-            f"{mfu} | left {left}"
+            f"{padded}{mfu} | left {left}"
         )
 
 

@@ -45,7 +45,7 @@ from deberta_dist.training.resume import (
     share_checkpoint,
 )
 from deberta_dist.training.saving import Checkpointing
-from deberta_dist.training.trainer import EvaluationResult, Trainer
+from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -177,13 +177,12 @@ def train(
         DivergedError: too many steps in a row had a non-finite gradient.
     """
     training, optimizer = plan.config.training, plan.config.optimizer
-    tokens = training.global_batch_size * plan.config.data.max_seq_length
     device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     peak = device_peak_flops(device_name)
     skipped_in_a_row = 0
     result: EvaluationResult | None = None
     first_step = 0 if manifest is None else manifest.step
-    consumed_before = 0 if manifest is None else manifest.consumed_samples
+    consumed_before = 0 if manifest is None else data.resume_at(manifest.consumed_samples)
 
     def consumed(step: int) -> int:
         return consumed_before + (step - first_step) * training.global_batch_size
@@ -201,7 +200,8 @@ def train(
                 max_steps=training.max_steps,
             )
             outcome = trainer.step(batch, step=step, learning_rate=lr)
-            per_second = tokens / (monotonic() - started)
+            per_second = outcome.num_tokens / (monotonic() - started)
+            flops = plan.flops_of_bucket(batch.input_ids.shape[1]).training
             log.step(
                 StepMetrics(
                     step=step + 1,
@@ -209,12 +209,13 @@ def train(
                     grad_norm=outcome.grad_norm,
                     lr=lr,
                     tokens_per_second=per_second,
-                    mfu=None if peak is None else per_second * plan.flops.training / (peak * mesh.shape.world_size),
+                    mfu=None if peak is None else per_second * flops / (peak * mesh.shape.world_size),
                     consumed_samples=consumed(step + 1),
                     data_seconds=batches.waited_seconds,
                     skipped=outcome.skipped,
                 ),
                 epochs=data.epochs(consumed(step + 1)),
+                **bucket_metrics(batch, outcome, plan=plan),
             )
             skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -236,6 +237,14 @@ def train(
     return result
 
 
+def bucket_metrics(batch: Batch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
+    """With dynamic batching, the length of a step's sequences and the share of its tokens that is padding."""
+    if plan.config.data.bucket_lengths is None:
+        return {}
+    tokens = plan.config.training.global_batch_size * plan.config.data.max_seq_length
+    return {"sequence_length": batch.input_ids.shape[1], "padding": 1 - outcome.num_tokens / tokens}
+
+
 def headline(plan: Plan, device: torch.device) -> str:
     """One line on what is about to run."""
     parallel, training = plan.config.parallel, plan.config.training
@@ -244,5 +253,6 @@ def headline(plan: Plan, device: torch.device) -> str:
         f"{count:,} parameters on {mesh_shape(plan.config).world_size} x {device.type}: "
         f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} x "
         f"data {parallel.data_parallel_size}; {training.max_steps} steps of {training.global_batch_size} sequences "
-        f"({training.num_micro_batches} micro-batches of {training.micro_batch_size})"
+        f"({training.num_micro_batches} micro-batches of {training.micro_batch_size}"
+        f"{')' if plan.config.data.bucket_lengths is None else ', or as many tokens in shorter ones)'}"
     )

@@ -103,7 +103,7 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
         return
     found = [
         f"data.{key} = {here[key]}, {there.get(key)} there"
-        for key in ("max_seq_length", "document_boundaries")
+        for key in ("max_seq_length", "document_boundaries", "bucket_lengths")
         if here[key] != there.get(key)
     ]
     old_texts, new_texts = reader.manifest.data_sha256, data.checksums()
@@ -151,12 +151,15 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
     """What differs between the run that wrote a checkpoint and this one: ``section.key: old -> new``."""
     new, old = _flat(plan.config.model_dump(mode="json")), _flat(manifest.run_config)
     # Paths: what is behind them is compared instead.
-    ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources")
+    ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources", "data.index_directory")
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(ignored)
     ]
+    order = ("data.bucket_lengths", "data.max_seq_length", "training.global_batch_size")
+    if new.get(order[0]) and any(old.get(key) != new.get(key) for key in order):
+        changed.append("order of the buckets: another, from as many tokens on; a few sequences may come again or not at all")
     if manifest.precision != precision(plan.deepspeed):
         changed.append(f"precision: {manifest.precision} -> {precision(plan.deepspeed)}")
     if dict(manifest.data_sha256) != data.checksums():

@@ -47,6 +47,15 @@ def test_unknown_utilisation_is_null_and_not_on_screen(tmp_path: Path, capsys: p
     assert "mfu" not in capsys.readouterr().out
 
 
+def test_padding_is_told_where_there_is_some(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    log.step(one_step(1), padding=0.125, sequence_length=64)
+    log.close()
+    written = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (written["padding"], written["sequence_length"]) == (0.125, 64)
+    assert "12,346 tokens/s (and 12.5% padding) | mfu" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("step", [1, 7, 10, 100])
 def test_a_skipped_step_is_always_told(tmp_path: Path, capsys: pytest.CaptureFixture, step: int) -> None:
     log = open_log(tmp_path)

@@ -108,6 +108,14 @@ def test_every_held_out_sequence_counts_once(make_run: MakeRun, data_parallel_si
     assert not labels[count:].any()
 
 
+def test_a_larger_batch_goes_on_with_a_whole_step(make_run: MakeRun) -> None:
+    """Buckets are of steps: one that the smaller batch had begun is passed over; a run without them goes on exactly."""
+    for lengths, expected in (((8, 16, 32), [0, 8, 8, 16]), (None, [0, 1, 8, 9])):
+        data = open_data(check_plan(make_run(data={"bucket_lengths": lengths}), world_size=1))
+        assert [data.resume_at(consumed) for consumed in (0, 1, 8, 9)] == expected
+        data.train.batch(expected[-1], 8)
+
+
 def test_more_held_out_sequences_than_there_are_means_all(make_run: MakeRun) -> None:
     plan = check_plan(make_run(evaluation={"num_sequences": 10**9}), world_size=1)
     validation = open_data(plan).validation
