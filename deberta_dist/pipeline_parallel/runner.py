@@ -5,8 +5,9 @@ The schedules are torch.distributed.pipelining's; we write none. Every stage rea
 stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,34 @@ class Stage(nn.Module):
         )
 
 
+class SharingStage(PipelineStage):
+    """A pipeline stage that receives into the buffers of the same stage in schedules of other shapes.
+
+    All shapes have as many tokens, and one schedule runs at a time: without this each would keep as many bytes again.
+
+    Attributes:
+        buffers: Of all schedules of a runner, made by the one that runs first.
+    """
+
+    buffers: dict[tuple[int, str, int, int], Tensor]
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(num_microbatches, has_backward)
+        self._share("activations", self.args_recv_info)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        super()._setup_backward_recv_info(num_microbatches)
+        self._share("gradients", self.grad_recv_info)
+
+    def _share(self, kind: str, received: Mapping[int, Sequence[Any]]) -> None:
+        for micro_batch, infos in received.items():
+            for number, info in enumerate(infos):
+                if info.buffer is not None:
+                    first = self.buffers.setdefault((self.stage_index, kind, micro_batch, number), info.buffer)
+                    if first is not info.buffer:
+                        info.buffer = first.detach().view(info.buffer.shape)
+
+
 def loss_of_output(output: Tensor, target: Tensor, *, scale: float | Tensor) -> Tensor:
     """Scaled sum of target losses from the last stage's [1, 3] output (loss sum, correct, targets)."""
     return output[0, 0] * scale
@@ -93,7 +122,8 @@ class PipelineRunner:
         mesh: The grid.
         schedule: One of ``SCHEDULES``.
         num_micro_batches: M.
-        micro_batch_shapes: (B, S), sequences and tokens, of all micro-batches that can come; those of one step are alike.
+        micro_batch_shapes: (B, S), sequences and tokens, of all micro-batches that can come; those of one step are alike,
+            and B S is the same for all.
         hidden_size: D.
         dtype: Compute dtype, of the hidden states that travel.
     """
@@ -116,13 +146,14 @@ class PipelineRunner:
         self._has_last = len(stages) - 1 in local_stages
         self._model = model
         result = torch.empty(1, 3, dtype=torch.float32, device="meta", requires_grad=True)
-        # By the shape of all micro-batches together, (M * B, S). Kept: each has receive buffers of its own.
+        # By the shape of all micro-batches together, (M * B, S).
         self._schedules = {}
+        buffers: dict[tuple[int, str, int, int], Tensor] = {}
         for batch, length in micro_batch_shapes:
             ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
             hidden = torch.empty(batch, length, hidden_size, dtype=dtype, device="meta", requires_grad=True)
             pipeline_stages = [
-                PipelineStage(
+                SharingStage(
                     Stage(model, layers=stages[index]),
                     index,
                     len(stages),
@@ -133,6 +164,8 @@ class PipelineRunner:
                 )
                 for index in local_stages
             ]
+            for stage in pipeline_stages:
+                stage.buffers = buffers
             made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages))
             self._schedules[num_micro_batches * batch, length] = made
 

@@ -36,8 +36,7 @@ class RankMemory:
         borrowed_weights: What other ranks lend, compute dtype.
         gradients: Float32 sums over the micro-batches, of owned weights.
         borrowed_gradients: The same of borrowed weights.
-        receive_buffers: For every micro-batch one received activation and one received gradient; for every shape of
-            micro-batches (dynamic batching) anew.
+        receive_buffers: For every micro-batch one received activation and one received gradient, the same for all shapes.
         activations: Kept for backward by all micro-batches in flight; of the bucket with most.
         logits: Of these, the head's.
         working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
@@ -144,7 +143,7 @@ def rank_memory(
         borrowed_weights=borrowed * dtype.itemsize,
         gradients=flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
-        receive_buffers=received * training.num_micro_batches * hidden * len(config.micro_batch_shapes),
+        receive_buffers=received * training.num_micro_batches * hidden,
         activations=activations.saved,
         logits=activations.logits,
         working=activations.working + (hidden if len(layout.stages) > 1 else 0),

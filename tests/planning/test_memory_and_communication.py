@@ -99,7 +99,9 @@ def run_and_count(case: Case) -> dict[str, Any]:
         "counts": dict(counts),
         "resident": model.store.resident_bytes(),
         "gathered": gathered,
-        "receive_buffers": sum(i.buffer.nbytes for infos in received for i in infos if i.buffer is not None),
+        "receive_buffers": sum(
+            {i.buffer.data_ptr(): i.buffer.nbytes for infos in received for i in infos if i.buffer is not None}.values()
+        ),
         "bucket": sum(bucket.buffer.nbytes for bucket in store_optimizer.ipg_buckets.values()),
         "gradient_shard": store_optimizer.grad_partitions_flat_buffer.nbytes,
         "shares_master": bool(masters & at_rest),
