@@ -105,7 +105,7 @@ class Data(Section):
     ascending, the last one ``max_seq_length``; longer documents are cut), and all micro-batches have as many tokens.
     Absent: documents follow each other, and every sequence has ``max_seq_length`` tokens."""
     index_directory: File | None = None
-    """Directory, seen by all processes, of the list that dynamic batching makes; by default that of ``data.train``."""
+    """Where dynamic batching keeps its list of sequences; by default beside the corpus."""
     masking: Literal["official", "uniform"] = "official"
     """``official``: the released sampling, which masks less towards the end of a sequence. ``uniform``: the same
     n-grams of whole words, without that bias."""

@@ -14,6 +14,7 @@ after every resume, and nothing about it is stored. ``BucketedData`` takes the p
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -68,6 +69,14 @@ class BucketMixture:
         self._among = {bucket: (list(parts[bucket]), Blend(list(parts[bucket].values()))) for bucket in self._used}
         shares = dict(zip(self._used, self._order.shares, strict=True))
         self.bucket_shares = [shares.get(bucket, 0) for bucket in range(len(self.lengths))]
+
+    @property
+    def num_samples(self) -> Fraction | None:
+        """Samples of all sources at their epochs; None where none are given."""
+        if self.sources[0].epochs is None:
+            return None
+        pairs = zip(self.sources, self.sizes, strict=True)
+        return sum(Fraction(str(source.epochs)) * sum(size.room) for source, size in pairs) / self.lengths[-1]
 
     def sequences_per_step(self, bucket: int) -> int:
         """Sequences of a step of a bucket."""

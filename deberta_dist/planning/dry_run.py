@@ -252,6 +252,8 @@ def _notes(plan: Plan) -> str:
     config, vocabulary = plan.config, plan.model_config.vocab_size
     padded = padded_vocabulary(vocabulary, tensor_parallel_size=plan.layout.tensor_parallel_size)
     notes = [f"{expected_targets(config)} targets per sequence of {config.data.max_seq_length} tokens are assumed"]
+    if config.data.bucket_lengths is not None:
+        notes.append("FLOP, messages and time are those of a step of the longest bucket, memory that of the one with most")
     if padded > vocabulary:
         notes.append(
             f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not "

@@ -3,6 +3,7 @@
 The dry run and the start of a run show it.
 """
 
+from fractions import Fraction
 from pathlib import Path
 
 from deberta_dist.config import RunConfig
@@ -51,15 +52,16 @@ def reading_block(config: RunConfig) -> list[str]:
     if data.bucket_lengths is not None:
         sources = open_sources(config)
         sizes = [count_pieces(source.corpus, data.bucket_lengths) for source in sources]
-        return [describe_buckets(config, BucketMixture(sources, sizes, samples_per_step=config.training.global_batch_size))]
+        mixture = BucketMixture(sources, sizes, samples_per_step=config.training.global_batch_size)
+        return [describe_reading(config, mixture)]
     sizes = {"max_seq_length": data.max_seq_length, "document_boundaries": data.document_boundaries}
     return [describe_reading(config, Mixture(open_sources(config), **sizes))]
 
 
 def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str:
-    """One line per source: its share, its size, and the epochs that ``training.max_steps`` makes of it."""
+    """One line per source (and bucket): its share, its size, and the epochs that ``training.max_steps`` makes of it."""
     if isinstance(mixture, BucketMixture):
-        return describe_buckets(config, mixture)
+        return "\n".join([describe_buckets(config, mixture), *_other_length(config, mixture.num_samples)])
     training = config.training
     consumed = training.max_steps * training.global_batch_size
     width = max(len(name) for name in (*(source.name for source in mixture.sources), "source"))
@@ -73,11 +75,16 @@ def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str
         asked = f"  (asked for: {source.epochs:g})" if source.epochs is not None else ""
         name = f"{source.name or UNNAMED:<{width}}"
         lines.append(f"  {name} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}")
-    if (wanted := mixture.num_samples) is not None:
-        steps = wanted / training.global_batch_size
-        if abs(consumed - wanted) >= training.global_batch_size:
-            lines.append(
-                f"  training.max_steps = {training.max_steps:,} reads {float(consumed / wanted):.3g} times what the "
-                f"epochs asked for hold ({float(wanted):,.0f} samples, {float(steps):,.1f} steps)"
-            )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_other_length(config, mixture.num_samples)])
+
+
+def _other_length(config: RunConfig, wanted: Fraction | None) -> list[str]:
+    """One line where the run is of another length than the epochs asked for."""
+    training = config.training
+    consumed = training.max_steps * training.global_batch_size
+    if wanted is None or abs(consumed - wanted) < training.global_batch_size:
+        return []
+    return [
+        f"  training.max_steps = {training.max_steps:,} reads {float(consumed / wanted):.3g} times what the epochs "
+        f"asked for hold ({float(wanted):,.0f} samples, {float(wanted / training.global_batch_size):,.1f} steps)"
+    ]

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.config import load_config
+from deberta_dist.data.buckets import BucketMixture
 from deberta_dist.data.pieces import count_pieces
+from deberta_dist.data.sources import Source
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.planning.dry_run import describe, rank_reports
 from deberta_dist.planning.plan import Plan, check_plan
+from deberta_dist.planning.reading import describe_reading
 from tests.small_corpus import texts, token_file, tokenizer
 
 __all__ = ["texts", "token_file", "tokenizer"]
@@ -42,6 +45,17 @@ def test_buckets_of_a_text(token_file: TokenFile) -> None:
     assert sizes.num_pieces[0] < 128 < sizes.num_pieces[2]
     assert f"32: a step takes 128 sequences, an epoch has {sizes.num_pieces[0]}," in text and "128: a step" not in text
     assert not list(token_file.path.parent.glob("*.pieces")), "a dry run writes nothing"
+
+
+def test_sources_have_their_own_lines_and_a_wrong_length_of_the_run_is_told(token_file: TokenFile) -> None:
+    config, corpus = plan_of(*BUCKETS, "--training.max_steps=90").config, open_corpus(token_file.path)
+    sizes = count_pieces(corpus, (32, 64, 128))
+    sources = [Source(corpus=corpus, name=name, epochs=epochs) for name, epochs in (("b", 2), ("a", 0.5))]
+    text = describe_reading(config, BucketMixture(sources, [sizes, sizes], samples_per_step=32))
+    names = [line.split()[0] for line in text.splitlines()[2:8]]
+    assert names == [f"{name}/{length}" for length in (32, 64, 128) for name in "ab"]
+    wanted = 2.5 * sum(sizes.room) / 128
+    assert f"training.max_steps = 90 reads {90 * 32 / wanted:.3g} times what the epochs asked for hold ({wanted:,.0f}" in text
 
 
 def test_memory_is_that_of_the_worst_bucket_and_receive_buffers_are_shared() -> None:
