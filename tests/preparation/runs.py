@@ -103,8 +103,10 @@ class Start:
         return self._process.pid
 
     def when(self, condition: Callable[[], Any], *, what: str) -> list[int]:
-        """Waits for a moment; returns the tool's processes at it."""
+        """Waits for a moment and halts the tool until ``send``; mpirun goes on. Returns its processes."""
         wait_until(lambda: condition() or self._process.poll() is not None, what=what)
+        if self.num_ranks is None:
+            os.killpg(self._process.pid, signal.SIGSTOP)
         assert self._process.poll() is None, f"ended before {what}: {self._process.communicate()[1].decode()}"
         self._family = descendants(self._process.pid)
         return self._family
@@ -115,6 +117,7 @@ class Start:
             os.killpg(self._process.pid, number)
         else:
             os.kill(self._process.pid if pid is None else pid, number)
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     def end(self) -> tuple[int, str, str]:
         """Waits for its end, and for that of every process seen by ``when``: exit code, standard output and errors."""

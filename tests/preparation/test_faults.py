@@ -14,6 +14,7 @@ from deberta_dist.corpus.reading import ReadOptions
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.lock import RunLock
 from deberta_dist.preparation.progress import Progress
 from deberta_dist.preparation.units import list_units
 from tests.preparation.runs import Start, parts_of
@@ -207,6 +208,22 @@ def test_a_second_start_is_refused_while_one_is_at_work(tokenizer: Tokenizer, te
 
     prepare([path], output, tokenizer=tokenizer, progress=at("finding duplicates", again))
     assert documents_of(output / "train") == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_corpus_completed_before_the_lock_is_had_is_left(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = jsonl(tmp_path / "a.jsonl", "the time"), tmp_path / "x"
+
+    def late(*arguments: Any, **settings: Any) -> RunLock:
+        monkeypatch.undo()
+        prepare([path], output, tokenizer=tokenizer)
+        return RunLock(*arguments, **settings)
+
+    monkeypatch.setattr("deberta_dist.preparation.prepare.RunLock", late)
+    with pytest.raises(DataError, match="x is a complete corpus and is left as it is"):
+        prepare([path], output, tokenizer=tokenizer)
+    assert documents_of(output / "train") == [tokenizer.encode("the time")] and not (output / ".work").exists()
 
 
 def test_a_full_disk_in_every_phase(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:

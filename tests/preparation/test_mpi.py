@@ -79,7 +79,6 @@ def test_an_error_is_told_once_and_keeps_its_exit_code(tokenizer: Tokenizer, tmp
     arguments = ["--input", path, "--tokenizer", tokenizer.path]
     for more, code, message in (
         ([], 65, f"error: {path}:2: no string in the field 'text'; fields here: other"),
-        (["--held-out", 100], 2, "error: --held-out 100.0: expected a percentage"),
         (["--unknown"], 2, "error: unrecognized arguments: --unknown"),
     ):
         with Start(tmp_path / "x", [*arguments, *more], num_ranks=2) as start:
