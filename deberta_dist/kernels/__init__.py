@@ -1,5 +1,7 @@
 """The disentangled attention operator, behind one function."""
 
-from deberta_dist.kernels.attention import attention_scale, disentangled_attention, position_scores
+from deberta_dist.kernels.attention import disentangled_attention
+from deberta_dist.kernels.operands import attention_scale, position_scores
+from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
-__all__ = ["attention_scale", "disentangled_attention", "position_scores"]
+__all__ = ["AttentionMask", "RelativePositions", "attention_scale", "disentangled_attention", "position_scores"]

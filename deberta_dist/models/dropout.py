@@ -10,32 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deberta_dist.kernels.dropout import mix_key
+
 ATTENTION_SITE, POSITION_SITE, ATTENTION_OUTPUT_SITE, LAYER_OUTPUT_SITE = 0, 1, 2, 3
 CONVOLUTION_SITE, EMBEDDING_SITE, POOLER_SITE, CLASSIFIER_SITE = 4, 5, 6, 7
-
-_WORD = (1 << 64) - 1
-
-
-def mix_key(key: int, *numbers: int) -> int:
-    """A 64-bit key derived from ``key`` and each of ``numbers`` in order.
-
-    Source: splitmix64 (Steele, Lea, Flood 2014), chained.
-    """
-    for number in numbers:
-        key = _splitmix64((key & _WORD) ^ _splitmix64(number & _WORD))
-    return key & _WORD
 
 
 def child_key(key: int | None, *numbers: int) -> int | None:
     """`mix_key`, passing on the absence of a key."""
     return None if key is None else mix_key(key, *numbers)
-
-
-def _splitmix64(state: int) -> int:
-    state = (state + 0x9E3779B97F4A7C15) & _WORD
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-    return state ^ (state >> 31)
 
 
 class Dropout(nn.Module):
@@ -63,12 +46,18 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         # Four 16-bit numbers per word: Bernoulli draws cost more than the product whose result they mask.
         dropped_of_65536 = min(round(self.p * 65536), 65535)
-        generator = torch.Generator(x.device).manual_seed(mix_key(key, self.site, self.shard))
+        generator = torch.Generator(x.device).manual_seed(self.seed(key))
         words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
         numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
         dropped = (numbers < dropped_of_65536 - 32768)[: x.numel()].view(x.shape)
         # The rate that 16 bits can express, not p: otherwise the expectation is off by up to 1e-5.
         return (x * (65536 / (65536 - dropped_of_65536))).masked_fill(dropped, 0.0)
+
+    def seed(self, key: int | None) -> int:
+        """64 bits that decide this dropout's mask; ``key`` None draws them from torch's global generator."""
+        if key is None:
+            return int(torch.randint(2**63 - 1, ()))
+        return mix_key(key, self.site, self.shard)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, site={self.site}, shard={self.shard}"

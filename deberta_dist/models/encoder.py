@@ -9,13 +9,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from deberta_dist.kernels import RelativePositions
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import Layer
-from deberta_dist.models.positions import pair_mask, relative_index, token_mask
+from deberta_dist.models.positions import relative_positions, token_mask, visibility
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
 
@@ -86,14 +87,10 @@ class Encoder(nn.Module):
         table_RD = self.rel_embeddings.weight
         return table_RD if self.LayerNorm is None else self.LayerNorm(table_RD)
 
-    def relative_index(self, length: int, *, device: torch.device) -> Tensor:
-        """Row of the relative table for every (query, key), int64 [S, S]."""
-        return relative_index(
-            length,
-            key_length=length,
-            num_buckets=self.position_buckets,
-            max_distance=self.max_relative_distance,
-            device=device,
+    def relative_positions(self, device: torch.device) -> RelativePositions:
+        """Rows of the relative table for queries and keys that are the same tokens."""
+        return relative_positions(
+            num_buckets=self.position_buckets, max_distance=self.max_relative_distance, device=device
         )
 
     def run_layers(
@@ -120,8 +117,8 @@ class Encoder(nn.Module):
         """
         if not layers:
             return hidden_BSD
-        mask = pair_mask(attention_mask)
-        index = self.relative_index(hidden_BSD.shape[1], device=hidden_BSD.device)
+        mask = visibility(attention_mask)
+        positions = self.relative_positions(hidden_BSD.device)
         for number in layers:
             layer_key = child_key(dropout_key, number + 1)
             layer = self.layer[number]
@@ -133,7 +130,7 @@ class Encoder(nn.Module):
                 return layer(
                     x,
                     rel_RD=table,
-                    relative_index=index,
+                    positions=positions,
                     mask=mask,
                     dropout_key=key,
                     recompute_mode=self.recompute,
@@ -148,7 +145,7 @@ class Encoder(nn.Module):
                     hidden_BSD,
                     output_BSD,
                     is_token_BS=token_mask(attention_mask),
-                    sees_BSS=mask[:, 0] if attention_mask.dim() == 3 else None,
+                    sees_BSS=mask.pairs_BQS,
                     dropout_key=layer_key,
                 )
             hidden_BSD = output_BSD

@@ -10,7 +10,6 @@ Letters: B batch, S sequence, Q queries, D hidden, N heads here, H head size, R 
 Source: microsoft/DeBERTa DeBERTa/deberta/{bert,disentangled_attention}.py@4d7fe0bd.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,11 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deberta_dist.kernels import attention_scale, disentangled_attention, position_scores
+from deberta_dist.kernels import (
+    AttentionMask,
+    RelativePositions,
+    attention_scale,
+    disentangled_attention,
+    position_scores,
+)
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.recompute import call_with_recompute
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -98,29 +102,27 @@ class DisentangledSelfAttention(nn.Module):
         entered_BQD: Tensor,
         memory: AttentionMemory,
         *,
-        relative_index: Tensor,
-        mask: Tensor | None,
+        positions: RelativePositions,
+        mask: AttentionMask | None,
         dropout_key: int | None,
         recompute_mode: str = "none",
         return_probabilities: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Context [B, Q, N * H] of query states that have passed ``enter``; probabilities if asked for."""
-        core = functools.partial(
-            disentangled_attention,
-            relative_index=relative_index,
-            mask=mask,
-            dropout=functools.partial(self.dropout, key=dropout_key),
-            return_probabilities=return_probabilities,
-        )
-        context, probabilities = call_with_recompute(
-            lambda query, key, value, rel_key, rel_query, p2c: core(
-                query, key, value, rel_key_NRH=rel_key, rel_query_NRH=rel_query, p2c_BNSR=p2c
-            ),
+        drops = self.training and self.dropout.p > 0.0
+        context, probabilities = disentangled_attention(
             self._heads(self.query_proj(entered_BQD)),
-            *memory,
-            recompute=recompute_mode == "selective",
-            dropout_key=dropout_key,
-            owner=self,
+            memory.key_BNSH,
+            memory.value_BNSH,
+            positions=positions,
+            rel_key_NRH=memory.rel_key_NRH,
+            rel_query_NRH=memory.rel_query_NRH,
+            p2c_BNSR=memory.p2c_BNSR,
+            mask=mask,
+            dropout_p=self.dropout.p if drops else 0.0,
+            dropout_seed=self.dropout.seed(dropout_key) if drops else 0,
+            recompute=recompute_mode == "selective" and self.training,
+            return_probabilities=return_probabilities,
         )
         return context.transpose(1, 2).flatten(2), probabilities
 
@@ -178,8 +180,8 @@ class Layer(nn.Module):
         hidden_BSD: Tensor,
         *,
         rel_RD: Tensor,
-        relative_index: Tensor,
-        mask: Tensor | None,
+        positions: RelativePositions,
+        mask: AttentionMask | None,
         dropout_key: int | None,
         recompute_mode: str = "none",
         return_probabilities: bool = False,
@@ -189,7 +191,7 @@ class Layer(nn.Module):
         Args:
             hidden_BSD: input.
             rel_RD: relative table, normalised, before dropout.
-            relative_index: see `kernels.disentangled_attention`.
+            positions: see `kernels.disentangled_attention`.
             mask: likewise.
             dropout_key: key of this layer, micro-batch and step, or None.
             recompute_mode: only "selective" matters here.
@@ -200,7 +202,7 @@ class Layer(nn.Module):
         context, probabilities = attention.attend(
             entered_BSD,
             attention.memory(entered_BSD, rel_RD=rel_RD, dropout_key=dropout_key),
-            relative_index=relative_index,
+            positions=positions,
             mask=mask,
             dropout_key=dropout_key,
             recompute_mode=recompute_mode,
@@ -215,8 +217,8 @@ class Layer(nn.Module):
         hidden_BSD: Tensor,
         num_passes: int,
         rel_RD: Tensor,
-        relative_index: Tensor,
-        mask: Tensor | None,
+        positions: RelativePositions,
+        mask: AttentionMask | None,
         dropout_key: int | None,
         recompute_mode: str = "none",
     ) -> Tensor:
@@ -233,7 +235,7 @@ class Layer(nn.Module):
             context, _ = attention.attend(
                 attention.enter(query_BQD),
                 memory,
-                relative_index=relative_index,
+                positions=positions,
                 mask=mask,
                 dropout_key=pass_key,
                 recompute_mode=recompute_mode,

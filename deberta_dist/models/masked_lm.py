@@ -17,7 +17,7 @@ from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import ACTIVATIONS
-from deberta_dist.models.positions import padded_targets, pair_mask, token_mask, within_documents
+from deberta_dist.models.positions import padded_targets, token_mask, visibility, within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 
@@ -267,8 +267,8 @@ class DebertaForMaskedLM(nn.Module):
         encoder = self.deberta.encoder
         positions_BT, slots = padded_targets(is_target_BS)
         absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
-        index_BTS = encoder.relative_index(length, device=hidden_BSD.device)[positions_BT]
-        mask = pair_mask(attention_mask, queries_BT=positions_BT)
+        relative = dataclasses.replace(encoder.relative_positions(hidden_BSD.device), query_positions_BQ=positions_BT)
+        mask = visibility(attention_mask, queries_BT=positions_BT)
         layer_key = child_key(dropout_key, encoder.num_layers)
 
         def decode(hidden_BSD: Tensor, table_RD: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class DebertaForMaskedLM(nn.Module):
                 hidden_BSD=hidden_BSD,
                 num_passes=NUM_DECODER_PASSES,
                 rel_RD=table_RD,
-                relative_index=index_BTS,
+                positions=relative,
                 mask=mask,
                 dropout_key=layer_key,
                 recompute_mode=self.recompute,

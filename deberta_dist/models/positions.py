@@ -1,4 +1,4 @@
-"""Who may look at whom, and at which distance: index and mask tensors of the attention.
+"""Who may look at whom, and at which distance: what the attention is told of positions and masks.
 
 Letters: B batch, Q queries, S keys, T targets per sample (padded).
 """
@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from deberta_dist.kernels import AttentionMask, RelativePositions
 
 
 @functools.lru_cache(maxsize=16)
@@ -41,17 +43,11 @@ def position_row_of_distance(num_buckets: int, max_distance: int) -> tuple[int, 
 
 
 @functools.lru_cache(maxsize=32)
-def relative_index(
-    query_length: int, *, key_length: int, num_buckets: int, max_distance: int, device: torch.device
-) -> Tensor:
-    """Row of the relative table for every (query, key), both counted from 0; int64 [Q, S]. Do not write to it."""
-    # A tensor made in inference mode could not be saved for backward by the training step that finds it here.
+def relative_positions(*, num_buckets: int, max_distance: int, device: torch.device) -> RelativePositions:
+    """Rows of the relative table for queries and keys that are both counted from 0."""
+    # Made in inference mode it could not serve the training step that finds it here.
     with torch.inference_mode(False):
-        rows = torch.tensor(position_row_of_distance(num_buckets, max_distance), device=device)
-        queries = torch.arange(query_length, device=device)
-        keys = torch.arange(key_length, device=device)
-        distance = (queries[:, None] - keys[None, :]).clamp(-max_distance, max_distance)
-        return rows[distance + max_distance]
+        return RelativePositions(torch.tensor(position_row_of_distance(num_buckets, max_distance), device=device))
 
 
 def token_mask(attention_mask: Tensor) -> Tensor:
@@ -59,8 +55,8 @@ def token_mask(attention_mask: Tensor) -> Tensor:
     return attention_mask.bool() if attention_mask.dim() == 2 else attention_mask.bool().any(dim=-2)
 
 
-def pair_mask(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> Tensor:
-    """Which query sees which key, bool [B, 1, Q, S]; padding neither sees nor is seen.
+def visibility(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> AttentionMask:
+    """Which query sees which key; padding neither sees nor is seen.
 
     Args:
         attention_mask: [B, S], or [B, S, S] with row i saying what token i sees (documents in one sequence).
@@ -71,15 +67,15 @@ def pair_mask(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> Te
     """
     mask = attention_mask.bool()
     if mask.dim() == 2:
-        queries = mask if queries_BT is None else mask.gather(1, queries_BT)
-        return (queries[:, :, None] & mask[:, None, :])[:, None]
+        queries = None if queries_BT is None else mask.gather(1, queries_BT)
+        return AttentionMask(key_segments_BS=mask, query_segments_BQ=queries)
     if mask.dim() != 3:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens] or [batch, tokens, tokens]"
         )
     if queries_BT is not None:
         mask = mask.gather(1, queries_BT[:, :, None].expand(-1, -1, mask.shape[-1]))
-    return mask[:, None]
+    return AttentionMask(pairs_BQS=mask)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

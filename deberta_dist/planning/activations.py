@@ -111,7 +111,7 @@ def _measure(
     # Which tokens are targets decides shapes, so this one is real.
     labels = torch.zeros(batch, length, dtype=torch.int64)
     labels[:, :targets_per_sequence] = 1
-    model.deberta.encoder.relative_index(length, device=torch.device("meta"))  # kept for all micro-batches
+    model.deberta.encoder.relative_positions(torch.device("meta"))  # kept for all micro-batches
     with torch.device("meta"):
         inputs = {"attention_mask": torch.empty(batch, length, dtype=torch.int64)}
         if document_boundaries:

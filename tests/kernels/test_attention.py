@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels import attention_scale, disentangled_attention, position_scores
+from deberta_dist.kernels import (
+    AttentionMask,
+    RelativePositions,
+    attention_scale,
+    disentangled_attention,
+    position_scores,
+)
+from deberta_dist.kernels.attention import IMPLEMENTATIONS
+from deberta_dist.kernels.dropout import dropped
 
 B, N, Q, S, H, R = 2, 3, 4, 5, 6, 8
 TERMS = [(True, True), (True, False), (False, True), (False, False)]
+everywhere = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def tensors(dtype=torch.float64, *, seed: int = 0) -> dict[str, Tensor]:
@@ -27,7 +36,8 @@ def tensors(dtype=torch.float64, *, seed: int = 0) -> dict[str, Tensor]:
         "value": normal(B, N, S, H),
         "rel_key": normal(N, R, H),
         "rel_query": normal(N, R, H),
-        "index": torch.randint(0, R, (B, Q, S), generator=generator),
+        "rows": torch.randint(0, R, (7,), generator=generator),
+        "queries": torch.stack([torch.randperm(S, generator=generator)[:Q] for _ in range(B)]),
         "mask": mask,
     }
 
@@ -43,7 +53,8 @@ def oracle(t: dict[str, Tensor], *, c2p: bool, p2c: bool) -> tuple[Tensor, Tenso
                     continue
                 scores = []
                 for j in seen:
-                    row = t["index"][b, i, j]
+                    place = i if t["queries"] is None else int(t["queries"][b, i])
+                    row = t["rows"][max(-3, min(place - j, 3)) + 3]
                     score = t["query"][b, n, i] @ t["key"][b, n, j]
                     score = score + c2p * (t["query"][b, n, i] @ t["rel_key"][n, row])
                     score = score + p2c * (t["key"][b, n, j] @ t["rel_query"][n, row])
@@ -60,97 +71,132 @@ def run(t: dict[str, Tensor], *, c2p: bool = True, p2c: bool = True, **options) 
         t["value"],
         rel_key_NRH=t["rel_key"] if c2p else None,
         rel_query_NRH=t["rel_query"] if p2c else None,
-        relative_index=t["index"],
-        mask=t["mask"],
+        positions=RelativePositions(t["rows"], t["queries"]),
+        mask=AttentionMask(pairs_BQS=t["mask"][:, 0]),
         **options,
     )
 
 
+@pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize(("c2p", "p2c"), TERMS)
-def test_dense_oracle(c2p, p2c):
+def test_dense_oracle(c2p, p2c, gathered):
     t = tensors()
-    context, probabilities = run(t, c2p=c2p, p2c=p2c, return_probabilities=True)
+    t["queries"] = t["queries"] if gathered else None
     expected_context, expected_probabilities = oracle(t, c2p=c2p, p2c=p2c)
+    context, probabilities = run(t, c2p=c2p, p2c=p2c, return_probabilities=True)
     assert torch.allclose(context, expected_context, atol=1e-14, rtol=1e-12)
     assert torch.allclose(probabilities, expected_probabilities, atol=1e-14, rtol=1e-12)
+    context, _ = run(t, c2p=c2p, p2c=p2c, implementation="portable")
+    assert torch.allclose(context, expected_context, atol=1e-14, rtol=1e-12)
 
 
+@everywhere
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(("c2p", "p2c"), TERMS)
-def test_gradients_of_every_operand(c2p, p2c):
+def test_gradients_of_every_operand(c2p, p2c, dropout_p, implementation):
     t = tensors()
+    t["queries"] = None if c2p else t["queries"]
     names = ["query", "key", "value"] + ["rel_key"] * c2p + ["rel_query"] * p2c
     operands = tuple(t[name].requires_grad_() for name in names)
-    keep = torch.rand(B, N, Q, S, generator=torch.Generator().manual_seed(1)) < 0.8
 
     def function(*values: Tensor) -> Tensor:
-        return run({**t, **dict(zip(names, values, strict=True))}, c2p=c2p, p2c=p2c, dropout=lambda p: p * keep)[0]
+        given = {**t, **dict(zip(names, values, strict=True))}
+        return run(given, c2p=c2p, p2c=p2c, dropout_p=dropout_p, implementation=implementation)[0]
 
-    assert torch.autograd.gradcheck(function, operands)
-
-
-def test_index_without_a_batch_is_the_same_for_all():
-    t = tensors()
-    shared = {**t, "index": t["index"][0]}
-    repeated = {**t, "index": t["index"][:1].expand(B, -1, -1)}
-    assert torch.equal(run(shared)[0], run(repeated)[0])
+    assert torch.autograd.gradcheck(function, operands, fast_mode=True)
 
 
-def test_queries_that_see_nothing_are_exactly_zero_and_have_no_gradient():
+@everywhere
+def test_queries_that_see_nothing_are_exactly_zero_and_have_no_gradient(implementation):
     t = tensors(torch.float32)
     t["mask"][1] = False
     for name in ("query", "key", "value", "rel_key", "rel_query"):
         t[name].requires_grad_()
-    context, probabilities = run(t, return_probabilities=True)
-    assert torch.all(context[1] == 0) and torch.all(probabilities[1] == 0)
-    assert torch.all(context[0, :, 1] == 0)
+    context, _ = run(t, implementation=implementation, dropout_p=0.1)
+    assert torch.all(context[1] == 0) and torch.all(context[0, :, 1] == 0)
     context.sum().backward()
     assert torch.all(t["query"].grad[1] == 0) and torch.all(t["query"].grad[0, :, 1] == 0)
     assert all(torch.isfinite(t[name].grad).all() for name in ("query", "key", "value", "rel_key", "rel_query"))
 
 
-def test_what_is_not_seen_has_no_influence():
+@everywhere
+def test_what_is_not_seen_has_no_influence(implementation):
     t = tensors()
-    before = run(t)[0]
+    before = run(t, implementation=implementation)[0]
     changed = {**t, "key": t["key"].clone(), "value": t["value"].clone()}
     changed["key"][1, :, 2] = 1e4
     changed["value"][1, :, 2] = 1e4
-    assert torch.equal(before, run(changed)[0])
+    assert torch.equal(before, run(changed, implementation=implementation)[0])
 
 
-def test_position_scores_made_before_are_the_same_term():
+def test_segments_see_their_equals_and_padding_nothing():
+    keys, queries = torch.tensor([[1, 1, 2, 0]]), torch.tensor([[2, 0, 1]])
+    mask = AttentionMask(key_segments_BS=keys, query_segments_BQ=queries)
+    assert mask.visible()[0].int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    addend, factor = mask.bias
+    assert torch.equal(addend == 0, mask.visible()) and factor.flatten().tolist() == [1, 0, 1]
+    assert AttentionMask(key_segments_BS=torch.ones(1, 3)).bias == (None, None)
+
+
+@everywhere
+def test_position_scores_made_before_are_the_same_term(implementation):
     t = tensors()
     scale = attention_scale(H, has_c2p=True, has_p2c=True)
-    context, _ = disentangled_attention(
-        t["query"],
-        t["key"],
-        t["value"],
-        rel_key_NRH=t["rel_key"],
-        p2c_BNSR=position_scores(t["key"], t["rel_query"], scale=scale),
-        relative_index=t["index"],
-        mask=t["mask"],
-    )
-    assert torch.equal(context, run(t)[0])
-    with pytest.raises(ValueError, match="two forms of one term"):
-        disentangled_attention(
-            t["query"], t["key"], t["value"], rel_query_NRH=t["rel_query"], p2c_BNSR=t["key"], relative_index=t["index"]
-        )
+    made = position_scores(t["key"], t["rel_query"], scale=scale)
+    context = run({**t, "rel_query": None}, p2c_BNSR=made, implementation=implementation)[0]
+    assert torch.allclose(context, run(t, implementation="reference")[0], rtol=1e-12)
 
 
-def test_dropout_acts_on_probabilities_and_those_returned_are_from_before():
+@everywhere
+def test_dropout_acts_on_probabilities_and_those_returned_are_from_before(implementation):
     t = tensors()
-    context, probabilities = run(t, dropout=torch.zeros_like, return_probabilities=True)
-    assert torch.all(context == 0)
+    _, probabilities = run(t, return_probabilities=True, dropout_p=0.5)
     assert torch.equal(probabilities, run(t, return_probabilities=True)[1])
+    context = run(t, dropout_p=0.5, dropout_seed=5, implementation=implementation)[0]
+    keep = ~dropped(5, p=0.5, shape=(B, N, Q, S), device=torch.device("cpu"))
+    assert torch.allclose(context, (probabilities * keep / 0.5) @ t["value"], rtol=1e-12, atol=1e-14)
     assert run(t)[1] is None
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_scores_are_float32(dtype):
+def test_half_precision_scores_are_float32(dtype, implementation):
     t = tensors(dtype)
     # Unscaled products of this size leave float16's range.
     t["query"], t["key"] = t["query"] * 200, t["key"] * 200
-    context, probabilities = run(t, return_probabilities=True)
-    exact = {name: value.double() if value.is_floating_point() else value for name, value in t.items()}
-    assert context.dtype == dtype and probabilities.dtype == torch.float32
-    assert torch.allclose(probabilities.double(), run(exact, return_probabilities=True)[1], atol=1e-2)
-    assert torch.isfinite(context).all()
+    exact = {name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for name, x in t.items()}
+    expected, exact_probabilities = run(exact, return_probabilities=True)
+    context, _ = run(t, implementation=implementation)
+    assert context.dtype == dtype and torch.isfinite(context).all()
+    assert torch.allclose(context.double(), expected, atol=3e-2)
+    probabilities = run(t, return_probabilities=True)[1]
+    assert probabilities.dtype == torch.float32
+    assert torch.allclose(probabilities.double(), exact_probabilities, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p2c_BNSR": torch.zeros(1)}, "two forms of one term"),
+        ({"dropout_p": 1.0}, r"dropout_p = 1.0 is not in \[0, 1\)"),
+        ({"implementation": "quick"}, "'quick' is not one of reference, portable"),
+        ({"implementation": "portable", "return_probabilities": True}, "portable .* returns no probabilities"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tensors(), **options)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {},
+        {"key_segments_BS": torch.ones(1, 2), "pairs_BQS": torch.ones(1, 2, 2).bool()},
+        {"pairs_BQS": torch.ones(2, 2).bool()},
+        {"pairs_BQS": torch.ones(1, 2, 2)},
+    ],
+)
+def test_masks_of_neither_form_are_refused(mask):
+    with pytest.raises(ValueError, match="pairs_BQS"):
+        AttentionMask(**mask)

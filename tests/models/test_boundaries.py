@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from deberta_dist.kernels import RelativePositions
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 
@@ -34,13 +35,14 @@ def test_heads_can_be_split_over_two(randomise, relative_error, name):
     layer = randomise(DebertaForMaskedLM(config)).deberta.encoder.layer[0].eval()
     halves = [_half_of(layer, number) for number in range(2)]
     hidden = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1))
-    index = torch.randint(0, config.num_position_rows, (10, 10), generator=torch.Generator().manual_seed(2))
+    rows = torch.randint(0, config.num_position_rows, (21,), generator=torch.Generator().manual_seed(2))
+    positions = RelativePositions(rows)
 
     def attended(part: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         attention = part.attention.self
         rel_RD = torch.linspace(-1, 1, config.num_position_rows * 64).view(-1, 64).requires_grad_()
         memory = attention.memory(hidden, rel_RD=rel_RD, dropout_key=None)
-        context, _ = attention.attend(hidden, memory, relative_index=index, mask=None, dropout_key=None)
+        context, _ = attention.attend(hidden, memory, positions=positions, mask=None, dropout_key=None)
         output = part.attention.output.dense(context)
         return output, torch.autograd.grad(output.sum(), rel_RD)[0]
 

@@ -5,12 +5,13 @@ import hashlib
 import pytest
 import torch
 
+from deberta_dist.kernels import RelativePositions
 from deberta_dist.models.positions import (
     padded_targets,
-    pair_mask,
     position_row_of_distance,
-    relative_index,
+    relative_positions,
     token_mask,
+    visibility,
 )
 
 ANCHORS = {0: 0, 1: 1, 127: 127, 128: 128, 129: 129, 131: 131, 132: 131, 140: 137, 160: 149}
@@ -20,6 +21,10 @@ ANCHORS |= {192: 166, 256: 192, 300: 207, 384: 229, 448: 243, 500: 254, 506: 255
 def buckets(num_buckets: int, max_distance: int) -> torch.Tensor:
     """Bucket of every distance that clamping leaves."""
     return torch.tensor(position_row_of_distance(num_buckets, max_distance)[1:-1]) - num_buckets
+
+
+def positions(**settings: int) -> RelativePositions:
+    return relative_positions(**settings, device=torch.device("cpu"))
 
 
 def test_log_buckets_of_the_release():
@@ -44,20 +49,23 @@ def test_buckets_are_those_of_the_published_float32_formula(num_buckets, max_dis
 
 
 def test_distances_beyond_the_largest_never_reach_untrained_row_0():
-    index = relative_index(1024, key_length=1024, num_buckets=256, max_distance=512, device=torch.device("cpu"))
+    index = positions(num_buckets=256, max_distance=512).index(1024, 1024)
     assert (index.min(), index.max()) == (1, 511)
     assert torch.all(index[:500, 1012:] == 1) and torch.all(index[1012:, :500] == 511)
 
 
 def test_without_buckets_every_distance_has_a_row_and_both_ends_are_clamped():
-    index = relative_index(9, key_length=9, num_buckets=-1, max_distance=4, device=torch.device("cpu"))
+    index = positions(num_buckets=-1, max_distance=4).index(9, 9)
     assert index[8].tolist() == [7, 7, 7, 7, 7, 7, 6, 5, 4]
     assert index[0].tolist() == [4, 3, 2, 1, 0, 0, 0, 0, 0]
 
 
-def test_index_made_in_inference_mode_serves_training():
+def test_positions_and_masks_made_in_inference_mode_serve_training():
     with torch.inference_mode():
-        index = relative_index(3, key_length=3, num_buckets=-1, max_distance=77, device=torch.device("cpu"))
+        positions(num_buckets=-1, max_distance=77)
+        bias, factor = visibility(torch.tensor([[1, 1, 0]])).bias
+        assert not bias.is_inference() and not factor.is_inference()
+    index = positions(num_buckets=-1, max_distance=77).index(3, 3)
     x = torch.zeros(3, 154, requires_grad=True)
     x.gather(-1, index).sum().backward()
     assert x.grad.sum() == 9
@@ -65,15 +73,16 @@ def test_index_made_in_inference_mode_serves_training():
 
 def test_masks():
     tokens = torch.tensor([[1, 1, 0]])
-    assert pair_mask(tokens)[0, 0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert visibility(tokens).visible()[0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     documents = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 1, 1]]])
-    assert torch.equal(pair_mask(documents)[:, 0], documents.bool())
+    assert torch.equal(visibility(documents).visible(), documents.bool())
     assert token_mask(documents).tolist() == [[True, True, True]]
     for mask in (tokens, documents):
         queries = torch.tensor([[2, 0]])
-        assert torch.equal(pair_mask(mask, queries_BT=queries), pair_mask(mask)[:, :, [2, 0]])
+        of_queries = visibility(mask, queries_BT=queries).visible()
+        assert torch.equal(of_queries, visibility(mask).visible()[:, [2, 0]])
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        pair_mask(torch.ones(1, 1, 3, 3))
+        visibility(torch.ones(1, 1, 3, 3))
 
 
 def test_targets_are_padded_to_the_largest_count():

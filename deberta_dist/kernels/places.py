@@ -1,0 +1,91 @@
+"""Who sees whom, and at which distance, in the forms that need no tensor of queries times keys.
+
+Callers describe positions and masks with these; every implementation expands of them what it needs.
+
+Letters: B batch, Q queries, S keys, R rows of the relative table, M largest distance with a row of its own.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RelativePositions:
+    """Row of the relative table for each pair of a query and a key, by their distance.
+
+    Attributes:
+        row_of_distance: int64 [2 M + 1], for distances -M .. M, query minus key; farther ones count as -M or M.
+        query_positions_BQ: positions of the queries among the keys, int64; None: the queries are 0 .. Q-1.
+    """
+
+    row_of_distance: Tensor
+    query_positions_BQ: Tensor | None = None
+
+    def rows(self, distances: Tensor) -> Tensor:
+        """Rows of distances of any shape."""
+        largest = self.row_of_distance.numel() // 2
+        return self.row_of_distance[distances.clamp(-largest, largest) + largest]
+
+    def index(self, num_queries: int, num_keys: int) -> Tensor:
+        """Row for every pair: int64 [Q, S], or [B, Q, S] with positions."""
+        device = self.row_of_distance.device
+        queries = self.query_positions_BQ
+        if queries is None:
+            queries = torch.arange(num_queries, device=device)
+        return self.rows(queries.unsqueeze(-1) - torch.arange(num_keys, device=device))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Which query sees which key: those of its own segment, or any pairs.
+
+    Make one per forward pass: what is derived from it is kept.
+
+    Attributes:
+        key_segments_BS: integers; 0 sees nothing and is not seen (padding), the others see their equals (documents).
+        query_segments_BQ: the queries' segments; None: queries and keys are the same tokens.
+        pairs_BQS: instead of segments: bool; batch dimension 1 or B.
+    """
+
+    key_segments_BS: Tensor | None = None
+    query_segments_BQ: Tensor | None = None
+    pairs_BQS: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.key_segments_BS is None) == (self.pairs_BQS is None):
+            raise ValueError("a mask is made of key_segments_BS or of pairs_BQS; give one of them")
+        if self.pairs_BQS is not None and (self.pairs_BQS.dim() != 3 or self.pairs_BQS.dtype != torch.bool):
+            raise ValueError(
+                f"pairs_BQS has shape {tuple(self.pairs_BQS.shape)} and dtype {self.pairs_BQS.dtype}; "
+                "expected bool [batch, queries, keys]"
+            )
+
+    def visible(self) -> Tensor:
+        """Every pair, bool [B or 1, Q, S]."""
+        if self.pairs_BQS is not None:
+            return self.pairs_BQS
+        keys = self.key_segments_BS
+        queries = keys if self.query_segments_BQ is None else self.query_segments_BQ
+        return (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
+
+    @functools.cached_property
+    def bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """What masks by arithmetic, float32: an addend to scores [B or 1, Q, S] and a factor of rows [B or 1, Q, 1].
+
+        The addend is the lowest finite number where nothing is seen, so that rows that see nothing stay finite; the
+        factor makes those zero. On a CPU None stands for an addend of zeros or a factor of ones; elsewhere to look
+        would make the host wait.
+        """
+        with torch.inference_mode(False):
+            visible = self.visible().clone() if torch.is_inference_mode_enabled() else self.visible()
+            can_look = visible.device.type == "cpu"
+            if can_look and bool(visible.all()):
+                return None, None
+            addend = torch.zeros(visible.shape, device=visible.device).masked_fill_(
+                ~visible, torch.finfo(torch.float32).min
+            )
+            sees_any = visible.any(dim=-1, keepdim=True)
+            return addend, None if can_look and bool(sees_any.all()) else sees_any.float()

@@ -1,0 +1,281 @@
+"""Fast attention in plain torch, on any device: an autograd function of our own.
+
+Where autograd's form of the formula spends its time and memory, and what is done here instead:
+
+- The scores of a few heads and samples are made, used and left while they are in cache; nothing larger exists, but for
+  what is kept.
+- Position terms need no index where queries and keys are 0, 1, 2, ... (see `position_terms`).
+- One tensor of size Q x S is kept, in the values' dtype: the probabilities, negative where dropped. With ``recompute``
+  none is; the backward pass makes the same chunks again, to the same bits.
+- Masks are one addend and one factor for all heads, the scale is multiplied into operands, products add to scores.
+
+It can be differentiated once.
+
+Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relative table; in a chunk C heads, B samples.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
+from deberta_dist.kernels.operands import AttentionCall, widened
+from deberta_dist.kernels.position_terms import BandTerm, Chunk, GatherTerm, PositionTerm
+
+# Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
+# than traffic.
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+# Rows of a band's block: more waste more products, fewer make them less efficient.
+BLOCK = 64
+
+
+def portable_attention(
+    query_BNQH: Tensor,
+    key_BNSH: Tensor,
+    value_BNSH: Tensor,
+    rel_key_NRH: Tensor | None,
+    rel_query_NRH: Tensor | None,
+    p2c_BNSR: Tensor | None,
+    call: AttentionCall,
+) -> Tensor:
+    """Context; arguments as of `disentangled_attention`."""
+    operands = query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, p2c_BNSR
+    # Inside of the function nothing tells whether there will be a backward pass.
+    needs_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    return _PortableAttention.apply(*operands, call, needs_backward)
+
+
+class _PortableAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *operands, call, needs_backward = arguments
+        query, value = operands[0], operands[2]
+        batch, heads, num_queries, _ = query.shape
+        kept_NBQS = None
+        if needs_backward and not call.recompute:
+            kept_NBQS = value.new_empty(heads, batch, num_queries, value.shape[2])
+        context = value.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
+        work = _Work(*operands, call)
+        for chunk in work.chunks():
+            kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
+            context[chunk.samples, chunk.heads] = work.forward(chunk, kept=kept).transpose(0, 1)
+        if needs_backward:
+            ctx.save_for_backward(*operands, kept_NBQS)
+            ctx.call = call
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: it overlooks gradients of gradients that begin with a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the portable attention was differentiated with create_graph=True and has no second derivative; "
+                "give disentangled_attention implementation='reference'"
+            )
+        *operands, kept_NBQS = ctx.saved_tensors
+        work = _Work(*operands, ctx.call)
+        gradients = [_tokens_first(x) for x in operands[:3]]
+        for chunk in work.chunks():
+            kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
+            results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], kept=kept)
+            for gradient, result in zip(gradients, results, strict=True):
+                gradient[chunk.samples, chunk.heads] = result.transpose(0, 1)
+        return *gradients, *work.position_gradients(), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """Of one chunk, in the scores' precision, heads first: [C, B, Q or S, H]."""
+
+    scaled_query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class _Work:
+    """One pass, forward or backward, over all chunks."""
+
+    def __init__(
+        self,
+        query_BNQH: Tensor,
+        key_BNSH: Tensor,
+        value_BNSH: Tensor,
+        rel_key_NRH: Tensor | None,
+        rel_query_NRH: Tensor | None,
+        p2c_BNSR: Tensor | None,
+        call: AttentionCall,
+    ) -> None:
+        self._query, self._key, self._value = query_BNQH, key_BNSH, value_BNSH
+        self._rel_key, self._rel_query, self._p2c = rel_key_NRH, rel_query_NRH, p2c_BNSR
+        self._call = call
+        self._terms = _position_terms(
+            rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths
+        )
+        self._bias = (None, None) if call.mask is None else call.mask.bias
+        self._kept_share = kept_share(call.dropout_p)
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        return self._query.shape[2], self._key.shape[2]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All heads and samples in order: several heads with all samples each, or one head with some."""
+        batch, heads = self._query.shape[:2]
+        limit = CHUNK_BYTES.get(self._query.device.type, DEFAULT_CHUNK_BYTES)
+        num_queries, num_keys = self._lengths
+        matrices = max(1, limit // max(1, num_queries * num_keys * 4))
+        num_heads, num_samples = max(1, matrices // max(1, batch)), min(matrices, batch)
+        for head in range(0, heads, num_heads):
+            for sample in range(0, batch, max(1, num_samples)):
+                yield Chunk(
+                    slice(head, min(head + num_heads, heads)), slice(sample, min(sample + num_samples, batch))
+                )
+
+    def forward(self, chunk: Chunk, *, kept: Tensor | None) -> Tensor:
+        """Context of a chunk [C, B, Q, H]; fills ``kept`` [C, B, Q, S] for the backward pass."""
+        operands = self._operands(chunk)
+        probabilities = self._signed_probabilities(chunk, operands, kept=kept)
+        is_dropping = self._call.dropout_p > 0.0
+        attended = torch.clamp_min(probabilities, 0.0) if is_dropping else probabilities
+        context = _product(attended, operands.value)
+        return context.div_(self._kept_share) if is_dropping else context
+
+    def backward(
+        self, chunk: Chunk, gradient_BCQH: Tensor, *, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value of a chunk, [C, B, Q or S, H]; adds up those of the position operands.
+
+        With P the probabilities, D those that are not dropped (P or 0) over the kept share, G the context's gradient:
+        dV = D^T G, T = D * (G V^T), dscores = T - P rowsum(T).
+        """
+        operands = self._operands(chunk)
+        if kept is None:
+            signed = self._signed_probabilities(chunk, operands, kept=None)
+        else:
+            signed = widened(kept)
+        gradient = widened(gradient_BCQH.transpose(0, 1))
+        is_dropping = self._call.dropout_p > 0.0
+        if is_dropping:
+            gradient = gradient / self._kept_share
+        attended = torch.clamp_min(signed, 0.0) if is_dropping else signed
+        d_value = _product(attended.transpose(2, 3), gradient)
+        d_scores = _product(gradient, operands.value.transpose(2, 3)).mul_(attended)
+        row_sums = d_scores.sum(-1, keepdim=True)
+        probabilities = torch.abs(signed, out=attended) if is_dropping else signed
+        d_scores.addcmul_(probabilities, row_sums, value=-1)
+
+        d_query = _product(d_scores, operands.key)
+        d_key = _product(d_scores.transpose(2, 3), operands.scaled_query)
+        c2p, p2c = self._terms
+        if c2p is not None:
+            d_query.add_(c2p.backward(operands.scaled_query, d_scores, chunk))
+        if p2c is not None:
+            from_positions = p2c.backward(operands.key, d_scores, chunk)
+            if from_positions is not None:
+                d_key.add_(from_positions)
+        return d_query.mul_(self._call.scale), d_key, d_value
+
+    def position_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of rel_key, rel_query and p2c, in their dtypes."""
+        c2p, p2c = self._terms
+        d_rel_key = None if c2p is None else c2p.operand_gradient().to(self._rel_key.dtype)
+        if p2c is None:
+            return d_rel_key, None, None
+        gradient = p2c.operand_gradient()
+        if self._p2c is not None:
+            return d_rel_key, None, gradient
+        return d_rel_key, gradient.mul_(self._call.scale).to(self._rel_query.dtype), None
+
+    def _operands(self, chunk: Chunk) -> _Operands:
+        query, key, value = (
+            widened(x[chunk.samples, chunk.heads].transpose(0, 1)) for x in (self._query, self._key, self._value)
+        )
+        return _Operands(query * self._call.scale, key, value)
+
+    def _signed_probabilities(self, chunk: Chunk, operands: _Operands, *, kept: Tensor | None) -> Tensor:
+        """Probabilities [C, B, Q, S] in the scores' precision, rounded to the values' dtype, negative where dropped."""
+        query, key = operands.scaled_query, operands.key
+        is_exact = operands.value.dtype == self._value.dtype
+        shape = (*query.shape[:3], key.shape[2])
+        scores = kept if kept is not None and is_exact else query.new_empty(shape)
+        matrices = scores.view(-1, *shape[2:])
+        is_empty = True
+        # The costlier to add goes first: what is first is only written.
+        for term, content in zip(reversed(self._terms), (key, query), strict=True):
+            if term is not None:
+                term.add(content, scores, chunk, is_first=is_empty)
+                is_empty = False
+        query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+        if is_empty:
+            torch.bmm(query, key, out=matrices)
+        else:
+            torch.baddbmm(matrices, query, key, out=matrices)
+        addend, factor = self._bias
+        if addend is not None:
+            scores.add_(addend[chunk.samples if addend.shape[0] > 1 else slice(None)])
+        torch.softmax(scores, dim=-1, out=scores)
+        if factor is not None:
+            scores.mul_(factor[chunk.samples if factor.shape[0] > 1 else slice(None)])
+        if self._call.dropout_p > 0.0:
+            self._mark_dropped(scores, chunk)
+        if is_exact:
+            return scores
+        rounded = scores.to(self._value.dtype) if kept is None else kept.copy_(scores)
+        return scores.copy_(rounded)
+
+    def _mark_dropped(self, probabilities: Tensor, chunk: Chunk) -> None:
+        rows = row_words(
+            self._call.dropout_seed,
+            batch=chunk.samples,
+            heads=chunk.heads,
+            num_heads=self._query.shape[1],
+            num_queries=self._query.shape[2],
+            device=probabilities.device,
+        )
+        words = torch.empty(probabilities.shape, dtype=torch.int32, device=probabilities.device)
+        drop_words_(words, torch.empty_like(words), rows, p=self._call.dropout_p)
+        mark_dropped_(probabilities, words)
+
+
+def _position_terms(
+    rel_key_NRH: Tensor | None,
+    rel_query_NRH: Tensor | None,
+    p2c_BNSR: Tensor | None,
+    call: AttentionCall,
+    *,
+    batch: int,
+    lengths: tuple[int, int],
+) -> tuple[PositionTerm | None, PositionTerm | None]:
+    """The terms c2p and p2c; the first has rows of scaled queries, the second a scaled table."""
+    num_queries, num_keys = lengths
+    positions = call.positions
+    rel_key = None if rel_key_NRH is None else widened(rel_key_NRH)
+    rel_query = None if rel_query_NRH is None else widened(rel_query_NRH) * call.scale
+    if positions.query_positions_BQ is None and p2c_BNSR is None:
+        distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
+        rows = positions.rows(distances)
+        return (
+            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, block=BLOCK),
+            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, block=BLOCK),
+        )
+    index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
+    c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, transposed=False)
+    if rel_query is None and p2c_BNSR is None:
+        return c2p, None
+    index = index.transpose(1, 2)
+    return c2p, GatherTerm(rel_query, products_BNXR=p2c_BNSR, index_BXY=index, transposed=True)
+
+
+def _tokens_first(like_BNSH: Tensor) -> Tensor:
+    """Uninitialised, laid out as [B, S, N, H]: as the projections' outputs are, so that no one has to copy it."""
+    return torch.empty_like(like_BNSH.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Batched matrix product of [C, B, ...]."""
+    result = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
+    return result.view(*left.shape[:2], *result.shape[1:])

@@ -1,0 +1,182 @@
+"""One position term of the scores, forward and backward, for a chunk of heads and samples.
+
+A term is made of rows, one per token of one side, times the relative table: queries for c2p, keys for p2c. What is
+added to score [i, j] is the product with the row of i - j, so c2p and p2c are one thing with the two sides swapped:
+
+    c2p: term[x, y] = q_x . Kr[row(x - y)]          p2c: term[x, y] = k_x . Qr[row(y - x)], added to score [y, x]
+
+`BandTerm`: where both sides are 0, 1, 2, ... the table is laid out by distance, and a block of b rows needs a window of
+Y + b - 1 of its rows. In the product [b, Y + b - 1] the wanted elements lie on a band: a view with a stride one less
+than a row's. No element is gathered by index, and the backward pass writes the same band into a block of zeros.
+`GatherTerm`: for queries anywhere, products with all rows of the table, gathered by index.
+
+Letters: C heads of the chunk, B its samples, X tokens of this side, Y of the other, H head size, R table rows,
+L distances.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+MIN_BLOCKED_TRANSPOSITION = 3600
+
+
+class Chunk(NamedTuple):
+    """Heads and samples that are computed together."""
+
+    heads: slice
+    samples: slice
+
+
+class PositionTerm(Protocol):
+    """What `BandTerm` and `GatherTerm` have in common."""
+
+    def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
+        """Adds the term to the scores; writes it if it is the first."""
+
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor | None:
+        """Gradient of the rows [C, B, X, H], None if products were given; adds up that of the operand."""
+
+    def operand_gradient(self) -> Tensor:
+        """Gradient of the table [N, R, H], or of the products given [B, N, X, R], of all chunks so far."""
+
+
+class BandTerm:
+    """Sides 0, 1, 2, ...: no index.
+
+    Args:
+        table_NRH: projected table of all heads, in the scores' precision.
+        rows_L: its row for each of the X + Y - 1 distances, in the order in which y ascends; int64.
+        transposed: scores are [y, x] (p2c).
+        block: rows per block.
+    """
+
+    def __init__(self, table_NRH: Tensor, *, rows_L: Tensor, transposed: bool, block: int) -> None:
+        self._rows_L = rows_L
+        self._table_NLH = table_NRH.index_select(1, rows_L)
+        self._gradient_NLH: Tensor | None = None
+        self._table_shape = table_NRH.shape
+        self._transposed = transposed
+        self._block = block
+        self._zeros: dict[tuple[int, ...], Tensor] = {}
+
+    def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
+        """See `PositionTerm`."""
+        scores = scores_CBQS.transpose(2, 3) if self._transposed else scores_CBQS
+        workspace = None
+        for part, rows, window in self._blocks(content_CBXH, num_columns=scores.shape[3]):
+            shape = (*rows.shape[:2], window.stop - window.start)
+            if workspace is None:
+                workspace = rows.new_empty(shape).view(-1)
+            products = workspace[: shape[0] * shape[1] * shape[2]].view(shape)
+            torch.bmm(rows, self._table_NLH[chunk.heads, window].transpose(1, 2), out=products)
+            target = scores[:, :, part]
+            band = _band(products, target.shape)
+            target.copy_(band) if is_first else target.add_(band)
+
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor:
+        """See `PositionTerm`."""
+        if self._gradient_NLH is None:
+            self._gradient_NLH = torch.zeros_like(self._table_NLH)
+        gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
+        result = torch.empty_like(content_CBXH, memory_format=torch.contiguous_format)
+        for part, rows, window in self._blocks(content_CBXH, num_columns=gradient.shape[3]):
+            shape = (*rows.shape[:2], window.stop - window.start)
+            # The band covers the same elements in every block: what is zero beside it stays zero.
+            if shape not in self._zeros:
+                self._zeros[shape] = rows.new_zeros(shape)
+            products = self._zeros[shape]
+            source = gradient[:, :, part]
+            _band(products, source.shape).copy_(source)
+            d_rows = torch.bmm(products, self._table_NLH[chunk.heads, window])
+            result[:, :, part] = d_rows.unflatten(1, (-1, part.stop - part.start))
+            target = self._gradient_NLH[chunk.heads, window]
+            torch.baddbmm(target, products.transpose(1, 2), rows, out=target)
+        return result
+
+    def operand_gradient(self) -> Tensor:
+        """See `PositionTerm`."""
+        gradient = self._gradient_NLH.new_zeros(self._table_shape)
+        return gradient.index_add_(1, self._rows_L, self._gradient_NLH)
+
+    def _blocks(self, content_CBXH: Tensor, *, num_columns: int) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Of each block: its rows as a slice, their content [C, B * b, H] and the window of the table."""
+        num_rows = content_CBXH.shape[2]
+        for start in range(0, num_rows, self._block):
+            stop = min(start + self._block, num_rows)
+            content = content_CBXH[:, :, start:stop].flatten(1, 2)
+            yield slice(start, stop), content, slice(num_rows - stop, num_rows - start + num_columns - 1)
+
+
+class GatherTerm:
+    """Queries anywhere.
+
+    Args:
+        table_NRH: projected table of all heads, in the scores' precision; None if products are given.
+        products_BNXR: products of all rows with it, made before.
+        index_BXY: row of the table for every pair, int64.
+        transposed: scores are [y, x] (p2c).
+    """
+
+    def __init__(
+        self, table_NRH: Tensor | None, *, products_BNXR: Tensor | None = None, index_BXY: Tensor, transposed: bool
+    ) -> None:
+        self._table_NRH = table_NRH
+        self._products_BNXR = products_BNXR
+        self._gradient: Tensor | None = None
+        self._index_BXY = index_BXY
+        self._transposed = transposed
+
+    def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
+        """See `PositionTerm`."""
+        if self._table_NRH is None:
+            products = self._products_BNXR[chunk.samples, chunk.heads].transpose(0, 1)
+        else:
+            products = torch.bmm(content_CBXH.flatten(1, 2), self._table_NRH[chunk.heads].transpose(1, 2))
+            products = products.view(*content_CBXH.shape[:3], -1)
+        term = products.gather(-1, self._index(chunk, num_heads=products.shape[0]))
+        term = term.transpose(2, 3) if self._transposed else term
+        scores_CBQS.copy_(term) if is_first else scores_CBQS.add_(term)
+
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor | None:
+        """See `PositionTerm`."""
+        operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(operand)
+        gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
+        index = self._index(chunk, num_heads=gradient.shape[0])
+        if self._table_NRH is None:
+            self._gradient[chunk.samples, chunk.heads].transpose(0, 1).scatter_add_(-1, index, gradient)
+            return None
+        products = gradient.new_zeros(*gradient.shape[:3], operand.shape[1])
+        products = products.scatter_add_(-1, index, gradient).flatten(1, 2)
+        target = self._gradient[chunk.heads]
+        torch.baddbmm(target, products.transpose(1, 2), content_CBXH.flatten(1, 2), out=target)
+        return torch.bmm(products, operand[chunk.heads]).view(content_CBXH.shape)
+
+    def operand_gradient(self) -> Tensor:
+        """See `PositionTerm`."""
+        return self._gradient
+
+    def _index(self, chunk: Chunk, *, num_heads: int) -> Tensor:
+        return self._index_BXY[chunk.samples].expand(num_heads, -1, -1, -1)
+
+
+def _band(products: Tensor, shape: torch.Size) -> Tensor:
+    """Element (x, b - 1 - x + y) of every block of b rows: a view [C, B, b, Y] of [C, B * b, Y + b - 1]."""
+    block, width = shape[2], products.shape[2]
+    strides = (shape[1] * block * width, block * width, width - 1, 1)
+    return products.as_strided(shape, strides, products.storage_offset() + block - 1)
+
+
+def _transposed_copy(x_CBQS: Tensor) -> Tensor:
+    """The last two dimensions exchanged, contiguous."""
+    result = torch.empty_like(x_CBQS.transpose(2, 3), memory_format=torch.contiguous_format)
+    # A CPU transposes single matrices by blocks that stay in cache, from some size on; batches element by element.
+    if x_CBQS.device.type == "cpu" and x_CBQS.shape[2] * x_CBQS.shape[3] >= MIN_BLOCKED_TRANSPOSITION:
+        for target, source in zip(result.flatten(0, 1), x_CBQS.flatten(0, 1), strict=True):
+            target.copy_(source.t())
+        return result
+    return result.copy_(x_CBQS.transpose(2, 3))
