@@ -1,11 +1,10 @@
-"""Who sees whom, and at which distance, in the forms that need no tensor of queries times keys.
+"""Who sees whom, and at which distance, in forms that need no tensor of queries x keys.
 
 Callers describe positions and masks with these; every implementation expands of them what it needs.
 
 Letters: B batch, Q queries, S keys, R rows of the relative table, M largest distance with a row of its own.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +34,12 @@ class RelativePositions:
         queries = self.query_positions_BQ
         if queries is None:
             queries = torch.arange(num_queries, device=device)
-        return self.rows(queries.unsqueeze(-1) - torch.arange(num_keys, device=device))
+        return self.rows(queries.to(device).unsqueeze(-1) - torch.arange(num_keys, device=device))
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
     """Which query sees which key: those of its own segment, or any pairs.
-
-    Make one per forward pass: what is derived from it is kept.
 
     Attributes:
         key_segments_BS: integers; 0 sees nothing and is not seen (padding), the others see their equals (documents).
@@ -71,21 +68,17 @@ class AttentionMask:
         queries = keys if self.query_segments_BQ is None else self.query_segments_BQ
         return (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
 
-    @functools.cached_property
-    def bias(self) -> tuple[Tensor | None, Tensor | None]:
-        """What masks by arithmetic, float32: an addend to scores [B or 1, Q, S] and a factor of rows [B or 1, Q, 1].
+    def arithmetic(self) -> tuple[Tensor | None, Tensor | None]:
+        """The mask as float32: an addend to scores [B or 1, Q, S] and a factor of rows [B or 1, Q, 1].
 
-        The addend is the lowest finite number where nothing is seen, so that rows that see nothing stay finite; the
-        factor makes those zero. On a CPU None stands for an addend of zeros or a factor of ones; elsewhere to look
-        would make the host wait.
+        The addend is very low where nothing is seen, but finite, so that rows that see nothing stay finite; the factor
+        makes those zero. On a CPU None stands for an addend of zeros or a factor of ones; elsewhere to look would make
+        the host wait.
         """
-        with torch.inference_mode(False):
-            visible = self.visible().clone() if torch.is_inference_mode_enabled() else self.visible()
-            can_look = visible.device.type == "cpu"
-            if can_look and bool(visible.all()):
-                return None, None
-            addend = torch.zeros(visible.shape, device=visible.device).masked_fill_(
-                ~visible, torch.finfo(torch.float32).min
-            )
-            sees_any = visible.any(dim=-1, keepdim=True)
-            return addend, None if can_look and bool(sees_any.all()) else sees_any.float()
+        visible = self.visible()
+        can_look = visible.device.type == "cpu"
+        if can_look and bool(visible.all()):
+            return None, None
+        sees_any = visible.any(dim=-1, keepdim=True)
+        addend = visible.to(torch.float32).sub_(1.0).mul_(-torch.finfo(torch.float32).min / 2)
+        return addend, None if can_look and bool(sees_any.all()) else sees_any.float()

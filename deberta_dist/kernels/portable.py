@@ -115,7 +115,7 @@ class _Work:
         self._terms = _position_terms(
             rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths
         )
-        self._bias = (None, None) if call.mask is None else call.mask.bias
+        self._mask = (None, None) if call.mask is None else call.mask.arithmetic()
         self._kept_share = kept_share(call.dropout_p)
 
     @property
@@ -214,7 +214,7 @@ class _Work:
             torch.bmm(query, key, out=matrices)
         else:
             torch.baddbmm(matrices, query, key, out=matrices)
-        addend, factor = self._bias
+        addend, factor = self._mask
         if addend is not None:
             scores.add_(addend[chunk.samples if addend.shape[0] > 1 else slice(None)])
         torch.softmax(scores, dim=-1, out=scores)

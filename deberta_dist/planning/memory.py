@@ -174,7 +174,8 @@ def _in_flight(
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]
-    counts = max(
+    # Many kept micro-batches and a stage with large temporaries need not meet.
+    counts, computing = max(
         micro_batches_in_flight(
             parallel.schedule,
             pipeline_rank=pipeline_rank,
@@ -182,12 +183,15 @@ def _in_flight(
             stages_per_rank=parallel.stages_per_rank,
             num_micro_batches=training.num_micro_batches,
         ),
-        key=lambda counts: sum(n * (stage.saved + stage.logits) for n, stage in zip(counts, stages, strict=True)),
+        key=lambda moment: (
+            sum(n * (stage.saved + stage.logits) for n, stage in zip(moment[0], stages, strict=True))
+            + stages[moment[1]].working
+        ),
     )
     return StageActivations(
         saved=sum(n * stage.saved for n, stage in zip(counts, stages, strict=True)),
         logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
-        working=max(stage.working for stage in stages),
+        working=stages[computing].working,
     )
 
 
@@ -204,24 +208,29 @@ def expected_targets(config: RunConfig, *, length: int | None = None) -> int:
 
 def micro_batches_in_flight(
     schedule: str, *, pipeline_rank: int, pipeline_parallel_size: int, stages_per_rank: int, num_micro_batches: int
-) -> list[tuple[int, ...]]:
-    """How many micro-batches each stage of a rank has run forward and not yet backward, after every forward.
+) -> list[tuple[tuple[int, ...], int]]:
+    """What a rank keeps while it computes: how many micro-batches of each of its stages, and the stage at work.
 
-    1F1B warms up with as many forwards as there are stages from here to the end; GPipe (and 1F1B with fewer
-    micro-batches than stages, which is run as GPipe) runs all forwards first; the interleaved schedule goes
-    round its stages as ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` does (a test compares).
+    One entry per forward (with its own micro-batch) and per backward, in order. 1F1B warms up with as many forwards as
+    there are stages from here to the end; GPipe (and 1F1B with fewer micro-batches than stages, which is run as GPipe)
+    runs all forwards first: of these the highest moment alone is told. The interleaved schedule goes round its stages
+    as ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` does (a test compares).
     """
     ranks, loops, micro_batches = pipeline_parallel_size, stages_per_rank, num_micro_batches
     if schedule != "interleaved_1f1b":
         all_first = schedule == "gpipe" or micro_batches < ranks
-        return [(micro_batches if all_first else min(micro_batches, ranks - pipeline_rank),)]
+        return [((micro_batches if all_first else min(micro_batches, ranks - pipeline_rank),), 0)]
     per_round = micro_batches // max(1, micro_batches // ranks)
     forwards = micro_batches * loops
     warm_up = min((loops - 1) * per_round + 2 * (ranks - 1 - pipeline_rank), forwards)
-    counts, states = [0] * loops, []
-    for step in range(forwards):
-        counts[(step // per_round) % loops] += 1
-        states.append(tuple(counts))
+    counts, moments = [0] * loops, []
+    for step in range(forwards + warm_up):
+        if step < forwards:
+            stage = (step // per_round) % loops
+            counts[stage] += 1
+            moments.append((tuple(counts), stage))
         if step >= warm_up:
-            counts[loops - 1 - ((step - warm_up) // per_round) % loops] -= 1
-    return states
+            stage = loops - 1 - ((step - warm_up) // per_round) % loops
+            moments.append((tuple(counts), stage))
+            counts[stage] -= 1
+    return moments

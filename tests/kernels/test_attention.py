@@ -133,9 +133,9 @@ def test_segments_see_their_equals_and_padding_nothing():
     keys, queries = torch.tensor([[1, 1, 2, 0]]), torch.tensor([[2, 0, 1]])
     mask = AttentionMask(key_segments_BS=keys, query_segments_BQ=queries)
     assert mask.visible()[0].int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
-    addend, factor = mask.bias
+    addend, factor = mask.arithmetic()
     assert torch.equal(addend == 0, mask.visible()) and factor.flatten().tolist() == [1, 0, 1]
-    assert AttentionMask(key_segments_BS=torch.ones(1, 3)).bias == (None, None)
+    assert AttentionMask(key_segments_BS=torch.ones(1, 3)).arithmetic() == (None, None)
 
 
 @everywhere

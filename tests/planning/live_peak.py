@@ -12,11 +12,13 @@ from tests.integration.parallel_run import LEARNING_RATE, Case, own_batch
 
 
 def even_batch(case: Case, bucket: int) -> Batch:
-    """Every sequence is full and has the expected number of targets."""
+    """Every sequence has the expected number of targets, and one token of padding: without any, a CPU skips the mask."""
     batch = own_batch(case, step=bucket)
     labels = torch.zeros_like(batch.labels)
     labels[:, 1 : 1 + expected_targets(case.run_config(), length=labels.shape[1])] = 5
-    return Batch(input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.attention_mask), labels=labels)
+    attention_mask = torch.ones_like(batch.attention_mask)
+    attention_mask[:, -1] = 0
+    return Batch(input_ids=batch.input_ids, attention_mask=attention_mask, labels=labels)
 
 
 def step_peaks(trainer: Trainer, case: Case) -> dict[str, int]:
