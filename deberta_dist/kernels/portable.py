@@ -158,15 +158,18 @@ class _Work:
         else:
             signed = widened(kept)
         gradient = widened(gradient_BCQH.transpose(0, 1))
-        is_dropping = self._call.dropout_p > 0.0
-        if is_dropping:
+        if self._call.dropout_p > 0.0:
             gradient = gradient / self._kept_share
-        attended = torch.clamp_min(signed, 0.0) if is_dropping else signed
-        d_value = _product(attended.transpose(2, 3), gradient)
-        d_scores = _product(gradient, operands.value.transpose(2, 3)).mul_(attended)
-        row_sums = d_scores.sum(-1, keepdim=True)
-        probabilities = torch.abs(signed, out=attended) if is_dropping else signed
-        d_scores.addcmul_(probabilities, row_sums, value=-1)
+            attended = torch.clamp_min(signed, 0.0)
+            d_value = _product(attended.transpose(2, 3), gradient)
+            d_scores = _product(gradient, operands.value.transpose(2, 3)).mul_(attended)
+            row_sums = d_scores.sum(-1, keepdim=True)
+            d_scores.addcmul_(torch.abs(signed, out=attended), row_sums, value=-1)
+        else:
+            # The same, but for P * (G V^T - rowsum): less is lost where the two are close.
+            d_value = _product(signed.transpose(2, 3), gradient)
+            d_scores = _product(gradient, operands.value.transpose(2, 3))
+            d_scores = torch.ops.aten._softmax_backward_data(d_scores, signed, -1, signed.dtype)
 
         d_query = _product(d_scores, operands.key)
         d_key = _product(d_scores.transpose(2, 3), operands.scaled_query)

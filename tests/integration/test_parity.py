@@ -59,6 +59,16 @@ def without_gradient(name: str) -> bool:
     return name.endswith("pos_key_proj.bias")
 
 
+def gradient_tolerance(name: str, case: Case) -> float:
+    """1e-5, but for a sum most of which is zero in exact arithmetic.
+
+    v1's key bias adds to content scores what softmax does not see, and to p2c scores what it does. The second is so
+    small here (1e-8) that the rounding of the first is 1e-5 of it: so far are both the formula in float32 and the
+    portable attention from float64, in one process.
+    """
+    return 3e-5 if case.model == "v1" and name.endswith("self.key_proj.bias") else 1e-5
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=label)
 def test_layout_equals_one_process(case: Case) -> None:
     expected = oracle(case.global_batch_size, case.model, documents=case.documents, buckets=case.buckets)
@@ -75,7 +85,7 @@ def test_layout_equals_one_process(case: Case) -> None:
         if without_gradient(name):
             assert np.linalg.norm(full["gradients"][name]) < 1e-6 * total, name
             continue
-        assert relative_error(full["gradients"][name], gradient) < 1e-5, f"gradient of {name}"
+        assert relative_error(full["gradients"][name], gradient) < gradient_tolerance(name, case), f"gradient of {name}"
         assert relative_error(full["weights"][name], expected["weights"][name]) < 1e-4, f"weight {name}"
 
 

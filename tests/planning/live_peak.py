@@ -12,7 +12,7 @@ from tests.integration.parallel_run import LEARNING_RATE, Case, own_batch
 
 
 def even_batch(case: Case, bucket: int) -> Batch:
-    """Every sequence has the expected number of targets, and one token of padding: without any, a CPU skips the mask."""
+    """Sequences with the expected number of targets, and a token of padding: without any, a CPU skips the mask."""
     batch = own_batch(case, step=bucket)
     labels = torch.zeros_like(batch.labels)
     labels[:, 1 : 1 + expected_targets(case.run_config(), length=labels.shape[1])] = 5
