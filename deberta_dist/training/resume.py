@@ -22,6 +22,9 @@ from deberta_dist.training.build import TrainingParts, own_flat_layout
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.metrics import METRICS_NAME
 
+# What decides which samples a text has, and which comes when.
+_ORDER_KEYS = ("training.seed", "data.max_seq_length", "data.document_boundaries", "data.bucket_lengths")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -157,9 +160,13 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(ignored)
     ]
-    order = ("data.bucket_lengths", "data.max_seq_length", "training.global_batch_size")
-    if new.get(order[0]) and any(old.get(key) != new.get(key) for key in order):
-        changed.append("order of the buckets: another, from as many tokens on; a few sequences may come again or not at all")
+    if any(old.get(key) != new.get(key) for key in _ORDER_KEYS):
+        changed.append(
+            "order of the samples: another, from as many of them on; what this epoch has had may come again, what is left of "
+            "it not at all"
+        )
+    elif new["data.bucket_lengths"] and old["training.global_batch_size"] != new["training.global_batch_size"]:
+        changed.append("order of the buckets: another, from as many tokens on; those of a few steps may come again or not at all")
     if manifest.precision != precision(plan.deepspeed):
         changed.append(f"precision: {manifest.precision} -> {precision(plan.deepspeed)}")
     if dict(manifest.data_sha256) != data.checksums():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.planning.plan import check_plan, read_model_config
 from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
 from deberta_dist.training.inputs import open_data
+from deberta_dist.training.resume import changed_settings
 from tests.training.conftest import VOCABULARY, MakeRun
 
 
@@ -114,6 +116,30 @@ def test_a_larger_batch_goes_on_with_a_whole_step(make_run: MakeRun) -> None:
         data = open_data(check_plan(make_run(data={"bucket_lengths": lengths}), world_size=1))
         assert [data.resume_at(consumed) for consumed in (0, 1, 8, 9)] == expected
         data.train.batch(expected[-1], 8)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "told"),
+    [
+        ("data", "bucket_lengths", (16, 32), "order of the samples"),
+        ("data", "bucket_lengths", None, "order of the samples"),
+        ("training", "seed", 7, "order of the samples"),
+        ("training", "global_batch_size", 16, "order of the buckets"),
+        ("training", "log_every_steps", 3, None),
+    ],
+)
+def test_another_order_is_told(make_run: MakeRun, table: str, key: str, value: object, told: str | None) -> None:
+    """Of other samples any may come again, of another batch those of a few steps."""
+    before, after = make_run(data={"bucket_lengths": (8, 16, 32)}), {"data": {"bucket_lengths": (8, 16, 32)}}
+    after.setdefault(table, {})[key] = value
+    plans = [check_plan(config, world_size=1) for config in (before, make_run(**after))]
+    data = open_data(plans[1])
+    manifest = SimpleNamespace(
+        run_config=plans[0].config.model_dump(mode="json"), precision="fp32", data_sha256=data.checksums()
+    )
+    changed = changed_settings(plans[1], data, manifest=manifest)
+    assert any(change.startswith(f"{table}.{key}: ") for change in changed)
+    assert [change.split(":")[0] for change in changed if change.startswith("order")] == ([told] if told else [])
 
 
 def test_more_held_out_sequences_than_there_are_means_all(make_run: MakeRun) -> None:
