@@ -25,7 +25,7 @@ from deberta_dist.data.blend import Blend
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.packing import count_samples
-from deberta_dist.data.sampler import position
+from deberta_dist.data.sampler import check_seed, position
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
 
@@ -135,7 +135,12 @@ class Mixture:
 
 
 def source_seed(seed: int, name: str) -> int:
-    """Seed of a source's order and masks, 0 to 2**64 - 1: the run's own for a corpus without a name."""
+    """Seed of a source's order and masks, 0 to 2**64 - 1: the run's own for a corpus without a name.
+
+    Raises:
+        ConfigError: ``seed`` is outside that range.
+    """
+    check_seed(seed)
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") if name else seed
 
 

@@ -13,7 +13,7 @@ from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import DataError
+from deberta_dist.errors import ConfigError, DataError
 
 SIZES = {"books": 7, "web": 33, "wiki": 20}  # samples of 30 tokens
 
@@ -114,6 +114,13 @@ def test_a_corpus_without_a_name_keeps_its_order(corpora: Corpora, tokenizer: To
     assert not torch.equal(named.batch(20, 50).labels, expected.labels)
     other_seed = blended([Source(name="web", corpus=corpora["web"])], tokenizer, seed=6)
     assert not torch.equal(other_seed.batch(20, 50).labels, named.batch(20, 50).labels)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_is_in_its_range_with_and_without_names(corpora: Corpora, tokenizer: Tokenizer, seed: int) -> None:
+    for name in ("", "web"):
+        with pytest.raises(ConfigError, match=f"seed = {seed} is not within"):
+            blended([Source(name=name, corpus=corpora["web"])], tokenizer, seed=seed)
 
 
 def test_epochs_are_kept_beside_each_other(corpora: Corpora, tokenizer: Tokenizer) -> None:
