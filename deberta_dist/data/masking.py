@@ -55,6 +55,7 @@ METHODS = ("official", "uniform")
 NOT_A_TARGET = 0
 
 _LONGEST_WORD = 16
+_LONGEST_WINDOW = 1 << 40  # more units than any sequence has; beyond, widths of windows leave int64
 _BLOCK_TOKENS = 1 << 15  # what is masked together stays within a core's cache
 _SPECIAL, _CONTINUES, _BEGINS = range(3)
 
@@ -213,7 +214,7 @@ def _targets(
     num_units = np.diff(first_units, append=unit_starts.size)
 
     most_targets = np.minimum(quotas + unit_lengths.max() - 1, num_places)
-    window = int(1 / config.mask_probability)
+    window = int(min(1 / config.mask_probability, _LONGEST_WINDOW))
     if config.method == "official":
         most_draws = official_draws(num_units, window=window) + 2 * most_targets
     else:

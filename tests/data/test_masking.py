@@ -159,7 +159,7 @@ def test_short_sequences_have_a_target(method: str, max_ngram: int) -> None:
     for ids in (np.empty(0, dtype=np.int64), np.array([1, 2]), np.array([1, 3, MASK, 2, 0])):
         input_ids, labels = mask(ids, config)
         assert np.array_equal(input_ids, ids) and not labels.any()
-    for probability in (0.001, 0.5, 0.9, 0.99):
+    for probability in (1e-300, 1e-19, 0.001, 0.5, 0.9, 0.99):
         extreme = MaskingConfig(method=method, max_ngram=max_ngram, mask_probability=probability)
         _, labels = mask(sequence(1), extreme)
         assert 1 <= np.count_nonzero(labels) <= 510
