@@ -195,7 +195,8 @@ def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> PieceList 
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     pieces = None
     try:
-        checksum, sizes = _header(os.pread(file, HEADER_BYTES, 0), path)
+        # Of a directory there is nothing to read: it is refused as any other foreign thing.
+        checksum, sizes = _header(b"" if path.is_dir() else os.pread(file, HEADER_BYTES, 0), path)
         expected = HEADER_BYTES + sum(sizes.num_pieces) * ENTRY.itemsize
         is_of_corpus = (checksum, sum(sizes.num_tokens)) == (corpus.checksum, corpus.num_tokens)
         if is_of_corpus and sizes.lengths == tuple(lengths) and os.fstat(file).st_size == expected:

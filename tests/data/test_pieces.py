@@ -133,6 +133,10 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
             open_pieces(corpus, LENGTHS)
         assert path.read_bytes() == foreign
     path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
+        open_pieces(corpus, LENGTHS)
+    path.rmdir()
     found = open_pieces(corpus, LENGTHS)
     with open(path, "r+b") as file:
         file.seek(HEADER_BYTES)
