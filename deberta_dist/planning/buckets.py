@@ -32,7 +32,7 @@ def describe_buckets(config: RunConfig, mixture: BucketMixture) -> str:
         count, wanted = sum(sizes.num_pieces[bucket] for sizes in mixture.sizes), mixture.sequences_per_step(bucket)
         if 0 < count < wanted:
             lines.append(
-                f"  {length}: a step takes {wanted:,} sequences, an epoch has {count:,}, so each comes several times in one "
+                f"  {length}: a step takes {wanted:,} sequences, an epoch has {count:,}, so some come several times in one "
                 "step;\n    leave this length out of data.bucket_lengths"
             )
     return "\n".join(lines)

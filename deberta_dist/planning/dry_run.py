@@ -125,7 +125,7 @@ def _headline(plan: Plan) -> str:
         ("batch", f"{training.global_batch_size} sequences = micro-batch {training.micro_batch_size} x "
                   f"{training.num_micro_batches} micro-batches x data {parallel.data_parallel_size}"),
         ("tokens", f"{training.max_steps:,} steps x {training.global_batch_size} x {config.data.max_seq_length} = "
-                   f"{_scaled(training.max_steps * tokens)} tokens"),
+                   f"{_scaled(training.max_steps * tokens).rstrip()} tokens"),
     )  # fmt: skip
     lines = [(label if number == 0 else "", line)
              for label, text in rows for number, line in enumerate(textwrap.wrap(text, 88))]  # fmt: skip
@@ -272,8 +272,10 @@ def _notes(plan: Plan) -> str:
 
 def _scaled(number: float) -> str:
     """``1,048.58 G``, to be followed by what is counted."""
-    prefix, size = next(((p, s) for p, s in (("P", 1e15), ("G", 1e9), ("M", 1e6)) if number >= s), ("", 1))
-    return f"{number / size:,.2f} {prefix}"
+    for prefix, size in (("P", 1e15), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.2f} {prefix}"
+    return f"{number:,.0f} "
 
 
 def _tokens_per_step(plan: Plan) -> int:
