@@ -6,7 +6,7 @@
         --output corpus --tokenizer spm.model --workers 4
 
 The same command goes on after any end. corpus/train (or corpus/train/NAME) and corpus/heldout are what data.train and
-data.valid name; corpus/report.md says what was read, left out and written.
+data.validation name; corpus/report.md says what was read, left out and written.
 """
 
 import argparse

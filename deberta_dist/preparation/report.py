@@ -55,7 +55,7 @@ class Outcome:
         sources: what each source came to; "" is the name of inputs without one.
         total: all of them.
         shards: token files in each folder.
-        missing: folders of training documents that are not there, for no document is left for them.
+        missing: folders that were asked for and are not there, for no document is left for them.
         processes: of the start that finished it.
         seconds: wall time of that start.
     """
@@ -110,6 +110,8 @@ class Outcome:
             )
         folders = plan.folders()
         expected = dict.fromkeys(folder_of(unit.file.source, split=TRAIN) for unit in units if not unit.held_out)
+        if recipe.held_out_percent or any(unit.held_out for unit in units):
+            expected[HELD_OUT] = None
         return cls(
             recipe=recipe.as_json(),
             sources=sources,
