@@ -161,7 +161,7 @@ def _without_index(directory: Path) -> str:
     """Why a directory is no corpus."""
     if inner := sorted(path.parent.name for path in directory.glob(f"*/{INDEX_NAME}")):
         named = ", ".join(inner[:5]) + (", ..." if len(inner) > 5 else "")
-        return f"{directory} is no corpus but holds some ({named}): name one of them, or each in a table [data.sources.NAME]"
+        return f"{directory} is no corpus but holds some ({named}): name one, or each in a table [data.sources.NAME]"
     if any(directory.glob(f"*{TOKENS_SUFFIX}")):
         return (
             f"{directory} has token files and no {INDEX_NAME}, which is written last: its preparation has not ended; "

@@ -192,7 +192,7 @@ def test_a_damaged_index_is_refused(
 
 def test_what_is_no_corpus(many: Many, tmp_path: Path) -> None:
     directory = many[1].path
-    with pytest.raises(DataError, match=r"holds some \(many\): name one of them, or each in a table \[data.sources.NAME\]"):
+    with pytest.raises(DataError, match=r"holds some \(many\): name one, or each in a table \[data.sources.NAME\]"):
         open_corpus(tmp_path)
     with pytest.raises(DataError, match="index.json exists already"):
         write_index(directory, ["000.tokens"])

@@ -49,7 +49,8 @@ def test_folders_that_are_missing_are_told(tokenizer: Tokenizer, texts: list[str
     assert outcome.missing == ["train"] and len(documents_of(tmp_path / "y" / "heldout")) == 3
     # Too few to hold one out: data.validation has nothing to name.
     for percent, missing in ((0.0001, ["heldout"]), (0, [])):
-        outcome = prepare([tmp_path / "first.jsonl"], tmp_path / f"{percent}", tokenizer=tokenizer, held_out_percent=percent)
+        output = tmp_path / f"{percent}"
+        outcome = prepare([tmp_path / "first.jsonl"], output, tokenizer=tokenizer, held_out_percent=percent)
         assert outcome.missing == missing
     valid = jsonl(tmp_path / "valid.jsonl", "x")
     outcome = prepare(inputs[:1], tmp_path / "z", tokenizer=tokenizer, held_out_inputs=[valid])
