@@ -83,6 +83,7 @@ class MaskedLMData:
     p // num_samples. Its mask depends on (seed, epoch, sample).
 
     Attributes:
+        corpus: the text.
         num_samples: samples per epoch.
         num_dropped_tokens: tokens behind the last full sample.
         max_seq_length: tokens per sample, S.
@@ -120,7 +121,7 @@ class MaskedLMData:
             corpus, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
         )
         self.num_samples, self.num_dropped_tokens = self._packing.num_samples, self._packing.num_dropped_tokens
-        self._corpus = corpus
+        self.corpus = corpus
         self._tokenizer = tokenizer
         self._masking = masking
         self._seed = check_seed(seed)
@@ -150,7 +151,7 @@ class MaskedLMData:
         assert start >= 0 and count >= 1
         epochs, samples = self._samples_at(start, count)
         sequences, documents = self._packing.sequences(samples)
-        require_ids(sequences, self._tokenizer, where=self._corpus.path, samples=samples)
+        require_ids(sequences, self._tokenizer, where=self.corpus.path, samples=samples)
         input_ids, labels = mask_batch(
             sequences,
             is_word_start=self._tokenizer.is_word_start,

@@ -44,9 +44,10 @@ class RunData:
     validation: MaskedLMData
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 of the texts that are trained on, by their key in ``[data]``."""
+        """SHA-256 of the texts, by their key in ``[data]``."""
         sources = self.train.mixture.sources
-        return {f"sources.{source.name}" if source.name else UNNAMED: source.corpus.checksum for source in sources}
+        texts = {f"sources.{source.name}" if source.name else UNNAMED: source.corpus.checksum for source in sources}
+        return {**texts, "validation": self.validation.corpus.checksum}
 
     def position(self, consumed_samples: int) -> dict[str, dict[str, int]]:
         """Epoch, index in it and samples per epoch of each source after so many samples of the run."""

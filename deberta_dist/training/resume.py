@@ -18,6 +18,7 @@ from deberta_dist.flat_layout import ShardState
 from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
+from deberta_dist.planning.reading import UNNAMED
 from deberta_dist.training.build import TrainingParts, own_flat_layout
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.metrics import METRICS_NAME
@@ -162,15 +163,20 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
     ]
     if any(old.get(key) != new.get(key) for key in _ORDER_KEYS):
         changed.append(
-            "order of the samples: another, from as many of them on; what this epoch has had may come again, what is left of "
-            "it not at all"
+            "order of the samples: another, from as many of them on; what this epoch has had may come again, what is left "
+            "of it not at all"
         )
     elif new["data.bucket_lengths"] and old["training.global_batch_size"] != new["training.global_batch_size"]:
-        changed.append("order of the buckets: another, from as many tokens on; those of a few steps may come again or not at all")
+        changed.append(
+            "order of the buckets: another, from as many tokens on; sequences of a few steps may come again or not at all"
+        )
     if manifest.precision != precision(plan.deepspeed):
         changed.append(f"precision: {manifest.precision} -> {precision(plan.deepspeed)}")
-    if dict(manifest.data_sha256) != data.checksums():
+    old_texts, new_texts = manifest.data_sha256, data.checksums()
+    if old_texts.get(UNNAMED) != new_texts.get(UNNAMED):
         changed.append("data.train: another text; the samples consumed so far are skipped in its order")
+    if old_texts.get("validation") not in (None, new_texts["validation"]):  # older checkpoints do not say
+        changed.append("data.validation: another text; held-out losses before and from here on are of other targets")
     return changed
 
 

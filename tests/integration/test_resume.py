@@ -238,11 +238,13 @@ def test_an_interrupted_run_does_not_need_what_it_started_from(corpus: Path, tmp
 def test_what_has_changed_is_told(corpus: Path, tmp_path: Path, whole_run) -> None:
     """Another text, another precision, another batch: the run goes on behind the samples it has seen."""
     continued = interrupted(whole_run((1, 1, 1)), tmp_path / "run")
-    changes = {"data__train": corpus / "other.tokens", "training__global_batch_size": 4, **dict(BF16)}
+    other = corpus / "other.tokens"
+    changes = {"data__train": other, "data__validation": other, "training__global_batch_size": 4, **dict(BF16)}
     run(corpus, continued, (1, 1, 1), **changes)
     (record, *_) = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
     told = "\n".join(record["changed"])
-    for words in ("training.global_batch_size: 8 -> 4", "precision: fp32 -> bf16", "data.train: another text"):
+    texts = ("data.train: another text", "data.validation: another text")
+    for words in ("training.global_batch_size: 8 -> 4", "precision: fp32 -> bf16", *texts):
         assert words in told
     assert [h[3] for h in history(continued)] == [8 * SAVED + 4 * (step + 1) for step in range(STEPS - SAVED)]
 
