@@ -19,7 +19,7 @@ from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError
+from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED, open_sources
@@ -99,6 +99,8 @@ def open_data(plan: Plan) -> RunData:
         "masking": masking,
         "document_boundaries": data.document_boundaries,
     }
+    validation = MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options)
+    _require_targets(validation, count=plan.config.evaluation.num_sequences)
     return RunData(
         tokenizer=tokenizer,
         train=(
@@ -114,7 +116,19 @@ def open_data(plan: Plan) -> RunData:
                 index_directory=data.index_directory,
             )
         ),
-        validation=MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options),
+        validation=validation,
+    )
+
+
+def _require_targets(validation: MaskedLMData, *, count: int) -> None:
+    """Refuses held-out text whose first ``count`` sequences have nothing to predict: a run's end would be without result."""
+    count = min(count, validation.num_samples)
+    for start in range(0, count, 64):
+        if (validation.batch(start, min(64, count - start)).labels > 0).any():
+            return
+    raise DataError(
+        f"data.validation = {validation.corpus.path}: {count:,} of its sequences are read (evaluation.num_sequences), and all "
+        "their tokens are [UNK]: give text of the tokenizer's language, or another tokenizer"
     )
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from deberta_dist import preset
+from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.planning.plan import check_plan, read_model_config
@@ -87,6 +89,20 @@ def test_a_missing_token_file_is_named(make_run: MakeRun, corpus: Path, tmp_path
     changes = {"train": tmp_path / "there.tokens", "validation": tmp_path / "absent.tokens"}
     with pytest.raises(DataError, match=r"absent\.tokens"):
         open_data(check_plan(make_run(data=changes), world_size=1))
+
+
+def test_held_out_text_without_a_target_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    tokenizer = open_data(check_plan(make_run(), world_size=1)).tokenizer
+    for number, ids in enumerate((np.full(9000, tokenizer.unk_id), np.append(np.full(8999, tokenizer.unk_id), 7))):
+        path = tmp_path / f"{number}.tokens"
+        with TokenFileWriter(path, tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.num_tokens) as writer:
+            writer.add_document(ids)
+        plan = check_plan(make_run(data={"validation": path}, evaluation={"num_sequences": 10**6}), world_size=1)
+        if number == 0:
+            with pytest.raises(DataError, match=r"0\.tokens: 300 of its sequences .* all their tokens are \[UNK\]"):
+                open_data(plan)
+        else:  # one in the last of them
+            open_data(plan)
 
 
 @pytest.mark.parametrize(("data_parallel_size", "count"), [(1, 11), (2, 11), (4, 11), (4, 8), (2, 3), (4, 1)])
