@@ -50,7 +50,7 @@ DOORS = {
     "zstandard": (f"{PACKAGE}/corpus/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
-    "transformers": ("tools/fill_mask.py",),
+    "transformers": ("tools/fill_mask.py", f"{PACKAGE}/benchmark/peers.py"),
     "scipy": (f"{PACKAGE}/tasks/significance.py",),
     "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),
 }

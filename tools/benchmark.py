@@ -4,6 +4,8 @@
     tools/benchmark.py convert --rounds 3 --json convert.json
     tools/benchmark.py sift --rounds 5
     tools/benchmark.py data --part masking --json data.json
+    tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
+    tools/benchmark.py step --layers 4 --rounds 5
 """
 
 import argparse
@@ -14,10 +16,10 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, sift  # noqa: E402
+from deberta_dist.benchmark import convert, data, layer, sift, step  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
-VERBS = {"convert": convert, "data": data, "sift": sift}
+VERBS = {"convert": convert, "data": data, "layer": layer, "sift": sift, "step": step}
 
 
 def parse_arguments() -> argparse.Namespace:

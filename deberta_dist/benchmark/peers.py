@@ -1,0 +1,129 @@
+"""Other implementations, made with our configuration: Hugging Face's, and the published one from a checkout."""
+
+import importlib
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deberta_dist.conversion import huggingface, official
+from deberta_dist.errors import ConfigError
+from deberta_dist.models.config import DebertaConfig
+
+HUGGING_FACE, PUBLISHED = "Hugging Face", "published"
+# Imported at the top of the published package and used by nothing that is measured.
+_STUBS = {
+    "ujson": (),
+    "six": (),
+    "regex": (),
+    "requests": (),
+    "sklearn": (),
+    "sklearn.metrics": ("matthews_corrcoef", "f1_score", "accuracy_score"),
+}
+
+
+def hugging_face_config(config: DebertaConfig) -> Any:
+    """Their configuration of our model."""
+    from transformers import DebertaV2Config
+
+    fields = huggingface.to_config(
+        config, kind=huggingface.V2, architecture="DebertaV2ForMaskedLM", dtype="float32", labels={}, num_labels=None
+    )
+    return DebertaV2Config(**{k: v for k, v in fields.items() if k != "model_type"}, attn_implementation="eager")
+
+
+def hugging_face_attention(config: DebertaConfig) -> nn.Module:
+    """Their self-attention; parameters as published."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+
+    return DisentangledSelfAttention(hugging_face_config(config))
+
+
+def hugging_face_layer(config: DebertaConfig) -> Callable[[], nn.Module]:
+    """Makes one whole layer of theirs."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Layer
+
+    return lambda: DebertaV2Layer(hugging_face_config(config))
+
+
+def hugging_face_masked_lm(config: DebertaConfig, state: dict[str, Tensor]) -> nn.Module:
+    """Their masked language model with our weights; it has no enhanced mask decoder, nor its table of positions."""
+    from transformers import DebertaV2ForMaskedLM
+
+    model = DebertaV2ForMaskedLM(hugging_face_config(config))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not {name for name in missing if "decoder" not in name}, missing
+    assert all("position_embeddings" in name for name in unexpected), unexpected
+    return model
+
+
+def published_module(checkout: Path, name: str) -> types.ModuleType:
+    """A module of a checkout of microsoft/DeBERTa, which imports on current versions only with some names put in place.
+
+    Args:
+        checkout: the folder that holds its package ``DeBERTa``.
+        name: within the package.
+
+    Raises:
+        ConfigError: the folder holds no such package, or it cannot be imported.
+    """
+    if not (checkout / "DeBERTa" / "deberta" / "disentangled_attention.py").is_file():
+        raise ConfigError(
+            f"--official {checkout} holds no DeBERTa/deberta/disentangled_attention.py; expected a checkout of "
+            "github.com/microsoft/DeBERTa"
+        )
+    import collections
+    import collections.abc
+
+    import numpy
+
+    for module, names in ((numpy, {"int": int, "float": float}), (collections, {"Sequence": collections.abc.Sequence})):
+        for missing in names.keys() - vars(module).keys():
+            setattr(module, missing, names[missing])
+    _stub("torch._six", string_classes=(str, bytes))
+    for stub, attributes in _STUBS.items():
+        try:
+            importlib.import_module(stub)
+        except ImportError:
+            _stub(stub, **dict.fromkeys(attributes))
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    try:
+        return importlib.import_module(f"DeBERTa.{name}")
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--official {checkout}: DeBERTa.{name} cannot be imported: {error}") from error
+
+
+def published_attention(checkout: Path, config: DebertaConfig) -> nn.Module:
+    """Its self-attention."""
+    return published_module(checkout, "deberta").DisentangledSelfAttention(_published_config(checkout, config))
+
+
+def published_layer(checkout: Path, config: DebertaConfig) -> Callable[[], nn.Module]:
+    """Makes one whole layer of its."""
+    module = published_module(checkout, "deberta.bert")
+    return lambda: module.BertLayer(_published_config(checkout, config))
+
+
+def published_masked_lm(checkout: Path, config: DebertaConfig, state: dict[str, Tensor]) -> nn.Module:
+    """Its masked language model with our weights."""
+    module = published_module(checkout, "apps.models.masked_language_model")
+    model = module.MaskedLanguageModel(_published_config(checkout, config))
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _published_config(checkout: Path, config: DebertaConfig) -> Any:
+    fields = official.to_config(config)
+    return published_module(checkout, "deberta.config").ModelConfig.from_dict(fields)
+
+
+def _stub(name: str, **attributes: Any) -> None:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    sys.modules[name] = module

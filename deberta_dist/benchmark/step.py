@@ -1,0 +1,63 @@
+"""A whole step of masked language modelling, without the optimizer, beside other implementations.
+
+Embeddings, layers, enhanced mask decoder, head, loss and all gradients, from the same weights and batch; 15% of the tokens
+are targets. Hugging Face's model has no enhanced mask decoder and computes the logits of all tokens: it does another
+thing for the same end. So its hidden states alone are compared with ours; loss and gradients are with --official.
+For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.benchmark.measure import machine
+
+OURS = "ours"
+TOLERANCE = 1e-4  # of gradients of many layers, float32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("--preset", default="v3-base", help="model, with random weights")
+    parser.add_argument("--layers", type=int, default=12, help="layers; 12 is the whole v3-base")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--recompute", default="none", help="activations that ours computes again")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--official", type=Path, metavar="PATH", help="a checkout of microsoft/DeBERTa, measured as well")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compares and times; returns figures as JSON."""
+    import torch
+
+    from deberta_dist.benchmark import peers, stopwatch
+    from deberta_dist.benchmark.step_contestants import Step
+    from deberta_dist.models.presets import preset
+
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = preset(arguments.preset, num_hidden_layers=arguments.layers)
+    step = Step(config, shape=(arguments.batch_size, arguments.length), device=device, dtype=dtype)
+    step.model.recompute = arguments.recompute
+    contestants = {OURS: step.ours(), peers.HUGGING_FACE: step.hugging_face()}
+    if arguments.official is not None:
+        contestants[peers.PUBLISHED] = step.published(arguments.official)
+    tolerance = TOLERANCE if dtype == torch.float32 else 0.1
+    agreement = {
+        "hidden states": stopwatch.require_agreement(step.hidden_states(), oracle=OURS, tolerance=tolerance),
+        "loss and gradients": stopwatch.require_agreement(step.gradients(), oracle=OURS, tolerance=tolerance),
+    }
+    figures = stopwatch.race(contestants, rounds=arguments.rounds, warm_up=1, device=device)
+    for name, contestant in contestants.items():
+        contestant.prepare()
+        figures[name]["saved_bytes"] = stopwatch.saved_bytes(contestant.forward, without=step.tensors(name))
+    used = stopwatch.settings(device, arguments.threads)
+    title = (
+        f"a step of {arguments.preset} with {arguments.layers} layers, {arguments.batch_size} x {arguments.length} tokens, "
+        f"{str(dtype).removeprefix('torch.')}, dropout {config.hidden_dropout_prob}, {used['device']}"
+    )
+    print(stopwatch.describe(title, figures, against=(peers.HUGGING_FACE, peers.PUBLISHED)))
+    print(f"  {peers.HUGGING_FACE} has no enhanced mask decoder, and logits of all tokens")
+    return {"machine": machine(), "settings": used, "model": title, "agreement": agreement, "figures": figures}
