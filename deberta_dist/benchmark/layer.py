@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=12, help="attention heads of 64")
     parser.add_argument("--dropout", type=float, default=0.1, help="of probabilities; the table has none")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="a checkout of microsoft/DeBERTa, measured as well")
+    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

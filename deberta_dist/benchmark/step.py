@@ -1,6 +1,6 @@
 """A whole step of masked language modelling, without the optimizer, beside other implementations.
 
-Embeddings, layers, enhanced mask decoder, head, loss and all gradients, from the same weights and batch; 15% of the tokens
+Embeddings, layers, enhanced mask decoder, head, loss and all gradients, from the same weights and batch; 15% of tokens
 are targets. Hugging Face's model has no enhanced mask decoder and computes the logits of all tokens: it does another
 thing for the same end. So its hidden states alone are compared with ours; loss and gradients are with --official.
 For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="a checkout of microsoft/DeBERTa, measured as well")
+    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         figures[name]["saved_bytes"] = stopwatch.saved_bytes(contestant.forward, without=step.tensors(name))
     used = stopwatch.settings(device, arguments.threads)
     title = (
-        f"a step of {arguments.preset} with {arguments.layers} layers, {arguments.batch_size} x {arguments.length} tokens, "
-        f"{str(dtype).removeprefix('torch.')}, dropout {config.hidden_dropout_prob}, {used['device']}"
+        f"a step of {arguments.preset} with {arguments.layers} layers, {arguments.batch_size} x {arguments.length} "
+        f"tokens, {str(dtype).removeprefix('torch.')}, dropout {config.hidden_dropout_prob}, {used['device']}"
     )
     print(stopwatch.describe(title, figures, against=(peers.HUGGING_FACE, peers.PUBLISHED)))
     print(f"  {peers.HUGGING_FACE} has no enhanced mask decoder, and logits of all tokens")

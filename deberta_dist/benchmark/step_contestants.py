@@ -13,7 +13,13 @@ from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 OURS = "ours"
 IGNORED = -100
-COMPARED = ("word_embeddings.weight", "rel_embeddings.weight", "query_proj.weight", "value_proj.weight", "output.dense.weight")
+COMPARED = (
+    "word_embeddings.weight",
+    "rel_embeddings.weight",
+    "query_proj.weight",
+    "value_proj.weight",
+    "output.dense.weight",
+)
 
 
 class Step:
