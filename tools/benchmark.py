@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Measures speed and memory beside a floor or a peer: interleaved rounds, medians, ratios.
+"""Measures speed, memory and communication beside a floor or a peer: interleaved rounds, medians, ratios, counts.
 
     tools/benchmark.py convert --rounds 3 --json convert.json
     tools/benchmark.py sift --rounds 5
     tools/benchmark.py data --part masking --json data.json
     tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
     tools/benchmark.py step --layers 4 --rounds 5
+    tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
 """
 
 import argparse
@@ -16,20 +17,23 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, layer, sift, step  # noqa: E402
+from deberta_dist.benchmark import convert, data, layer, scale, sift, step  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
-VERBS = {"convert": convert, "data": data, "layer": layer, "sift": sift, "step": step}
+VERBS = {"convert": convert, "data": data, "layer": layer, "scale": scale, "sift": sift, "step": step}
+COUNTED = ("scale",)
+"""Verbs that are exact the first time and have no rounds."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measure speed and memory beside a floor or a peer.")
+    parser = argparse.ArgumentParser(description="Measure speed, memory and communication beside a floor or a peer.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, module in VERBS.items():
         summary, _, details = module.__doc__.partition("\n\n")
         verb = verbs.add_parser(name, help=summary, description=f"{summary} {details}")
-        verb.add_argument("--rounds", type=int, default=3, help="times that every contestant runs (default: 3)")
+        if name not in COUNTED:
+            verb.add_argument("--rounds", type=int, default=3, help="times that every contestant runs (default: 3)")
         verb.add_argument("--json", type=Path, metavar="FILE", help="write all figures here; replaced if it is there")
         module.add_arguments(verb)
     return parser.parse_args()

@@ -1,0 +1,269 @@
+"""Communication of one optimizer step, counted, beside the formula and beside DeepSpeed's own ZeRO-3 engine.
+
+Every layout of the processes runs a small model with every number of micro-batches; what each rank hands to its
+process groups is counted below DeepSpeed and below the pipeline schedule, and must equal what the dry run predicts for
+that rank, byte for byte and kind by kind. Peer: DeepSpeed's ZeRO-3 engine around the same plain model, data parallel,
+which gathers and reduces in every micro-batch. Gloo on the CPU; nothing is timed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deberta_dist.benchmark.measure import BenchmarkError, machine
+from deberta_dist.errors import ConfigError
+
+if TYPE_CHECKING:  # torch is loaded where it is needed
+    from deberta_dist.benchmark.scale_rank import Case
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = (1, 2, 4, 8)
+KINDS = (
+    "zero_gather",
+    "zero_reduce",
+    "tie_lend",
+    "tie_collect",
+    "tensor",
+    "pipeline_activations",
+    "pipeline_gradients",
+    "scalars",
+)
+# Title -> size of the model that DeepSpeed's windows are scaled to (see ``scale_rank.count_deepspeed``).
+PEERS = {"windows hold the model": None, "windows as beside 1.5e9 parameters": 1.5e9}
+COLUMNS = {
+    "weights": ("zero_gather",),
+    "gradients": ("zero_reduce",),
+    "ties": ("tie_lend", "tie_collect"),
+    "tensor": ("tensor",),
+    "pipeline": ("pipeline_activations", "pipeline_gradients"),
+    "scalars": ("scalars",),
+    "DeepSpeed's norms": ("deepspeed_norms",),
+}
+MAX_LOSS_ERROR = 1e-5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this verb."""
+    parser.add_argument("--processes", type=int, choices=SIZES[1:], default=8, help="how many (default: 8)")
+    parser.add_argument("--layouts", metavar="TxPxD,...", help="tensor x pipeline x data: 2x2x2,1x1x8 (default: all)")
+    parser.add_argument("--micro-batches", default="1,2,4,8,16", metavar="M,...", help="default: 1,2,4,8,16")
+    parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for everything (default: 3600)")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Counts, compares, prints a table and returns the counts as JSON.
+
+    Raises:
+        ConfigError: a layout or number of micro-batches that there is not.
+        BenchmarkError: a rank failed or hung, a count is not what the formula says, or the peer's loss is not ours.
+    """
+    layouts = parse_layouts(arguments.layouts, processes=arguments.processes)
+    micro_batches = parse_micro_batches(arguments.micro_batches)
+    from deberta_dist.benchmark.scale_rank import Case, model_config
+
+    cases = [Case(*layout, count) for layout in layouts for count in micro_batches]
+    formulas = [formula(case) for case in cases]
+    data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
+    peers = [(title, case) for title in PEERS for case in data_parallel]
+    found = start_ranks(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
+
+    counted = [[rank["bytes_by_kind"] for rank in ranks] for ranks in found["ours"]]
+    for case, ranks, expected in zip(cases, counted, formulas, strict=True):
+        check(case, counted=ranks, expected=expected)
+    check_losses(cases, found["ours"], [case for _, case in peers], found["deepspeed"])
+    rows = [_row(case.layout, case, ranks) for case, ranks in zip(cases, counted, strict=True)]
+    peer_rows = [
+        _row(f"DeepSpeed, {title}", case, [rank["bytes_by_kind"] for rank in ranks])
+        for (title, case), ranks in zip(peers, found["deepspeed"], strict=True)
+    ]
+    config = model_config()
+    title = f"tiny model, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, float32"
+    print(f"{title}: bytes per optimizer step, all {arguments.processes} ranks together; tensor x pipeline x data")
+    print(describe([*rows, *peer_rows]))
+    print(f"  counted = formula to the byte: {len(cases)} cases, {arguments.processes} ranks, {len(KINDS)} kinds")
+    return {"machine": machine(), "model": title, "rows": rows, "deepspeed": peer_rows}
+
+
+def parse_layouts(text: str | None, *, processes: int) -> list[tuple[int, int, int]]:
+    """(tensor, pipeline, data) sizes; all that make ``processes`` if there is no text.
+
+    Raises:
+        ConfigError: not three sizes whose product is ``processes``.
+    """
+    layouts = [
+        (tensor, pipeline, data)
+        for data in SIZES
+        for pipeline in SIZES
+        for tensor in SIZES
+        if tensor * pipeline * data == processes
+    ]
+    if text is None:
+        return layouts
+    by_name = {"x".join(map(str, layout)): layout for layout in layouts}
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in by_name:
+            there_are = ", ".join(by_name)
+            raise ConfigError(f"--layouts: {name!r} is no layout of --processes {processes}; there are {there_are}")
+    return [by_name[name] for name in names]
+
+
+def parse_micro_batches(text: str) -> list[int]:
+    """Numbers of micro-batches, ascending.
+
+    Raises:
+        ConfigError: not positive integers.
+    """
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise ConfigError(f"--micro-batches {text!r}: expected positive integers with commas between them, e.g. 1,2,4")
+    return sorted({int(word) for word in words})
+
+
+def formula(case: "Case") -> list[dict[str, int]]:
+    """Bytes by kind of every rank, as the dry run has them."""
+    from deberta_dist.benchmark.scale_rank import deepspeed_config, layout_of, run_config
+    from deberta_dist.planning.communication import rank_communication
+    from deberta_dist.training.build import mesh_shape
+
+    config, layout = run_config(case), layout_of(case)
+    shape = mesh_shape(config)
+    ranks = []
+    for rank in range(shape.world_size):
+        here = shape.coordinate(rank)
+        found = rank_communication(
+            layout,
+            config=config,
+            deepspeed_config=deepspeed_config(case),
+            pipeline_rank=here.pipeline,
+            tensor_rank=here.tensor,
+        )
+        ranks.append({kind: getattr(found, kind) for kind in KINDS})
+    return ranks
+
+
+def check(case: "Case", *, counted: Sequence[Mapping[str, int]], expected: Sequence[Mapping[str, int]]) -> None:
+    """Compares all ranks of a case, kind by kind; a kind that the formula does not know counts as 0 of it.
+
+    Raises:
+        BenchmarkError: the first difference.
+    """
+    from deberta_dist.benchmark.traffic import NORMS
+
+    for rank, (found, wanted) in enumerate(zip(counted, expected, strict=True)):
+        for kind in sorted({*found, *wanted} - {NORMS}):
+            if found.get(kind, 0) != wanted.get(kind, 0):
+                raise BenchmarkError(
+                    f"{case.layout} with {case.micro_batches} micro-batches, rank {rank}, {kind}: counted "
+                    f"{found.get(kind, 0):,} bytes, planning/communication.py says {wanted.get(kind, 0):,}"
+                )
+
+
+def check_losses(
+    cases: Sequence["Case"],
+    ours: Sequence[Sequence[Mapping[str, Any]]],
+    peer_cases: Sequence["Case"],
+    peers: Sequence[Sequence[Mapping[str, Any]]],
+) -> None:
+    """The peer trains the same model on the same tokens: equal losses of the first step wherever there is one of ours.
+
+    Raises:
+        BenchmarkError: they differ.
+    """
+    losses = {case: ranks[0]["first_loss"] for case, ranks in zip(cases, ours, strict=True)}
+    for case, ranks in zip(peer_cases, peers, strict=True):
+        loss = sum(rank["first_loss"] for rank in ranks) / len(ranks)
+        if case in losses and abs(loss / losses[case] - 1) > MAX_LOSS_ERROR:
+            raise BenchmarkError(
+                f"{case.micro_batches} micro-batches: DeepSpeed's engine has the loss {loss}, ours is {losses[case]}; "
+                "the two do not run the same model"
+            )
+
+
+def start_ranks(
+    cases: Sequence["Case"], peers: Sequence[tuple[str, "Case"]], *, processes: int, timeout: float
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Runs everything on one set of processes; returns [case][rank] for ``ours`` and ``deepspeed``.
+
+    Raises:
+        BenchmarkError: a rank ended with an error, or there was no end in ``timeout`` seconds.
+    """
+    plan = {
+        "timeout_seconds": timeout,
+        "ours": [vars(case) for case in cases],
+        "deepspeed": [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers],
+    }
+    with tempfile.TemporaryDirectory(prefix="benchmark-scale-") as name:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        ranks = [_start_rank(rank, folder=folder, processes=processes) for rank in range(processes)]
+        try:
+            _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.wait()
+        found = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+    return {key: [list(ranks) for ranks in zip(*(rank[key] for rank in found), strict=True)] for key in found[0]}
+
+
+def _start_rank(rank: int, *, folder: Path, processes: int) -> subprocess.Popen:
+    launcher = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", "deberta_dist.benchmark.scale_rank", str(folder)]
+    with open(folder / f"rank-{rank}.log", "wb") as log:
+        return subprocess.Popen(command, env=os.environ | launcher, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
+    while any(process.poll() is None for process in ranks):
+        if any(process.poll() for process in ranks):
+            break
+        if time.monotonic() > deadline:
+            late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
+            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
+        time.sleep(0.1)
+    for rank, process in enumerate(ranks):
+        if process.poll():
+            raise BenchmarkError(f"rank {rank} ended with {process.returncode}: {_last_words(folder, rank)}")
+
+
+def _last_words(folder: Path, rank: int) -> str:
+    text = (folder / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")
+    return text[-1000:].strip() or "nothing"
+
+
+def _row(name: str, case: "Case", ranks: Iterable[Mapping[str, int]]) -> dict[str, Any]:
+    ranks = [dict(rank) for rank in ranks]
+    totals: Counter[str] = Counter()
+    for rank in ranks:
+        totals.update(rank)
+    return {"name": name, **vars(case), "bytes": dict(totals), "ranks": ranks}
+
+
+def describe(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One row a line: bytes of all ranks together by kind."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"  {'layout':<{width}}   M" + "".join(f"{column:>18}" for column in COLUMNS)]
+    for row in rows:
+        cells = [sum(row["bytes"].get(kind, 0) for kind in kinds) for kinds in COLUMNS.values()]
+        lines.append(f"  {row['name']:<{width}} {row['micro_batches']:>3}" + "".join(f"{cell:>18,}" for cell in cells))
+    return "\n".join(lines)

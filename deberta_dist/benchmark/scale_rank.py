@@ -1,0 +1,237 @@
+"""One rank of the communication benchmark: small models in many layouts, counted, and DeepSpeed's own engine.
+
+Started by ``scale.py`` as ``python -m deberta_dist.benchmark.scale_rank FOLDER`` with a launcher's variables. FOLDER
+holds ``plan.json`` and is where the ranks meet and leave ``rank-N.json``.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deberta_dist.benchmark.traffic import Traffic
+from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
+from deberta_dist.data.loader import Batch
+from deberta_dist.mesh import make_mesh, start_process_group
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.models.presets import preset
+from deberta_dist.planning.flops import forward_flops
+from deberta_dist.planning.layout import Layout, is_decayed, plan_layout
+from deberta_dist.planning.memory import expected_targets
+from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.training.trainer import Trainer
+from deberta_dist.zero import import_deepspeed
+
+SEED, LENGTH, MICRO_BATCH_SIZE, LEARNING_RATE = 7, 16, 1, 1e-3
+# DeepSpeed records its order of modules in the first step and compares it between ranks in the second.
+WARM_UP_STEPS = 2
+# Elements: how far DeepSpeed looks ahead and what it keeps, by default.
+WINDOWS = {
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout and number of micro-batches."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    micro_batches: int
+
+    @property
+    def layout(self) -> str:
+        """``tensor x pipeline x data``, as on the command line."""
+        return f"{self.tensor}x{self.pipeline}x{self.data}"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one rank sent in one optimizer step.
+
+    Attributes:
+        bytes_by_kind: See ``Traffic``.
+        first_loss: Mean over the targets of the first step (nats): of all ranks, or (DeepSpeed's engine) of this one.
+    """
+
+    bytes_by_kind: dict[str, int]
+    first_loss: float
+
+
+def model_config() -> DebertaConfig:
+    """Eight heads and layers, so that any axis can have eight ranks; no dropout, so that losses can be compared."""
+    return preset(
+        "tiny-v2",
+        num_attention_heads=8,
+        num_hidden_layers=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def run_config(case: Case) -> RunConfig:
+    """The resolved configuration of a case."""
+    return RunConfig(
+        model=Model(preset="tiny-v2"),
+        data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH),
+        training=Training(
+            global_batch_size=MICRO_BATCH_SIZE * case.micro_batches * case.data,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            num_micro_batches=case.micro_batches,
+            max_steps=WARM_UP_STEPS + 1,
+            seed=SEED,
+        ),
+        optimizer=Optimizer(learning_rate=LEARNING_RATE),
+        parallel=Parallel(
+            tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data
+        ),
+        run=Run(directory="unused", deepspeed="unused"),
+    )
+
+
+def deepspeed_config(case: Case) -> dict[str, Any]:
+    """DeepSpeed's JSON under the weight store, whose engine sees one batch per step."""
+    return {
+        "train_batch_size": case.data,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def layout_of(case: Case) -> Layout:
+    """Who holds what.
+
+    Raises:
+        ConfigError: the model cannot be cut like this.
+    """
+    config = model_config()
+    flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=MICRO_BATCH_SIZE, mask_probability=0.15)
+    return plan_layout(config, parallel=run_config(case).parallel, flops=flops)
+
+
+def own_batch(case: Case, *, step: int, replica: int) -> Batch:
+    """The micro-batches of one replica, stacked; every sequence has the expected number of targets."""
+    config, vocabulary = run_config(case), model_config().vocab_size
+    per_replica = MICRO_BATCH_SIZE * case.micro_batches
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (per_replica * case.data, LENGTH)
+    ids = torch.randint(5, vocabulary - 1, shape, generator=generator)
+    is_target = torch.rand(shape, generator=generator).argsort(dim=1) < expected_targets(config)
+    rows = slice(replica * per_replica, (replica + 1) * per_replica)
+    return Batch(
+        input_ids=torch.where(is_target, vocabulary - 1, ids)[rows],
+        attention_mask=torch.ones_like(ids)[rows],
+        labels=torch.where(is_target, ids, 0)[rows],
+    )
+
+
+def count_ours(case: Case, *, device: torch.device) -> Counted:
+    """Builds a layout, as training does, and counts one step of it. Collective."""
+    config, json_config = run_config(case), deepspeed_config(case)
+    mesh = make_mesh(mesh_shape(config), device=device)
+    parts = build(config, layout=layout_of(case), deepspeed_config=json_config, mesh=mesh)
+    trainer = Trainer(parts, mesh=mesh, seed=SEED)
+
+    def take(step: int) -> float:
+        batch = own_batch(case, step=step, replica=mesh.coordinate.data)
+        return trainer.step(batch, step=step, learning_rate=LEARNING_RATE).loss
+
+    counted = _count(take)
+    parts.sharded_model.store.close()
+    return counted
+
+
+class LossOnly(DebertaForMaskedLM):
+    """The plain model with the loss as its output: DeepSpeed's hooks find no tensor in a dataclass."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(input_ids, attention_mask, labels).loss
+
+
+def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
+    """One step of DeepSpeed's ZeRO-3 engine around the plain model, data parallel, accumulating gradients. Collective.
+
+    Args:
+        case: Tensor and pipeline sizes are 1.
+        parameters: Size of a model to which DeepSpeed's default windows have the proportion that those used here have
+            to this one; None takes the defaults, which hold all of it.
+    """
+    assert case.tensor == case.pipeline == 1
+    settings = deepspeed_config(case)
+    settings["train_batch_size"] = MICRO_BATCH_SIZE * case.micro_batches * case.data
+    settings["train_micro_batch_size_per_gpu"] = MICRO_BATCH_SIZE
+    settings["gradient_accumulation_steps"] = case.micro_batches
+    model = LossOnly(model_config(), seed=SEED)
+    if parameters is not None:
+        share = sum(parameter.numel() for parameter in model.parameters()) / parameters
+        settings["zero_optimization"] |= {key: round(value * share) for key, value in WINDOWS.items()}
+    decayed = [parameter for name, parameter in model.named_parameters() if is_decayed(name)]
+    others = [parameter for name, parameter in model.named_parameters() if not is_decayed(name)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+
+    def take(step: int) -> float:
+        batch = own_batch(case, step=step, replica=dist.get_rank())
+        total = 0.0
+        for first in range(0, len(batch.labels), MICRO_BATCH_SIZE):
+            rows = slice(first, first + MICRO_BATCH_SIZE)
+            loss = engine(batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows])
+            engine.backward(loss)
+            engine.step()
+            total += loss.item()
+        return total / case.micro_batches
+
+    counted = _count(take)
+    engine.destroy()
+    return counted
+
+
+def _count(take: Callable[[int], float]) -> Counted:
+    first_loss = [take(step) for step in range(WARM_UP_STEPS)][0]
+    with Traffic() as traffic:
+        take(WARM_UP_STEPS)
+    return Counted(bytes_by_kind=dict(traffic.bytes_by_kind), first_loss=first_loss)
+
+
+def main(folder: Path) -> None:
+    """Counts what ``plan.json`` lists and writes it."""
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    device = start_process_group(timeout_minutes=plan["timeout_seconds"] / 60, init_method=f"file://{folder}/meeting")
+    found: dict[str, list[dict[str, Any]]] = {"deepspeed": [], "ours": []}
+    # DeepSpeed first: it remembers the groups of an engine that had a grid.
+    for one in plan["deepspeed"]:
+        print(f"counting DeepSpeed {one}", flush=True)
+        found["deepspeed"].append(asdict(count_deepspeed(Case(**one["case"]), parameters=one["parameters"])))
+        gc.collect()
+    for one in plan["ours"]:
+        print(f"counting {one}", flush=True)
+        found["ours"].append(asdict(count_ours(Case(**one), device=device)))
+        gc.collect()
+    rank = dist.get_rank()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.barrier()
+    # No shutdown: a rank that closes its connections early would look like a dead one to the others.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
