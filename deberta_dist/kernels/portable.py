@@ -15,6 +15,7 @@ Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relativ
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +118,7 @@ class _Work:
         )
         self._mask = (None, None) if call.mask is None else call.mask.arithmetic()
         self._kept_share = kept_share(call.dropout_p)
+        self._workspaces: dict[str, Tensor] = {}
 
     @property
     def _lengths(self) -> tuple[int, int]:
@@ -140,7 +142,7 @@ class _Work:
         operands = self._operands(chunk)
         probabilities = self._signed_probabilities(chunk, operands, kept=kept)
         is_dropping = self._call.dropout_p > 0.0
-        attended = torch.clamp_min(probabilities, 0.0) if is_dropping else probabilities
+        attended = self._attended(probabilities) if is_dropping else probabilities
         context = _product(attended, operands.value)
         return context.div_(self._kept_share) if is_dropping else context
 
@@ -160,26 +162,24 @@ class _Work:
         gradient = widened(gradient_BCQH.transpose(0, 1))
         if self._call.dropout_p > 0.0:
             gradient = gradient / self._kept_share
-            attended = torch.clamp_min(signed, 0.0)
+            attended = self._attended(signed)
             d_value = _product(attended.transpose(2, 3), gradient)
-            d_scores = _product(gradient, operands.value.transpose(2, 3)).mul_(attended)
+            d_scores = self._d_probabilities(gradient, operands).mul_(attended)
             row_sums = d_scores.sum(-1, keepdim=True)
             d_scores.addcmul_(torch.abs(signed, out=attended), row_sums, value=-1)
         else:
             # The same, but for P * (G V^T - rowsum): less is lost where the two are close.
             d_value = _product(signed.transpose(2, 3), gradient)
-            d_scores = _product(gradient, operands.value.transpose(2, 3))
+            d_scores = self._d_probabilities(gradient, operands)
             d_scores = torch.ops.aten._softmax_backward_data(d_scores, signed, -1, signed.dtype)
 
         d_query = _product(d_scores, operands.key)
         d_key = _product(d_scores.transpose(2, 3), operands.scaled_query)
         c2p, p2c = self._terms
         if c2p is not None:
-            d_query.add_(c2p.backward(operands.scaled_query, d_scores, chunk))
+            c2p.backward(operands.scaled_query, d_scores, chunk, into_CBXH=d_query)
         if p2c is not None:
-            from_positions = p2c.backward(operands.key, d_scores, chunk)
-            if from_positions is not None:
-                d_key.add_(from_positions)
+            p2c.backward(operands.key, d_scores, chunk, into_CBXH=d_key)
         return d_query.mul_(self._call.scale), d_key, d_value
 
     def position_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -204,7 +204,8 @@ class _Work:
         query, key = operands.scaled_query, operands.key
         is_exact = operands.value.dtype == self._value.dtype
         shape = (*query.shape[:3], key.shape[2])
-        scores = kept if kept is not None and is_exact else query.new_empty(shape)
+        # Memory that the chunk before has left in the cache; what is kept is written once, in order.
+        scores = self._workspace("scores", query, shape)
         matrices = scores.view(-1, *shape[2:])
         is_empty = True
         # The costlier to add goes first: what is first is only written.
@@ -220,15 +221,26 @@ class _Work:
         addend, factor = self._mask
         if addend is not None:
             scores.add_(addend[chunk.samples if addend.shape[0] > 1 else slice(None)])
-        torch.softmax(scores, dim=-1, out=scores)
+        probabilities = kept if kept is not None and is_exact else scores
+        torch.softmax(scores, dim=-1, out=probabilities)
         if factor is not None:
-            scores.mul_(factor[chunk.samples if factor.shape[0] > 1 else slice(None)])
+            probabilities.mul_(factor[chunk.samples if factor.shape[0] > 1 else slice(None)])
         if self._call.dropout_p > 0.0:
-            self._mark_dropped(scores, chunk)
+            self._mark_dropped(probabilities, chunk)
         if is_exact:
-            return scores
-        rounded = scores.to(self._value.dtype) if kept is None else kept.copy_(scores)
-        return scores.copy_(rounded)
+            return probabilities
+        rounded = probabilities.to(self._value.dtype) if kept is None else kept.copy_(probabilities)
+        return probabilities.copy_(rounded)
+
+    def _attended(self, signed: Tensor) -> Tensor:
+        return torch.clamp_min(signed, 0.0, out=self._workspace("attended", signed, signed.shape))
+
+    def _d_probabilities(self, gradient: Tensor, operands: _Operands) -> Tensor:
+        left, right = gradient.flatten(0, 1), operands.value.flatten(0, 1).transpose(1, 2)
+        shape = (*gradient.shape[:3], operands.value.shape[2])
+        result = self._workspace("d_scores", left, shape)
+        torch.bmm(left, right, out=result.view(-1, *shape[2:]))
+        return result
 
     def _mark_dropped(self, probabilities: Tensor, chunk: Chunk) -> None:
         rows = row_words(
@@ -239,9 +251,16 @@ class _Work:
             num_queries=self._query.shape[2],
             device=probabilities.device,
         )
-        words = torch.empty(probabilities.shape, dtype=torch.int32, device=probabilities.device)
-        drop_words_(words, torch.empty_like(words), rows, p=self._call.dropout_p)
-        mark_dropped_(probabilities, words)
+        like = torch.empty(0, dtype=torch.int32, device=probabilities.device)
+        words, spare = (self._workspace(name, like, probabilities.shape) for name in ("words", "spare"))
+        mark_dropped_(probabilities, drop_words_(words, spare, rows, p=self._call.dropout_p))
+
+    def _workspace(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Memory of this name, the same for every chunk."""
+        size = math.prod(shape)
+        if name not in self._workspaces:
+            self._workspaces[name] = like.new_empty(size)
+        return self._workspaces[name][:size].view(shape)
 
 
 def _position_terms(

@@ -36,8 +36,8 @@ class PositionTerm(Protocol):
     def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
         """Adds the term to the scores; writes it if it is the first."""
 
-    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor | None:
-        """Gradient of the rows [C, B, X, H], None if products were given; adds up that of the operand."""
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
+        """Adds the gradient of the rows to ``into_CBXH``, unless products were given; adds up that of the operand."""
 
     def operand_gradient(self) -> Tensor:
         """Gradient of the table [N, R, H], or of the products given [B, N, X, R], of all chunks so far."""
@@ -66,7 +66,7 @@ class BandTerm:
         """See `PositionTerm`."""
         scores = scores_CBQS.transpose(2, 3) if self._transposed else scores_CBQS
         workspace = None
-        for part, rows, window in self._blocks(content_CBXH, num_columns=scores.shape[3]):
+        for part, rows, window in self._blocks(self._cut(content_CBXH), shape=scores.shape):
             shape = (*rows.shape[:2], window.stop - window.start)
             if workspace is None:
                 workspace = rows.new_empty(shape).view(-1)
@@ -76,13 +76,15 @@ class BandTerm:
             band = _band(products, target.shape)
             target.copy_(band) if is_first else target.add_(band)
 
-    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor:
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
         """See `PositionTerm`."""
         if self._gradient_NLH is None:
             self._gradient_NLH = torch.zeros_like(self._table_NLH)
         gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
-        result = torch.empty_like(content_CBXH, memory_format=torch.contiguous_format)
-        for part, rows, window in self._blocks(content_CBXH, num_columns=gradient.shape[3]):
+        cut = self._cut(content_CBXH)
+        d_cut = [torch.empty_like(rows) for rows in cut]
+        blocks = self._blocks(cut, shape=gradient.shape)
+        for (part, rows, window), d_rows in zip(blocks, (block for group in d_cut for block in group), strict=True):
             shape = (*rows.shape[:2], window.stop - window.start)
             # The band covers the same elements in every block: what is zero beside it stays zero.
             if shape not in self._zeros:
@@ -90,24 +92,43 @@ class BandTerm:
             products = self._zeros[shape]
             source = gradient[:, :, part]
             _band(products, source.shape).copy_(source)
-            d_rows = torch.bmm(products, self._table_NLH[chunk.heads, window])
-            result[:, :, part] = d_rows.unflatten(1, (-1, part.stop - part.start))
+            torch.bmm(products, self._table_NLH[chunk.heads, window], out=d_rows)
             target = self._gradient_NLH[chunk.heads, window]
             torch.baddbmm(target, products.transpose(1, 2), rows, out=target)
-        return result
+        self._add_cut(d_cut, into_CBXH)
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
         gradient = self._gradient_NLH.new_zeros(self._table_shape)
         return gradient.index_add_(1, self._rows_L, self._gradient_NLH)
 
-    def _blocks(self, content_CBXH: Tensor, *, num_columns: int) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Of each block: its rows as a slice, their content [C, B * b, H] and the window of the table."""
+    def _cut(self, content_CBXH: Tensor) -> list[Tensor]:
+        """Rows by blocks, [blocks, C, B * b, H]: the whole blocks, then a shorter one if there is one."""
         num_rows = content_CBXH.shape[2]
-        for start in range(0, num_rows, self._block):
+        whole = num_rows - num_rows % self._block
+        groups = ((content_CBXH[:, :, :whole], self._block), (content_CBXH[:, :, whole:], num_rows - whole))
+        return [
+            group.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).flatten(2, 3)
+            for group, size in groups
+            if group.shape[2] > 0
+        ]
+
+    def _add_cut(self, cut: list[Tensor], target_CBXH: Tensor) -> None:
+        """Adds what is laid out as `_cut` gives it."""
+        start = 0
+        for group in cut:
+            rows = group.unflatten(2, (target_CBXH.shape[1], -1)).permute(1, 2, 0, 3, 4)
+            stop = start + rows.shape[2] * rows.shape[3]
+            target_CBXH[:, :, start:stop].unflatten(2, rows.shape[2:4]).add_(rows)
+            start = stop
+
+    def _blocks(self, cut: list[Tensor], *, shape: torch.Size) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Of each block: its rows as a slice, their content [C, B * b, H] and the window of the table."""
+        _, _, num_rows, num_columns = shape
+        starts = range(0, num_rows, self._block)
+        for start, rows in zip(starts, (block for group in cut for block in group), strict=True):
             stop = min(start + self._block, num_rows)
-            content = content_CBXH[:, :, start:stop].flatten(1, 2)
-            yield slice(start, stop), content, slice(num_rows - stop, num_rows - start + num_columns - 1)
+            yield slice(start, stop), rows, slice(num_rows - stop, num_rows - start + num_columns - 1)
 
 
 class GatherTerm:
@@ -140,7 +161,7 @@ class GatherTerm:
         term = term.transpose(2, 3) if self._transposed else term
         scores_CBQS.copy_(term) if is_first else scores_CBQS.add_(term)
 
-    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk) -> Tensor | None:
+    def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
         """See `PositionTerm`."""
         operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
         if self._gradient is None:
@@ -149,12 +170,12 @@ class GatherTerm:
         index = self._index(chunk, num_heads=gradient.shape[0])
         if self._table_NRH is None:
             self._gradient[chunk.samples, chunk.heads].transpose(0, 1).scatter_add_(-1, index, gradient)
-            return None
+            return
         products = gradient.new_zeros(*gradient.shape[:3], operand.shape[1])
         products = products.scatter_add_(-1, index, gradient).flatten(1, 2)
         target = self._gradient[chunk.heads]
         torch.baddbmm(target, products.transpose(1, 2), content_CBXH.flatten(1, 2), out=target)
-        return torch.bmm(products, operand[chunk.heads]).view(content_CBXH.shape)
+        into_CBXH.add_(torch.bmm(products, operand[chunk.heads]).view(content_CBXH.shape))
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
