@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
 from deberta_dist.kernels.operands import AttentionCall, widened
-from deberta_dist.kernels.position_terms import BandTerm, Chunk, GatherTerm, PositionTerm
+from deberta_dist.kernels.position_terms import Chunk, position_terms
 
 # Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
 # than traffic.
@@ -113,8 +113,8 @@ class _Work:
         self._query, self._key, self._value = query_BNQH, key_BNSH, value_BNSH
         self._rel_key, self._rel_query, self._p2c = rel_key_NRH, rel_query_NRH, p2c_BNSR
         self._call = call
-        self._terms = _position_terms(
-            rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths
+        self._terms = position_terms(
+            rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths, block=BLOCK
         )
         self._mask = (None, None) if call.mask is None else call.mask.arithmetic()
         self._kept_share = kept_share(call.dropout_p)
@@ -261,35 +261,6 @@ class _Work:
         if name not in self._workspaces:
             self._workspaces[name] = like.new_empty(size)
         return self._workspaces[name][:size].view(shape)
-
-
-def _position_terms(
-    rel_key_NRH: Tensor | None,
-    rel_query_NRH: Tensor | None,
-    p2c_BNSR: Tensor | None,
-    call: AttentionCall,
-    *,
-    batch: int,
-    lengths: tuple[int, int],
-) -> tuple[PositionTerm | None, PositionTerm | None]:
-    """The terms c2p and p2c; the first has rows of scaled queries, the second a scaled table."""
-    num_queries, num_keys = lengths
-    positions = call.positions
-    rel_key = None if rel_key_NRH is None else widened(rel_key_NRH)
-    rel_query = None if rel_query_NRH is None else widened(rel_query_NRH) * call.scale
-    if positions.query_positions_BQ is None and p2c_BNSR is None:
-        distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
-        rows = positions.rows(distances)
-        return (
-            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, block=BLOCK),
-            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, block=BLOCK),
-        )
-    index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
-    c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, transposed=False)
-    if rel_query is None and p2c_BNSR is None:
-        return c2p, None
-    index = index.transpose(1, 2)
-    return c2p, GatherTerm(rel_query, products_BNXR=p2c_BNSR, index_BXY=index, transposed=True)
 
 
 def _tokens_first(like_BNSH: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deberta_dist.kernels.operands import AttentionCall, widened
+
 MIN_BLOCKED_TRANSPOSITION = 3600
 
 
@@ -183,6 +185,36 @@ class GatherTerm:
 
     def _index(self, chunk: Chunk, *, num_heads: int) -> Tensor:
         return self._index_BXY[chunk.samples].expand(num_heads, -1, -1, -1)
+
+
+def position_terms(
+    rel_key_NRH: Tensor | None,
+    rel_query_NRH: Tensor | None,
+    p2c_BNSR: Tensor | None,
+    call: AttentionCall,
+    *,
+    batch: int,
+    lengths: tuple[int, int],
+    block: int,
+) -> tuple[PositionTerm | None, PositionTerm | None]:
+    """The terms c2p and p2c; the first has rows of scaled queries, the second a scaled table."""
+    num_queries, num_keys = lengths
+    positions = call.positions
+    rel_key = None if rel_key_NRH is None else widened(rel_key_NRH)
+    rel_query = None if rel_query_NRH is None else widened(rel_query_NRH) * call.scale
+    if positions.query_positions_BQ is None and p2c_BNSR is None:
+        distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
+        rows = positions.rows(distances)
+        return (
+            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, block=block),
+            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, block=block),
+        )
+    index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
+    c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, transposed=False)
+    if rel_query is None and p2c_BNSR is None:
+        return c2p, None
+    index = index.transpose(1, 2)
+    return c2p, GatherTerm(rel_query, products_BNXR=p2c_BNSR, index_BXY=index, transposed=True)
 
 
 def _band(products: Tensor, shape: torch.Size) -> Tensor:
