@@ -1,0 +1,234 @@
+"""Triton kernels that see pairs of query and key: dropout bits, forward, backward of the scores.
+
+The products of tokens with the relative table, c2p = Q Kr^T and p2c = K Qr^T, are made by matrix products for the rows
+that occur and read here by pointer, at the row of each pair's distance. Keeping them in registers and permuting there
+spills more than a kilobyte per thread. Scores are in units of log2: ``scale_log2`` and the products hold log2(e).
+
+Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
+No kernel uses atomics, so two runs agree in every bit. ``fused`` launches all of them.
+
+Layouts: tokens [B, T, N, H] with the stride of a token given; c2p [N, B, Q, R]; p2c [N, B, S, R]; lse, delta [B, N, Q];
+keep_bits uint8 [B, N, Q, ceil(S / 8)], bit j % 8 of byte j // 8 for key j; score gradients [B, N, Q, stride].
+
+Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relative table that occur.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped_of_65536"])
+def keep_bits_kernel(
+    keep_bits, seed_low, seed_high, dropped_of_65536, num_queries, num_bytes, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One bit per pair: whether dropout keeps it. Eight 16-bit numbers of Philox4x32-10 per byte.
+
+    Counter (byte, query, batch * N + head, 0), key ``seed``: no tile size and no batch size enters. Number k of a byte
+    is the lower (k even) or upper half of word k // 2; kept if at least ``dropped_of_65536``.
+    """
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch_head = tl.program_id(1)
+    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+    query = flat // num_bytes
+    zero = query * 0
+    word0, word1, word2, word3 = tl.philox(seed, flat % num_bytes, query, zero + batch_head, zero)
+    byte = _two_bits(word0, dropped_of_65536)
+    byte |= _two_bits(word1, dropped_of_65536) << 2
+    byte |= _two_bits(word2, dropped_of_65536) << 4
+    byte |= _two_bits(word3, dropped_of_65536) << 6
+    size = num_queries * num_bytes
+    tl.store(keep_bits + batch_head.to(tl.int64) * size + flat, byte.to(tl.uint8), mask=flat < size)
+
+
+@triton.jit
+def _two_bits(word, dropped_of_65536):
+    low = (word & 0xFFFF).to(tl.int32)
+    high = (word >> 16).to(tl.int32)
+    return (low >= dropped_of_65536).to(tl.int32) | ((high >= dropped_of_65536).to(tl.int32) << 1)
+
+
+@triton.jit
+def _tile_scores(
+    query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
+    queries, keys, positions, num_keys, num_rows, scale_log2,
+    HAS_C2P: tl.constexpr, HAS_P2C: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores [query tile, key tile]; -inf where not seen. Pointers stand at this batch and head; see the callers."""
+    scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * scale_log2
+    last = num_keys - 1
+    key_at = tl.minimum(keys, last)
+    if HAS_C2P or HAS_P2C:
+        row = tl.load(row_of_distance + (positions + last)[:, None] - key_at[None, :]).to(tl.int32)
+        if HAS_C2P:
+            scores += tl.load(c2p + (queries * num_rows)[:, None] + row).to(tl.float32)
+        if HAS_P2C:
+            scores += tl.load(p2c + (key_at * num_rows)[None, :] + row).to(tl.float32)
+    seen = (keys < num_keys)[None, :]
+    if HAS_IDS:
+        key_id = tl.load(key_ids + key_at)
+        seen = seen & (tl.load(query_ids + queries)[:, None] == key_id[None, :]) & (key_id != 0)[None, :]
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _kept(keep_bits, queries, keys, num_keys):
+    """Whether dropout keeps each pair of a tile."""
+    key_at = tl.minimum(keys, num_keys - 1)
+    num_bytes = (num_keys + 7) // 8
+    byte = tl.load(keep_bits + (queries * num_bytes)[:, None] + (key_at >> 3)[None, :]).to(tl.int32)
+    return ((byte >> (key_at & 7)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _tile_at(tokens, batch, head, at, num_tokens, token_stride, HEAD_SIZE: tl.constexpr):
+    """Tokens ``at`` of one batch and head: [len(at), H]."""
+    base = tokens + batch.to(tl.int64) * num_tokens * token_stride + head * HEAD_SIZE
+    return tl.load(base + (at * token_stride)[:, None] + tl.arange(0, HEAD_SIZE)[None, :])
+
+
+@triton.jit
+def forward_kernel(
+    query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context, lse,
+    query_stride, key_stride, value_stride, batch_size, num_heads, num_queries, num_keys, num_rows,
+    scale_log2, inverse_keep,
+    HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
+    HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """context = dropout(softmax(scores)) V and lse, the rows' log2-sum-exp2; one program per tile of queries."""
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    batch_head = tl.program_id(1).to(tl.int64)
+    head_batch = head.to(tl.int64) * batch_size + batch
+    queries_here = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    queries = tl.minimum(queries_here, num_queries - 1)
+    position = queries
+    if HAS_POSITIONS:
+        position = tl.load(positions + batch * num_queries + queries)
+    query_tile = _tile_at(query, batch, head, queries, num_queries, query_stride, HEAD_SIZE)
+    c2p += head_batch * num_queries * num_rows
+    p2c += head_batch * num_keys * num_rows
+    query_ids += batch * num_queries
+    key_ids += batch * num_keys
+    keep_bits += batch_head * num_queries * ((num_keys + 7) // 8)
+
+    # Finite, so that a row that has seen nothing yet gives exp2(-inf - finite) = 0 and not NaN.
+    largest = tl.full([BLOCK_Q], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    accumulator = tl.zeros([BLOCK_Q, HEAD_SIZE], tl.float32)
+    for start in range(0, num_keys, BLOCK_K):
+        keys = start + tl.arange(0, BLOCK_K)
+        key_at = tl.minimum(keys, num_keys - 1)
+        key_tile = _tile_at(key, batch, head, key_at, num_keys, key_stride, HEAD_SIZE)
+        scores = _tile_scores(
+            query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
+            queries, keys, position, num_keys, num_rows, scale_log2, HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
+        )  # fmt: skip
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        correction = tl.exp2(largest - new_largest)
+        probabilities = tl.exp2(scores - new_largest[:, None])
+        total = total * correction + tl.sum(probabilities, 1)
+        largest = new_largest
+        if HAS_DROPOUT:
+            probabilities = tl.where(_kept(keep_bits, queries, keys, num_keys), probabilities, 0.0)
+        value_tile = _tile_at(value, batch, head, key_at, num_keys, value_stride, HEAD_SIZE)
+        accumulator = accumulator * correction[:, None]
+        accumulator += tl.dot(probabilities.to(value_tile.dtype), value_tile, input_precision=PRECISION)
+
+    seen_any = total > 0
+    divisor = tl.where(seen_any, total, 1.0)
+    accumulator *= (inverse_keep / divisor)[:, None]
+    inside = queries_here < num_queries
+    at = ((batch.to(tl.int64) * num_queries + queries) * num_heads + head) * HEAD_SIZE
+    tl.store(
+        context + at[:, None] + tl.arange(0, HEAD_SIZE)[None, :],
+        accumulator.to(context.dtype.element_ty),
+        mask=inside[:, None],
+    )
+    row_lse = tl.where(seen_any, largest + tl.log2(divisor), 0.0)
+    tl.store(lse + batch_head * num_queries + queries, row_lse, mask=inside)
+
+
+@triton.jit
+def delta_kernel(
+    context, context_gradient, delta, num_heads, num_queries, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """delta_i = context_i . its gradient = sum_j P_ij dP_ij, with dropout or without; both inputs [B, Q, N, H]."""
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = queries < num_queries
+    at = ((batch.to(tl.int64) * num_queries + queries) * num_heads + head) * HEAD_SIZE
+    offsets = at[:, None] + tl.arange(0, HEAD_SIZE)[None, :]
+    product = tl.load(context + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    product *= tl.load(context_gradient + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(delta + tl.program_id(1).to(tl.int64) * num_queries + queries, tl.sum(product, 1), mask=inside)
+
+
+@triton.jit
+def backward_kernel(
+    query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context_gradient, lse, delta,
+    value_gradient, score_gradient, query_stride, key_stride, value_stride, score_stride,
+    batch_size, num_heads, num_queries, num_keys, num_rows, scale_log2, inverse_keep,
+    HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
+    HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dV = dropout(P)^T dO and dScore = P (dP - delta), before the scale; one program per tile of keys."""
+    batch = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    batch_head = tl.program_id(1).to(tl.int64)
+    head_batch = head.to(tl.int64) * batch_size + batch
+    keys = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_at = tl.minimum(keys, num_keys - 1)
+    key_tile = _tile_at(key, batch, head, key_at, num_keys, key_stride, HEAD_SIZE)
+    value_tile = _tile_at(value, batch, head, key_at, num_keys, value_stride, HEAD_SIZE)
+    c2p += head_batch * num_queries * num_rows
+    p2c += head_batch * num_keys * num_rows
+    query_ids += batch * num_queries
+    key_ids += batch * num_keys
+    keep_bits += batch_head * num_queries * ((num_keys + 7) // 8)
+    lse += batch_head * num_queries
+    delta += batch_head * num_queries
+    score_gradient += batch_head * num_queries * score_stride
+
+    accumulator = tl.zeros([BLOCK_K, HEAD_SIZE], tl.float32)
+    for start in range(0, num_queries, BLOCK_Q):
+        queries_here = start + tl.arange(0, BLOCK_Q)
+        queries = tl.minimum(queries_here, num_queries - 1)
+        inside = queries_here < num_queries
+        position = queries
+        if HAS_POSITIONS:
+            position = tl.load(positions + batch * num_queries + queries)
+        query_tile = _tile_at(query, batch, head, queries, num_queries, query_stride, HEAD_SIZE)
+        scores = _tile_scores(
+            query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
+            queries, keys, position, num_keys, num_rows, scale_log2, HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
+        )  # fmt: skip
+        probabilities = tl.exp2(scores - tl.load(lse + queries)[:, None])
+        probabilities = tl.where(inside[:, None], probabilities, 0.0)
+        gradient_tile = _tile_at(
+            context_gradient, batch, head, queries, num_queries, num_heads * HEAD_SIZE, HEAD_SIZE
+        )
+        slope = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
+        attended = probabilities
+        if HAS_DROPOUT:
+            kept = _kept(keep_bits, queries, keys, num_keys)
+            slope = tl.where(kept, slope * inverse_keep, 0.0)
+            attended = tl.where(kept, probabilities, 0.0)
+        accumulator += tl.dot(
+            tl.trans(attended.to(gradient_tile.dtype)), gradient_tile, input_precision=PRECISION
+        )
+        slope = probabilities * (slope - tl.load(delta + queries)[:, None])
+        tl.store(
+            score_gradient + (queries * score_stride)[:, None] + keys[None, :],
+            slope.to(score_gradient.dtype.element_ty),
+            mask=inside[:, None] & (keys < num_keys)[None, :],
+        )
+
+    at = ((batch.to(tl.int64) * num_keys + key_at) * num_heads + head) * HEAD_SIZE
+    tl.store(
+        value_gradient + at[:, None] + tl.arange(0, HEAD_SIZE)[None, :],
+        (accumulator * inverse_keep).to(value_gradient.dtype.element_ty),
+        mask=(keys < num_keys)[:, None],
+    )

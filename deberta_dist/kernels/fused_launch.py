@@ -1,0 +1,360 @@
+"""The autograd function around the fused kernels: what is allocated, launched and saved. Needs Triton; ``fused`` calls it.
+
+Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
+again, then one kernel gives dV and the scores' gradient, sums over rows of the relative table overwrite c2p and p2c, and
+what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+
+Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table that occur.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
+from deberta_dist.kernels.fused_tables import PositionTables
+from deberta_dist.kernels.fused_tiles import Tile, Tiles
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+_LOG2_E = math.log2(math.e)
+_KEEP_BLOCK, _DELTA_BLOCK = 1024, 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything of one call that has no gradient; see ``fused.fused_attention``.
+
+    Attributes:
+        tables: None without position terms.
+        num_positions: positions a query can have.
+        num_keys: S.
+        positions_BQ: int32, or None for 0 .. Q - 1.
+        order_BQ: see ``fused_tables.order_of_positions``; with positions only.
+        order_starts_BP: likewise.
+        query_ids_BQ: int32; pairs whose numbers are equal and not 0 see each other. None: all do.
+        key_ids_BS: likewise.
+        scale: of the scores.
+        dropped_of_65536: the dropout probability, 0 for none.
+        seed: 64 bits.
+        tiles: of the kernels.
+    """
+
+    tables: PositionTables | None
+    num_positions: int
+    num_keys: int
+    positions_BQ: Tensor | None
+    order_BQ: Tensor | None
+    order_starts_BP: Tensor | None
+    query_ids_BQ: Tensor | None
+    key_ids_BS: Tensor | None
+    scale: float
+    dropped_of_65536: int
+    seed: int
+    tiles: Tiles
+
+    @property
+    def inverse_keep(self) -> float:
+        return 65536 / (65536 - self.dropped_of_65536)
+
+
+class _Operands(NamedTuple):
+    """What is differentiated: tokens [B, T, N, H] with one stride between tokens, tables [N, R, H] cut to their rows."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rel_key: Tensor | None
+    rel_query: Tensor | None
+
+
+class FusedAttention(torch.autograd.Function):
+    """context = dropout(softmax(scores)) V; arguments as `fused.fused_attention` has checked them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BNQH: Tensor,
+        key_BNSH: Tensor,
+        value_BNSH: Tensor,
+        rel_key_NRH: Tensor | None,
+        rel_query_NRH: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        tokens = [_token_rows(x_BNTH) for x_BNTH in (query_BNQH, key_BNSH, value_BNSH)]
+        tables = [_rows_that_occur(table_NRH, call) for table_NRH in (rel_key_NRH, rel_query_NRH)]
+        operands = _Operands(*tokens, *tables)
+        batch, num_queries, heads, _ = operands.query.shape
+        context_BQNH = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
+        lse_BNQ = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=context_BQNH.device)
+        tile = call.tiles.forward
+        forward_kernel[triton.cdiv(num_queries, tile.rows), batch * heads](
+            **_score_arguments(operands, call),
+            context=context_BQNH,
+            lse=lse_BNQ,
+            BLOCK_Q=tile.rows,
+            BLOCK_K=tile.columns,
+            **_launch_options(tile),
+        )
+        ctx.save_for_backward(*operands, context_BQNH, lse_BNQ)
+        ctx.call = call
+        ctx.table_rows = next((table.shape[1] for table in (rel_key_NRH, rel_query_NRH) if table is not None), 0)
+        return context_BQNH.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, context_BQNH, lse_BNQ = ctx.saved_tensors
+        operands, call = _Operands(*saved), ctx.call
+        arguments = _score_arguments(operands, call)
+        gradient_BQNH = gradient_BNQH.transpose(1, 2).contiguous()
+        value_gradient, score_gradient = _backward_of_scores(
+            operands, call, arguments, context_BQNH=context_BQNH, gradient_BQNH=gradient_BQNH, lse_BNQ=lse_BNQ
+        )
+        # Each pair of products has done its work: its memory takes its gradient.
+        c2p_gradient = p2c_gradient = None
+        if operands.rel_key is not None:
+            c2p_gradient = arguments["c2p"]
+            _sum_rows(score_gradient, c2p_gradient, call, of_keys=False)
+        if operands.rel_query is not None:
+            p2c_gradient = arguments["p2c"]
+            _sum_rows(score_gradient, p2c_gradient, call, of_keys=True)
+        query, key, _, rel_key, rel_query = operands
+        needs_query, needs_key, _, needs_rel_key, needs_rel_query, _ = ctx.needs_input_grad
+        gradients = (
+            _token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call, of_keys=False) if needs_query else None,
+            _token_gradient(score_gradient, key, query, p2c_gradient, rel_query, call, of_keys=True) if needs_key else None,
+            value_gradient,
+        )
+        return (
+            *(None if x_BTNH is None else x_BTNH.transpose(1, 2) for x_BTNH in gradients),
+            _table_gradient(c2p_gradient, query, call, ctx.table_rows) if needs_rel_key else None,
+            _table_gradient(p2c_gradient, key, call, ctx.table_rows) if needs_rel_query else None,
+            None,
+        )
+
+
+def _backward_of_scores(
+    operands: _Operands,
+    call: Call,
+    arguments: dict[str, Any],
+    *,
+    context_BQNH: Tensor,
+    gradient_BQNH: Tensor,
+    lse_BNQ: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values, [B, S, N, H], and of the scores before the scale, [B, N, Q, S to a multiple of 8]."""
+    batch, num_queries, heads, head_size = context_BQNH.shape
+    num_keys = operands.key.shape[1]
+    delta_BNQ = torch.empty_like(lse_BNQ)
+    delta_kernel[triton.cdiv(num_queries, _DELTA_BLOCK), batch * heads](
+        context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=_DELTA_BLOCK
+    )
+    value_gradient = torch.empty_like(operands.value, memory_format=torch.contiguous_format)
+    score_gradient = value_gradient.new_empty(batch, heads, num_queries, -(-num_keys // 8) * 8)
+    tile = call.tiles.backward
+    backward_kernel[triton.cdiv(num_keys, tile.rows), batch * heads](
+        **arguments,
+        context_gradient=gradient_BQNH,
+        lse=lse_BNQ,
+        delta=delta_BNQ,
+        value_gradient=value_gradient,
+        score_gradient=score_gradient,
+        score_stride=score_gradient.shape[-1],
+        BLOCK_Q=tile.columns,
+        BLOCK_K=tile.rows,
+        **_launch_options(tile),
+    )
+    return value_gradient, score_gradient
+
+
+def _score_arguments(operands: _Operands, call: Call) -> dict[str, Any]:
+    """What the kernels that make scores have in common, by the names of their parameters."""
+    query, key, value, rel_key, rel_query = operands
+    batch, num_queries, heads, head_size = query.shape
+    tables = call.tables
+    has_dropout = call.dropped_of_65536 > 0
+    unused = query  # a pointer that is not followed
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "c2p": unused if rel_key is None else _position_products(query, rel_key, call),
+        "p2c": unused if rel_query is None else _position_products(key, rel_query, call),
+        "row_of_distance": unused if tables is None else tables.row_of_distance,
+        "positions": unused if call.positions_BQ is None else call.positions_BQ,
+        "query_ids": unused if call.query_ids_BQ is None else call.query_ids_BQ,
+        "key_ids": unused if call.key_ids_BS is None else call.key_ids_BS,
+        "keep_bits": _keep_bits(call, query, key) if has_dropout else unused,
+        "query_stride": query.stride(1),
+        "key_stride": key.stride(1),
+        "value_stride": value.stride(1),
+        "batch_size": batch,
+        "num_heads": heads,
+        "num_queries": num_queries,
+        "num_keys": key.shape[1],
+        "num_rows": 0 if tables is None else tables.num_rows,
+        "scale_log2": call.scale * _LOG2_E,
+        "inverse_keep": call.inverse_keep,
+        "HEAD_SIZE": head_size,
+        "HAS_C2P": rel_key is not None,
+        "HAS_P2C": rel_query is not None,
+        "HAS_POSITIONS": call.positions_BQ is not None,
+        "HAS_IDS": call.key_ids_BS is not None,
+        "HAS_DROPOUT": has_dropout,
+        "PRECISION": _precision(),
+    }
+
+
+def _keep_bits(call: Call, query_BQNH: Tensor, key_BSNH: Tensor) -> Tensor:
+    """Dropout's bits, uint8 [B, N, Q, ceil(S / 8)]: a sixteenth of what the scores' gradient takes in 16 bits."""
+    batch, num_queries, heads, _ = query_BQNH.shape
+    num_bytes = -(-key_BSNH.shape[1] // 8)
+    keep_bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
+    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, _KEEP_BLOCK), batch * heads](
+        keep_bits,
+        _signed_word(call.seed),
+        _signed_word(call.seed >> 32),
+        call.dropped_of_65536,
+        num_queries,
+        num_bytes,
+        BLOCK=_KEEP_BLOCK,
+    )
+    return keep_bits
+
+
+def _signed_word(number: int) -> int:
+    """The lower 32 bits as a signed number: every seed has the type of the one the kernel was compiled for."""
+    return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Tensor:
+    """Every token with every row of the table, in the units of the kernels' scores, [N, B * T, R]."""
+    tokens_NTH = _by_head(tokens_BTNH)
+    products = tokens_NTH.new_empty(*tokens_NTH.shape[:2], table_NRH.shape[1])
+    # The scale as the product's alpha: it is applied to the float32 sum, before the rounding.
+    return torch.baddbmm(
+        products, tokens_NTH, table_NRH.transpose(1, 2), beta=0, alpha=call.scale * _LOG2_E, out=products
+    )
+
+
+def _sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool) -> None:
+    """Writes the gradient of c2p or p2c, [N, B * T, R], over ``sums``."""
+    assert call.tables is not None
+    batch, heads, num_queries, score_stride = score_gradient.shape
+    owners = sums.shape[1] // batch
+    tile = call.tiles.row_sums
+    has_positions = call.positions_BQ is not None
+    arguments = (
+        score_gradient,
+        sums,
+        call.tables.lowest_distance,
+        call.tables.highest_distance,
+        call.positions_BQ if has_positions else sums,
+        call.order_BQ if has_positions else sums,
+        call.order_starts_BP if has_positions else sums,
+        score_stride,
+        batch,
+        heads,
+        num_queries,
+        owners,
+        call.num_positions if of_keys else call.num_keys,
+        call.tables.num_rows,
+        call.tables.first_end,
+        call.tables.last_end,
+    )
+    options = {"OF_KEYS": of_keys, "HAS_POSITIONS": has_positions, "BLOCK_O": tile.rows, **_launch_options(tile)}
+    blocks = triton.cdiv(owners, tile.rows)
+    row_sums_kernel[blocks, triton.cdiv(call.tables.num_rows, tile.columns), batch * heads](
+        *arguments, **options, BLOCK_R=tile.columns
+    )
+    end_sums_kernel[blocks, 2, batch * heads](*arguments, **options, BLOCK_T=tile.columns)
+
+
+def _token_gradient(
+    score_gradient: Tensor,
+    owner_BTNH: Tensor,
+    other_BTNH: Tensor,
+    products_gradient: Tensor | None,
+    table_NRH: Tensor | None,
+    call: Call,
+    *,
+    of_keys: bool,
+) -> Tensor:
+    """Gradient of the queries, or of the keys, [B, T, N, H]."""
+    batch, num_owners, heads, head_size = owner_BTNH.shape
+    num_others = other_BTNH.shape[1]
+    gradient = torch.empty_like(owner_BTNH, memory_format=torch.contiguous_format)
+    tile = call.tiles.token_gradient
+    has_rows = products_gradient is not None
+    token_gradient_kernel[triton.cdiv(num_owners, tile.rows), batch * heads](
+        score_gradient,
+        other_BTNH,
+        products_gradient if has_rows else score_gradient,
+        table_NRH if has_rows else other_BTNH,
+        gradient,
+        score_gradient.shape[-1],
+        other_BTNH.stride(1),
+        table_NRH.stride(0) if has_rows else 0,
+        table_NRH.stride(1) if has_rows else 0,
+        batch,
+        heads,
+        num_others if of_keys else num_owners,
+        num_owners,
+        num_others,
+        products_gradient.shape[-1] if has_rows else 0,
+        call.scale,
+        OF_KEYS=of_keys,
+        HAS_ROWS=has_rows,
+        HEAD_SIZE=head_size,
+        BLOCK_O=tile.rows,
+        BLOCK_T=tile.columns,
+        PRECISION=_precision(),
+        **_launch_options(tile),
+    )
+    return gradient
+
+
+def _table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, table_rows: int) -> Tensor:
+    """Gradient of the relative table, [N, table_rows, H]; the sum over the batch is inside the product."""
+    first, num_rows = call.tables.first_row, call.tables.num_rows
+    tokens_NTH = _by_head(tokens_BTNH)
+    gradient = tokens_NTH.new_zeros(len(tokens_NTH), table_rows, tokens_NTH.shape[-1])
+    rows = gradient[:, first : first + num_rows]
+    torch.baddbmm(rows, products_gradient.transpose(1, 2), tokens_NTH, beta=0, alpha=call.scale, out=rows)
+    return gradient
+
+
+def _token_rows(x_BNTH: Tensor) -> Tensor:
+    """[B, T, N, H] with one stride between tokens and the heads of a token side by side; copied only if it must be."""
+    x_BTNH = x_BNTH.transpose(1, 2)
+    _, length, heads, head_size = x_BTNH.shape
+    stride = x_BTNH.stride(1)
+    wanted = (length * stride, stride, head_size, 1)
+    return x_BTNH if x_BTNH.stride() == wanted and stride >= heads * head_size else x_BTNH.contiguous()
+
+
+def _by_head(tokens_BTNH: Tensor) -> Tensor:
+    """[N, B * T, H]: a view, so the batch is folded into the rows of one product per head."""
+    return tokens_BTNH.flatten(0, 1).transpose(0, 1)
+
+
+def _rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
+    if table_NRH is None or call.tables is None:
+        return None
+    rows = table_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
+def _precision() -> str:
+    """Of float32 products: what torch's own use."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

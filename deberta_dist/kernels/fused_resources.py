@@ -1,0 +1,126 @@
+"""What the fused kernels take of a GPU, found by compiling them without one: registers, stack, shared memory.
+
+A spilled register costs a trip to local memory in the innermost loop, so tiles are chosen (``fused_tiles``) and held (the
+tests) by this. Needs Triton with its own ptxas, not interpreted.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
+from deberta_dist.kernels.fused_tiles import Tile, Tiles
+
+_POINTERS = {
+    "row_of_distance": "*i16",
+    "keep_bits": "*u8",
+    "lse": "*fp32",
+    "delta": "*fp32",
+    **dict.fromkeys(("positions", "order", "order_starts", "query_ids", "key_ids"), "*i32"),
+    **dict.fromkeys(("lowest_distance", "highest_distance"), "*i32"),
+}
+_TENSORS = (
+    "query", "key", "value", "c2p", "p2c", "context", "context_gradient", "value_gradient", "score_gradient",
+    "sums", "row_sums", "other", "table", "gradient",
+)  # fmt: skip
+_FLOATS = ("scale_log2", "inverse_keep", "scale")
+# As in a batch of sequences of 512: what Triton specialises on when it is launched.
+_MULTIPLES_OF_16 = ("num_queries", "num_keys", "num_rows", "num_owners", "num_others", "num_positions")
+
+
+class Resources(NamedTuple):
+    """Of one compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        stack_bytes: per thread; spilled registers live there.
+        shared_bytes: per program.
+    """
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capability: int) -> Resources:
+    """Compiles one kernel with every feature on: both position terms, document numbers, dropout.
+
+    Args:
+        name: "keep_bits", "delta", or a field of `Tiles`; "row_sums" and "token_gradient" are those of keys.
+        tile: ignored by the first two.
+        head_size: one of ``HEAD_SIZES``.
+        dtype: "bf16", "fp16" or "fp32".
+        capability: of the GPU: 80, 90.
+    """
+    features = dict.fromkeys(("HAS_C2P", "HAS_P2C", "HAS_IDS", "HAS_DROPOUT"), True)
+    scores = {"HEAD_SIZE": head_size, **features, "HAS_POSITIONS": False, "PRECISION": "ieee"}
+    kernel, constants = {
+        "keep_bits": (keep_bits_kernel, {"BLOCK": 1024}),
+        "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": 64}),
+        "forward": (forward_kernel, {**scores, "BLOCK_Q": tile.rows, "BLOCK_K": tile.columns}),
+        "backward": (backward_kernel, {**scores, "BLOCK_Q": tile.columns, "BLOCK_K": tile.rows}),
+        "row_sums": (
+            row_sums_kernel,
+            {
+                "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns,
+            },
+        ),
+        "end_sums": (
+            end_sums_kernel,
+            {
+                "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_T": tile.columns,
+            },
+        ),
+        "token_gradient": (
+            token_gradient_kernel,
+            {
+                "OF_KEYS": True, "HAS_ROWS": True, "HEAD_SIZE": head_size,
+                "BLOCK_O": tile.rows, "BLOCK_T": tile.columns, "PRECISION": "ieee",
+            },
+        ),
+    }[name]  # fmt: skip
+    return _resources(_compiled(kernel, constants, dtype, tile, capability))
+
+
+def all_resources(tiles: Tiles, *, head_size: int, dtype: str, capability: int) -> dict[str, Resources]:
+    """`kernel_resources` of every kernel that a configuration ships with, by name."""
+    return {
+        name: kernel_resources(name, tile, head_size=head_size, dtype=dtype, capability=capability)
+        for name, tile in tiles._asdict().items()
+    }
+
+
+def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, capability: int) -> Any:
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in _TENSORS:
+            return f"*{dtype}"
+        return _POINTERS.get(name, "fp32" if name in _FLOATS else "i32")
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    divisible = {
+        (number,): [["tt.divisibility", 16]]
+        for number, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in _MULTIPLES_OF_16 or name.endswith("_stride")
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _resources(compiled: Any) -> Resources:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return Resources(registers, stack, compiled.metadata.shared)
