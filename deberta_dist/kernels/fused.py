@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.attention import attention_scale
+from deberta_dist.kernels.fused_call import Call
 from deberta_dist.kernels.fused_tables import order_of_positions, position_tables
 from deberta_dist.kernels.fused_tiles import HEAD_SIZES, tiles_of
 
@@ -121,7 +122,7 @@ def fused_attention(
         ConfigError: the tensors cannot be taken (device, dtype, head size, shapes), or the table of rows is none.
         ValueError: ``dropout_p`` is out of range.
     """
-    from deberta_dist.kernels import fused_launch
+    from deberta_dist.kernels import fused_autograd, fused_launch
 
     _check_tensors(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH)
     if not fused_launch.INTERPRETED:
@@ -147,7 +148,7 @@ def fused_attention(
         if query_positions_BQ is not None:
             positions = query_positions_BQ.int().contiguous()
             order, starts = order_of_positions(query_positions_BQ, num_positions=num_keys)
-    call = fused_launch.Call(
+    call = Call(
         tables=tables,
         num_positions=num_positions,
         num_keys=num_keys,
@@ -156,14 +157,12 @@ def fused_attention(
         order_starts_BP=starts,
         query_ids_BQ=None if ids_BS is None else _ids_of_queries(ids_BS, query_positions_BQ, num_queries),
         key_ids_BS=ids_BS,
-        scale=attention_scale(
-            query_BNQH.shape[-1], has_c2p=rel_key_NRH is not None, has_p2c=rel_query_NRH is not None
-        ),
+        scale=attention_scale(query_BNQH.shape[-1], has_c2p=rel_key_NRH is not None, has_p2c=rel_query_NRH is not None),
         dropped_of_65536=min(round(dropout_p * 65536), 65535),
         seed=dropout_seed,
         tiles=tiles_of(query_BNQH.shape[-1], query_BNQH.dtype, query_BNQH.device),
     )
-    return fused_launch.FusedAttention.apply(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, call)
+    return fused_autograd.FusedAttention.apply(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, call)
 
 
 def _ids(key_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 The products of tokens with the relative table, c2p = Q Kr^T and p2c = K Qr^T, are made by matrix products for the rows
 that occur and read here by pointer, at the row of each pair's distance. Keeping them in registers and permuting there
-spills more than a kilobyte per thread. Scores are in units of log2: ``scale_log2`` and the products hold log2(e).
+spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they leave half precision's range; scores
+are in units of log2, ``scale_log2`` = scale log2(e).
 
 Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
 No kernel uses atomics, so two runs agree in every bit. ``fused`` launches all of them.
@@ -50,19 +51,24 @@ def _two_bits(word, dropped_of_65536):
 @triton.jit
 def _tile_scores(
     query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
-    queries, keys, positions, num_keys, num_rows, scale_log2,
+    queries, keys, positions, num_keys, num_rows, scale_log2, inverse_scale,
     HAS_C2P: tl.constexpr, HAS_P2C: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores [query tile, key tile]; -inf where not seen. Pointers stand at this batch and head; see the callers."""
-    scores = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION) * scale_log2
+    """Scores [query tile, key tile]; -inf where not seen. Pointers stand at this batch and head; see the callers.
+
+    The position terms are where the product starts from: added to it afterwards, the compiler keeps scores in two
+    layouts and makes every exponential twice.
+    """
     last = num_keys - 1
     key_at = tl.minimum(keys, last)
+    bias = tl.zeros([queries.shape[0], keys.shape[0]], tl.float32)
     if HAS_C2P or HAS_P2C:
         row = tl.load(row_of_distance + (positions + last)[:, None] - key_at[None, :]).to(tl.int32)
         if HAS_C2P:
-            scores += tl.load(c2p + (queries * num_rows)[:, None] + row).to(tl.float32)
+            bias += tl.load(c2p + (queries * num_rows)[:, None] + row).to(tl.float32)
         if HAS_P2C:
-            scores += tl.load(p2c + (key_at * num_rows)[None, :] + row).to(tl.float32)
+            bias += tl.load(p2c + (key_at * num_rows)[None, :] + row).to(tl.float32)
+    scores = tl.dot(query_tile, tl.trans(key_tile), bias * inverse_scale, input_precision=PRECISION) * scale_log2
     seen = (keys < num_keys)[None, :]
     if HAS_IDS:
         key_id = tl.load(key_ids + key_at)
@@ -90,7 +96,7 @@ def _tile_at(tokens, batch, head, at, num_tokens, token_stride, HEAD_SIZE: tl.co
 def forward_kernel(
     query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context, lse,
     query_stride, key_stride, value_stride, batch_size, num_heads, num_queries, num_keys, num_rows,
-    scale_log2, inverse_keep,
+    scale_log2, inverse_scale, inverse_keep,
     HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
     HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -122,7 +128,8 @@ def forward_kernel(
         key_tile = _tile_at(key, batch, head, key_at, num_keys, key_stride, HEAD_SIZE)
         scores = _tile_scores(
             query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
-            queries, keys, position, num_keys, num_rows, scale_log2, HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
+            queries, keys, position, num_keys, num_rows, scale_log2, inverse_scale,
+            HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         correction = tl.exp2(largest - new_largest)
@@ -169,7 +176,7 @@ def delta_kernel(
 def backward_kernel(
     query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context_gradient, lse, delta,
     value_gradient, score_gradient, query_stride, key_stride, value_stride, score_stride,
-    batch_size, num_heads, num_queries, num_keys, num_rows, scale_log2, inverse_keep,
+    batch_size, num_heads, num_queries, num_keys, num_rows, scale_log2, inverse_scale, inverse_keep,
     HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
     HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -203,22 +210,19 @@ def backward_kernel(
         query_tile = _tile_at(query, batch, head, queries, num_queries, query_stride, HEAD_SIZE)
         scores = _tile_scores(
             query_tile, key_tile, c2p, p2c, row_of_distance, query_ids, key_ids,
-            queries, keys, position, num_keys, num_rows, scale_log2, HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
+            queries, keys, position, num_keys, num_rows, scale_log2, inverse_scale,
+            HAS_C2P, HAS_P2C, HAS_IDS, PRECISION,
         )  # fmt: skip
         probabilities = tl.exp2(scores - tl.load(lse + queries)[:, None])
         probabilities = tl.where(inside[:, None], probabilities, 0.0)
-        gradient_tile = _tile_at(
-            context_gradient, batch, head, queries, num_queries, num_heads * HEAD_SIZE, HEAD_SIZE
-        )
+        gradient_tile = _tile_at(context_gradient, batch, head, queries, num_queries, num_heads * HEAD_SIZE, HEAD_SIZE)
         slope = tl.dot(gradient_tile, tl.trans(value_tile), input_precision=PRECISION)
         attended = probabilities
         if HAS_DROPOUT:
             kept = _kept(keep_bits, queries, keys, num_keys)
             slope = tl.where(kept, slope * inverse_keep, 0.0)
             attended = tl.where(kept, probabilities, 0.0)
-        accumulator += tl.dot(
-            tl.trans(attended.to(gradient_tile.dtype)), gradient_tile, input_precision=PRECISION
-        )
+        accumulator += tl.dot(tl.trans(attended.to(gradient_tile.dtype)), gradient_tile, input_precision=PRECISION)
         slope = probabilities * (slope - tl.load(delta + queries)[:, None])
         tl.store(
             score_gradient + (queries * score_stride)[:, None] + keys[None, :],

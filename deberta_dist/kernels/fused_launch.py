@@ -1,146 +1,44 @@
-"""The autograd function around the fused kernels: what is allocated, launched and saved. Needs Triton; ``fused`` calls it.
-
-Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
-again, then one kernel gives dV and the scores' gradient, sums over rows of the relative table overwrite c2p and p2c, and
-what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+"""What the fused attention allocates and launches, step by step; ``fused_autograd`` puts the steps in order. Needs Triton.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table that occur.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from deberta_dist.kernels.fused_call import Call, Operands
 from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused_tables import PositionTables
-from deberta_dist.kernels.fused_tiles import Tile, Tiles
+from deberta_dist.kernels.fused_tiles import Tile
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
 _KEEP_BLOCK, _DELTA_BLOCK = 1024, 64
 
 
-@dataclass(frozen=True)
-class Call:
-    """Everything of one call that has no gradient; see ``fused.fused_attention``.
-
-    Attributes:
-        tables: None without position terms.
-        num_positions: positions a query can have.
-        num_keys: S.
-        positions_BQ: int32, or None for 0 .. Q - 1.
-        order_BQ: see ``fused_tables.order_of_positions``; with positions only.
-        order_starts_BP: likewise.
-        query_ids_BQ: int32; pairs whose numbers are equal and not 0 see each other. None: all do.
-        key_ids_BS: likewise.
-        scale: of the scores.
-        dropped_of_65536: the dropout probability, 0 for none.
-        seed: 64 bits.
-        tiles: of the kernels.
-    """
-
-    tables: PositionTables | None
-    num_positions: int
-    num_keys: int
-    positions_BQ: Tensor | None
-    order_BQ: Tensor | None
-    order_starts_BP: Tensor | None
-    query_ids_BQ: Tensor | None
-    key_ids_BS: Tensor | None
-    scale: float
-    dropped_of_65536: int
-    seed: int
-    tiles: Tiles
-
-    @property
-    def inverse_keep(self) -> float:
-        return 65536 / (65536 - self.dropped_of_65536)
+def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
+    """Context [B, Q, N, H] and the rows' log2-sum-exp2 [B, N, Q]."""
+    batch, num_queries, heads, _ = operands.query.shape
+    context_BQNH = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
+    lse_BNQ = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=context_BQNH.device)
+    tile = call.tiles.forward
+    forward_kernel[triton.cdiv(num_queries, tile.rows), batch * heads](
+        **score_arguments(operands, call),
+        context=context_BQNH,
+        lse=lse_BNQ,
+        BLOCK_Q=tile.rows,
+        BLOCK_K=tile.columns,
+        **_launch_options(tile),
+    )
+    return context_BQNH, lse_BNQ
 
 
-class _Operands(NamedTuple):
-    """What is differentiated: tokens [B, T, N, H] with one stride between tokens, tables [N, R, H] cut to their rows."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rel_key: Tensor | None
-    rel_query: Tensor | None
-
-
-class FusedAttention(torch.autograd.Function):
-    """context = dropout(softmax(scores)) V; arguments as `fused.fused_attention` has checked them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BNQH: Tensor,
-        key_BNSH: Tensor,
-        value_BNSH: Tensor,
-        rel_key_NRH: Tensor | None,
-        rel_query_NRH: Tensor | None,
-        call: Call,
-    ) -> Tensor:
-        tokens = [_token_rows(x_BNTH) for x_BNTH in (query_BNQH, key_BNSH, value_BNSH)]
-        tables = [_rows_that_occur(table_NRH, call) for table_NRH in (rel_key_NRH, rel_query_NRH)]
-        operands = _Operands(*tokens, *tables)
-        batch, num_queries, heads, _ = operands.query.shape
-        context_BQNH = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
-        lse_BNQ = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=context_BQNH.device)
-        tile = call.tiles.forward
-        forward_kernel[triton.cdiv(num_queries, tile.rows), batch * heads](
-            **_score_arguments(operands, call),
-            context=context_BQNH,
-            lse=lse_BNQ,
-            BLOCK_Q=tile.rows,
-            BLOCK_K=tile.columns,
-            **_launch_options(tile),
-        )
-        ctx.save_for_backward(*operands, context_BQNH, lse_BNQ)
-        ctx.call = call
-        ctx.table_rows = next((table.shape[1] for table in (rel_key_NRH, rel_query_NRH) if table is not None), 0)
-        return context_BQNH.transpose(1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, context_BQNH, lse_BNQ = ctx.saved_tensors
-        operands, call = _Operands(*saved), ctx.call
-        arguments = _score_arguments(operands, call)
-        gradient_BQNH = gradient_BNQH.transpose(1, 2).contiguous()
-        value_gradient, score_gradient = _backward_of_scores(
-            operands, call, arguments, context_BQNH=context_BQNH, gradient_BQNH=gradient_BQNH, lse_BNQ=lse_BNQ
-        )
-        # Each pair of products has done its work: its memory takes its gradient.
-        c2p_gradient = p2c_gradient = None
-        if operands.rel_key is not None:
-            c2p_gradient = arguments["c2p"]
-            _sum_rows(score_gradient, c2p_gradient, call, of_keys=False)
-        if operands.rel_query is not None:
-            p2c_gradient = arguments["p2c"]
-            _sum_rows(score_gradient, p2c_gradient, call, of_keys=True)
-        query, key, _, rel_key, rel_query = operands
-        needs_query, needs_key, _, needs_rel_key, needs_rel_query, _ = ctx.needs_input_grad
-        gradients = (
-            _token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call, of_keys=False) if needs_query else None,
-            _token_gradient(score_gradient, key, query, p2c_gradient, rel_query, call, of_keys=True) if needs_key else None,
-            value_gradient,
-        )
-        return (
-            *(None if x_BTNH is None else x_BTNH.transpose(1, 2) for x_BTNH in gradients),
-            _table_gradient(c2p_gradient, query, call, ctx.table_rows) if needs_rel_key else None,
-            _table_gradient(p2c_gradient, key, call, ctx.table_rows) if needs_rel_query else None,
-            None,
-        )
-
-
-def _backward_of_scores(
-    operands: _Operands,
+def backward_of_scores(
+    operands: Operands,
     call: Call,
     arguments: dict[str, Any],
     *,
@@ -173,7 +71,7 @@ def _backward_of_scores(
     return value_gradient, score_gradient
 
 
-def _score_arguments(operands: _Operands, call: Call) -> dict[str, Any]:
+def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
     """What the kernels that make scores have in common, by the names of their parameters."""
     query, key, value, rel_key, rel_query = operands
     batch, num_queries, heads, head_size = query.shape
@@ -200,6 +98,7 @@ def _score_arguments(operands: _Operands, call: Call) -> dict[str, Any]:
         "num_keys": key.shape[1],
         "num_rows": 0 if tables is None else tables.num_rows,
         "scale_log2": call.scale * _LOG2_E,
+        "inverse_scale": 1.0 / call.scale,
         "inverse_keep": call.inverse_keep,
         "HEAD_SIZE": head_size,
         "HAS_C2P": rel_key is not None,
@@ -234,16 +133,14 @@ def _signed_word(number: int) -> int:
 
 
 def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Tensor:
-    """Every token with every row of the table, in the units of the kernels' scores, [N, B * T, R]."""
+    """Every token with every row of the table, scaled, [N, B * T, R]."""
     tokens_NTH = _by_head(tokens_BTNH)
     products = tokens_NTH.new_empty(*tokens_NTH.shape[:2], table_NRH.shape[1])
     # The scale as the product's alpha: it is applied to the float32 sum, before the rounding.
-    return torch.baddbmm(
-        products, tokens_NTH, table_NRH.transpose(1, 2), beta=0, alpha=call.scale * _LOG2_E, out=products
-    )
+    return torch.baddbmm(products, tokens_NTH, table_NRH.transpose(1, 2), beta=0, alpha=call.scale, out=products)
 
 
-def _sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool) -> None:
+def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool) -> None:
     """Writes the gradient of c2p or p2c, [N, B * T, R], over ``sums``."""
     assert call.tables is not None
     batch, heads, num_queries, score_stride = score_gradient.shape
@@ -276,7 +173,7 @@ def _sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool
     end_sums_kernel[blocks, 2, batch * heads](*arguments, **options, BLOCK_T=tile.columns)
 
 
-def _token_gradient(
+def token_gradient(
     score_gradient: Tensor,
     owner_BTNH: Tensor,
     other_BTNH: Tensor,
@@ -286,7 +183,7 @@ def _token_gradient(
     *,
     of_keys: bool,
 ) -> Tensor:
-    """Gradient of the queries, or of the keys, [B, T, N, H]."""
+    """Gradient of the queries, or of the keys, [B, N, T, H]."""
     batch, num_owners, heads, head_size = owner_BTNH.shape
     num_others = other_BTNH.shape[1]
     gradient = torch.empty_like(owner_BTNH, memory_format=torch.contiguous_format)
@@ -317,10 +214,10 @@ def _token_gradient(
         PRECISION=_precision(),
         **_launch_options(tile),
     )
-    return gradient
+    return gradient.transpose(1, 2)
 
 
-def _table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, table_rows: int) -> Tensor:
+def table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, table_rows: int) -> Tensor:
     """Gradient of the relative table, [N, table_rows, H]; the sum over the batch is inside the product."""
     first, num_rows = call.tables.first_row, call.tables.num_rows
     tokens_NTH = _by_head(tokens_BTNH)
@@ -330,7 +227,7 @@ def _table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, 
     return gradient
 
 
-def _token_rows(x_BNTH: Tensor) -> Tensor:
+def token_rows(x_BNTH: Tensor) -> Tensor:
     """[B, T, N, H] with one stride between tokens and the heads of a token side by side; copied only if it must be."""
     x_BTNH = x_BNTH.transpose(1, 2)
     _, length, heads, head_size = x_BTNH.shape
@@ -344,7 +241,7 @@ def _by_head(tokens_BTNH: Tensor) -> Tensor:
     return tokens_BTNH.flatten(0, 1).transpose(0, 1)
 
 
-def _rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
+def rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
     if table_NRH is None or call.tables is None:
         return None
     rows = table_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]

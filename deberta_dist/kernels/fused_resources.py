@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused_tiles import Tile, Tiles
+from deberta_dist.kernels.fused_tiles import TILES, Tile
 
 _POINTERS = {
     "row_of_distance": "*i16",
@@ -30,9 +30,11 @@ _TENSORS = (
     "query", "key", "value", "c2p", "p2c", "context", "context_gradient", "value_gradient", "score_gradient",
     "sums", "row_sums", "other", "table", "gradient",
 )  # fmt: skip
-_FLOATS = ("scale_log2", "inverse_keep", "scale")
+_FLOATS = ("scale_log2", "inverse_scale", "inverse_keep", "scale")
 # As in a batch of sequences of 512: what Triton specialises on when it is launched.
 _MULTIPLES_OF_16 = ("num_queries", "num_keys", "num_rows", "num_owners", "num_others", "num_positions")
+# delta and keep_bits have no tile to choose.
+_FIXED = Tile(64, 64, 4, 1)
 
 
 class Resources(NamedTuple):
@@ -53,8 +55,8 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
     """Compiles one kernel with every feature on: both position terms, document numbers, dropout.
 
     Args:
-        name: "keep_bits", "delta", or a field of `Tiles`; "row_sums" and "token_gradient" are those of keys.
-        tile: ignored by the first two.
+        name: a field of `Tiles`, "end_sums", "delta" or "keep_bits"; sums and token gradients are those of keys.
+        tile: only the warps and stages matter to the last two.
         head_size: one of ``HEAD_SIZES``.
         dtype: "bf16", "fp16" or "fp32".
         capability: of the GPU: 80, 90.
@@ -89,11 +91,13 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
     return _resources(_compiled(kernel, constants, dtype, tile, capability))
 
 
-def all_resources(tiles: Tiles, *, head_size: int, dtype: str, capability: int) -> dict[str, Resources]:
-    """`kernel_resources` of every kernel that a configuration ships with, by name."""
+def all_resources(*, head_size: int, dtype: str, capability: int) -> dict[str, Resources]:
+    """`kernel_resources` of every kernel as it is shipped for these, by name."""
+    tiles = TILES[head_size, 4 if dtype == "fp32" else 2, capability // 10]
+    shipped = {**tiles._asdict(), "end_sums": tiles.row_sums, "delta": _FIXED, "keep_bits": _FIXED}
     return {
         name: kernel_resources(name, tile, head_size=head_size, dtype=dtype, capability=capability)
-        for name, tile in tiles._asdict().items()
+        for name, tile in shipped.items()
     }
 
 

@@ -100,7 +100,9 @@ def _check(row_of_distance: tuple[int, ...], *, max_distance: int, table_rows: i
             f"-{max_distance} .. {max_distance}, {2 * max_distance + 1}"
         )
     if any(right < left for left, right in zip(row_of_distance, row_of_distance[1:], strict=False)):
-        raise ConfigError("row_of_distance falls as the distance grows; the fused kernel sums neighbours that share a row")
+        raise ConfigError(
+            "row_of_distance falls as the distance grows; the fused kernel sums neighbours that share a row"
+        )
     if row_of_distance[0] < 0 or row_of_distance[-1] >= min(table_rows, 1 << 15):
         raise ConfigError(
             f"row_of_distance has rows {row_of_distance[0]} .. {row_of_distance[-1]}, but the relative table has "

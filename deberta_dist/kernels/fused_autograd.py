@@ -1,0 +1,82 @@
+"""The fused attention as an autograd function: what is saved, and the order of the steps. Needs Triton; ``fused`` calls it.
+
+Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
+again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c, and
+what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+
+Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deberta_dist.kernels.fused_call import Call, Operands
+from deberta_dist.kernels.fused_launch import (
+    attend,
+    backward_of_scores,
+    rows_that_occur,
+    score_arguments,
+    sum_rows,
+    table_gradient,
+    token_gradient,
+    token_rows,
+)
+
+
+class FusedAttention(torch.autograd.Function):
+    """context = dropout(softmax(scores)) V; arguments as `fused.fused_attention` has checked them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BNQH: Tensor,
+        key_BNSH: Tensor,
+        value_BNSH: Tensor,
+        rel_key_NRH: Tensor | None,
+        rel_query_NRH: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        tokens = [token_rows(x_BNTH) for x_BNTH in (query_BNQH, key_BNSH, value_BNSH)]
+        tables = [rows_that_occur(table_NRH, call) for table_NRH in (rel_key_NRH, rel_query_NRH)]
+        operands = Operands(*tokens, *tables)
+        # Triton launches on the current device, whatever the tensors are on.
+        with torch.cuda.device_of(query_BNQH):
+            context_BQNH, lse_BNQ = attend(operands, call)
+        ctx.save_for_backward(*operands, context_BQNH, lse_BNQ)
+        ctx.call = call
+        ctx.table_rows = next((table.shape[1] for table in (rel_key_NRH, rel_query_NRH) if table is not None), 0)
+        return context_BQNH.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, context_BQNH, lse_BNQ = ctx.saved_tensors
+        operands, call = Operands(*saved), ctx.call
+        arguments = score_arguments(operands, call)
+        gradient_BQNH = gradient_BNQH.transpose(1, 2).contiguous()
+        value_gradient_BSNH, score_gradient = backward_of_scores(
+            operands, call, arguments, context_BQNH=context_BQNH, gradient_BQNH=gradient_BQNH, lse_BNQ=lse_BNQ
+        )
+        # Each pair of products has done its work: its memory takes its gradient.
+        c2p_gradient = p2c_gradient = None
+        if operands.rel_key is not None:
+            c2p_gradient = arguments["c2p"]
+            sum_rows(score_gradient, c2p_gradient, call, of_keys=False)
+        if operands.rel_query is not None:
+            p2c_gradient = arguments["p2c"]
+            sum_rows(score_gradient, p2c_gradient, call, of_keys=True)
+        query, key, _, rel_key, rel_query = operands
+        needs_query, needs_key, _, needs_rel_key, needs_rel_query, _ = ctx.needs_input_grad
+        of_query = of_key = of_rel_key = of_rel_query = None
+        if needs_query:
+            of_query = token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call, of_keys=False)
+        if needs_key:
+            of_key = token_gradient(score_gradient, key, query, p2c_gradient, rel_query, call, of_keys=True)
+        if needs_rel_key:
+            of_rel_key = table_gradient(c2p_gradient, query, call, ctx.table_rows)
+        if needs_rel_query:
+            of_rel_query = table_gradient(p2c_gradient, key, call, ctx.table_rows)
+        return of_query, of_key, value_gradient_BSNH.transpose(1, 2), of_rel_key, of_rel_query, None
