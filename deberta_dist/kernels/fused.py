@@ -119,18 +119,26 @@ def fused_attention(
         and no gradient.
 
     Raises:
-        ConfigError: the tensors cannot be taken (device, dtype, head size, shapes), or the table of rows is none.
-        ValueError: ``dropout_p`` is out of range.
+        ConfigError: the tensors cannot be taken (device, dtype, head size, shapes), ``dropout_p`` is out of range, or
+            ``row_of_distance`` does not fit.
     """
+    _check_tensors(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH)
+    _check_numbers(
+        query_BNQH,
+        key_BNSH,
+        positions=query_positions_BQ,
+        key_mask=key_mask_BS,
+        document_ids=document_ids_BS,
+        dropout_p=dropout_p,
+    )
+    if (missing := _triton_missing()) is not None:
+        raise ConfigError(missing)
     from deberta_dist.kernels import fused_autograd, fused_launch
 
-    _check_tensors(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH)
     if not fused_launch.INTERPRETED:
         reason = unavailable_reason(device=query_BNQH.device, dtype=query_BNQH.dtype, head_size=query_BNQH.shape[-1])
         if reason is not None:
             raise ConfigError(reason)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
     num_queries, num_keys = query_BNQH.shape[2], key_BNSH.shape[2]
     ids_BS = _ids(key_mask_BS, document_ids_BS)
     table = rel_key_NRH if rel_key_NRH is not None else rel_query_NRH
@@ -174,14 +182,35 @@ def _ids(key_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Tensor |
 
 
 def _ids_of_queries(ids_BS: Tensor, positions_BQ: Tensor | None, num_queries: int) -> Tensor:
-    if positions_BQ is not None:
-        return ids_BS.gather(1, positions_BQ.long())
-    if num_queries > ids_BS.shape[1]:
+    return ids_BS[:, :num_queries].contiguous() if positions_BQ is None else ids_BS.gather(1, positions_BQ.long())
+
+
+def _check_numbers(
+    query_BNQH: Tensor,
+    key_BNSH: Tensor,
+    *,
+    positions: Tensor | None,
+    key_mask: Tensor | None,
+    document_ids: Tensor | None,
+    dropout_p: float,
+) -> None:
+    batch, _, num_queries, _ = query_BNQH.shape
+    num_keys = key_BNSH.shape[2]
+    expected = {
+        "query_positions_BQ": (positions, (batch, num_queries)),
+        "key_mask_BS": (key_mask, (batch, num_keys)),
+        "document_ids_BS": (document_ids, (batch, num_keys)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ConfigError(f"{name} is {tuple(tensor.shape)}; expected {shape}")
+    if positions is None and num_queries > num_keys and (key_mask is not None or document_ids is not None):
         raise ConfigError(
-            f"{num_queries} queries and a mask of {ids_BS.shape[1]} keys: queries without positions are the first keys; "
+            f"{num_queries} queries and a mask of {num_keys} keys: queries without positions are the first keys; "
             "give query_positions_BQ"
         )
-    return ids_BS[:, :num_queries].contiguous()
+    if not 0.0 <= dropout_p < 1.0:
+        raise ConfigError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
 
 
 def _check_tensors(

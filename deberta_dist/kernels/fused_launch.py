@@ -233,7 +233,10 @@ def token_rows(x_BNTH: Tensor) -> Tensor:
     _, length, heads, head_size = x_BTNH.shape
     stride = x_BTNH.stride(1)
     wanted = (length * stride, stride, head_size, 1)
-    return x_BTNH if x_BTNH.stride() == wanted and stride >= heads * head_size else x_BTNH.contiguous()
+    if x_BTNH.stride() == wanted and stride >= heads * head_size:
+        return x_BTNH
+    # Through one dimension: contiguous() leaves the strides of dimensions of size one as they are.
+    return x_BTNH.contiguous().flatten().view(x_BTNH.shape)
 
 
 def _by_head(tokens_BTNH: Tensor) -> Tensor:
