@@ -21,7 +21,7 @@ from deberta_dist.kernels.fused_tiles import HEAD_SIZES, tiles_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
-_LEAST_TRITON = (3, 5)
+_LEAST_TRITON = (3, 7)
 
 
 def unavailable_reason(

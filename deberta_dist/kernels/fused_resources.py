@@ -113,7 +113,7 @@ def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, ca
     divisible = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in _MULTIPLES_OF_16 or name.endswith("_stride")
+        if kind != "constexpr" and (kind.startswith("*") or name in _MULTIPLES_OF_16 or name.endswith("_stride"))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}

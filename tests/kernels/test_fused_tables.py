@@ -121,4 +121,4 @@ def test_older_gpus_and_other_triton_are_reasons(monkeypatch):
     assert "pip install 'deberta_dist[triton]'" in unavailable_reason(**wanted)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.1.0")
-    assert "needs Triton 3.5 or newer; installed is 3.1.0" in unavailable_reason(**wanted)
+    assert "needs Triton 3.7 or newer; installed is 3.1.0" in unavailable_reason(**wanted)
