@@ -1,7 +1,15 @@
 """The disentangled attention operator, behind one function."""
 
 from deberta_dist.kernels.attention import disentangled_attention
+from deberta_dist.kernels.choice import prefers_position_scores
 from deberta_dist.kernels.operands import attention_scale, position_scores
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
-__all__ = ["AttentionMask", "RelativePositions", "attention_scale", "disentangled_attention", "position_scores"]
+__all__ = [
+    "AttentionMask",
+    "RelativePositions",
+    "attention_scale",
+    "disentangled_attention",
+    "position_scores",
+    "prefers_position_scores",
+]

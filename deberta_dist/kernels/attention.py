@@ -15,12 +15,12 @@ Source: arXiv 2006.03654 Eq. 4; microsoft/DeBERTa DeBERTa/deberta/disentangled_a
 
 from torch import Tensor
 
+from deberta_dist.kernels.choice import chosen_implementation
+from deberta_dist.kernels.fused import fused_attention
 from deberta_dist.kernels.operands import AttentionCall, attention_scale
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
 from deberta_dist.kernels.portable import portable_attention
 from deberta_dist.kernels.reference import reference_attention
-
-IMPLEMENTATIONS = ("reference", "portable")
 
 
 def disentangled_attention(
@@ -56,10 +56,12 @@ def disentangled_attention(
         mask: who sees whom; a query that sees no key gets exactly zero.
         dropout_p: share of probabilities to drop, in [0, 1).
         dropout_seed: decides which (see `kernels.dropout`); 64 bits.
-        recompute: keep nothing of size Q x S for the backward pass, which computes the probabilities again.
+        recompute: keep nothing of size Q x S for the backward pass, which computes the probabilities again; the fused
+            implementation never does otherwise.
         return_probabilities: also return the probabilities, before dropout; the reference computes them.
-        implementation: "reference" (the formula, differentiable any number of times) or "portable" (fast on any
-            device, differentiable once); absent: the fastest that can run.
+        implementation: "reference" (the formula, differentiable any number of times), "portable" (fast on any
+            device, differentiable once) or "fused" (Triton kernels for NVIDIA GPUs, differentiable once, see
+            `kernels.fused`); absent: the fastest that can do what is asked.
 
     Returns:
         context [B, N, Q, H], and probabilities [B, N, Q, S] (float32) or None.
@@ -72,10 +74,10 @@ def disentangled_attention(
         raise ValueError("rel_query_NRH and p2c_BNSR are two forms of one term; give one of them")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p = {dropout_p} is not in [0, 1)")
-    if implementation is None:
-        implementation = "reference" if return_probabilities else "portable"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation = {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    operands = query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, p2c_BNSR
+    implementation = chosen_implementation(
+        implementation, operands, positions=positions, mask=mask, return_probabilities=return_probabilities
+    )
     has_p2c = rel_query_NRH is not None or p2c_BNSR is not None
     call = AttentionCall(
         scale=attention_scale(query_BNQH.shape[-1], has_c2p=rel_key_NRH is not None, has_p2c=has_p2c),
@@ -85,10 +87,9 @@ def disentangled_attention(
         dropout_seed=dropout_seed,
         recompute=recompute,
     )
-    operands = query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, p2c_BNSR
     if implementation == "reference":
         context, probabilities = reference_attention(*operands, call)
         return context, probabilities if return_probabilities else None
-    if return_probabilities:
-        raise ValueError(f"the {implementation} implementation returns no probabilities; the reference does")
+    if implementation == "fused":
+        return fused_attention(*operands[:5], call), None
     return portable_attention(*operands, call), None

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 _WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_COLUMN, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
+GOLDEN = 0x9E3779B97F4A7C15
+FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+COLUMN, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 _SIGN = -(2**31)
 
 
@@ -39,6 +39,11 @@ def kept_share(p: float) -> float:
     return 1.0 - round(p * 2**31) / 2**31
 
 
+def threshold(p: float) -> int:
+    """Signed 31-bit words below it are dropped."""
+    return round(p * 2**31) - 2**30
+
+
 def row_words(
     seed: int, *, batch: slice, heads: slice, num_heads: int, num_queries: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -48,10 +53,10 @@ def row_words(
         return torch.arange(part.start, part.stop, device=device)
 
     rows = (counted(batch)[None, :, None] * num_heads + counted(heads)[:, None, None]) * num_queries
-    state = (rows + counted(slice(1, num_queries + 1))) * _signed(_GOLDEN) + _signed(seed & _WORD)
+    state = (rows + counted(slice(1, num_queries + 1))) * signed(GOLDEN) + signed(seed)
     # torch shifts arithmetically; splitmix64 shifts in zeros.
-    for shift, factor in zip((30, 27), _FACTORS, strict=True):
-        state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * _signed(factor)
+    for shift, factor in zip((30, 27), FACTORS, strict=True):
+        state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * signed(factor)
     state = state ^ (state >> 31 & (1 << 33) - 1)
     words = state.view(torch.int32).view(*state.shape, 2)
     return words[..., :1].contiguous(), words[..., 1:].contiguous()
@@ -67,14 +72,14 @@ def drop_words_(words: Tensor, spare: Tensor, rows: tuple[Tensor, Tensor], *, p:
         p: probability of dropping, in [0, 1).
     """
     low, high = rows
-    columns = torch.arange(words.shape[-1], device=words.device, dtype=torch.int32) * _signed(_COLUMN, 32)
+    columns = torch.arange(words.shape[-1], device=words.device, dtype=torch.int32) * signed(COLUMN, bits=32)
     torch.add(low, columns, out=words)
     words.bitwise_xor_(torch.bitwise_right_shift(words, 16, out=spare))
-    torch.add(high, words, alpha=_FIRST, out=words)
+    torch.add(high, words, alpha=FIRST, out=words)
     words.bitwise_xor_(torch.bitwise_right_shift(words, 15, out=spare))
-    words.mul_(_signed(_SECOND, 32))
+    words.mul_(signed(SECOND, bits=32))
     # Halved first: the difference of two 32-bit numbers may not fit, that of two 31-bit numbers does.
-    return words.bitwise_right_shift_(1).sub_(round(p * 2**31) - 2**30)
+    return words.bitwise_right_shift_(1).sub_(threshold(p))
 
 
 def dropped(seed: int, *, p: float, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
@@ -100,13 +105,14 @@ def mark_dropped_(probabilities: Tensor, words: Tensor) -> None:
         probabilities.copysign_(words)
 
 
-def _signed(word: int, bits: int = 64) -> int:
-    """The same bits as a signed number."""
+def signed(word: int, *, bits: int = 64) -> int:
+    """The lowest bits as a signed number in two's complement."""
+    word &= (1 << bits) - 1
     return word - (1 << bits) if word >> (bits - 1) else word
 
 
 def _splitmix64(state: int) -> int:
-    state = (state + _GOLDEN) & _WORD
-    state = ((state ^ (state >> 30)) * _FACTORS[0]) & _WORD
-    state = ((state ^ (state >> 27)) * _FACTORS[1]) & _WORD
+    state = (state + GOLDEN) & _WORD
+    state = ((state ^ (state >> 30)) * FACTORS[0]) & _WORD
+    state = ((state ^ (state >> 27)) * FACTORS[1]) & _WORD
     return state ^ (state >> 31)

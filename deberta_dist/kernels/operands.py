@@ -39,6 +39,21 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def refuse_second_derivative(implementation: str) -> None:
+    """For backward passes that cannot be differentiated themselves.
+
+    Not `once_differentiable`: it overlooks gradients of gradients that begin with a constant.
+
+    Raises:
+        RuntimeError: a derivative of this backward pass is prepared.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the {implementation} attention was differentiated with create_graph=True and has no second derivative; "
+            "give disentangled_attention implementation='reference'"
+        )
+
+
 def position_scores(content_BNSH: Tensor, table_NRH: Tensor, *, scale: float) -> Tensor:
     """Products of every token with every row of the relative table, scaled; float32 (float64 of float64) [B, N, S, R].
 

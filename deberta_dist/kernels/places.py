@@ -5,6 +5,7 @@ Callers describe positions and masks with these; every implementation expands of
 Letters: B batch, Q queries, S keys, R rows of the relative table, M largest distance with a row of its own.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,18 @@ class RelativePositions:
 
     Attributes:
         row_of_distance: int64 [2 M + 1], for distances -M .. M, query minus key; farther ones count as -M or M.
-        query_positions_BQ: positions of the queries among the keys, int64; None: the queries are 0 .. Q-1.
+        query_positions_BQ: positions of the queries among the keys, int64, [B, Q]; None: the queries are 0 .. Q-1.
+        known_rows: the numbers of ``row_of_distance``, for who would wait for a device to read them.
     """
 
     row_of_distance: Tensor
     query_positions_BQ: Tensor | None = None
+    known_rows: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def host_rows(self) -> tuple[int, ...]:
+        """The numbers of ``row_of_distance``."""
+        return tuple(self.row_of_distance.tolist()) if self.known_rows is None else self.known_rows
 
     def rows(self, distances: Tensor) -> Tensor:
         """Rows of distances of any shape."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
-from deberta_dist.kernels.operands import AttentionCall, widened
+from deberta_dist.kernels.operands import AttentionCall, refuse_second_derivative, widened
 from deberta_dist.kernels.position_terms import Chunk, position_terms
 
 # Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
@@ -71,12 +71,7 @@ class _PortableAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
-        # Not `once_differentiable`: it overlooks gradients of gradients that begin with a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the portable attention was differentiated with create_graph=True and has no second derivative; "
-                "give disentangled_attention implementation='reference'"
-            )
+        refuse_second_derivative("portable")
         *operands, kept_NBQS = ctx.saved_tensors
         work = _Work(*operands, ctx.call)
         gradients = [_tokens_first(x) for x in operands[:3]]

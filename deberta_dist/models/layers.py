@@ -23,6 +23,7 @@ from deberta_dist.kernels import (
     attention_scale,
     disentangled_attention,
     position_scores,
+    prefers_position_scores,
 )
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
@@ -89,9 +90,13 @@ class DisentangledSelfAttention(nn.Module):
         key, value = self._heads(self.key_proj(entered_BSD)), self._heads(self.value_proj(entered_BSD))
         return AttentionMemory(key, value, rel_key, rel_query)
 
-    def with_position_scores(self, memory: AttentionMemory) -> AttentionMemory:
-        """``memory`` with the products of keys and relative table made once, for repeated `attend`."""
+    def with_position_scores(
+        self, memory: AttentionMemory, *, positions: RelativePositions, mask: AttentionMask | None
+    ) -> AttentionMemory:
+        """``memory`` with the products of keys and relative table made once, for repeated `attend`, where that helps."""
         if memory.rel_query_NRH is None:
+            return memory
+        if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask):
             return memory
         scale = attention_scale(self.head_size, has_c2p=self.has_c2p, has_p2c=True)
         p2c = position_scores(memory.key_BNSH, memory.rel_query_NRH, scale=scale)
@@ -229,7 +234,7 @@ class Layer(nn.Module):
         """
         attention = self.attention.self
         memory = attention.memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
-        memory = attention.with_position_scores(memory)
+        memory = attention.with_position_scores(memory, positions=positions, mask=mask)
         for number in range(num_passes):
             pass_key = child_key(dropout_key, number + 1)
             context, _ = attention.attend(

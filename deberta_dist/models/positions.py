@@ -47,7 +47,8 @@ def relative_positions(*, num_buckets: int, max_distance: int, device: torch.dev
     """Rows of the relative table for queries and keys that are both counted from 0."""
     # Made in inference mode it could not serve the training step that finds it here.
     with torch.inference_mode(False):
-        return RelativePositions(torch.tensor(position_row_of_distance(num_buckets, max_distance), device=device))
+        rows = position_row_of_distance(num_buckets, max_distance)
+        return RelativePositions(torch.tensor(rows, device=device), known_rows=rows)
 
 
 def token_mask(attention_mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inputs of the fused attention, what the plain formula makes of them, and dropout's bits stated once more in numpy."""
+"""Inputs of the fused attention, and what the plain formula makes of them."""
 
 from dataclasses import dataclass, field
 
@@ -6,40 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels import disentangled_attention
+from deberta_dist.kernels import AttentionMask, RelativePositions, attention_scale, disentangled_attention
+from deberta_dist.kernels.operands import AttentionCall
 from deberta_dist.models.positions import position_row_of_distance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_MULTIPLIERS, _KEY_STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-
-
-def philox4x32(counter: tuple[np.ndarray, ...], seed: int) -> list[np.ndarray]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for each four-word counter, as uint64."""
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    key0, key1 = seed & 0xFFFFFFFF, seed >> 32
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        product0, product1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
-        c0, c1, c2, c3 = (
-            (product1 >> np.uint64(32)) ^ c1 ^ np.uint64(key0),
-            product1 & low,
-            (product0 >> np.uint64(32)) ^ c3 ^ np.uint64(key1),
-            product0 & low,
-        )
-        key0, key1 = (key0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (key1 + _KEY_STEPS[1]) & 0xFFFFFFFF
-    return [c0, c1, c2, c3]
-
-
-def kept_pairs(shape: tuple[int, int, int, int], *, p: float, seed: int) -> Tensor:
-    """Which pairs dropout keeps, bool [B, N, Q, S]: number j % 8 of the words at counter (j // 8, query, B * N, 0)."""
-    batch, heads, queries, keys = shape
-    batch_head, query, byte = np.meshgrid(
-        np.arange(batch * heads), np.arange(queries), np.arange(-(-keys // 8)), indexing="ij"
-    )
-    words = philox4x32((byte, query, batch_head, np.zeros_like(byte)), seed)
-    numbers = np.stack([half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))], axis=-1)
-    kept = torch.from_numpy(numbers.astype(np.int64) >= round(p * 65536))
-    return kept.reshape(batch, heads, queries, -1)[..., :keys]
 
 
 @dataclass
@@ -79,56 +50,51 @@ class Case:
             value = getattr(self, name)
             setattr(self, name, None if value is None else torch.as_tensor(value).to(DEVICE))
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        return position_row_of_distance(self.buckets, self.max_distance)
-
     def fused(self, operands: list[Tensor] | None = None) -> Tensor:
         from deberta_dist.kernels.fused import fused_attention
 
         query, key, value, *tables = self.operands if operands is None else operands
-        return fused_attention(
-            query,
-            key,
-            value,
-            row_of_distance=self.rows,
-            max_distance=self.max_distance,
-            query_positions_BQ=self.positions,
-            rel_key_NRH=tables[0] if self.c2p else None,
-            rel_query_NRH=tables[-1] if self.p2c else None,
-            key_mask_BS=self.key_mask,
-            document_ids_BS=self.documents,
+        call = AttentionCall(
+            scale=attention_scale(self.head_size, has_c2p=self.c2p, has_p2c=self.p2c),
+            positions=self.relative_positions(),
+            mask=self.mask(),
             dropout_p=self.dropout_p,
             dropout_seed=self.dropout_seed,
+            recompute=False,
         )
+        rel_key, rel_query = tables[0] if self.c2p else None, tables[-1] if self.p2c else None
+        return fused_attention(query, key, value, rel_key, rel_query, call)
 
-    def formula(self, operands: list[Tensor]) -> Tensor:
+    def formula(self, operands: list[Tensor], *, implementation: str | None = "reference") -> Tensor:
         query, key, value, *tables = operands
-        places = torch.arange(self.queries, device=DEVICE).expand(self.batch, -1)
-        if self.positions is not None:
-            places = self.positions
-        distance = places[:, :, None] - torch.arange(self.keys, device=DEVICE)
-        distance = distance.clamp(-self.max_distance, self.max_distance)
-        kept = kept_pairs((*query.shape[:3], self.keys), p=self.dropout_p, seed=self.dropout_seed).to(DEVICE)
-        kept = kept * (65536 / (65536 - round(self.dropout_p * 65536)))
         return disentangled_attention(
             query,
             key,
             value,
-            relative_index=torch.tensor(self.rows, device=DEVICE)[distance + self.max_distance],
+            positions=self.relative_positions(),
             rel_key_NRH=tables[0] if self.c2p else None,
             rel_query_NRH=tables[-1] if self.p2c else None,
-            mask=self._mask(places),
-            dropout=lambda probabilities: probabilities * kept,
+            mask=self.mask(),
+            dropout_p=self.dropout_p,
+            dropout_seed=self.dropout_seed,
+            implementation=implementation,
         )[0]
 
-    def _mask(self, places: Tensor) -> Tensor | None:
+    def relative_positions(self) -> RelativePositions:
+        rows = torch.tensor(position_row_of_distance(self.buckets, self.max_distance), device=DEVICE)
+        return RelativePositions(rows, self.positions)
+
+    def mask(self) -> AttentionMask | None:
         if self.key_mask is None and self.documents is None:
             return None
-        ids = torch.ones(self.batch, self.keys, dtype=torch.int64, device=DEVICE)
-        ids = ids if self.documents is None else self.documents
-        ids = ids if self.key_mask is None else ids * self.key_mask
-        return ((ids.gather(1, places)[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :])[:, None]
+        segments = torch.ones(self.batch, self.keys, dtype=torch.int64, device=DEVICE)
+        segments = segments if self.documents is None else self.documents
+        segments = segments if self.key_mask is None else segments * self.key_mask
+        if self.positions is not None:
+            return AttentionMask(key_segments_BS=segments, query_segments_BQ=segments.gather(1, self.positions))
+        if self.queries < self.keys:
+            return AttentionMask(key_segments_BS=segments, query_segments_BQ=segments[:, : self.queries])
+        return AttentionMask(key_segments_BS=segments)
 
 
 def values_and_gradients(function, operands: list[Tensor], gradient: Tensor) -> list[Tensor]:

@@ -3,18 +3,17 @@
 Without a GPU the kernels run in Triton's interpreter, in small tiles so that every shape has several.
 """
 
-import dataclasses
-
-import numpy as np
 import pytest
 import torch
 
-from tests.kernels.fused_cases import DEVICE, Case, kept_pairs, philox4x32, random_case, values_and_gradients
+from deberta_dist.kernels.dropout import dropped
+from tests.kernels.fused_cases import DEVICE, Case, random_case, values_and_gradients
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels import fused, fused_launch  # noqa: E402
-from deberta_dist.kernels.fused_tiles import Tile, Tiles  # noqa: E402
+from deberta_dist.kernels import choice  # noqa: E402
+from deberta_dist.kernels.fused import attention, autograd, launch  # noqa: E402
+from deberta_dist.kernels.fused.tiles import Tile, Tiles  # noqa: E402
 
 
 def tiles(rows: int, columns: int) -> Tiles:
@@ -24,7 +23,7 @@ def tiles(rows: int, columns: int) -> Tiles:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(fused, "tiles_of", lambda *_: tiles(32, 16))
+        monkeypatch.setattr(attention, "tiles_of", lambda *_: tiles(32, 16))
 
 
 def check(case: Case, *, tolerance: float = 2e-6) -> None:
@@ -125,26 +124,50 @@ def test_two_runs_agree_in_every_bit():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="these tiles are for the interpreter")
 def test_tiles_do_not_enter_the_dropout_mask(monkeypatch):
     case = Case(queries=33, keys=40, dropout_p=0.5)
-    monkeypatch.setattr(fused, "tiles_of", lambda *_: tiles(16, 32))
+    monkeypatch.setattr(attention, "tiles_of", lambda *_: tiles(16, 32))
     check(case)
-    monkeypatch.setattr(fused, "tiles_of", lambda *_: tiles(64, 16))
+    monkeypatch.setattr(attention, "tiles_of", lambda *_: tiles(64, 16))
     check(case)
 
 
-def test_philox_is_the_published_one():
-    # The first known answer of Random123, kat_vectors.
-    words = philox4x32((np.zeros(1),) * 4, 0)
-    assert [int(word[0]) for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+@pytest.mark.parametrize("seed", [0, 5 + 2**32, 2**63 + 12345, 2**64 - 1])
+@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.999])
+def test_the_dropped_are_those_of_every_implementation(p, seed):
+    case = Case(batch=3, queries=33, keys=45, dropout_p=p, dropout_seed=seed)
+    query, key = (launch.token_rows(x) for x in case.operands[:2])
+    bits = launch.keep_bits(query, key, dropout_p=p, seed=seed)
+    kept = (bits[..., None] >> torch.arange(8, device=DEVICE)) & 1
+    expected = ~dropped(seed, p=p, shape=(3, 2, 33, 45), device=DEVICE)
+    assert torch.equal(kept.flatten(3)[..., :45].bool(), expected)
 
 
-def test_dropout_keeps_the_share_it_should_and_another_seed_keeps_others():
-    shape = (1, 2, 64, 512)
-    kept, other = (kept_pairs(shape, p=0.1, seed=seed) for seed in (5, 5 + 2**32))
-    # Four standard deviations.
-    assert abs(kept.double().mean() - 0.9) < 4 * (0.09 / kept.numel()) ** 0.5
-    assert abs((kept == other).double().mean() - 0.82) < 0.01
-    case = Case(dropout_p=0.3)
-    assert not torch.equal(case.fused(), dataclasses.replace(case, dropout_seed=1).fused())
+def test_portable_agrees_in_values_gradients_and_the_dropped():
+    case = Case(queries=5, positions=DECODED, documents=DOCUMENTS, dropout_p=0.4)
+    expected = values_and_gradients(
+        lambda operands: case.formula(operands, implementation="portable"), case.operands, case.gradient
+    )
+    for ours, theirs in zip(values_and_gradients(case.fused, case.operands, case.gradient), expected, strict=True):
+        assert (ours - theirs).abs().max() < 5e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("asked", [None, "fused"])
+def test_it_is_chosen_where_it_is_available(asked, monkeypatch):
+    case, calls = Case(), []
+    plain = autograd.FusedAttention.apply
+    monkeypatch.setattr(autograd.FusedAttention, "apply", lambda *operands: calls.append(1) or plain(*operands))
+    monkeypatch.setattr(choice, "unavailable_reason", lambda *_, **__: None)
+    assert torch.equal(case.formula(case.operands, implementation=asked), case.fused())
+    assert len(calls) == 2
+    # The keys' table in another precision: nothing that the kernels take.
+    case.formula([*case.operands[:-1], case.operands[-1].double()], implementation=None)
+    assert len(calls) == 2
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernels are compiled there")
+def test_the_interpreter_is_not_chosen():
+    case = Case(dropout_p=0.1)
+    chosen, portable = (case.formula(case.operands, implementation=name) for name in (None, "portable"))
+    assert torch.equal(chosen, portable) and not torch.equal(chosen, case.fused())
 
 
 def test_heads_inside_of_a_wider_projection_are_read_in_place():
@@ -152,7 +175,7 @@ def test_heads_inside_of_a_wider_projection_are_read_in_place():
     batch, heads, length, head_size = case.operands[0].shape
     wide = torch.cat([x.transpose(1, 2).flatten(2) for x in case.operands[:3]], dim=-1)
     views = [x.unflatten(-1, (heads, head_size)).transpose(1, 2) for x in wide.chunk(3, dim=-1)]
-    assert all(fused_launch.token_rows(x).data_ptr() == x.data_ptr() for x in views)
+    assert all(launch.token_rows(x).data_ptr() == x.data_ptr() for x in views)
     assert torch.equal(case.fused([*views, *case.operands[3:]]), case.fused())
     assert case.fused().transpose(1, 2).is_contiguous()
 
@@ -177,6 +200,5 @@ def test_gradients_that_nobody_asks_for_are_left_out():
 def test_no_second_derivative():
     case = Case(queries=3, keys=3)
     leaves = [x.requires_grad_() for x in case.operands]
-    gradient = torch.autograd.grad(case.fused(leaves), leaves, case.gradient.requires_grad_(), create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="fused .* no second derivative; give .* implementation='reference'"):
+        torch.autograd.grad(case.fused(leaves), leaves, case.gradient, create_graph=True)

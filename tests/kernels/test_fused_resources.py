@@ -13,12 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels.fused_tiles import HEAD_SIZES  # noqa: E402
+from deberta_dist.kernels.fused.tiles import HEAD_SIZES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMPILE = """
 import json, sys
-from deberta_dist.kernels.fused_resources import all_resources
+from deberta_dist.kernels.fused.resources import all_resources
 print(json.dumps(all_resources(head_size=int(sys.argv[1]), dtype=sys.argv[2], capability=int(sys.argv[3]))))
 """
 # Everything that one call launches, compiled with the types and the sizes that it is launched with.
@@ -40,10 +40,10 @@ def compile_only(kernel, *arguments, grid, warmup, **options):
 
 driver.set_active(NoDevice())
 jit.JITFunction.run = compile_only
-from deberta_dist.kernels import fused_launch
+from deberta_dist.kernels.fused import launch
 from tests.kernels.fused_cases import Case, values_and_gradients
 
-fused_launch.INTERPRETED = True  # tensors of the CPU are welcome
+launch.INTERPRETED = True  # tensors of the CPU are welcome
 positions, ones = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 19, dtype=torch.int64)
 case = Case(queries=5, positions=positions, documents=ones, dropout_p=0.1, dtype=torch.bfloat16)
 values_and_gradients(case.fused, case.operands, case.gradient)

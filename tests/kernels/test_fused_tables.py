@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from deberta_dist.kernels.fused_tables import order_of_positions, position_tables
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.fused import fused_attention, is_available, unavailable_reason
-from deberta_dist.kernels.fused_tables import order_of_positions, position_tables
 from deberta_dist.models.positions import position_row_of_distance, relative_index
 
 CPU = torch.device("cpu")

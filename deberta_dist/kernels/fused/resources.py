@@ -1,6 +1,6 @@
 """What the fused kernels take of a GPU, found by compiling them without one: registers, stack, shared memory.
 
-A spilled register costs a trip to local memory in the innermost loop, so tiles are chosen (``fused_tiles``) and held (the
+A spilled register costs a trip to local memory in the innermost loop, so tiles are chosen (``tiles``) and held (the
 tests) by this. Needs Triton with its own ptxas, not interpreted.
 """
 
@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
-from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused_tiles import TILES, Tile
+from deberta_dist.kernels.fused.gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
+from deberta_dist.kernels.fused.tiles import TILES, Tile
 
 _POINTERS = {
     "row_of_distance": "*i16",

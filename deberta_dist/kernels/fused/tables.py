@@ -4,6 +4,7 @@ Letters: Q queries, S keys, P positions of queries, R rows of the relative table
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,10 @@ class PositionTables:
     last_end: int
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 def position_tables(
     row_of_distance: tuple[int, ...],
     *,
-    max_distance: int,
     num_positions: int,
     num_keys: int,
     table_rows: int,
@@ -51,17 +51,17 @@ def position_tables(
     """Tables for queries at 0 .. num_positions - 1 and keys at 0 .. num_keys - 1.
 
     Args:
-        row_of_distance: row of the relative table for each distance -max_distance .. max_distance.
-        max_distance: tokens; distances beyond count as this.
+        row_of_distance: row of the relative table for each distance -M .. M, query minus key; farther ones count as M.
         num_positions: P.
         num_keys: S.
         table_rows: rows of the relative table.
         device: of the tables.
 
     Raises:
-        ConfigError: the row of a distance falls as the distance grows, is not in the table, or is missing.
+        ConfigError: the row of a distance falls as the distance grows, is not in the table.
     """
-    _check(row_of_distance, max_distance=max_distance, table_rows=table_rows)
+    _check(row_of_distance, table_rows=table_rows)
+    max_distance = len(row_of_distance) // 2
     # A tensor made in inference mode could not be used by the training step that finds it in the cache.
     with torch.inference_mode(False):
         distances = torch.arange(1 - num_keys, num_positions)
@@ -93,13 +93,14 @@ def _widened(first: int, last: int, table_rows: int) -> tuple[int, int]:
     return first, min(first + wanted, table_rows) - 1
 
 
-def _check(row_of_distance: tuple[int, ...], *, max_distance: int, table_rows: int) -> None:
-    if len(row_of_distance) != 2 * max_distance + 1:
-        raise ConfigError(
-            f"row_of_distance has {len(row_of_distance)} entries; expected one for each distance of "
-            f"-{max_distance} .. {max_distance}, {2 * max_distance + 1}"
-        )
-    if any(right < left for left, right in zip(row_of_distance, row_of_distance[1:], strict=False)):
+@functools.lru_cache(maxsize=32)
+def falls(row_of_distance: tuple[int, ...]) -> bool:
+    """Whether a row is below that of a smaller distance."""
+    return any(right < left for left, right in itertools.pairwise(row_of_distance))
+
+
+def _check(row_of_distance: tuple[int, ...], *, table_rows: int) -> None:
+    if falls(row_of_distance):
         raise ConfigError(
             "row_of_distance falls as the distance grows; the fused kernel sums neighbours that share a row"
         )

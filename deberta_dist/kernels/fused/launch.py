@@ -1,4 +1,4 @@
-"""What the fused attention allocates and launches, step by step; ``fused_autograd`` puts the steps in order. Needs Triton.
+"""What the fused attention allocates and launches, step by step; ``autograd`` puts the steps in order. Needs Triton.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table that occur.
 """
@@ -10,10 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
-from deberta_dist.kernels.fused_call import Call, Operands
-from deberta_dist.kernels.fused_gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
-from deberta_dist.kernels.fused_kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused_tiles import Tile
+from deberta_dist.kernels.dropout import kept_share, signed, threshold
+from deberta_dist.kernels.fused.call import Call, Operands
+from deberta_dist.kernels.fused.gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
+from deberta_dist.kernels.fused.tiles import Tile
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
@@ -76,7 +77,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
     query, key, value, rel_key, rel_query = operands
     batch, num_queries, heads, head_size = query.shape
     tables = call.tables
-    has_dropout = call.dropped_of_65536 > 0
+    has_dropout = call.dropout_p > 0.0
     unused = query  # a pointer that is not followed
     return {
         "query": query,
@@ -88,7 +89,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
         "positions": unused if call.positions_BQ is None else call.positions_BQ,
         "query_ids": unused if call.query_ids_BQ is None else call.query_ids_BQ,
         "key_ids": unused if call.key_ids_BS is None else call.key_ids_BS,
-        "keep_bits": _keep_bits(call, query, key) if has_dropout else unused,
+        "keep_bits": keep_bits(query, key, dropout_p=call.dropout_p, seed=call.dropout_seed) if has_dropout else unused,
         "query_stride": query.stride(1),
         "key_stride": key.stride(1),
         "value_stride": value.stride(1),
@@ -99,7 +100,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
         "num_rows": 0 if tables is None else tables.num_rows,
         "scale_log2": call.scale * _LOG2_E,
         "inverse_scale": 1.0 / call.scale,
-        "inverse_keep": call.inverse_keep,
+        "inverse_keep": 1.0 / kept_share(call.dropout_p),
         "HEAD_SIZE": head_size,
         "HAS_C2P": rel_key is not None,
         "HAS_P2C": rel_query is not None,
@@ -110,26 +111,22 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
     }
 
 
-def _keep_bits(call: Call, query_BQNH: Tensor, key_BSNH: Tensor) -> Tensor:
+def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: int) -> Tensor:
     """Dropout's bits, uint8 [B, N, Q, ceil(S / 8)]: a sixteenth of what the scores' gradient takes in 16 bits."""
     batch, num_queries, heads, _ = query_BQNH.shape
     num_bytes = -(-key_BSNH.shape[1] // 8)
-    keep_bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
+    bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
     keep_bits_kernel[triton.cdiv(num_queries * num_bytes, _KEEP_BLOCK), batch * heads](
-        keep_bits,
-        _signed_word(call.seed),
-        _signed_word(call.seed >> 32),
-        call.dropped_of_65536,
+        bits,
+        # Signed: every seed has the type of the one the kernel was compiled for.
+        signed(seed, bits=32),
+        signed(seed >> 32, bits=32),
+        threshold(dropout_p),
         num_queries,
         num_bytes,
         BLOCK=_KEEP_BLOCK,
     )
-    return keep_bits
-
-
-def _signed_word(number: int) -> int:
-    """The lower 32 bits as a signed number: every seed has the type of the one the kernel was compiled for."""
-    return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+    return bits
 
 
 def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Tensor:

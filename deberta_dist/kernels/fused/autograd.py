@@ -1,4 +1,4 @@
-"""The fused attention as an autograd function: what is saved, and the order of the steps. Needs Triton; ``fused`` calls it.
+"""The fused attention as an autograd function: what is saved, and the order of the steps. Needs Triton; ``attention`` calls it.
 
 Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
 again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c, and
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from deberta_dist.kernels.fused_call import Call, Operands
-from deberta_dist.kernels.fused_launch import (
+from deberta_dist.kernels.fused.call import Call, Operands
+from deberta_dist.kernels.fused.launch import (
     attend,
     backward_of_scores,
     rows_that_occur,
@@ -24,10 +23,11 @@ from deberta_dist.kernels.fused_launch import (
     token_gradient,
     token_rows,
 )
+from deberta_dist.kernels.operands import refuse_second_derivative
 
 
 class FusedAttention(torch.autograd.Function):
-    """context = dropout(softmax(scores)) V; arguments as `fused.fused_attention` has checked them."""
+    """context = dropout(softmax(scores)) V; arguments as `attention.fused_attention` has checked them."""
 
     @staticmethod
     def forward(
@@ -51,8 +51,8 @@ class FusedAttention(torch.autograd.Function):
         return context_BQNH.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("fused")
         *saved, context_BQNH, lse_BNQ = ctx.saved_tensors
         operands, call = Operands(*saved), ctx.call
         arguments = score_arguments(operands, call)

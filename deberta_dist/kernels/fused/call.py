@@ -8,26 +8,26 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from deberta_dist.kernels.fused_tables import PositionTables
-from deberta_dist.kernels.fused_tiles import Tiles
+from deberta_dist.kernels.fused.tables import PositionTables
+from deberta_dist.kernels.fused.tiles import Tiles
 
 
 @dataclass(frozen=True)
 class Call:
-    """Everything of one call that has no gradient; see ``fused.fused_attention``.
+    """Everything of one call that has no gradient; see ``attention.fused_attention``.
 
     Attributes:
         tables: None without position terms.
         num_positions: positions a query can have.
         num_keys: S.
         positions_BQ: int32, or None for 0 .. Q - 1.
-        order_BQ: see ``fused_tables.order_of_positions``; with positions only.
+        order_BQ: see ``tables.order_of_positions``; with positions only.
         order_starts_BP: likewise.
         query_ids_BQ: int32; pairs whose numbers are equal and not 0 see each other. None: all do.
         key_ids_BS: likewise.
         scale: of the scores.
-        dropped_of_65536: the dropout probability, 0 for none.
-        seed: 64 bits.
+        dropout_p: probability of dropping, 0 for none.
+        dropout_seed: 64 bits.
         tiles: of the kernels.
     """
 
@@ -40,13 +40,9 @@ class Call:
     query_ids_BQ: Tensor | None
     key_ids_BS: Tensor | None
     scale: float
-    dropped_of_65536: int
-    seed: int
+    dropout_p: float
+    dropout_seed: int
     tiles: Tiles
-
-    @property
-    def inverse_keep(self) -> float:
-        return 65536 / (65536 - self.dropped_of_65536)
 
 
 class Operands(NamedTuple):

@@ -1,6 +1,6 @@
 """Tile sizes and warps of the fused kernels, by head size, width of the dtype and architecture.
 
-Chosen without a GPU by offline compilation with every feature on (``fused_resources``): the largest tiles of those tried
+Chosen without a GPU by offline compilation with every feature on (``resources``): the largest tiles of those tried
 that leave no registers on the stack, with Triton 3.9. Times on a GPU may choose otherwise; they belong here too.
 """
 

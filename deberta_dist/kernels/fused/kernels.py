@@ -6,7 +6,7 @@ spills more than a kilobyte per thread. c2p and p2c come scaled, because unscale
 are in units of log2, ``scale_log2`` = scale log2(e).
 
 Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
-No kernel uses atomics, so two runs agree in every bit. ``fused`` launches all of them.
+No kernel uses atomics, so two runs agree in every bit. ``launch`` starts all of them.
 
 Layouts: tokens [B, T, N, H] with the stride of a token given; c2p [N, B, Q, R]; p2c [N, B, S, R]; lse, delta [B, N, Q];
 keep_bits uint8 [B, N, Q, ceil(S / 8)], bit j % 8 of byte j // 8 for key j; score gradients [B, N, Q, stride].
@@ -17,35 +17,34 @@ Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relativ
 import triton
 import triton.language as tl
 
+from deberta_dist.kernels.dropout import COLUMN, FACTORS, FIRST, GOLDEN, SECOND, signed
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "dropped_of_65536"])
-def keep_bits_kernel(
-    keep_bits, seed_low, seed_high, dropped_of_65536, num_queries, num_bytes, BLOCK: tl.constexpr
-):  # fmt: skip
-    """One bit per pair: whether dropout keeps it. Eight 16-bit numbers of Philox4x32-10 per byte.
+# A kernel reads no other globals. 32-bit ones signed, for arithmetic in two's complement.
+_GOLDEN, _FACTOR_30, _FACTOR_27 = (tl.constexpr(number) for number in (GOLDEN, *FACTORS))
+_COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in (COLUMN, FIRST, SECOND))
 
-    Counter (byte, query, batch * N + head, 0), key ``seed``: no tile size and no batch size enters. Number k of a byte
-    is the lower (k even) or upper half of word k // 2; kept if at least ``dropped_of_65536``.
-    """
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+def keep_bits_kernel(keep_bits, seed_low, seed_high, threshold, num_queries, num_bytes, BLOCK: tl.constexpr):
+    """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``. Each program makes ``BLOCK`` bytes."""
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch_head = tl.program_id(1)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
-    query = flat // num_bytes
-    zero = query * 0
-    word0, word1, word2, word3 = tl.philox(seed, flat % num_bytes, query, zero + batch_head, zero)
-    byte = _two_bits(word0, dropped_of_65536)
-    byte |= _two_bits(word1, dropped_of_65536) << 2
-    byte |= _two_bits(word2, dropped_of_65536) << 4
-    byte |= _two_bits(word3, dropped_of_65536) << 6
+    row = batch_head.to(tl.int64) * num_queries + flat // num_bytes
+    state = (row + 1).to(tl.uint64) * _GOLDEN + seed
+    state = (state ^ (state >> 30)) * _FACTOR_30
+    state = (state ^ (state >> 27)) * _FACTOR_27
+    state ^= state >> 31
+    low = state.to(tl.uint32).to(tl.int32, bitcast=True)
+    high = (state >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+    byte = flat * 0
+    for bit in tl.static_range(8):
+        word = low + (flat % num_bytes * 8 + bit) * _COLUMN
+        word = (word ^ (word >> 16)) * _FIRST + high
+        word = (word ^ (word >> 15)) * _SECOND
+        byte |= ((word >> 1) >= threshold).to(tl.int32) << bit
     size = num_queries * num_bytes
     tl.store(keep_bits + batch_head.to(tl.int64) * size + flat, byte.to(tl.uint8), mask=flat < size)
-
-
-@triton.jit
-def _two_bits(word, dropped_of_65536):
-    low = (word & 0xFFFF).to(tl.int32)
-    high = (word >> 16).to(tl.int32)
-    return (low >= dropped_of_65536).to(tl.int32) | ((high >= dropped_of_65536).to(tl.int32) << 1)
 
 
 @triton.jit

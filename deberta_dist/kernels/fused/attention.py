@@ -1,0 +1,130 @@
+"""Disentangled attention in Triton kernels for NVIDIA GPUs: what is checked and made ready before they start.
+
+Nothing of size [queries, keys] is saved for backward: queries, keys, values, relative tables, context and the rows'
+log-sum-exp are, and the rest is made again. Importing this module needs no Triton; calling `fused_attention` does.
+
+Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the relative table.
+"""
+
+from torch import Tensor
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.kernels.fused.availability import triton_reason, unavailable_reason, unsupported_reason
+from deberta_dist.kernels.fused.call import Call
+from deberta_dist.kernels.fused.tables import PositionTables, order_of_positions, position_tables
+from deberta_dist.kernels.fused.tiles import tiles_of
+from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.kernels.places import AttentionMask
+
+
+def fused_attention(
+    query_BNQH: Tensor,
+    key_BNSH: Tensor,
+    value_BNSH: Tensor,
+    rel_key_NRH: Tensor | None,
+    rel_query_NRH: Tensor | None,
+    call: AttentionCall,
+) -> Tensor:
+    """Context [B, N, Q, H], a transposed view of contiguous [B, Q, N, H]; arguments as of `disentangled_attention`.
+
+    All operands have one dtype and one device. Products with the relative table are rounded to that dtype; scores,
+    softmax and all sums are float32. Two calls with the same arguments agree in every bit, backward too. There is no
+    second derivative. In Triton's interpreter the kernels take tensors of a CPU.
+
+    Positions of queries are not checked to lie in 0 .. S - 1: that would wait for the GPU.
+
+    Raises:
+        ConfigError: the operands, their shapes, the positions or the mask cannot be taken.
+    """
+    _check_operands(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH)
+    _check_places(query_BNQH, key_BNSH, call)
+    reason = unsupported_reason(key_BNSH, positions=call.positions, mask=call.mask) or triton_reason()
+    if reason is not None:
+        raise ConfigError(reason)
+    from deberta_dist.kernels.fused import autograd, launch
+
+    if not launch.INTERPRETED:
+        reason = unavailable_reason(key_BNSH, positions=call.positions, mask=call.mask)
+        if reason is not None:
+            raise ConfigError(reason)
+    batch, _, num_queries, head_size = query_BNQH.shape
+    num_keys = key_BNSH.shape[2]
+    queries = call.positions.query_positions_BQ
+    num_positions = num_queries if queries is None else num_keys
+    table = rel_key_NRH if rel_key_NRH is not None else rel_query_NRH
+    tables = positions = order = starts = None
+    if table is not None:
+        tables = _tables(call, num_positions=num_positions, num_keys=num_keys, table=table)
+        if queries is not None:
+            positions = queries.int().expand(batch, num_queries).contiguous()
+            order, starts = order_of_positions(positions, num_positions=num_keys)
+    query_ids, key_ids = _segments(call.mask, batch=batch)
+    prepared = Call(
+        tables=tables,
+        num_positions=num_positions,
+        num_keys=num_keys,
+        positions_BQ=positions,
+        order_BQ=order,
+        order_starts_BP=starts,
+        query_ids_BQ=query_ids,
+        key_ids_BS=key_ids,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        dropout_seed=call.dropout_seed,
+        tiles=tiles_of(head_size, query_BNQH.dtype, query_BNQH.device),
+    )
+    return autograd.FusedAttention.apply(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, prepared)
+
+
+def _tables(call: AttentionCall, *, num_positions: int, num_keys: int, table: Tensor) -> PositionTables:
+    return position_tables(
+        call.positions.host_rows,
+        num_positions=num_positions,
+        num_keys=num_keys,
+        table_rows=table.shape[1],
+        device=table.device,
+    )
+
+
+def _segments(mask: AttentionMask | None, *, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """Numbers of queries and keys, int32 [B, Q] and [B, S]: those equal and not 0 see each other."""
+    if mask is None:
+        return None, None
+    keys = mask.key_segments_BS.int().expand(batch, -1).contiguous()
+    queries = mask.query_segments_BQ
+    return keys if queries is None else queries.int().expand(batch, -1).contiguous(), keys
+
+
+def _check_places(query_BNQH: Tensor, key_BNSH: Tensor, call: AttentionCall) -> None:
+    batch, _, num_queries, _ = query_BNQH.shape
+    num_keys = key_BNSH.shape[2]
+    given = {"query_positions_BQ": (call.positions.query_positions_BQ, num_queries)}
+    if call.mask is not None and call.mask.pairs_BQS is None:
+        keys, queries = call.mask.key_segments_BS, call.mask.query_segments_BQ
+        given["key_segments_BS"] = keys, num_keys
+        given["query_segments_BQ"] = (keys if queries is None else queries), num_queries
+    for name, (tensor, length) in given.items():
+        if tensor is not None and tuple(tensor.shape) not in ((batch, length), (1, length)):
+            raise ConfigError(f"{name} is {tuple(tensor.shape)}; expected {(batch, length)}")
+
+
+def _check_operands(
+    query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor, rel_key_NRH: Tensor | None, rel_query_NRH: Tensor | None
+) -> None:
+    batch, heads, _, head_size = query_BNQH.shape
+    num_keys = key_BNSH.shape[2]
+    table_rows = next((table.shape[1] for table in (rel_key_NRH, rel_query_NRH) if table is not None), 0)
+    expected = {
+        "key_BNSH": (key_BNSH, (batch, heads, num_keys, head_size)),
+        "value_BNSH": (value_BNSH, (batch, heads, num_keys, head_size)),
+        "rel_key_NRH": (rel_key_NRH, (heads, table_rows, head_size)),
+        "rel_query_NRH": (rel_query_NRH, (heads, table_rows, head_size)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype != query_BNQH.dtype or tensor.device != query_BNQH.device:
+            raise ConfigError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected {query_BNQH.dtype} {shape} "
+                f"on {query_BNQH.device}, as query_BNQH has it"
+            )

@@ -1,0 +1,81 @@
+"""Where the fused attention can run, in words: the one place that decides it. Needs no Triton."""
+
+import functools
+import importlib.metadata
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from deberta_dist.kernels.fused.tables import falls
+from deberta_dist.kernels.fused.tiles import HEAD_SIZES
+from deberta_dist.kernels.places import AttentionMask, RelativePositions
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
+_LEAST_TRITON = (3, 7)
+_MOST_HEADS = 65535  # programs along the second and third dimension of a CUDA grid
+
+
+def unavailable_reason(
+    key_BNSH: Tensor,
+    *,
+    positions: RelativePositions,
+    mask: AttentionMask | None,
+    needs_probabilities: bool = False,
+    has_position_scores: bool = False,
+) -> str | None:
+    """Why `fused_attention` cannot run here, or None if it can.
+
+    Args:
+        key_BNSH: the keys; the other operands are of their dtype and device.
+        positions: of the call.
+        mask: likewise.
+        needs_probabilities: the caller wants the attention probabilities.
+        has_position_scores: the caller has made the products of keys and relative table.
+    """
+    device = key_BNSH.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the fused attention needs an NVIDIA GPU; the tensors are on {device}"
+    if (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
+        return (
+            f"the fused attention needs compute capability {'.'.join(map(str, _LEAST_CAPABILITY))} or more; "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+        )
+    if needs_probabilities:
+        return "the fused attention never holds the probabilities that are asked for"
+    if has_position_scores:
+        return "the fused attention makes the products of keys and relative table itself; give it rel_query_NRH"
+    return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason()
+
+
+def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> str | None:
+    """Why the kernels cannot do what is asked, on whatever device."""
+    batch, heads, _, head_size = key_BNSH.shape
+    if key_BNSH.dtype not in DTYPES:
+        return f"the fused attention takes {', '.join(map(str, DTYPES))}; given {key_BNSH.dtype}"
+    if head_size not in HEAD_SIZES:
+        return f"the fused attention takes heads of {', '.join(map(str, HEAD_SIZES))}; given {head_size}"
+    if batch * heads > _MOST_HEADS:
+        return f"{batch} sequences of {heads} heads; the fused attention takes {_MOST_HEADS} heads in all"
+    if mask is not None and mask.pairs_BQS is not None:
+        return "the fused attention takes a mask of segments, not one of [queries, keys]"
+    if falls(positions.host_rows):
+        return "the fused attention sums neighbours that share a row; row_of_distance falls as the distance grows"
+    return None
+
+
+def triton_reason() -> str | None:
+    """Why Triton cannot be used."""
+    version = _triton_version()
+    if version is None:
+        return "the fused attention needs Triton: pip install 'deberta_dist[triton]'"
+    if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
+        return f"the fused attention needs Triton {'.'.join(map(str, _LEAST_TRITON))} or newer; installed is {version}"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """Read from disk, and asked for by every call."""
+    return None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")
