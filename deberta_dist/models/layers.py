@@ -93,7 +93,7 @@ class DisentangledSelfAttention(nn.Module):
     def with_position_scores(
         self, memory: AttentionMemory, *, positions: RelativePositions, mask: AttentionMask | None
     ) -> AttentionMemory:
-        """``memory`` with the products of keys and relative table made once, for repeated `attend`, where that helps."""
+        """``memory`` for repeated `attend`: where it helps, the products of keys and relative table are made once."""
         if memory.rel_query_NRH is None:
             return memory
         if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask):

@@ -158,8 +158,8 @@ def test_it_is_chosen_where_it_is_available(asked, monkeypatch):
     monkeypatch.setattr(choice, "unavailable_reason", lambda *_, **__: None)
     assert torch.equal(case.formula(case.operands, implementation=asked), case.fused())
     assert len(calls) == 2
-    # The keys' table in another precision: nothing that the kernels take.
-    case.formula([*case.operands[:-1], case.operands[-1].double()], implementation=None)
+    # A table in another precision is nothing that the kernels take.
+    case.formula([*case.operands[:-1], case.operands[-1].half()], implementation=None)
     assert len(calls) == 2
 
 

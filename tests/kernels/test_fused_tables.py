@@ -1,33 +1,38 @@
 """The tables of the fused attention, what it refuses, and where it says that it can run; none of it needs Triton."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from deberta_dist.kernels.fused_tables import order_of_positions, position_tables
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.kernels.fused import fused_attention, is_available, unavailable_reason
-from deberta_dist.models.positions import position_row_of_distance, relative_index
+from deberta_dist.kernels import AttentionMask, RelativePositions, disentangled_attention, prefers_position_scores
+from deberta_dist.kernels.fused import fused_attention, unavailable_reason
+from deberta_dist.kernels.fused.tables import order_of_positions, position_tables
+from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.models.positions import position_row_of_distance, relative_positions
 
 CPU = torch.device("cpu")
 ROWS = position_row_of_distance(4, 8)
+POSITIONS = RelativePositions(torch.tensor(ROWS))
+TOKENS = torch.zeros(2, 2, 5, 32)
 
 
 def tables(rows: tuple[int, ...] = ROWS, **changes):
-    sizes = {"max_distance": 8, "num_positions": 6, "num_keys": 5, "table_rows": 8, "device": CPU, **changes}
-    return position_tables(rows, **sizes)
+    return position_tables(rows, **{"num_positions": 6, "num_keys": 5, "table_rows": 8, "device": CPU, **changes})
 
 
 @pytest.mark.parametrize(
     ("buckets", "max_distance", "queries", "keys"), [(4, 8, 20, 20), (0, 5, 9, 3), (0, 64, 7, 12), (256, 512, 512, 512)]
 )
 def test_every_pair_has_its_row_and_every_row_its_distances(buckets, max_distance, queries, keys):
-    rows = position_row_of_distance(buckets, max_distance)
+    positions = relative_positions(num_buckets=buckets, max_distance=max_distance, device=CPU)
+    assert positions.host_rows == tuple(positions.row_of_distance.tolist())
     table_rows = 2 * (buckets or max_distance)
-    made = tables(rows, max_distance=max_distance, num_positions=queries, num_keys=keys, table_rows=table_rows)
-    expected = relative_index(queries, key_length=keys, num_buckets=buckets, max_distance=max_distance, device=CPU)
+    made = tables(positions.host_rows, num_positions=queries, num_keys=keys, table_rows=table_rows)
     distance = torch.arange(queries)[:, None] - torch.arange(keys)
     found = made.row_of_distance[distance + keys - 1].long()
-    assert torch.equal(found + made.first_row, expected)
+    assert torch.equal(found + made.first_row, positions.index(queries, keys))
     assert (made.lowest_distance[found] <= distance).all() and (distance <= made.highest_distance[found]).all()
     # Together the ranges are the distances, once each.
     lengths = (made.highest_distance - made.lowest_distance + 1).clamp_min(0)
@@ -46,11 +51,7 @@ def test_positions_in_order_and_where_each_starts():
 
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
-    [
-        (ROWS[:-1], {}, "has 16 entries; expected one for each distance of -8 .. 8, 17"),
-        (ROWS[::-1], {}, "falls as the distance grows"),
-        (ROWS, {"table_rows": 7}, "the relative table has 7"),
-    ],
+    [(ROWS[::-1], {}, "falls as the distance grows"), (ROWS, {"table_rows": 7}, "the relative table has 7")],
 )
 def test_bad_tables_are_refused(rows, changes, message):
     with pytest.raises(ConfigError, match=message):
@@ -58,28 +59,38 @@ def test_bad_tables_are_refused(rows, changes, message):
 
 
 def attend(**changes) -> torch.Tensor:
-    zeros = torch.zeros(2, 2, 5, 32)
-    tensors = {"query_BNQH": zeros, "key_BNSH": zeros, "value_BNSH": zeros, **changes}
-    query, key, value = (tensors.pop(name) for name in ("query_BNQH", "key_BNSH", "value_BNSH"))
-    return fused_attention(query, key, value, row_of_distance=ROWS, max_distance=8, **tensors)
+    given = {"query": TOKENS, "key": TOKENS, "value": TOKENS, "rel_key": None, "mask": None, "queries": None, **changes}
+    positions = RelativePositions(given.get("rows", POSITIONS.row_of_distance), given["queries"])
+    call = AttentionCall(
+        scale=1.0, positions=positions, mask=given["mask"], dropout_p=0.0, dropout_seed=0, recompute=False
+    )
+    return fused_attention(given["query"], given["key"], given["value"], given["rel_key"], None, call)
+
+
+def segments(keys: int, queries: int | None = None) -> AttentionMask:
+    of_queries = None if queries is None else torch.ones(2, queries)
+    return AttentionMask(key_segments_BS=torch.ones(2, keys), query_segments_BQ=of_queries)
+
+
+def alike(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return dict.fromkeys(("query", "key", "value"), torch.zeros(1, dtype=dtype).expand(shape))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"query_BNQH": torch.zeros(2, 2, 5, 32, dtype=torch.float64)}, "given torch.float64"),
-        ({"query_BNQH": torch.zeros(2, 2, 5, 48)}, "heads of 32, 64, 128; given 48"),
-        ({"key_BNSH": torch.zeros(2, 1, 5, 32)}, r"key_BNSH is torch.float32 \(2, 1, 5, 32\).*expected.*\(2, 2, 5, 32\)"),
-        ({"value_BNSH": torch.zeros(2, 2, 5, 32).half()}, "value_BNSH is torch.float16"),
-        ({"rel_key_NRH": torch.zeros(3, 8, 32)}, r"rel_key_NRH is.*\(3, 8, 32\).*expected.*\(2, 8, 32\)"),
-        ({"key_mask_BS": torch.ones(2, 4, dtype=torch.bool)}, r"key_mask_BS is \(2, 4\); expected \(2, 5\)"),
-        ({"document_ids_BS": torch.ones(5)}, r"document_ids_BS is \(5,\); expected \(2, 5\)"),
-        ({"query_positions_BQ": torch.zeros(2, 4)}, r"query_positions_BQ is \(2, 4\); expected \(2, 5\)"),
-        ({"dropout_p": 1.0}, r"dropout_p is 1.0; expected a probability in \[0, 1\)"),
-        (
-            {"query_BNQH": torch.zeros(2, 2, 6, 32), "key_mask_BS": torch.ones(2, 5, dtype=torch.bool)},
-            "6 queries and a mask of 5 keys.*give query_positions_BQ",
-        ),
+        (alike(2, 2, 5, 32, dtype=torch.float64), "given torch.float64"),
+        (alike(2, 2, 5, 48), "heads of 32, 64, 128; given 48"),
+        (alike(40000, 2, 5, 32), "takes 65535 heads in all"),
+        ({"key": torch.zeros(2, 1, 5, 32)}, r"key_BNSH is torch.float32 \(2, 1, 5, 32\).*expected.*\(2, 2, 5, 32\)"),
+        ({"value": TOKENS.half()}, "value_BNSH is torch.float16"),
+        ({"rel_key": torch.zeros(3, 8, 32)}, r"rel_key_NRH is.*\(3, 8, 32\).*expected.*\(2, 8, 32\)"),
+        ({"mask": segments(4)}, r"key_segments_BS is \(2, 4\); expected \(2, 5\)"),
+        ({"mask": segments(5, 4)}, r"query_segments_BQ is \(2, 4\); expected \(2, 5\)"),
+        ({"query": torch.zeros(2, 2, 6, 32), "mask": segments(5)}, r"query_segments_BQ is \(2, 5\); expected \(2, 6\)"),
+        ({"mask": AttentionMask(pairs_BQS=torch.ones(2, 5, 5).bool())}, r"not one of \[queries, keys\]"),
+        ({"queries": torch.zeros(2, 4)}, r"query_positions_BQ is \(2, 4\); expected \(2, 5\)"),
+        ({"rows": POSITIONS.row_of_distance.flip(0)}, "falls as the distance grows"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes, message):
@@ -88,37 +99,44 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 
 def test_without_a_gpu_it_says_so_even_where_the_interpreter_would_do():
-    reason = unavailable_reason(device=CPU, dtype=torch.bfloat16, head_size=64)
+    reason = unavailable_reason(TOKENS, positions=POSITIONS, mask=None)
     assert reason == "the fused attention needs an NVIDIA GPU; the tensors are on cpu"
-    assert not is_available(device=CPU, dtype=torch.bfloat16, head_size=64)
+    with pytest.raises(ValueError, match="'fused' cannot be had: the fused attention needs an NVIDIA GPU"):
+        disentangled_attention(TOKENS, TOKENS, TOKENS, positions=POSITIONS, implementation="fused")
+    assert prefers_position_scores(TOKENS, positions=POSITIONS, mask=None)
+
+
+def reason_on_a_gpu(*, dtype=torch.float16, shape=(2, 2, 5, 64), positions=POSITIONS, mask=None, **needs) -> str | None:
+    keys = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape)
+    return unavailable_reason(keys, positions=positions, mask=mask, **needs)
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, None),
-        ({"head_size": 96}, "given 96"),
+        ({"mask": segments(5)}, None),
+        ({"shape": (2, 2, 5, 96)}, "given 96"),
         ({"dtype": torch.float64}, "given torch.float64"),
         ({"needs_probabilities": True}, "never holds the probabilities"),
-        ({"needs_pair_mask": True}, "not one of [queries, keys]"),
+        ({"has_position_scores": True}, "give it rel_query_NRH"),
+        ({"mask": AttentionMask(pairs_BQS=torch.ones(2, 5, 5).bool())}, "not one of [queries, keys]"),
+        ({"positions": RelativePositions(torch.tensor([1, 0, 1]))}, "falls as the distance grows"),
     ],
 )
 def test_reasons_on_a_gpu(monkeypatch, changes, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("deberta_dist.kernels.fused._triton_missing", lambda: None)
-    wanted = {"device": torch.device("cuda"), "dtype": torch.float16, "head_size": 64, **changes}
-    reason = unavailable_reason(**wanted)
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: "3.7.0")
+    reason = reason_on_a_gpu(**changes)
     assert (reason is None) if expected is None else (expected in reason)
 
 
 def test_older_gpus_and_other_triton_are_reasons(monkeypatch):
-    wanted = {"device": torch.device("cuda"), "dtype": torch.float16, "head_size": 64}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert unavailable_reason(**wanted) == "the fused attention needs compute capability 8.0 or more; V100 has 7.0"
+    assert reason_on_a_gpu() == "the fused attention needs compute capability 8.0 or more; V100 has 7.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'deberta_dist[triton]'" in unavailable_reason(**wanted)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.1.0")
-    assert "needs Triton 3.7 or newer; installed is 3.1.0" in unavailable_reason(**wanted)
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: None)
+    assert "pip install 'deberta_dist[triton]'" in reason_on_a_gpu()
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: "3.1.0")
+    assert "needs Triton 3.7 or newer; installed is 3.1.0" in reason_on_a_gpu()

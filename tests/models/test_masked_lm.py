@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.models import layers
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
@@ -116,6 +117,18 @@ def test_packed_documents_in_the_decoder():
     changed[0, 9:] = 11
     assert torch.equal(model(packed, mask, labels).logits, model(changed, mask, labels).logits)
     assert not torch.equal(model(packed, None, labels).logits, model(changed, None, labels).logits)
+
+
+def test_products_of_keys_and_table_may_be_made_by_every_pass(batch, monkeypatch, gradients):
+    model = DebertaForMaskedLM(preset("tiny-v2"))
+    inputs, made, plain = batch(model.config), [], layers.position_scores
+    monkeypatch.setattr(layers, "position_scores", lambda *x, **scale: made.append(1) or plain(*x, **scale))
+    expected = gradients(model, model(*inputs, dropout_key=1).loss)
+    monkeypatch.setattr(layers, "prefers_position_scores", lambda *_, **__: False)
+    actual = gradients(model, model(*inputs, dropout_key=1).loss)
+    assert len(made) == 1
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert all((actual[name] - gradient).abs().max() < 1e-5 * largest for name, gradient in expected.items())
 
 
 @pytest.mark.parametrize("name", ["v1", "v2", "biased"])

@@ -125,6 +125,6 @@ def _check_operands(
             continue
         if tuple(tensor.shape) != shape or tensor.dtype != query_BNQH.dtype or tensor.device != query_BNQH.device:
             raise ConfigError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected {query_BNQH.dtype} {shape} "
-                f"on {query_BNQH.device}, as query_BNQH has it"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected {query_BNQH.dtype} "
+                f"{shape} on {query_BNQH.device}, as query_BNQH has it"
             )

@@ -1,8 +1,8 @@
-"""The fused attention as an autograd function: what is saved, and the order of the steps. Needs Triton; ``attention`` calls it.
+"""The fused attention as an autograd function: what is saved, in which order the steps are. Needs Triton.
 
 Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
-again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c, and
-what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c,
+and what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table.
 """

@@ -2,8 +2,8 @@
 
 The products of tokens with the relative table, c2p = Q Kr^T and p2c = K Qr^T, are made by matrix products for the rows
 that occur and read here by pointer, at the row of each pair's distance. Keeping them in registers and permuting there
-spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they leave half precision's range; scores
-are in units of log2, ``scale_log2`` = scale log2(e).
+spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they leave half precision's range;
+scores are in units of log2, ``scale_log2`` = scale log2(e).
 
 Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
 No kernel uses atomics, so two runs agree in every bit. ``launch`` starts all of them.
@@ -26,7 +26,7 @@ _COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def keep_bits_kernel(keep_bits, seed_low, seed_high, threshold, num_queries, num_bytes, BLOCK: tl.constexpr):
-    """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``. Each program makes ``BLOCK`` bytes."""
+    """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``; no size of a tile enters."""
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch_head = tl.program_id(1)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
