@@ -1,7 +1,7 @@
 """The disentangled attention operator, behind one function."""
 
 from deberta_dist.kernels.attention import disentangled_attention
-from deberta_dist.kernels.choice import prefers_position_scores
+from deberta_dist.kernels.choice import describe_choice, prefers_position_scores
 from deberta_dist.kernels.operands import attention_scale, position_scores
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
@@ -9,6 +9,7 @@ __all__ = [
     "AttentionMask",
     "RelativePositions",
     "attention_scale",
+    "describe_choice",
     "disentangled_attention",
     "position_scores",
     "prefers_position_scores",

@@ -56,3 +56,9 @@ def prefers_position_scores(key_BNSH: Tensor, *, positions: RelativePositions, m
     The fused attention keeps no products of that size: it makes them for each call.
     """
     return unavailable_reason(key_BNSH, positions=positions, mask=mask) is not None
+
+
+def describe_choice(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> str:
+    """What such keys are attended to by, in words."""
+    reason = unavailable_reason(key_BNSH, positions=positions, mask=mask)
+    return "fused" if reason is None else f"portable ({reason})"

@@ -24,8 +24,10 @@ from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
+from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
+from deberta_dist.planning.layout import DTYPES
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.reading import describe_reading
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
@@ -105,6 +107,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
+    dtype, has_documents = DTYPES[precision(plan.deepspeed)], plan.config.data.document_boundaries
+    log.say(describe_attention(plan.model_config, dtype=dtype, device=device, has_documents=has_documents))
     log.say(describe_reading(plan.config, data.train.mixture))
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged

@@ -64,6 +64,7 @@ def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path:
     done = start([*command, *overrides(corpus, run)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tensor 2 x pipeline 2 x data 2; 4 steps of 8 sequences" in done.stdout
+    assert "\nattention: " in done.stdout
 
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = [s for s in steps if "loss" in s]
