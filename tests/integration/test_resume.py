@@ -162,8 +162,10 @@ def test_precision_and_offload_may_change(corpus: Path, tmp_path: Path, whole_ru
     np.testing.assert_allclose([h[0] for h in history(continued)], [h[0] for h in history(whole)], rtol=2**-8)
     offloaded = interrupted(whole_run((1, 1, 1), BF16), tmp_path / "offload")
     run(corpus, offloaded, (1, 1, 1), **dict(OFFLOAD))
-    # The norm is added up on the other device, in another order.
-    np.testing.assert_allclose(history(offloaded), history(whole_run((1, 1, 1), BF16)), rtol=1e-5)
+    # The norm is added up on the other device, in another order; from then on a weight may round to the next bfloat16.
+    found, expected = history(offloaded), history(whole_run((1, 1, 1), BF16))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=2**-8)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus: Path, tmp_path: Path, whole_run) -> None:

@@ -95,7 +95,7 @@ class Start:
         for pid in {self._process.pid, *self._family, *descendants(self._process.pid)}:
             if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.communicate(timeout=SECONDS)
 
     @property
     def pid(self) -> int:
@@ -107,7 +107,10 @@ class Start:
         wait_until(lambda: condition() or self._process.poll() is not None, what=what)
         if self.num_ranks is None:
             os.killpg(self._process.pid, signal.SIGSTOP)
-        assert self._process.poll() is None, f"ended before {what}: {self._process.communicate()[1].decode()}"
+        if self._process.poll() is not None:
+            if self.num_ranks is None:
+                os.killpg(self._process.pid, signal.SIGCONT)  # a halted helper process would keep the pipes open
+            raise AssertionError(f"ended before {what}: {self._process.communicate(timeout=SECONDS)[1].decode()}")
         self._family = descendants(self._process.pid)
         return self._family
 

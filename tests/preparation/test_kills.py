@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deberta_dist.corpus.reading import ReadOptions, read_texts
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from tests.preparation.runs import Start, children, parts_of, shards_of
@@ -90,8 +91,11 @@ def test_a_kill_before_any_system_call(
 
 
 def test_killed_in_every_phase(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    arguments = ["--input", DEMO_TEXT, "--tokenizer", tokenizer.path, "--piece-bytes", 80_000, "--shard-bytes", 1 << 14]
-    arguments += ["--workers", 2]
+    # Some hundred token files: enough for several moments of the last phase.
+    text = tmp_path / "paragraphs.txt"
+    text.write_text("\n".join(read_texts([DEMO_TEXT])), encoding="utf-8")
+    arguments = ["--input", text, "--document", "line", "--tokenizer", tokenizer.path, "--piece-bytes", 80_000]
+    arguments += ["--shard-bytes", 1 << 12, "--workers", 2]
     output = tmp_path / "killed"
     with Start(output, arguments) as start:
         start.when(lambda: len(parts_of(output)) >= 3, what="three parts")
@@ -127,6 +131,8 @@ def test_killed_in_every_phase(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with Start(output, arguments) as start:
         code, told, _ = start.end()
         assert code == 0 and told.startswith(f"{output}: ")
-    prepare([DEMO_TEXT], tmp_path / "whole", tokenizer=tokenizer, held_out_percent=5.0, shard_bytes=1 << 14)
-    assert files_of(output) == files_of(tmp_path / "whole")
+    reading = ReadOptions(document="line")
+    whole = tmp_path / "whole"
+    prepare([text], whole, tokenizer=tokenizer, reading=reading, held_out_percent=5.0, shard_bytes=1 << 12)
+    assert files_of(output) == files_of(whole)
     assert not (output / ".work").exists() and not list(output.rglob(".*"))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     mpirun() is None or importlib.util.find_spec("mpi4py") is None,
     reason="no mpirun, or no mpi4py: pip install -r launchers/requirements-test.txt brings both",
 )
-PIECE_BYTES, SHARD_BYTES = 80_000, 1 << 18
+PIECE_BYTES, SHARD_BYTES = 10_000, 1 << 18  # some hundred parts: mpirun goes on while a test looks
 
 
 @pytest.fixture(scope="module")
