@@ -141,7 +141,16 @@ def parts_of(output: Path) -> dict[str, tuple[int, int]]:
 def shards_of(output: Path) -> dict[str, tuple[int, int]]:
     """Finished token files of an unfinished corpus, as ``parts_of``."""
     found = {}
-    for path in (output / ".work").glob("*/output/**/[!.]*.tokens"):
+    for path in _shard_paths(output):
         status = path.stat()
         found[str(path)] = (status.st_ino, status.st_mtime_ns)
     return found
+
+
+def num_shards(output: Path) -> int:
+    """How many ``shards_of`` finds, while they are being made."""
+    return len(_shard_paths(output))
+
+
+def _shard_paths(output: Path) -> list[Path]:
+    return list((output / ".work").glob("*/output/*/[!.]*.tokens"))
