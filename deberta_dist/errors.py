@@ -5,10 +5,14 @@ to change it. ``main`` of every entry point prints the message as one line and e
 any other exception is a fault of ours and keeps its traceback.
 """
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors of a full disk, a used-up quota and a file as large as may be."""
 
 
 class DebertaDistError(Exception):

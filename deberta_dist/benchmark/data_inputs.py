@@ -7,9 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.benchmark.measure import run_command
-
-ROOT = Path(__file__).resolve().parents[2]
+from deberta_dist.benchmark.measure import ROOT, run_command
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark.data_inputs import ROOT, DataInputs
-from deberta_dist.benchmark.measure import BenchmarkError, Contestant, Sample, interleaved, run_command, summary
+from deberta_dist.benchmark.data_inputs import DataInputs
+from deberta_dist.benchmark.measure import ROOT, BenchmarkError, Contestant, Sample, interleaved, run_command, summary
 
 RAW, OURS = "raw sentencepiece", "prepare_corpus.py"
 CORPUS_BYTES = 160e9  # of the paper

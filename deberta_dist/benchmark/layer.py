@@ -8,10 +8,9 @@ For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRE
 import argparse
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark.measure import machine
+from deberta_dist.benchmark.measure import add_model_arguments, machine
 
 PORTABLE, RECOMPUTED, REFERENCE = "portable", "portable, recomputed", "reference"
 FLOOR, NO_POSITIONS = "products alone", "SDPA without positions"
@@ -20,12 +19,9 @@ TOLERANCE = 1e-5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    add_model_arguments(parser, batch_size=4)
     parser.add_argument("--heads", type=int, default=12, help="attention heads of 64")
     parser.add_argument("--dropout", type=float, default=0.1, help="of probabilities; the table has none")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

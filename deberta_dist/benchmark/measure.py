@@ -3,6 +3,7 @@
 Imports nothing heavy: a process that is measured counts what its parent held when it was started.
 """
 
+import argparse
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from typing import Any
 
 from deberta_dist.errors import DebertaDistError
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
 PAGE_CACHE_CHUNK = 64 * 2**20
 
 
@@ -121,6 +124,14 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load": os.getloadavg(),
     }
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Flags of the verbs that run a model or a part of it in this process."""
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def describe(title: str, found: Mapping[str, Mapping[str, Any]]) -> str:

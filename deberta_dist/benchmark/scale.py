@@ -18,13 +18,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deberta_dist.benchmark.measure import BenchmarkError, machine
+from deberta_dist.benchmark.measure import ROOT, BenchmarkError, machine
 from deberta_dist.errors import ConfigError
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
     from deberta_dist.benchmark.scale_rank import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 2, 4, 8)
 KINDS = (
     "zero_gather",

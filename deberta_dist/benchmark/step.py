@@ -7,10 +7,9 @@ For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRE
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark.measure import machine
+from deberta_dist.benchmark.measure import add_model_arguments, machine
 
 OURS = "ours"
 TOLERANCE = 1e-4  # of gradients of many layers, float32
@@ -20,11 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("--preset", default="v3-base", help="model, with random weights")
     parser.add_argument("--layers", type=int, default=12, help="layers; 12 is the whole v3-base")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    add_model_arguments(parser, batch_size=2)
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ leaves a note with size and checksum, which the commit takes into the manifest.
 """
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -38,9 +37,8 @@ from deberta_dist.checkpoint.publish import (
 from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.shard_file import file_bytes, write_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_file_name
+from deberta_dist.errors import NO_ROOM
 from deberta_dist.flat_layout import ShardState
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,27 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def require_ids(sequences: np.ndarray, tokenizer: Tokenizer, *, where: Path, samples: np.ndarray) -> None:
-    """Refuses ids outside the vocabulary.
+def mask_sequences(
+    sequences: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    where: Path,
+    masking: MaskingConfig,
+    seed: int,
+    epochs: np.ndarray,
+    samples: np.ndarray,
+    lengths: np.ndarray | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of sequences, int64 [B, S] each.
 
     Args:
         sequences: ids [B, S].
         tokenizer: of the vocabulary.
         where: the corpus, for the message.
-        samples: what each sequence is called in it, integers [B].
+        masking, seed, epochs, samples, lengths: as for ``mask_batch``; samples are also what the message calls them.
 
     Raises:
-        DataError: with the corpus and the first sample that holds one.
+        DataError: an id is outside the vocabulary; with the corpus and the first sample that holds one.
     """
     if sequences.max() >= tokenizer.num_tokens:
         row, _ = np.unravel_index(sequences.argmax(), sequences.shape)
@@ -71,6 +81,19 @@ def require_ids(sequences: np.ndarray, tokenizer: Tokenizer, *, where: Path, sam
             f"{where} is damaged: sample {samples[row]} holds the id {sequences.max()} of {tokenizer.num_tokens}; "
             "prepare the corpus again"
         )
+    input_ids, labels = mask_batch(
+        sequences,
+        is_word_start=tokenizer.is_word_start,
+        special_ids=tokenizer.special_ids,
+        mask_id=tokenizer.mask_id,
+        vocab_size=tokenizer.num_tokens,
+        seed=seed,
+        epochs=epochs,
+        samples=samples,
+        config=masking,
+        lengths=lengths,
+    )
+    return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
 class MaskedLMData:
@@ -151,22 +174,18 @@ class MaskedLMData:
         assert start >= 0 and count >= 1
         epochs, samples = self._samples_at(start, count)
         sequences, documents = self._packing.sequences(samples)
-        require_ids(sequences, self._tokenizer, where=self.corpus.path, samples=samples)
-        input_ids, labels = mask_batch(
+        input_ids, labels = mask_sequences(
             sequences,
-            is_word_start=self._tokenizer.is_word_start,
-            special_ids=self._tokenizer.special_ids,
-            mask_id=self._tokenizer.mask_id,
-            vocab_size=self._tokenizer.num_tokens,
+            self._tokenizer,
+            where=self.corpus.path,
+            masking=self._masking,
             seed=self._seed,
             epochs=epochs,
             samples=samples,
-            config=self._masking,
         )
-        ids = torch.from_numpy(input_ids)
         return Batch(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            labels=torch.from_numpy(labels),
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            labels=labels,
             document_ids=None if documents is None else torch.from_numpy(documents),
         )

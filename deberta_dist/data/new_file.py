@@ -3,7 +3,6 @@
 The tokenizer trainer and the token file writer publish through this one place.
 """
 
-import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -12,9 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from deberta_dist.errors import DataError
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from deberta_dist.errors import NO_ROOM, DataError
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -89,7 +86,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         _publish(temporary, path)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise DataError(f"{path} is not written ({error.strerror}): make room for it") from error
     finally:

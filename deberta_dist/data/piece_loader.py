@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from deberta_dist.data.loader import Batch, require_ids
-from deberta_dist.data.masking import MaskingConfig, mask_batch
+from deberta_dist.data.loader import Batch, mask_sequences
+from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.pieces import NUM_SPECIAL, PieceList
 from deberta_dist.data.sampler import check_seed, samples_at
 from deberta_dist.data.token_corpus import TokenCorpus
@@ -62,22 +62,19 @@ class PieceData:
         for row, begin, length in zip(ids, starts.tolist(), tokens.tolist(), strict=True):
             row[1 : length + 1] = self._corpus.read(begin, begin + length)
             row[length + 1] = self._tokenizer.sep_id
-        require_ids(ids, self._tokenizer, where=self._corpus.path, samples=starts)
         lengths = tokens + NUM_SPECIAL
-        input_ids, labels = mask_batch(
+        input_ids, labels = mask_sequences(
             ids,
-            is_word_start=self._tokenizer.is_word_start,
-            special_ids=self._tokenizer.special_ids,
-            mask_id=self._tokenizer.mask_id,
-            vocab_size=self._tokenizer.num_tokens,
+            self._tokenizer,
+            where=self._corpus.path,
+            masking=self._masking,
             seed=self._seed,
             epochs=epochs,
             samples=starts,
-            config=self._masking,
             lengths=lengths,
         )
         return Batch(
-            input_ids=torch.from_numpy(input_ids),
+            input_ids=input_ids,
             attention_mask=torch.from_numpy((np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)),
-            labels=torch.from_numpy(labels),
+            labels=labels,
         )

@@ -104,7 +104,8 @@ class Dropped:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
-        wait_for(self._paths)
+        for path in self._paths:
+            wait_for(f"{path} has", path.exists)
         self._starts: list[np.ndarray] = []
         for path in self._paths:
             # The documents are looked at once, for damage, and not kept.

@@ -20,10 +20,9 @@ from deberta_dist.corpus.near_duplicates import signature, signature_bytes
 from deberta_dist.corpus.reading import Document, read_documents
 from deberta_dist.data.token_file import id_dtype
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
-from deberta_dist.errors import DataError
 from deberta_dist.preparation.crew import Worker
 from deberta_dist.preparation.parts import HASH_BYTES, SUFFIX, Counts, Part, write_part
-from deberta_dist.preparation.publish import VISIBLE_SECONDS
+from deberta_dist.preparation.publish import wait_for
 from deberta_dist.preparation.recipe import Recipe
 from deberta_dist.preparation.units import Unit
 
@@ -98,14 +97,14 @@ def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part]
     """All parts in order, and the number of the unit of each; no duplicate is sought in damaged ones."""
     parts: list[Part] = []
     unit_of_part: list[int] = []
-    deadline = time.monotonic() + VISIBLE_SECONDS
     for number, unit in enumerate(units):
-        found, is_complete = finished_parts(directory, unit)
-        while not is_complete:
-            if time.monotonic() > deadline:
-                raise DataError(f"{unit.file.path}: its parts in {directory} have vanished; run the same command again")
-            time.sleep(0.2)
-            found, is_complete = finished_parts(directory, unit)
+        found: list[Part] = []
+
+        def is_complete() -> bool:
+            found[:], is_last = finished_parts(directory, unit)
+            return is_last
+
+        wait_for(f"{unit.file.path}: its parts in {directory} have", is_complete)
         for part in found:
             part.verify_hashes()
         parts += found

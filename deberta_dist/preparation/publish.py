@@ -1,18 +1,16 @@
 """Files inside a preparation's working directory: each complete or absent, whoever is killed when."""
 
-import errno
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deberta_dist.errors import DataError
+from deberta_dist.errors import NO_ROOM, DataError
 
 # An NFS client may believe for so long that a file which another node has made is not there.
-VISIBLE_SECONDS = 60.0
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_VISIBLE_SECONDS = 60.0
 
 
 @contextmanager
@@ -25,7 +23,7 @@ def making(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise DataError(
             f"{path} is not written ({error.strerror}): make room and run the same command again; what is finished stays"
@@ -51,15 +49,14 @@ def publish(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def wait_for(paths: Iterable[Path]) -> None:
-    """Waits until files that are finished can be seen on this node.
+def wait_for(what: str, is_there: Callable[[], bool]) -> None:
+    """Waits until what is finished can be seen on this node.
 
     Raises:
-        DataError: one cannot after ``VISIBLE_SECONDS``.
+        DataError: it cannot after a minute.
     """
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    for path in paths:
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise DataError(f"{path} has vanished; run the same command again")
-            time.sleep(0.2)
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not is_there():
+        if time.monotonic() > deadline:
+            raise DataError(f"{what} vanished; run the same command again")
+        time.sleep(0.2)
