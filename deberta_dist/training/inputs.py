@@ -99,25 +99,22 @@ def open_data(plan: Plan) -> RunData:
         "masking": masking,
         "document_boundaries": data.document_boundaries,
     }
+    train = (
+        BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options)
+        if data.bucket_lengths is None
+        else BucketedData(
+            open_sources(plan.config),
+            tokenizer,
+            lengths=data.bucket_lengths,
+            samples_per_step=plan.config.training.global_batch_size,
+            masking=masking,
+            seed=seed,
+            index_directory=data.index_directory,
+        )
+    )
     validation = MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options)
     _require_targets(validation, count=plan.config.evaluation.num_sequences)
-    return RunData(
-        tokenizer=tokenizer,
-        train=(
-            BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options)
-            if data.bucket_lengths is None
-            else BucketedData(
-                open_sources(plan.config),
-                tokenizer,
-                lengths=data.bucket_lengths,
-                samples_per_step=plan.config.training.global_batch_size,
-                masking=masking,
-                seed=seed,
-                index_directory=data.index_directory,
-            )
-        ),
-        validation=validation,
-    )
+    return RunData(tokenizer=tokenizer, train=train, validation=validation)
 
 
 def _require_targets(validation: MaskedLMData, *, count: int) -> None:

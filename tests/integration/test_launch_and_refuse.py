@@ -136,7 +136,7 @@ def test_damaged_and_foreign_files_are_refused(corpus: Path, tmp_path: Path) -> 
     train_tokenizer(iter(["an entirely different text of a few words " * 20] * 30), tmp_path / "other.model", vocab_size=20)
     assert Tokenizer(tmp_path / "other.model").num_tokens == 21
     message = refused(corpus, run, data__tokenizer=tmp_path / "other.model")
-    assert ".tokens was made with the tokenizer" in message and "other.model" in message
+    assert "train.tokens" in message and "other.model" in message
     shutil.copy(corpus / "train.tokens", tmp_path / "not_a_model")
     assert "not_a_model" in refused(corpus, run, data__tokenizer=tmp_path / "not_a_model")
 
