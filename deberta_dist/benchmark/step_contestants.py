@@ -46,10 +46,8 @@ class Step:
         self._models: dict[str, nn.Module] = {OURS: self.model}
 
     def ours(self) -> Contestant:
-        """This package's model."""
-        return self._contestant(
-            self.model, lambda: self.model(self._ids, self._mask, self._labels, dropout_key=1).loss
-        )
+        """This package's model, in the way that it is trained in."""
+        return self._contestant(self.model, lambda: self._own_loss(dropout_key=1))
 
     def hugging_face(self) -> Contestant:
         """transformers' model."""
@@ -76,7 +74,7 @@ class Step:
 
     def gradients(self) -> dict[str, list[Tensor]]:
         """Loss and gradients of large weights of those that compute the same, without dropout."""
-        losses = {OURS: lambda model: model(self._ids, self._mask, self._labels).loss}
+        losses = {OURS: lambda _: self._own_loss(dropout_key=None)}
         if peers.PUBLISHED in self._models:
             losses[peers.PUBLISHED] = self._published_loss
         found = {}
@@ -97,6 +95,17 @@ class Step:
     def _add(self, name: str, model: nn.Module) -> nn.Module:
         self._models[name] = model.to(self._device, self._dtype).train()
         return model
+
+    def _own_loss(self, *, dropout_key: int | None) -> Tensor:
+        loss_sum, _, num_targets = self.model.forward_stage(
+            None,
+            input_ids=self._ids,
+            attention_mask=self._mask,
+            labels=self._labels,
+            layers=range(self._config.num_hidden_layers),
+            dropout_key=dropout_key,
+        )[0]
+        return loss_sum / num_targets
 
     def _published_loss(self, model: nn.Module) -> Tensor:
         return model(self._ids, self._mask, self._labels)["loss"].mean()

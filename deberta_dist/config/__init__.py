@@ -10,7 +10,7 @@ The story for a user::
 Fine-tuning has a TOML of its own kind (``finetune.py``), over which a task's recipe
 (``launchers/finetune_recipes/``) is laid before the overrides.
 
-``schema.py`` is the reference: every key with its unit and default stands there. The rules:
+``schema.py`` (and ``data.py`` for ``[data]``) is the reference: every key with its unit and default. The rules:
 
 * Unknown keys, wrong types, NaN, duplicates are errors. One message lists all of them, each with its
   file (or "command line"), its key and the nearest key that exists. Exit code 2, before any device is
@@ -48,6 +48,7 @@ The story for the program, in this order::
 Imports nothing but ``errors`` (no torch, no DeepSpeed): a wrong number is said within a second.
 """
 
+from deberta_dist.config.data import Data
 from deberta_dist.config.deepspeed_json import deepspeed_config, precision
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.load import load_config
@@ -55,7 +56,6 @@ from deberta_dist.config.recipes import Recipe, read_recipes
 from deberta_dist.config.resolve import resolve, resolve_finetuning, smallest_world_size
 from deberta_dist.config.schema import (
     Checkpoint,
-    Data,
     Evaluation,
     Model,
     Optimizer,
@@ -63,9 +63,9 @@ from deberta_dist.config.schema import (
     Run,
     RunConfig,
     Schedule,
-    Section,
     Training,
 )
+from deberta_dist.config.section import Section
 from deberta_dist.config.write import write_resolved
 
 __all__ = [

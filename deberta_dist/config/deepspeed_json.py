@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deberta_dist.config.finetune import FineTuneConfig
-from deberta_dist.config.schema import AUTO, RunConfig
+from deberta_dist.config.schema import RunConfig
+from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -8,18 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from deberta_dist.config.schema import (
-    Count,
-    CountOrNone,
-    Fraction,
-    NotNegative,
-    Optimizer,
-    Parallel,
-    Positive,
-    Run,
-    Schedule,
-    Section,
-)
+from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
+from deberta_dist.config.section import Count, CountOrNone, Fraction, NotNegative, Positive, Section
 
 
 class TaskData(Section):

@@ -13,7 +13,8 @@ Pure functions of numbers: called before any process group, by training and by t
 from collections.abc import Sequence
 
 from deberta_dist.config.finetune import FineTuneConfig
-from deberta_dist.config.schema import AUTO, RunConfig
+from deberta_dist.config.schema import RunConfig
+from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError
 
 SINGLE_STAGE_SCHEDULES = ("1f1b", "gpipe")

@@ -12,7 +12,8 @@ from typing import Any
 
 from deberta_dist.config.deepspeed_json import BATCH_KEYS
 from deberta_dist.config.finetune import FineTuneConfig
-from deberta_dist.config.schema import AUTO, RunConfig
+from deberta_dist.config.schema import RunConfig
+from deberta_dist.config.section import AUTO
 
 TOML_NAME = "run_config.toml"
 JSON_NAME = "deepspeed.json"

@@ -19,6 +19,7 @@ from deberta_dist.models.layers import Layer
 from deberta_dist.models.positions import relative_positions, token_mask, visibility
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
+from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
 
 
 class Embeddings(nn.Module):
@@ -31,7 +32,7 @@ class Embeddings(nn.Module):
         super().__init__()
         width = config.embedding_width
         self.position_biased_input = config.position_biased_input
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.padding_idx)
+        self.word_embeddings = WordEmbeddings(config.vocab_size, width, padding_idx=config.padding_idx)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
@@ -49,8 +50,9 @@ class Embeddings(nn.Module):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None = None,
         dropout_key: int | None,
+        table: SharedTable | None = None,
     ) -> Tensor:
-        x = self.word_embeddings(input_ids)
+        x = self.word_embeddings(input_ids, table)
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(types)
@@ -252,8 +254,9 @@ class DebertaModel(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         dropout_key: int | None,
+        table: SharedTable | None = None,
     ) -> Tensor:
-        """Input of layer 0, [B, S, D]; arguments as in `forward`.
+        """Input of layer 0, [B, S, D]; ``table`` is the word embeddings where others use them too, the rest as in `forward`.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
@@ -265,6 +268,7 @@ class DebertaModel(nn.Module):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             dropout_key=child_key(dropout_key, 0),
+            table=table,
         )
 
     def require_positions(self, length: int, *, added: bool) -> None:

@@ -10,53 +10,20 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.layers import ACTIVATIONS
+from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 from deberta_dist.models.positions import padded_targets, token_mask, visibility, within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
+from deberta_dist.models.shared_table import SharedTable
 
 NUM_DECODER_PASSES = 2
 """Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
-
-
-class CrossEntropy(nn.Module):
-    """Loss and hit per target; a module of its own so that a vocabulary-parallel one can take its place."""
-
-    def forward(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy in float32 [T], and whether the largest logit is the label's, bool [T]."""
-        loss_T = F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
-        return loss_T, logits_TV.detach().argmax(dim=-1) == labels_T
-
-
-class MaskedLMHead(nn.Module):
-    """LayerNorm(act(dense(x))) E^T + bias, E the word embeddings."""
-
-    def __init__(self, config: DebertaConfig) -> None:
-        super().__init__()
-        width = config.embedding_width
-        self.dense = nn.Linear(config.hidden_size, width)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.enter = nn.Identity()
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden_TD: Tensor, *, word_embeddings_VD: Tensor) -> Tensor:
-        transformed_TD = self.LayerNorm(self.activation(self.dense(hidden_TD)))
-        return F.linear(self.enter(transformed_TD), word_embeddings_VD, self.bias)
-
-
-class MaskedLMPredictions(nn.Module):
-    """A holder of published names."""
-
-    def __init__(self, config: DebertaConfig) -> None:
-        super().__init__()
-        self.lm_head = MaskedLMHead(config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +50,9 @@ class DebertaForMaskedLM(nn.Module):
         config: sizes and switches.
         seed: start of the parameters; without effect on the meta device.
 
+    Attributes:
+        vocabulary_chunks: `forward_stage` makes the logits in this many parts; see `CrossEntropy.of_product`.
+
     Raises:
         ConfigError: the enhanced mask decoder cannot be built (`DebertaConfig.require_masked_lm`).
     """
@@ -94,6 +64,7 @@ class DebertaForMaskedLM(nn.Module):
         self.deberta = DebertaModel(config, seed=None)
         self.lm_predictions = MaskedLMPredictions(config)
         self.cross_entropy = CrossEntropy()
+        self.vocabulary_chunks = 1
         accept_published_weights(self, head_size=config.head_size)
         initialise_(self, seed=seed, std=config.initializer_range)
 
@@ -133,17 +104,18 @@ class DebertaForMaskedLM(nn.Module):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         attention_mask, document_positions = within_documents(attention_mask, document_ids)
         is_target_BS = token_mask(attention_mask) if labels is None else labels > 0
-        all_layers = range(self.config.num_hidden_layers)
+        table = self._shared_table()
         hidden_TD = self._run(
             None,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=document_positions if position_ids is None else position_ids,
             is_target_BS=is_target_BS,
-            layers=all_layers,
+            layers=range(self.config.num_hidden_layers),
             dropout_key=dropout_key,
+            table=table,
         )
-        logits_TV = self._logits(hidden_TD)
+        logits_TV = self.lm_predictions.lm_head(hidden_TD, word_embeddings_VW=table.weight_VW)
         if labels is None:
             return MaskedLMOutput(loss=None, logits=logits_TV)
         loss_T, _ = self.cross_entropy(logits_TV, labels[is_target_BS])
@@ -188,6 +160,7 @@ class DebertaForMaskedLM(nn.Module):
             return hidden_BSD
         is_target_BS = labels > 0
         attention_mask, position_ids = within_documents(attention_mask, document_ids)
+        table = self._shared_table() if len(layers) == num_layers else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -196,10 +169,18 @@ class DebertaForMaskedLM(nn.Module):
             is_target_BS=is_target_BS,
             layers=layers,
             dropout_key=dropout_key,
+            table=table,
         )
         if layers.stop < num_layers:
             return hidden
-        loss_T, is_correct_T = self.cross_entropy(self._logits(hidden), labels[is_target_BS])
+        head = self.lm_predictions.lm_head
+        loss_T, is_correct_T = self.cross_entropy.of_product(
+            head.transform(hidden),
+            self.deberta.embeddings.word_embeddings.weight if table is None else table.weight_VW,
+            head.bias,
+            labels[is_target_BS],
+            num_chunks=self.vocabulary_chunks,
+        )
         count = torch.full_like(loss_T.detach().sum(), loss_T.numel())
         return torch.stack([loss_T.sum(), is_correct_T.sum().to(loss_T.dtype), count])[None]
 
@@ -224,11 +205,16 @@ class DebertaForMaskedLM(nn.Module):
         is_target_BS: Tensor,
         layers: range,
         dropout_key: int | None,
+        table: SharedTable | None,
     ) -> Tensor:
         """Hidden states [B, S, D] after ``layers``; of the targets alone, [T, D], if the last is among them."""
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
-                input_ids, attention_mask=attention_mask, position_ids=position_ids, dropout_key=dropout_key
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                dropout_key=dropout_key,
+                table=table,
             )
         rel_RD = self.deberta.encoder.relative_table()
         is_last = layers.stop == self.config.num_hidden_layers
@@ -290,6 +276,5 @@ class DebertaForMaskedLM(nn.Module):
         )
         return decoded_BTD.flatten(0, 1)[slots]
 
-    def _logits(self, hidden_TD: Tensor) -> Tensor:
-        words_VD = self.deberta.embeddings.word_embeddings.weight
-        return self.lm_predictions.lm_head(hidden_TD, word_embeddings_VD=words_VD)
+    def _shared_table(self) -> SharedTable:
+        return SharedTable(self.deberta.embeddings.word_embeddings.weight)

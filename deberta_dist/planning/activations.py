@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
-from deberta_dist.models.masked_lm import CrossEntropy, DebertaForMaskedLM
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.planning.layout import meta_model
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
 
@@ -50,6 +51,7 @@ def stage_activations(
     dtype: torch.dtype,
     recompute: str,
     document_boundaries: bool = False,
+    vocabulary_chunks: int = 1,
 ) -> StageActivations:
     """Measures one micro-batch on one stage.
 
@@ -67,6 +69,7 @@ def stage_activations(
         dtype: Compute dtype.
         recompute: ``training.recompute``.
         document_boundaries: Whether batches carry document ids.
+        vocabulary_chunks: ``training.vocabulary_chunks``.
     """
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
@@ -81,6 +84,7 @@ def stage_activations(
             dtype=dtype,
             recompute=recompute,
             document_boundaries=document_boundaries,
+            vocabulary_chunks=vocabulary_chunks,
         )
 
     # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
@@ -103,10 +107,11 @@ def _measure(
     dtype: torch.dtype,
     recompute: str,
     document_boundaries: bool = False,
+    vocabulary_chunks: int = 1,
 ) -> StageActivations:
     batch, length = batch_shape
     model = local_model(config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
-    model.recompute = recompute
+    model.recompute, model.vocabulary_chunks = recompute, vocabulary_chunks
     is_last = layers.stop == config.num_hidden_layers
     # Which tokens are targets decides shapes, so this one is real.
     labels = torch.zeros(batch, length, dtype=torch.int64)
@@ -132,12 +137,12 @@ def _measure(
     if is_last:
         rows = batch * targets_per_sequence
         with LiveBytes() as head:
-            words = model.deberta.embeddings.word_embeddings.weight
-            scores = model.lm_predictions.lm_head(
-                _hidden(rows, config.hidden_size, dtype=dtype), word_embeddings_VD=words
+            words, lm_head = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head
+            entered = lm_head.transform(_hidden(rows, config.hidden_size, dtype=dtype))
+            result = model.cross_entropy.of_product(
+                entered, words, lm_head.bias, labels[labels > 0], num_chunks=vocabulary_chunks
             )
-            result = model.cross_entropy(scores, labels[labels > 0])
-            del scores
+            del entered
             logits = head.now
             del result
     return StageActivations(saved=saved - logits, logits=logits, working=live.peak - saved)
@@ -218,5 +223,8 @@ class _DropoutOnMeta(Dropout):
 
 
 class _CrossEntropyOnMeta(CrossEntropy):
-    def forward(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(logits_TV, labels_T.to(logits_TV.device))
+    def of_product(
+        self, hidden_TW: Tensor, weight_VW: Tensor, bias_V: Tensor, labels_T: Tensor, *, num_chunks: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        labels_T = labels_T.to(hidden_TW.device)
+        return super().of_product(hidden_TW, weight_VW, bias_V, labels_T, num_chunks=num_chunks)

@@ -171,6 +171,7 @@ def _in_flight(
             dtype=dtype,
             recompute=training.recompute,
             document_boundaries=config.data.document_boundaries,
+            vocabulary_chunks=training.vocabulary_chunks,
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from deberta_dist.errors import ConfigError
 from deberta_dist.tensor_parallel import plan
 from deberta_dist.tensor_parallel.collectives import EnterTensorParallelRegion
-from deberta_dist.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+from deberta_dist.tensor_parallel.cross_entropy import JoinOverRanks
 from deberta_dist.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -76,8 +76,11 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
             )
         elif kind == plan.VOCAB:
             module.bias = empty_parameter((rows,), module.bias)
-    if getattr(model, "cross_entropy", None) is not None:
-        model.cross_entropy = VocabParallelCrossEntropy(first_row=rank * rows, vocab_size=vocab_size, group=group)
+    if (loss := getattr(model, "cross_entropy", None)) is not None:
+        num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
+        model.cross_entropy = type(loss)(
+            first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group)
+        )
 
 
 def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:

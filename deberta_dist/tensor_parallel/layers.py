@@ -4,6 +4,8 @@ They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, w
 names, so that everything that looks parameters up by published name works unchanged.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -94,11 +96,13 @@ class VocabParallelEmbedding(nn.Embedding):
         self.padded_size = padded_size
         self.group = group
 
-    def forward(self, input: Tensor) -> Tensor:
-        local = input - self.first_row
+    def forward(self, input_ids: Tensor, table: Any = None) -> Tensor:
+        """As the model's own word embeddings, which look up in a table that the head shares where there is one."""
+        local = input_ids - self.first_row
         foreign = (local < 0) | (local >= self.num_embeddings)
         # A foreign id must not touch any row's gradient: zero the output, not only the index.
-        output = super().forward(local.masked_fill(foreign, 0))
+        local = local.masked_fill(foreign, 0)
+        output = super().forward(local) if table is None else table.rows(local, padding_idx=self.padding_idx)
         output = output.masked_fill(foreign.unsqueeze(-1), 0.0)
         return reduce_from_tensor_parallel_region(output, self.group)
 

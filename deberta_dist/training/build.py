@@ -77,6 +77,7 @@ def build(
 
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
+    model.vocabulary_chunks = config.training.vocabulary_chunks
     model.keep_layers(layout.layers_of_rank(here.pipeline))
     sharded_model = build_sharded_model(
         model, layout=layout, optimizer=config.optimizer, deepspeed_config=deepspeed_config, mesh=mesh, shards=shards

@@ -131,8 +131,8 @@ def test_stages_equal_the_whole(gradients, relative_error, name, recompute):
     actual = gradients(model, loss)
     assert actual.keys() == expected.keys()
     for parameter, gradient in expected.items():
-        # The relative table is normalised once per stage: its gradient is summed in another order.
-        exact = ".rel_embeddings." not in parameter and ".encoder.LayerNorm." not in parameter
+        # Several stages use these: their gradients are summed in another order.
+        exact = not any(word in parameter for word in (".rel_embeddings.", ".encoder.LayerNorm.", ".word_embeddings."))
         assert relative_error(actual[parameter], gradient) <= (0 if exact else 1e-6), parameter
 
 

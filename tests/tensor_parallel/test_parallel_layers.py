@@ -18,7 +18,7 @@ from tests.harness import run_ranks
 COLUMN = "deberta.encoder.layer.0.intermediate.dense"
 ROW = "deberta.encoder.layer.0.output.dense"
 WORDS = "deberta.embeddings.word_embeddings.weight"
-VOCABULARY = 70  # two ranks: 64 + 6 real rows; four ranks: two shards of nothing but padding
+VOCABULARY = 140  # two ranks: 128 + 12 real rows; four ranks: two shards of nothing but padding
 PADDING_ID = 3
 
 
@@ -44,7 +44,7 @@ def whole_table(padding_idx: int | None) -> nn.Embedding:
 def embedded_ids() -> Tensor:
     """Ids of every shard, several times, the padding id and the last real row among them."""
     ids = torch.randint(0, VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(5))
-    ids[0, :3], ids[1, 0], ids[2, :2] = PADDING_ID, VOCABULARY - 1, 65
+    ids[0, :3], ids[1, 0], ids[2, :2] = PADDING_ID, VOCABULARY - 1, 129
     return ids
 
 

@@ -91,7 +91,7 @@ def test_vocabulary_is_padded_with_zeros_and_stripped(leaf: str, size: int) -> N
     shape = (70, 3) if leaf.endswith("weight") else (70,)
     full = torch.randn(shape)
     slices = [cut_tensor(full, leaf, rank=rank, size=size) for rank in range(size)]
-    assert [part.shape[0] for part in slices] == [64] * size
+    assert [part.shape[0] for part in slices] == [128] * size
     joined = torch.cat(slices)
     assert torch.equal(joined[:70], full) and not joined[70:].any()
     assert torch.equal(join_slices(slices, leaf, full_shape=shape), full)
@@ -110,13 +110,13 @@ def test_slices_are_whole_heads() -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "size", "rows"),
-    [(70, 1, 70), (128_100, 1, 128_100), (1, 2, 128), (128, 2, 128), (129, 2, 256), (128_100, 2, 128_128),
-     (128_100, 8, 128_512), (50_265, 4, 50_432)],
+    [(70, 1, 70), (128_100, 1, 128_100), (1, 2, 256), (256, 2, 256), (257, 2, 512), (128_100, 2, 128_256),
+     (128_100, 8, 129_024), (50_265, 4, 50_688)],
 )
 def test_padded_vocabulary(vocabulary: int, size: int, rows: int) -> None:
     found = plan.padded_vocabulary(vocabulary, tensor_parallel_size=size)
     assert found == rows
-    assert size == 1 or (found % (64 * size) == 0 and 0 <= found - vocabulary < 64 * size)
+    assert size == 1 or (found % (128 * size) == 0 and 0 <= found - vocabulary < 128 * size)
 
 
 def test_local_slices_cover_a_dimension() -> None:

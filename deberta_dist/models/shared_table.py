@@ -1,0 +1,92 @@
+"""The word embeddings as both their users see them: the look-up of the input, and the product that makes logits.
+
+The product's gradient is as large as the table. A look-up's gradient is a few rows of it; torch makes a second table of
+zeros for them and a third one for the sum. Here the rows wait and are added in place to the product's, which saves two
+tables of memory and, on a CPU, more time than the product takes.
+
+Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+WaitingRows = list[tuple[Tensor, Tensor]]
+"""Ids [N] and gradients [N, W]."""
+
+
+class SharedTable:
+    """A table for one forward pass.
+
+    Args:
+        weight_VW: The parameter.
+
+    Attributes:
+        weight_VW: The same numbers, for any use that gives a gradient of the whole table which it alone holds.
+    """
+
+    def __init__(self, weight_VW: Tensor) -> None:
+        self._waiting: WaitingRows = []
+        self.weight_VW = _Whole.apply(weight_VW, self._waiting)
+
+    def rows(self, ids_BS: Tensor, *, padding_idx: int | None) -> Tensor:
+        """Rows of the table, [B, S, W]; those of ``padding_idx`` have no gradient."""
+        return _Rows.apply(self.weight_VW, ids_BS, padding_idx, self._waiting)
+
+
+class WordEmbeddings(nn.Embedding):
+    """nn.Embedding that looks up in a `SharedTable` of its weight, where there is one."""
+
+    def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
+        """[B, S] -> [B, S, W]."""
+        if table is None:
+            return super().forward(input_ids)
+        return table.rows(input_ids, padding_idx=self.padding_idx)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_VW: Tensor, waiting: WaitingRows) -> Tensor:
+        ctx.waiting = waiting
+        ctx.like = weight_VW.new_empty(0)
+        ctx.shape = weight_VW.shape
+        ctx.set_materialize_grads(False)
+        return weight_VW.view_as(weight_VW)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_VW: Tensor | None):
+        waiting, ctx.waiting[:] = list(ctx.waiting), []
+        if gradient_VW is None and waiting:
+            gradient_VW = ctx.like.new_zeros(ctx.shape)
+        for ids, rows in waiting:
+            _add_rows_(gradient_VW, ids, rows)
+        return gradient_VW, None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, waiting: WaitingRows) -> Tensor:
+        ctx.save_for_backward(ids_BS)
+        ctx.padding_idx, ctx.waiting = padding_idx, waiting
+        return F.embedding(ids_BS, weight_VW)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_BSW: Tensor):
+        (ids_BS,) = ctx.saved_tensors
+        if ctx.padding_idx is not None:
+            gradient_BSW = gradient_BSW.masked_fill((ids_BS == ctx.padding_idx).unsqueeze(-1), 0.0)
+        ctx.waiting.append((ids_BS.flatten(), gradient_BSW.flatten(0, -2)))
+        return None, None, None, None
+
+
+def _add_rows_(table_VW: Tensor, ids_N: Tensor, rows_NW: Tensor) -> None:
+    """Adds rows to a table, in the same order in every run."""
+    if table_VW.is_cuda:
+        # Sorts; index_add_ would add in the order in which threads arrive.
+        table_VW.index_put_((ids_N,), rows_NW, accumulate=True)
+    else:
+        # One after the other; index_put_ would use atomics with several threads.
+        table_VW.index_add_(0, ids_N, rows_NW)
