@@ -53,6 +53,7 @@ class Case:
     layers_per_stage: Any = "auto"
     dropout: float = 0.0
     recompute: str = "none"
+    vocabulary_chunks: int = 1
     precision: str = "fp32"
     steps: int = 5
     clipping: float = 0.05
@@ -107,6 +108,7 @@ class Case:
                 max_steps=self.steps,
                 seed=SEED,
                 recompute=self.recompute,
+                vocabulary_chunks=self.vocabulary_chunks,
             ),
             optimizer=Optimizer(learning_rate=LEARNING_RATE, gradient_clipping=self.clipping),
             parallel=Parallel(

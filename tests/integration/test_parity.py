@@ -32,6 +32,7 @@ LAYOUTS = [
     Case(tensor=2, pipeline=2, recompute="selective"),
     Case(data=2, offload=True),
     Case(tensor=2, pipeline=2, documents=True),
+    Case(tensor=2, data=2, vocabulary_chunks=3),
     Case(tensor=2, pipeline=2, buckets=BUCKETS),
     Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS),
 ]
