@@ -1,10 +1,14 @@
 """Where tensors lie in the flat parameters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from deberta_dist.config import load_config
 from deberta_dist.flat_layout import ALIGNMENT, lay_out
-from deberta_dist.planning.layout import FLAT_GROUPS, is_decayed
+from deberta_dist.planning.layout import FLAT_GROUPS, flat_layout, is_decayed
+from deberta_dist.planning.plan import check_plan
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 3, 8])
@@ -35,3 +39,14 @@ def test_every_name_belongs_to_exactly_one_group() -> None:
     for groups in ((lambda name: False,), (lambda name: True, lambda name: True)):
         with pytest.raises(ValueError):
             lay_out({"a": (1,)}, groups=groups, data_parallel_size=1)
+
+
+def test_projections_that_make_one_product_lie_one_behind_the_other() -> None:
+    launcher = Path(__file__).parents[1] / "launchers" / "pretrain_1.5b.toml"
+    plan = check_plan(load_config(launcher), world_size=64)
+    layout = flat_layout(plan.layout, pipeline_rank=1, tensor_rank=1, data_parallel_size=8)
+    prefix = "deberta.encoder.layer.20.attention.self."
+    for leaf in ("weight", "bias"):
+        places = [layout.places[f"{prefix}{name}_proj.{leaf}"] for name in ("query", "key", "value")]
+        for (index, offset, shape), (next_index, next_offset, _) in zip(places, places[1:], strict=False):
+            assert (next_index, next_offset) == (index, offset + torch.Size(shape).numel())

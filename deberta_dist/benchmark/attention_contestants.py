@@ -105,8 +105,7 @@ class Case:
         )
 
         def forward() -> Tensor:
-            memory = module.memory(self.hidden_BSD, rel_RD=self.rel_RD, dropout_key=1)
-            query = module.query_proj(self.hidden_BSD).unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
+            query, memory = module.queries_and_memory(self.hidden_BSD, rel_RD=self.rel_RD, dropout_key=1)
             context, _ = disentangled_attention(
                 query,
                 memory.key_BNSH,

@@ -74,7 +74,7 @@ class _PortableAttention(torch.autograd.Function):
         refuse_second_derivative("portable")
         *operands, kept_NBQS = ctx.saved_tensors
         work = _Work(*operands, ctx.call)
-        gradients = [_tokens_first(x) for x in operands[:3]]
+        gradients = _token_gradients(*operands[:3])
         for chunk in work.chunks():
             kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
             results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], kept=kept)
@@ -258,9 +258,17 @@ class _Work:
         return self._workspaces[name][:size].view(shape)
 
 
-def _tokens_first(like_BNSH: Tensor) -> Tensor:
-    """Uninitialised, laid out as [B, S, N, H]: as the projections' outputs are, so that no one has to copy it."""
-    return torch.empty_like(like_BNSH.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+def _token_gradients(query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor) -> list[Tensor]:
+    """Uninitialised, laid out as the projections' outputs are, so that no one has to copy them: [B, S, N, H].
+
+    Of one length they are slices of one tensor, as the outputs of one product are.
+    """
+    operands = query_BNQH, key_BNSH, value_BNSH
+    if len({x.shape for x in operands}) > 1:
+        return [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in operands]
+    batch, heads, length, head_size = query_BNQH.shape
+    whole = query_BNQH.new_empty(batch, length, len(operands), heads, head_size)
+    return [part.transpose(1, 2) for part in whole.unbind(2)]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Source: microsoft/DeBERTa DeBERTa/deberta/{bert,disentangled_attention}.py@4d7fe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
+from deberta_dist.models.joint_linear import join_, joint_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -74,21 +75,32 @@ class DisentangledSelfAttention(nn.Module):
                 self.pos_query_proj = nn.Linear(config.hidden_size, config.all_head_size)
         self.pos_dropout = Dropout(config.hidden_dropout_prob, site=sites.POSITION_SITE)
         self.dropout = Dropout(config.attention_probs_dropout_prob, site=sites.ATTENTION_SITE)
+        self._join_weights()
+
+    def queries(self, entered_BQD: Tensor) -> Tensor:
+        """Of states that have passed ``enter``, [B, N, Q, H]."""
+        return self._heads(self.query_proj(entered_BQD))
 
     def memory(self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
         """Keys, values and projected relative table of hidden states that have passed ``enter``."""
+        key, value = joint_linear(entered_BSD, [self.key_proj, self.value_proj])
+        return self._memory(key, value, rel_RD=rel_RD, dropout_key=dropout_key)
+
+    def queries_and_memory(
+        self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None
+    ) -> tuple[Tensor, AttentionMemory]:
+        """`queries` and `memory` of the same states."""
+        query, key, value = joint_linear(entered_BSD, [self.query_proj, self.key_proj, self.value_proj])
+        return self._heads(query), self._memory(key, value, rel_RD=rel_RD, dropout_key=dropout_key)
+
+    def _memory(self, key: Tensor, value: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
         rel_RD = self.pos_dropout(rel_RD, dropout_key)
         # The table does not pass ``enter``: split over heads, its gradient is a partial sum that is completed once
-        # per optimizer step instead of once per layer. Hence the bare product with the projections' parameters.
-        rel_key = rel_query = None
-        if self.has_c2p:
-            projection = self.key_proj if self.share_att_key else self.pos_key_proj
-            rel_key = self._heads(F.linear(rel_RD, projection.weight, projection.bias))
-        if self.has_p2c:
-            projection = self.query_proj if self.share_att_key else self.pos_query_proj
-            rel_query = self._heads(F.linear(rel_RD, projection.weight, projection.bias))
-        key, value = self._heads(self.key_proj(entered_BSD)), self._heads(self.value_proj(entered_BSD))
-        return AttentionMemory(key, value, rel_key, rel_query)
+        # per optimizer step instead of once per layer.
+        projections = self._table_projections()
+        tables = joint_linear(rel_RD, list(projections.values())) if projections else ()
+        rel = {name: self._heads(table) for name, table in zip(projections, tables, strict=True)}
+        return AttentionMemory(self._heads(key), self._heads(value), rel.get("key"), rel.get("query"))
 
     def with_position_scores(
         self, memory: AttentionMemory, *, positions: RelativePositions, mask: AttentionMask | None
@@ -104,7 +116,7 @@ class DisentangledSelfAttention(nn.Module):
 
     def attend(
         self,
-        entered_BQD: Tensor,
+        query_BNQH: Tensor,
         memory: AttentionMemory,
         *,
         positions: RelativePositions,
@@ -113,10 +125,10 @@ class DisentangledSelfAttention(nn.Module):
         recompute_mode: str = "none",
         return_probabilities: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, Q, N * H] of query states that have passed ``enter``; probabilities if asked for."""
+        """Context [B, Q, N * H] of `queries`; probabilities if asked for."""
         drops = self.training and self.dropout.p > 0.0
         context, probabilities = disentangled_attention(
-            self._heads(self.query_proj(entered_BQD)),
+            query_BNQH,
             memory.key_BNSH,
             memory.value_BNSH,
             positions=positions,
@@ -134,6 +146,26 @@ class DisentangledSelfAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         """[..., S, N * H] -> [..., N, S, H]."""
         return x.unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
+
+    def _table_projections(self) -> dict[str, nn.Linear]:
+        """What makes "query" and "key" of the relative table, in the order of their weights."""
+        if self.share_att_key:
+            projections = {"query": self.query_proj, "key": self.key_proj}
+        else:
+            projections = {name: getattr(self, f"pos_{name}_proj", None) for name in ("key", "query")}
+        is_used = {"query": self.has_p2c, "key": self.has_c2p}
+        return {name: projection for name, projection in projections.items() if is_used[name]}
+
+    def _join_weights(self) -> None:
+        join_([self.query_proj, self.key_proj, self.value_proj])
+        if len(tables := self._table_projections()) > 1:
+            join_(list(tables.values()))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        # nn.Module's conversions move every parameter to memory of its own.
+        super()._apply(*args, **kwargs)
+        self._join_weights()
+        return self
 
 
 class ResidualOutput(nn.Module):
@@ -203,10 +235,12 @@ class Layer(nn.Module):
             return_probabilities: also return the attention probabilities.
         """
         attention = self.attention.self
-        entered_BSD = attention.enter(hidden_BSD)
+        query_BNSH, memory = attention.queries_and_memory(
+            attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key
+        )
         context, probabilities = attention.attend(
-            entered_BSD,
-            attention.memory(entered_BSD, rel_RD=rel_RD, dropout_key=dropout_key),
+            query_BNSH,
+            memory,
             positions=positions,
             mask=mask,
             dropout_key=dropout_key,
@@ -238,7 +272,7 @@ class Layer(nn.Module):
         for number in range(num_passes):
             pass_key = child_key(dropout_key, number + 1)
             context, _ = attention.attend(
-                attention.enter(query_BQD),
+                attention.queries(attention.enter(query_BQD)),
                 memory,
                 positions=positions,
                 mask=mask,

@@ -150,8 +150,12 @@ def test_operands_laid_out_by_tokens_as_projections_give_them():
         setattr(problem, name, x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_())
     actual = problem.run("portable")
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
-    # Neither the context nor a gradient has to be copied to become [B, S, N * H] again.
-    assert all(x.transpose(1, 2).is_contiguous() for x in actual[:4])
+    # Neither the context nor a gradient has to be copied to become [B, S, N * H] again, nor all gradients [B, S, 3 N * H].
+    context, *gradients = (x.transpose(1, 2) for x in actual[:4])
+    assert context.is_contiguous()
+    width = gradients[0].flatten(2).shape[-1]
+    assert {x.flatten(2).stride() for x in gradients} == {(20 * 3 * width, 3 * width, 1)}
+    assert len({x.untyped_storage().data_ptr() for x in gradients}) == 1
 
 
 def test_nothing_is_kept_without_gradients():

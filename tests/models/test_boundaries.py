@@ -42,7 +42,7 @@ def test_heads_can_be_split_over_two(randomise, relative_error, name):
         attention = part.attention.self
         rel_RD = torch.linspace(-1, 1, config.num_position_rows * 64).view(-1, 64).requires_grad_()
         memory = attention.memory(hidden, rel_RD=rel_RD, dropout_key=None)
-        context, _ = attention.attend(hidden, memory, positions=positions, mask=None, dropout_key=None)
+        context, _ = attention.attend(attention.queries(hidden), memory, positions=positions, mask=None, dropout_key=None)
         output = part.attention.output.dense(context)
         return output, torch.autograd.grad(output.sum(), rel_RD)[0]
 

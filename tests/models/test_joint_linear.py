@@ -1,0 +1,91 @@
+"""One product for several layers: where it is one, and the same numbers either way."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.joint_linear import adjacent, join_, joint_linear
+from deberta_dist.models.layers import DisentangledSelfAttention
+from deberta_dist.models.presets import preset
+
+IN, OUT = 5, 4
+
+
+def layers() -> list[nn.Linear]:
+    return [nn.Linear(IN, OUT, dtype=torch.float64) for _ in range(3)]
+
+
+def gradients(outputs: tuple[Tensor, ...], wrt: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.arange(outputs[0].numel(), dtype=torch.float64).view_as(outputs[0])
+    return torch.autograd.grad(sum((number + 1) * (weights * y).sum() for number, y in enumerate(outputs)), wrt)
+
+
+def test_joined_or_not_the_numbers_are_the_same() -> None:
+    apart = layers()
+    joined = copy.deepcopy(apart)
+    join_(joined)
+    assert adjacent([layer.weight for layer in apart]) is None
+    assert adjacent([layer.weight for layer in joined]).shape == (3 * OUT, IN)
+    x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+    found, expected = ((one, joint_linear(x, one)) for one in (joined, apart))
+    for y, z in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-14, atol=1e-14)
+    assert adjacent(found[1], dim=-1) is not None, "there were several products"
+    both = [gradients(outputs, [x, *(p for layer in one for p in layer.parameters())]) for one, outputs in (found, expected)]
+    for y, z in zip(*both, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_that_are_slices_of_one_tensor_are_not_copied() -> None:
+    whole = torch.randn(2, 3, 2 * OUT)
+    found = adjacent(whole.split(OUT, dim=-1), dim=-1)
+    assert found.data_ptr() == whole.data_ptr() and torch.equal(found, whole)
+    assert adjacent(list(whole.clone().split(OUT, dim=-1))[::-1], dim=-1) is None
+    # Rows of two matrices that lie one behind the other are not rows of a wider one.
+    behind = torch.randn(2, 3, OUT)
+    assert adjacent([behind[0], behind[1]], dim=-1) is None
+
+
+@pytest.mark.parametrize("shares_keys", [True, False])
+def test_attention_keeps_its_projections_together(shares_keys: bool) -> None:
+    config: DebertaConfig = preset("tiny-v2", share_att_key=shares_keys)
+
+    def is_joined(module: DisentangledSelfAttention) -> bool:
+        names = ["query_proj", "key_proj", "value_proj"]
+        groups = [names] if shares_keys else [names, ["pos_key_proj", "pos_query_proj"]]
+        return all(
+            adjacent([getattr(getattr(module, name), leaf) for name in group]) is not None
+            for group in groups
+            for leaf in ("weight", "bias")
+        )
+
+    module = DisentangledSelfAttention(config)
+    assert is_joined(module)
+    assert is_joined(module.to(torch.bfloat16))
+    state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    module.load_state_dict(state)
+    assert is_joined(module)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_a_second_derivative_is_refused() -> None:
+    joined = layers()
+    join_(joined)
+    x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(joint_linear(x, joined)[0].sum(), x, create_graph=True)
+
+
+def test_autocast_chooses_its_own_precision() -> None:
+    joined = [layer.float() for layer in layers()]
+    join_(joined)
+    x = torch.randn(2, IN, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = joint_linear(x, joined)
+        assert outputs[0].dtype == F.linear(x, joined[0].weight).dtype == torch.bfloat16
+    outputs[0].float().sum().backward()
+    assert x.grad.dtype == torch.float32
