@@ -6,6 +6,7 @@
     tools/benchmark.py data --part masking --json data.json
     tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
     tools/benchmark.py step --layers 4 --rounds 5
+    tools/benchmark.py head --rounds 7
     tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
 """
 
@@ -17,10 +18,18 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, layer, scale, sift, step  # noqa: E402
+from deberta_dist.benchmark import convert, data, head, layer, scale, sift, step  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
-VERBS = {"convert": convert, "data": data, "layer": layer, "scale": scale, "sift": sift, "step": step}
+VERBS = {
+    "convert": convert,
+    "data": data,
+    "head": head,
+    "layer": layer,
+    "scale": scale,
+    "sift": sift,
+    "step": step,
+}
 COUNTED = ("scale",)
 """Verbs that are exact the first time and have no rounds."""
 

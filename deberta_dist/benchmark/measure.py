@@ -126,12 +126,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int, official: bool = True) -> None:
     """Flags of the verbs that run a model or a part of it in this process."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
+    if official:
+        parser.add_argument(
+            "--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well"
+        )
 
 
 def describe(title: str, found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -121,7 +121,7 @@ def settings(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def describe(title: str, figures: Mapping[str, Mapping[str, Any]], *, against: tuple[str, ...]) -> str:
-    """One contestant a line: median, range, ratio of others' medians to its own, bytes kept."""
+    """One contestant a line: median, range, ratio of others' medians to its own, bytes."""
     lines = [title]
     for name, row in figures.items():
         low, high = row["range"]
@@ -129,5 +129,6 @@ def describe(title: str, figures: Mapping[str, Mapping[str, Any]], *, against: t
             f"  {figures[other]['seconds'] / row['seconds']:5.2f}x {other}" for other in against if other in figures
         )
         kept = f"  keeps {row['saved_bytes'] / 2**20:6.1f} MiB" if "saved_bytes" in row else ""
+        kept += f"  peak {row['peak_bytes'] / 2**20:7.1f} MiB" if "peak_bytes" in row else ""
         lines.append(f"  {name:<28} {row['seconds'] * 1e3:9.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f}){ratios}{kept}")
     return "\n".join(lines)
