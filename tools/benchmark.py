@@ -7,6 +7,7 @@
     tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
     tools/benchmark.py step --layers 4 --rounds 5
     tools/benchmark.py head --rounds 7
+    tools/benchmark.py pipeline --micro-batches 4,16
     tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, head, layer, scale, sift, step  # noqa: E402
+from deberta_dist.benchmark import convert, data, head, layer, pipeline, scale, sift, step  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
 VERBS = {
@@ -26,6 +27,7 @@ VERBS = {
     "data": data,
     "head": head,
     "layer": layer,
+    "pipeline": pipeline,
     "scale": scale,
     "sift": sift,
     "step": step,

@@ -7,18 +7,12 @@ which gathers and reduces in every micro-batch. Gloo on the CPU; nothing is time
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deberta_dist.benchmark.measure import ROOT, BenchmarkError, machine
+from deberta_dist.benchmark.measure import BenchmarkError, machine
+from deberta_dist.benchmark.ranks import start_ranks
 from deberta_dist.errors import ConfigError
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
@@ -72,7 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     formulas = [formula(case) for case in cases]
     data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
-    found = start_ranks(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
+    found = count_all(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
 
     counted = [[rank["bytes_by_kind"] for rank in ranks] for ranks in found["ours"]]
     for case, ranks, expected in zip(cases, counted, formulas, strict=True):
@@ -187,7 +181,7 @@ def check_losses(
             )
 
 
-def start_ranks(
+def count_all(
     cases: Sequence["Case"], peers: Sequence[tuple[str, "Case"]], *, processes: int, timeout: float
 ) -> dict[str, list[list[dict[str, Any]]]]:
     """Runs everything on one set of processes; returns [case][rank] for ``ours`` and ``deepspeed``.
@@ -196,58 +190,11 @@ def start_ranks(
         BenchmarkError: a rank ended with an error, or there was no end in ``timeout`` seconds.
     """
     plan = {
-        "timeout_seconds": timeout,
         "ours": [vars(case) for case in cases],
         "deepspeed": [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers],
     }
-    with tempfile.TemporaryDirectory(prefix="benchmark-scale-") as name:
-        folder = Path(name)
-        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-        ranks = [_start_rank(rank, folder=folder, processes=processes) for rank in range(processes)]
-        try:
-            _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
-        finally:
-            for process in ranks:
-                process.kill()
-            for process in ranks:
-                process.wait()
-        found = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
-    return {key: [list(ranks) for ranks in zip(*(rank[key] for rank in found), strict=True)] for key in found[0]}
-
-
-def _start_rank(rank: int, *, folder: Path, processes: int) -> subprocess.Popen:
-    launcher = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, "-m", "deberta_dist.benchmark.scale_rank", str(folder)]
-    with open(folder / f"rank-{rank}.log", "wb") as log:
-        return subprocess.Popen(command, env=os.environ | launcher, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
-    while any(process.poll() is None for process in ranks):
-        if any(process.poll() for process in ranks):
-            break
-        if time.monotonic() > deadline:
-            late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
-            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
-        time.sleep(0.1)
-    for rank, process in enumerate(ranks):
-        if process.poll():
-            raise BenchmarkError(f"rank {rank} ended with {process.returncode}: {_last_words(folder, rank)}")
-
-
-def _last_words(folder: Path, rank: int) -> str:
-    text = (folder / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")
-    return text[-1000:].strip() or "nothing"
+    found = start_ranks("deberta_dist.benchmark.scale_rank", plan, processes=processes, timeout=timeout)
+    return {key: [list(of_case) for of_case in zip(*(rank[key] for rank in found), strict=True)] for key in found[0]}
 
 
 def _row(name: str, case: "Case", ranks: Iterable[Mapping[str, int]]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def test_a_rank_that_fails_or_hangs_ends_it_all(
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     with pytest.raises(BenchmarkError, match=message):
-        scale.start_ranks([], [], processes=2, timeout=1)
+        scale.count_all([], [], processes=2, timeout=1)
 
 
 def test_layouts_and_micro_batches() -> None:

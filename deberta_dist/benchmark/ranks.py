@@ -1,0 +1,74 @@
+"""Starts the processes of a benchmark that needs several, waits for all of them, and collects what they found."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.benchmark.measure import ROOT, BenchmarkError
+
+
+def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float) -> list[Any]:
+    """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
+
+    Args:
+        module: Its main program, which reads a launcher's variables; the ranks meet in FOLDER.
+        plan: Written to ``FOLDER/plan.json`` with ``timeout_seconds``.
+        processes: How many.
+        timeout: Seconds for everything.
+
+    Raises:
+        BenchmarkError: a rank ended with an error, or there was no end in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps({"timeout_seconds": timeout, **plan}), encoding="utf-8")
+        ranks = [_start(module, rank, folder=folder, processes=processes) for rank in range(processes)]
+        try:
+            _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.wait()
+        return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+
+
+def _start(module: str, rank: int, *, folder: Path, processes: int) -> subprocess.Popen:
+    launcher = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", module, str(folder)]
+    with open(folder / f"rank-{rank}.log", "wb") as log:
+        return subprocess.Popen(command, env=os.environ | launcher, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
+    while any(process.poll() is None for process in ranks):
+        if any(process.poll() for process in ranks):
+            break
+        if time.monotonic() > deadline:
+            late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
+            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
+        time.sleep(0.1)
+    for rank, process in enumerate(ranks):
+        if process.poll():
+            raise BenchmarkError(f"rank {rank} ended with {process.returncode}: {_last_words(folder, rank)}")
+
+
+def _last_words(folder: Path, rank: int) -> str:
+    text = (folder / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")
+    return text[-1000:].strip() or "nothing"
