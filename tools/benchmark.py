@@ -6,6 +6,7 @@
     tools/benchmark.py data --part masking --json data.json
     tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
     tools/benchmark.py step --layers 4 --rounds 5
+    tools/benchmark.py train --processes 2 --rounds 5
     tools/benchmark.py head --rounds 7
     tools/benchmark.py pipeline --micro-batches 4,16
     tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
@@ -19,7 +20,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, head, layer, pipeline, scale, sift, step  # noqa: E402
+from deberta_dist.benchmark import convert, data, head, layer, pipeline, scale, sift, step, train  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
 VERBS = {
@@ -31,6 +32,7 @@ VERBS = {
     "scale": scale,
     "sift": sift,
     "step": step,
+    "train": train,
 }
 COUNTED = ("scale",)
 """Verbs that are exact the first time and have no rounds."""

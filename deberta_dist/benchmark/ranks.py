@@ -13,7 +13,9 @@ from typing import Any
 from deberta_dist.benchmark.measure import ROOT, BenchmarkError
 
 
-def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float) -> list[Any]:
+def start_ranks(
+    module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False
+) -> list[Any]:
     """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
 
     Args:
@@ -21,6 +23,7 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
         plan: Written to ``FOLDER/plan.json`` with ``timeout_seconds``.
         processes: How many.
         timeout: Seconds for everything.
+        uses_gpus: Whether they may see the GPUs.
 
     Raises:
         BenchmarkError: a rank ended with an error, or there was no end in time.
@@ -28,7 +31,8 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps({"timeout_seconds": timeout, **plan}), encoding="utf-8")
-        ranks = [_start(module, rank, folder=folder, processes=processes) for rank in range(processes)]
+        hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        ranks = [_start(module, rank, hidden, folder=folder, processes=processes) for rank in range(processes)]
         try:
             _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
         finally:
@@ -39,7 +43,7 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
         return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
-def _start(module: str, rank: int, *, folder: Path, processes: int) -> subprocess.Popen:
+def _start(module: str, rank: int, hidden: Mapping[str, str], *, folder: Path, processes: int) -> subprocess.Popen:
     launcher = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -47,8 +51,7 @@ def _start(module: str, rank: int, *, folder: Path, processes: int) -> subproces
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
+        **hidden,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, "-m", module, str(folder)]

@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from deberta_dist.benchmark.engines import LossOnly, take_step, zero3_engine
 from deberta_dist.benchmark.traffic import Traffic
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import make_mesh, start_process_group
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import Layout, is_decayed, plan_layout
+from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.trainer import Trainer
-from deberta_dist.zero import import_deepspeed
 
 SEED, LENGTH, MICRO_BATCH_SIZE, LEARNING_RATE = 7, 16, 1, 1e-3
 # DeepSpeed records its order of modules in the first step and compares it between ranks in the second.
@@ -157,13 +155,6 @@ def count_ours(case: Case, *, device: torch.device) -> Counted:
     return counted
 
 
-class LossOnly(DebertaForMaskedLM):
-    """The plain model with the loss as its output: DeepSpeed's hooks find no tensor in a dataclass."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        return super().forward(input_ids, attention_mask, labels).loss
-
-
 def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
     """One step of DeepSpeed's ZeRO-3 engine around the plain model, data parallel, accumulating gradients. Collective.
 
@@ -181,22 +172,13 @@ def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
     if parameters is not None:
         share = sum(parameter.numel() for parameter in model.parameters()) / parameters
         settings["zero_optimization"] |= {key: round(value * share) for key, value in WINDOWS.items()}
-    decayed = [parameter for name, parameter in model.named_parameters() if is_decayed(name)]
-    others = [parameter for name, parameter in model.named_parameters() if not is_decayed(name)]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=settings)
+    engine = zero3_engine(model, settings, learning_rate=LEARNING_RATE)
 
     def take(step: int) -> float:
         batch = own_batch(case, step=step, replica=dist.get_rank())
-        total = 0.0
-        for first in range(0, len(batch.labels), MICRO_BATCH_SIZE):
-            rows = slice(first, first + MICRO_BATCH_SIZE)
-            loss = engine(batch.input_ids[rows], batch.attention_mask[rows], batch.labels[rows])
-            engine.backward(loss)
-            engine.step()
-            total += loss.item()
-        return total / case.micro_batches
+        return take_step(
+            engine, batch.input_ids, batch.attention_mask, batch.labels, micro_batch_size=MICRO_BATCH_SIZE
+        )
 
     counted = _count(take)
     engine.destroy()
