@@ -51,6 +51,7 @@ class AttentionMask:
 
     Attributes:
         key_segments_BS: integers; 0 sees nothing and is not seen (padding), the others see their equals (documents).
+            Or bool, where all that is not padding is one segment.
         query_segments_BQ: the queries' segments; None: queries and keys are the same tokens.
         pairs_BQS: instead of segments: bool; batch dimension 1 or B.
     """
@@ -67,6 +68,34 @@ class AttentionMask:
                 f"pairs_BQS has shape {tuple(self.pairs_BQS.shape)} and dtype {self.pairs_BQS.dtype}; "
                 "expected bool [batch, queries, keys]"
             )
+
+    @property
+    def is_of_padding(self) -> bool:
+        """Whether nothing but padding is hidden, told by the kind of mask and not by its numbers."""
+        return self.pairs_BQS is None and self.key_segments_BS.dtype == torch.bool
+
+    def seen(self) -> Tensor:
+        """Keys that are no padding, bool [B or 1, S]: of pairs, those that any query sees."""
+        return self.key_segments_BS != 0 if self.pairs_BQS is None else self.pairs_BQS.any(dim=-2)
+
+    def seen_at(self, offset: int) -> Tensor:
+        """Whether each token sees the one ``offset`` places behind it, of those that have one, bool [B or 1, S - |offset|].
+
+        Queries and keys are the same tokens; |offset| is below S.
+        """
+        if self.pairs_BQS is not None:
+            return self.pairs_BQS.diagonal(offset, dim1=1, dim2=2)
+        length = self.key_segments_BS.shape[1] - abs(offset)
+        queries = self.key_segments_BS.narrow(1, max(-offset, 0), length)
+        keys = self.key_segments_BS.narrow(1, max(offset, 0), length)
+        return (queries == keys) & (keys != 0)
+
+    def of_queries(self, queries_BT: Tensor) -> "AttentionMask":
+        """The mask of those queries alone, by their positions [B, T] among the tokens; all keys stay."""
+        if self.pairs_BQS is None:
+            return AttentionMask(self.key_segments_BS, self.key_segments_BS.gather(1, queries_BT))
+        rows = queries_BT[:, :, None].expand(-1, -1, self.pairs_BQS.shape[-1])
+        return AttentionMask(pairs_BQS=self.pairs_BQS.gather(1, rows))
 
     def visible(self) -> Tensor:
         """Every pair, bool [B or 1, Q, S]."""

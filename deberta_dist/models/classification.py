@@ -12,7 +12,7 @@ from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import ACTIVATIONS
-from deberta_dist.models.positions import token_mask
+from deberta_dist.models.positions import visibility
 from deberta_dist.models.published_state import accept_published_weights
 
 
@@ -166,6 +166,6 @@ class DebertaForReplacedTokenDetection(_WithBackbone):
         if labels is None:
             return ClassificationOutput(loss=None, logits=logits)
         is_replaced = (labels > 0) & (labels != input_ids)
-        is_token = token_mask(attention_mask)
+        is_token = visibility(attention_mask).seen()
         loss = F.binary_cross_entropy_with_logits(logits[is_token].float(), is_replaced[is_token].float())
         return ClassificationOutput(loss=loss, logits=logits)

@@ -8,6 +8,7 @@ Source: microsoft/DeBERTa DeBERTa/deberta/bert.py@4d7fe0bd.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deberta_dist.kernels import AttentionMask
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
@@ -37,8 +38,7 @@ class ConvLayer(nn.Module):
         embeddings_BSD: Tensor,
         layer_BSD: Tensor,
         *,
-        is_token_BS: Tensor,
-        sees_BSS: Tensor | None = None,
+        mask: AttentionMask,
         dropout_key: int | None,
     ) -> Tensor:
         """Output of layer 0 with the convolution added.
@@ -46,17 +46,17 @@ class ConvLayer(nn.Module):
         Args:
             embeddings_BSD: x_0.
             layer_BSD: x_1.
-            is_token_BS: m.
-            sees_BSS: which token sees which, bool; absent: all see all.
+            mask: m, and which token sees which.
             dropout_key: key of layer 0.
         """
-        x_BDS = embeddings_BSD.transpose(1, 2)
-        local = (self.conv(x_BDS) if sees_BSS is None else self._conv_of_seen(x_BDS, sees_BSS)).transpose(1, 2)
+        x_BDS, is_token_BS = embeddings_BSD.transpose(1, 2), mask.seen()
+        # Padding is zero already.
+        local = (self.conv(x_BDS) if mask.is_of_padding else self._conv_of_seen(x_BDS, mask)).transpose(1, 2)
         local = local.masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
         local = self.activation(self.dropout(local, dropout_key))
         return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)
 
-    def _conv_of_seen(self, x_BDS: Tensor, sees_BSS: Tensor) -> Tensor:
+    def _conv_of_seen(self, x_BDS: Tensor, mask: AttentionMask) -> Tensor:
         """bias + sum over taps o of W_o x[s + o] where s sees s + o; what is not seen is dropped after the product.
 
         So the backward pass keeps ``x_BDS`` once and not a masked copy per tap.
@@ -69,8 +69,8 @@ class ConvLayer(nn.Module):
                 continue
             product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
             if offset:
-                # Around the ends as well: there the padded diagonal says that nothing is seen.
-                sees_BS = F.pad(sees_BSS.diagonal(offset, dim1=1, dim2=2), (max(-offset, 0), max(offset, 0)))
+                # Around the ends as well: there the padding says that nothing is seen.
+                sees_BS = F.pad(mask.seen_at(offset), (max(-offset, 0), max(offset, 0)))
                 product = product.roll(-offset, dims=-1).masked_fill(~sees_BS[:, None], 0.0)
             local = local + product
         return local

@@ -9,14 +9,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.kernels import RelativePositions
+from deberta_dist.kernels import AttentionMask, RelativePositions
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import Layer
-from deberta_dist.models.positions import relative_positions, token_mask, visibility
+from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
 from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         *,
         layers: range,
         rel_RD: Tensor,
-        attention_mask: Tensor,
+        mask: AttentionMask,
         dropout_key: int | None,
         hidden_states: list[Tensor] | None = None,
         attentions: list[Tensor] | None = None,
@@ -112,14 +112,13 @@ class Encoder(nn.Module):
             hidden_BSD: input of the first of them; the embeddings if that is layer 0.
             layers: contiguous.
             rel_RD: `relative_table`.
-            attention_mask: [B, S] or [B, S, S].
+            mask: who sees whom.
             dropout_key: key of the model's call.
             hidden_states: receives every output.
             attentions: receives the attention probabilities of every layer.
         """
         if not layers:
             return hidden_BSD
-        mask = visibility(attention_mask)
         positions = self.relative_positions(hidden_BSD.device)
         for number in layers:
             layer_key = child_key(dropout_key, number + 1)
@@ -143,13 +142,7 @@ class Encoder(nn.Module):
                 one_layer, hidden_BSD, rel_RD, recompute=self.recompute == "full", dropout_key=dropout_key, owner=self
             )
             if number == 0 and self.conv is not None:
-                output_BSD = self.conv(
-                    hidden_BSD,
-                    output_BSD,
-                    is_token_BS=token_mask(attention_mask),
-                    sees_BSS=mask.pairs_BQS,
-                    dropout_key=layer_key,
-                )
+                output_BSD = self.conv(hidden_BSD, output_BSD, mask=mask, dropout_key=layer_key)
             hidden_BSD = output_BSD
             if hidden_states is not None:
                 hidden_states.append(hidden_BSD)
@@ -221,10 +214,10 @@ class DebertaModel(nn.Module):
             output_attentions: also return the attention probabilities.
             dropout_key: determines all dropout masks of the call; absent: torch's random state does.
         """
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = visibility(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         embedded_BSD = self.embed(
             input_ids,
-            attention_mask=attention_mask,
+            mask=mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             dropout_key=dropout_key,
@@ -235,7 +228,7 @@ class DebertaModel(nn.Module):
             embedded_BSD,
             layers=range(self.encoder.num_layers),
             rel_RD=self.encoder.relative_table(),
-            attention_mask=attention_mask,
+            mask=mask,
             dropout_key=dropout_key,
             hidden_states=hidden_states,
             attentions=attentions,
@@ -250,13 +243,15 @@ class DebertaModel(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        attention_mask: Tensor,
+        mask: AttentionMask,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         dropout_key: int | None,
         table: SharedTable | None = None,
     ) -> Tensor:
-        """Input of layer 0, [B, S, D]; ``table`` is the word embeddings where others use them too, the rest as in `forward`.
+        """Input of layer 0, [B, S, D], zero where ``mask`` has padding; the others as in `forward`.
+
+        ``table`` is the word embeddings where others use them too.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
@@ -264,7 +259,7 @@ class DebertaModel(nn.Module):
         self.require_positions(input_ids.shape[1], added=self.config.position_biased_input)
         return self.embeddings(
             input_ids,
-            is_token_BS=token_mask(attention_mask),
+            is_token_BS=mask.seen(),
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             dropout_key=child_key(dropout_key, 0),

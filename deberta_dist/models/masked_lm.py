@@ -11,13 +11,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from deberta_dist.kernels import AttentionMask
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
-from deberta_dist.models.positions import padded_targets, token_mask, visibility, within_documents
+from deberta_dist.models.positions import padded_targets, within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
@@ -102,13 +103,13 @@ class DebertaForMaskedLM(nn.Module):
             ValueError: more tokens than absolute positions, or ``document_ids`` and ``attention_mask`` of two shapes.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        attention_mask, document_positions = within_documents(attention_mask, document_ids)
-        is_target_BS = token_mask(attention_mask) if labels is None else labels > 0
+        mask, document_positions = within_documents(attention_mask, document_ids)
+        is_target_BS = mask.seen() if labels is None else labels > 0
         table = self._shared_table()
         hidden_TD = self._run(
             None,
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            mask=mask,
             position_ids=document_positions if position_ids is None else position_ids,
             is_target_BS=is_target_BS,
             layers=range(self.config.num_hidden_layers),
@@ -159,12 +160,12 @@ class DebertaForMaskedLM(nn.Module):
         if not layers:
             return hidden_BSD
         is_target_BS = labels > 0
-        attention_mask, position_ids = within_documents(attention_mask, document_ids)
+        mask, position_ids = within_documents(attention_mask, document_ids)
         table = self._shared_table() if len(layers) == num_layers else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            mask=mask,
             position_ids=position_ids,
             is_target_BS=is_target_BS,
             layers=layers,
@@ -200,7 +201,7 @@ class DebertaForMaskedLM(nn.Module):
         hidden_BSD: Tensor | None,
         *,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        mask: AttentionMask,
         position_ids: Tensor | None,
         is_target_BS: Tensor,
         layers: range,
@@ -210,11 +211,7 @@ class DebertaForMaskedLM(nn.Module):
         """Hidden states [B, S, D] after ``layers``; of the targets alone, [T, D], if the last is among them."""
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                dropout_key=dropout_key,
-                table=table,
+                input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key, table=table
             )
         rel_RD = self.deberta.encoder.relative_table()
         is_last = layers.stop == self.config.num_hidden_layers
@@ -223,14 +220,14 @@ class DebertaForMaskedLM(nn.Module):
             hidden_BSD,
             layers=layers[:-1] if decodes else layers,
             rel_RD=rel_RD,
-            attention_mask=attention_mask,
+            mask=mask,
             dropout_key=dropout_key,
         )
         if decodes:
             return self._decode_targets(
                 hidden_BSD,
                 rel_RD,
-                attention_mask=attention_mask,
+                mask=mask,
                 position_ids=position_ids,
                 is_target_BS=is_target_BS,
                 dropout_key=dropout_key,
@@ -242,7 +239,7 @@ class DebertaForMaskedLM(nn.Module):
         hidden_BSD: Tensor,
         rel_RD: Tensor,
         *,
-        attention_mask: Tensor,
+        mask: AttentionMask,
         position_ids: Tensor | None,
         is_target_BS: Tensor,
         dropout_key: int | None,
@@ -254,7 +251,7 @@ class DebertaForMaskedLM(nn.Module):
         positions_BT, slots = padded_targets(is_target_BS)
         absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
         relative = dataclasses.replace(encoder.relative_positions(hidden_BSD.device), query_positions_BQ=positions_BT)
-        mask = visibility(attention_mask, queries_BT=positions_BT)
+        mask = mask.of_queries(positions_BT)
         layer_key = child_key(dropout_key, encoder.num_layers)
 
         def decode(hidden_BSD: Tensor, table_RD: Tensor) -> Tensor:

@@ -51,41 +51,23 @@ def relative_positions(*, num_buckets: int, max_distance: int, device: torch.dev
         return RelativePositions(torch.tensor(rows, device=device), known_rows=rows)
 
 
-def token_mask(attention_mask: Tensor) -> Tensor:
-    """Real tokens, bool [B, S], of a mask [B, S] or [B, S, S]: with the latter, tokens that any query sees."""
-    return attention_mask.bool() if attention_mask.dim() == 2 else attention_mask.bool().any(dim=-2)
-
-
-def visibility(attention_mask: Tensor, *, queries_BT: Tensor | None = None) -> AttentionMask:
-    """Which query sees which key; padding neither sees nor is seen.
+def visibility(attention_mask: Tensor) -> AttentionMask:
+    """Which token sees which; padding neither sees nor is seen.
 
     Args:
-        attention_mask: [B, S], or [B, S, S] with row i saying what token i sees (documents in one sequence).
-        queries_BT: positions of the queries; all positions if absent.
+        attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees.
 
     Raises:
         ValueError: the mask has neither two nor three dimensions.
     """
     mask = attention_mask.bool()
     if mask.dim() == 2:
-        queries = None if queries_BT is None else mask.gather(1, queries_BT)
-        return AttentionMask(key_segments_BS=mask, query_segments_BQ=queries)
+        return AttentionMask(key_segments_BS=mask)
     if mask.dim() != 3:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens] or [batch, tokens, tokens]"
         )
-    if queries_BT is not None:
-        mask = mask.gather(1, queries_BT[:, :, None].expand(-1, -1, mask.shape[-1]))
     return AttentionMask(pairs_BQS=mask)
-
-
-def document_mask(document_ids: Tensor) -> Tensor:
-    """Which token sees which in sequences of several documents, bool [B, S, S]: those of its own document.
-
-    Args:
-        document_ids: int [B, S]: 0 for padding, which neither sees nor is seen; else the number of the document.
-    """
-    return (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids != 0)[:, None, :]
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
@@ -99,27 +81,28 @@ def document_positions(document_ids: Tensor) -> Tensor:
     return places - places.masked_fill(continues, 0).cummax(dim=1).values
 
 
-def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Attention mask and absolute positions of sequences of several documents; without ``document_ids`` no change.
+def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tuple[AttentionMask, Tensor | None]:
+    """Who sees whom, and absolute positions, in sequences of several documents, which do not see each other.
 
     Args:
-        attention_mask: 1 for real tokens, [B, S].
-        document_ids: see `document_mask`; a token is real where both say so.
+        attention_mask: 1 for real tokens, [B, S]; without ``document_ids`` anything that `visibility` takes.
+        document_ids: int [B, S]: 0 for padding, else the number of the document; a token is real where both say so.
 
     Returns:
-        The mask [B, S, S] and the positions [B, S]; ``attention_mask`` itself and None without ``document_ids``.
+        The mask, and the positions [B, S]; None without ``document_ids``.
 
     Raises:
-        ValueError: the two are not of one shape.
+        ValueError: the two are not of one shape, or see `visibility`.
     """
     if document_ids is None:
-        return attention_mask, None
+        return visibility(attention_mask), None
     if document_ids.dim() != 2 or document_ids.shape != attention_mask.shape:
         raise ValueError(
             f"document_ids has shape {tuple(document_ids.shape)} and attention_mask {tuple(attention_mask.shape)}; "
             "expected [batch, tokens] of both: the documents decide who sees whom"
         )
-    return document_mask(document_ids.masked_fill(~attention_mask.bool(), 0)), document_positions(document_ids)
+    segments = document_ids.masked_fill(~attention_mask.bool(), 0)
+    return AttentionMask(key_segments_BS=segments), document_positions(document_ids)
 
 
 def padded_targets(is_target_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,8 +107,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    dtype, has_documents = DTYPES[precision(plan.deepspeed)], plan.config.data.document_boundaries
-    log.say(describe_attention(plan.model_config, dtype=dtype, device=device, has_documents=has_documents))
+    log.say(describe_attention(plan.model_config, dtype=DTYPES[precision(plan.deepspeed)], device=device))
     log.say(describe_reading(plan.config, data.train.mixture))
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged

@@ -137,6 +137,18 @@ def test_segments_see_their_equals_and_padding_nothing():
     assert AttentionMask(key_segments_BS=torch.ones(1, 3)).arithmetic() == (None, None)
 
 
+def test_segments_and_their_pairs_say_the_same():
+    segments = AttentionMask(key_segments_BS=torch.tensor([[1, 1, 2, 0], [3, 0, 0, 4]]))
+    pairs = AttentionMask(pairs_BQS=segments.visible())
+    padding = AttentionMask(key_segments_BS=torch.tensor([[True, True, False]]))
+    queries = torch.tensor([[2, 0, 3], [1, 3, 3]])
+    assert torch.equal(segments.seen(), pairs.seen())
+    assert torch.equal(segments.of_queries(queries).visible(), pairs.of_queries(queries).visible())
+    for offset in range(-3, 4):
+        assert torch.equal(segments.seen_at(offset), pairs.seen_at(offset))
+    assert [mask.is_of_padding for mask in (segments, pairs, padding)] == [False, False, True]
+
+
 @everywhere
 def test_position_scores_made_before_are_the_same_term(implementation):
     t = tensors()

@@ -20,7 +20,6 @@ def test_without_a_gpu():
     ("options", "expected"),
     [
         ({}, "attention: fused"),
-        ({"has_documents": True}, "attention: portable (the fused attention takes a mask of segments, not"),
         ({"dtype": torch.float64}, "attention: portable (the fused attention takes torch.bfloat16"),
     ],
 )

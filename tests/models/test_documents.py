@@ -1,12 +1,16 @@
 """Several documents in one sequence: each comes out as if it were alone, in every part of every generation."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.models.positions import document_mask, document_positions
+from deberta_dist.kernels import AttentionMask, RelativePositions
+from deberta_dist.kernels.fused import availability
+from deberta_dist.models.masked_lm import NUM_DECODER_PASSES, DebertaForMaskedLM
+from deberta_dist.models.positions import document_positions, within_documents
 from deberta_dist.models.presets import preset
 
 CONFIGS = {
@@ -50,6 +54,11 @@ def packed(config) -> tuple[Tensor, Tensor, Tensor]:
     return ids, labels, document_ids
 
 
+def pairs(numbers: Tensor) -> Tensor:
+    """Which token sees which, bool [B, S, S]."""
+    return AttentionMask(key_segments_BS=numbers).visible()
+
+
 def losses(logits_TV: Tensor, labels: Tensor) -> Tensor:
     """Per target, in the logits' own precision."""
     return F.cross_entropy(logits_TV, labels[labels > 0], reduction="none")
@@ -60,7 +69,7 @@ def test_hidden_states_are_those_of_each_document_alone(randomise, relative_erro
     config = CONFIGS[name]
     model = exact_model(config, randomise).deberta
     ids, _, numbers = packed(config)
-    hidden = model(ids, document_mask(numbers), position_ids=document_positions(numbers)).last_hidden_state
+    hidden = model(ids, pairs(numbers), position_ids=document_positions(numbers)).last_hidden_state
     alone = torch.cat([model(own).last_hidden_state[0] for sequence in documents(config) for own, _ in sequence])
     assert relative_error(hidden[numbers > 0], alone) < 1e-12
 
@@ -94,7 +103,7 @@ def test_mask_and_positions_given_apart_are_the_same(randomise, name):
     config = CONFIGS[name]
     model = exact_model(config, randomise)
     ids, labels, numbers = packed(config)
-    apart = model(ids, document_mask(numbers), labels, position_ids=document_positions(numbers))
+    apart = model(ids, pairs(numbers), labels, position_ids=document_positions(numbers))
     assert torch.equal(apart.logits, model(ids, None, labels, document_ids=numbers).logits)
 
 
@@ -140,7 +149,39 @@ def test_mask_and_positions_of_documents():
     numbers = torch.tensor([[1, 1, 2, 3, 3, 3, 0, 0]])
     assert document_positions(numbers).tolist() == [[0, 1, 0, 0, 1, 2, 0, 1]]
     blocks = torch.block_diag(torch.ones(2, 2), torch.ones(1, 1), torch.ones(3, 3), torch.zeros(2, 2))
-    assert torch.equal(document_mask(numbers), blocks.bool()[None])
+    mask, positions = within_documents(torch.ones(1, 8), numbers)
+    assert torch.equal(mask.visible(), blocks.bool()[None])
+    assert torch.equal(positions, document_positions(numbers))
+
+
+@pytest.mark.parametrize("name", ["v1 decoder", "v2 decoder, conv, buckets, shared keys"])
+def test_the_fused_attention_takes_every_pass(randomise, relative_error, gradients, monkeypatch, name):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
+    from deberta_dist.kernels.fused import autograd
+
+    config = dataclasses.replace(CONFIGS[name], attention_head_size=32)
+    model = randomise(DebertaForMaskedLM(config))
+    ids, labels, numbers = (x[:1] for x in packed(config))
+
+    def loss_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model(ids, None, labels, document_ids=numbers, dropout_key=5).loss
+        return loss.detach(), gradients(model, loss)
+
+    expected_loss, expected = loss_and_gradients()
+    calls, plain = [], autograd.FusedAttention.apply
+    monkeypatch.setattr(autograd.FusedAttention, "apply", lambda *operands: calls.append(1) or plain(*operands))
+    # As on a GPU with Triton.
+    monkeypatch.setattr("deberta_dist.kernels.choice.unavailable_reason", support)
+    loss, actual = loss_and_gradients()
+    assert len(calls) == config.num_hidden_layers - 1 + NUM_DECODER_PASSES
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    for parameter, gradient in expected.items():
+        scale = gradient.abs().max().clamp_min(1e-3)
+        assert (actual[parameter] - gradient).abs().max() <= 1e-4 * scale, parameter
+
+
+def support(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None, **_: bool) -> str | None:
+    return availability.unsupported_reason(key_BNSH, positions=positions, mask=mask)
 
 
 @pytest.mark.parametrize("shape", [(3, 38, 38), (3, 37)])

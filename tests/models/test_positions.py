@@ -10,7 +10,6 @@ from deberta_dist.models.positions import (
     padded_targets,
     position_row_of_distance,
     relative_positions,
-    token_mask,
     visibility,
 )
 
@@ -74,11 +73,8 @@ def test_masks():
     assert visibility(tokens).visible()[0].int().tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     documents = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 1, 1]]])
     assert torch.equal(visibility(documents).visible(), documents.bool())
-    assert token_mask(documents).tolist() == [[True, True, True]]
-    for mask in (tokens, documents):
-        queries = torch.tensor([[2, 0]])
-        of_queries = visibility(mask, queries_BT=queries).visible()
-        assert torch.equal(of_queries, visibility(mask).visible()[:, [2, 0]])
+    assert visibility(documents).seen().tolist() == [[True, True, True]]
+    assert visibility(tokens).is_of_padding and not visibility(documents).is_of_padding
     with pytest.raises(ValueError, match="attention_mask has shape"):
         visibility(torch.ones(1, 1, 3, 3))
 
