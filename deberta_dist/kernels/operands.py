@@ -11,6 +11,9 @@ from torch import Tensor
 
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
+# Of GPUs whose tensor cores multiply the dtype.
+_LEAST_CAPABILITY = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -37,6 +40,43 @@ def attention_scale(head_size: int, *, has_c2p: bool, has_p2c: bool) -> float:
 def widened(x: Tensor) -> Tensor:
     """``x`` in the precision of scores: float64 as it is, else float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """Of scores and of sums of products: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def multiplies_halves(x: Tensor) -> bool:
+    """Whether 16-bit factors of this dtype and device are multiplied as they are, with float32 sums.
+
+    NVIDIA GPUs with tensor cores for the dtype do. CPUs without matrix units do it more slowly than float32.
+    """
+    if x.device.type != "cuda" or torch.version.hip is not None or x.dtype not in _LEAST_CAPABILITY:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY[x.dtype]
+
+
+def as_factor(x: Tensor) -> Tensor:
+    """``x`` as a factor of `product_into`: as it is where that is fast, else in the precision of scores."""
+    return x if multiplies_halves(x) else widened(x)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, adds: bool = False) -> Tensor:
+    """out = scale left right, plus what it was if ``adds``; batches of matrices, sums in ``out``'s precision.
+
+    A left factor in ``out``'s precision beside a 16-bit right one is rounded to it, as the fused kernels do with
+    probabilities and the scores' gradient.
+    """
+    beta = 1.0 if adds else 0.0
+    if multiplies_halves(right) and left.dtype in (right.dtype, out.dtype):
+        return half_product_into(out, left.to(right.dtype), right, alpha=scale, beta=beta)
+    return torch.baddbmm(out, left.to(out.dtype), right.to(out.dtype), beta=beta, alpha=scale, out=out)
+
+
+def half_product_into(out: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> Tensor:
+    """The same of two 16-bit factors on a GPU: products and sums float32, as tensor cores make them."""
+    return torch.baddbmm(out, left, right, torch.float32, beta=beta, alpha=alpha, out=out)
 
 
 def refuse_second_derivative(implementation: str) -> None:

@@ -7,7 +7,8 @@ Where autograd's form of the formula spends its time and memory, and what is don
 - Position terms need no index where queries and keys are 0, 1, 2, ... (see `position_terms`).
 - One tensor of size Q x S is kept, in the values' dtype: the probabilities, negative where dropped. With ``recompute``
   none is; the backward pass makes the same chunks again, to the same bits.
-- Masks are one addend and one factor for all heads, the scale is multiplied into operands, products add to scores.
+- Masks are one addend and one factor for all heads, products are scaled and added to scores as they are made.
+- GPUs multiply 16-bit operands as they are and add up in float32; on a CPU float32 is faster.
 
 It can be differentiated once.
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
-from deberta_dist.kernels.operands import AttentionCall, refuse_second_derivative, widened
+from deberta_dist.kernels.operands import AttentionCall, as_factor, product_into, refuse_second_derivative, score_dtype
 from deberta_dist.kernels.position_terms import Chunk, position_terms
 
 # Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
@@ -85,9 +86,9 @@ class _PortableAttention(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """Of one chunk, in the scores' precision, heads first: [C, B, Q or S, H]."""
+    """Of one chunk, as factors, heads first: [C, B, Q or S, H]."""
 
-    scaled_query: Tensor
+    query: Tensor
     key: Tensor
     value: Tensor
 
@@ -112,7 +113,7 @@ class _Work:
             rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths, block=BLOCK
         )
         self._mask = (None, None) if call.mask is None else call.mask.arithmetic()
-        self._kept_share = kept_share(call.dropout_p)
+        self._inverse_keep = 1.0 / kept_share(call.dropout_p)
         self._workspaces: dict[str, Tensor] = {}
 
     @property
@@ -136,10 +137,8 @@ class _Work:
         """Context of a chunk [C, B, Q, H]; fills ``kept`` [C, B, Q, S] for the backward pass."""
         operands = self._operands(chunk)
         probabilities = self._signed_probabilities(chunk, operands, kept=kept)
-        is_dropping = self._call.dropout_p > 0.0
-        attended = self._attended(probabilities) if is_dropping else probabilities
-        context = _product(attended, operands.value)
-        return context.div_(self._kept_share) if is_dropping else context
+        attended = self._attended(probabilities) if self._call.dropout_p > 0.0 else probabilities
+        return _product(attended, operands.value, scale=self._inverse_keep)
 
     def backward(
         self, chunk: Chunk, gradient_BCQH: Tensor, *, kept: Tensor | None
@@ -153,12 +152,11 @@ class _Work:
         if kept is None:
             signed = self._signed_probabilities(chunk, operands, kept=None)
         else:
-            signed = widened(kept)
-        gradient = widened(gradient_BCQH.transpose(0, 1))
+            signed = kept.to(score_dtype(kept))
+        gradient = as_factor(gradient_BCQH.transpose(0, 1))
         if self._call.dropout_p > 0.0:
-            gradient = gradient / self._kept_share
             attended = self._attended(signed)
-            d_value = _product(attended.transpose(2, 3), gradient)
+            d_value = _product(attended.transpose(2, 3), gradient, scale=self._inverse_keep)
             d_scores = self._d_probabilities(gradient, operands).mul_(attended)
             row_sums = d_scores.sum(-1, keepdim=True)
             d_scores.addcmul_(torch.abs(signed, out=attended), row_sums, value=-1)
@@ -168,14 +166,14 @@ class _Work:
             d_scores = self._d_probabilities(gradient, operands)
             d_scores = torch.ops.aten._softmax_backward_data(d_scores, signed, -1, signed.dtype)
 
-        d_query = _product(d_scores, operands.key)
-        d_key = _product(d_scores.transpose(2, 3), operands.scaled_query)
+        d_query = _product(d_scores, operands.key, scale=self._call.scale)
+        d_key = _product(d_scores.transpose(2, 3), operands.query, scale=self._call.scale)
         c2p, p2c = self._terms
         if c2p is not None:
-            c2p.backward(operands.scaled_query, d_scores, chunk, into_CBXH=d_query)
+            c2p.backward(operands.query, d_scores, chunk, into_CBXH=d_query)
         if p2c is not None:
             p2c.backward(operands.key, d_scores, chunk, into_CBXH=d_key)
-        return d_query.mul_(self._call.scale), d_key, d_value
+        return d_query, d_key, d_value
 
     def position_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of rel_key, rel_query and p2c, in their dtypes."""
@@ -186,21 +184,19 @@ class _Work:
         gradient = p2c.operand_gradient()
         if self._p2c is not None:
             return d_rel_key, None, gradient
-        return d_rel_key, gradient.mul_(self._call.scale).to(self._rel_query.dtype), None
+        return d_rel_key, gradient.to(self._rel_query.dtype), None
 
     def _operands(self, chunk: Chunk) -> _Operands:
-        query, key, value = (
-            widened(x[chunk.samples, chunk.heads].transpose(0, 1)) for x in (self._query, self._key, self._value)
-        )
-        return _Operands(query * self._call.scale, key, value)
+        operands = (self._query, self._key, self._value)
+        return _Operands(*(as_factor(x[chunk.samples, chunk.heads].transpose(0, 1)) for x in operands))
 
     def _signed_probabilities(self, chunk: Chunk, operands: _Operands, *, kept: Tensor | None) -> Tensor:
         """Probabilities [C, B, Q, S] in the scores' precision, rounded to the values' dtype, negative where dropped."""
-        query, key = operands.scaled_query, operands.key
-        is_exact = operands.value.dtype == self._value.dtype
+        query, key = operands.query, operands.key
+        is_exact = score_dtype(query) == self._value.dtype
         shape = (*query.shape[:3], key.shape[2])
         # Memory that the chunk before has left in the cache; what is kept is written once, in order.
-        scores = self._workspace("scores", query, shape)
+        scores = self._workspace("scores", shape, score_dtype(query))
         matrices = scores.view(-1, *shape[2:])
         is_empty = True
         # The costlier to add goes first: what is first is only written.
@@ -209,10 +205,7 @@ class _Work:
                 term.add(content, scores, chunk, is_first=is_empty)
                 is_empty = False
         query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
-        if is_empty:
-            torch.bmm(query, key, out=matrices)
-        else:
-            torch.baddbmm(matrices, query, key, out=matrices)
+        product_into(matrices, query, key, scale=self._call.scale, adds=not is_empty)
         addend, factor = self._mask
         if addend is not None:
             scores.add_(addend[chunk.samples if addend.shape[0] > 1 else slice(None)])
@@ -228,13 +221,13 @@ class _Work:
         return probabilities.copy_(rounded)
 
     def _attended(self, signed: Tensor) -> Tensor:
-        return torch.clamp_min(signed, 0.0, out=self._workspace("attended", signed, signed.shape))
+        return torch.clamp_min(signed, 0.0, out=self._workspace("attended", signed.shape, signed.dtype))
 
     def _d_probabilities(self, gradient: Tensor, operands: _Operands) -> Tensor:
         left, right = gradient.flatten(0, 1), operands.value.flatten(0, 1).transpose(1, 2)
         shape = (*gradient.shape[:3], operands.value.shape[2])
-        result = self._workspace("d_scores", left, shape)
-        torch.bmm(left, right, out=result.view(-1, *shape[2:]))
+        result = self._workspace("d_scores", shape, score_dtype(left))
+        product_into(result.view(-1, *shape[2:]), left, right, scale=self._inverse_keep)
         return result
 
     def _mark_dropped(self, probabilities: Tensor, chunk: Chunk) -> None:
@@ -246,15 +239,14 @@ class _Work:
             num_queries=self._query.shape[2],
             device=probabilities.device,
         )
-        like = torch.empty(0, dtype=torch.int32, device=probabilities.device)
-        words, spare = (self._workspace(name, like, probabilities.shape) for name in ("words", "spare"))
+        words, spare = (self._workspace(name, probabilities.shape, torch.int32) for name in ("words", "spare"))
         mark_dropped_(probabilities, drop_words_(words, spare, rows, p=self._call.dropout_p))
 
-    def _workspace(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory of this name, the same for every chunk."""
         size = math.prod(shape)
         if name not in self._workspaces:
-            self._workspaces[name] = like.new_empty(size)
+            self._workspaces[name] = torch.empty(size, dtype=dtype, device=self._query.device)
         return self._workspaces[name][:size].view(shape)
 
 
@@ -271,7 +263,8 @@ def _token_gradients(query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor) -
     return [part.transpose(1, 2) for part in whole.unbind(2)]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Batched matrix product of [C, B, ...]."""
-    result = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
-    return result.view(*left.shape[:2], *result.shape[1:])
+def _product(left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Batched matrix product of [C, B, ...], scaled."""
+    result = torch.empty(*left.shape[:3], right.shape[3], dtype=score_dtype(right), device=right.device)
+    product_into(result.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), scale=scale)
+    return result

@@ -3,7 +3,7 @@
 A term is made of rows, one per token of one side, times the relative table: queries for c2p, keys for p2c. What is
 added to score [i, j] is the product with the row of i - j, so c2p and p2c are one thing with the two sides swapped:
 
-    c2p: term[x, y] = q_x . Kr[row(x - y)]          p2c: term[x, y] = k_x . Qr[row(y - x)], added to score [y, x]
+    c2p: term[x, y] = scale q_x . Kr[row(x - y)]    p2c: term[x, y] = scale k_x . Qr[row(y - x)], added to score [y, x]
 
 `BandTerm`: where both sides are 0, 1, 2, ... the table is laid out by distance, and a block of b rows needs a window of
 Y + b - 1 of its rows. In the product [b, Y + b - 1] the wanted elements lie on a band: a view with a stride one less
@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.operands import AttentionCall, widened
+from deberta_dist.kernels.operands import AttentionCall, as_factor, product_into, score_dtype
 
 MIN_BLOCKED_TRANSPOSITION = 3600
 
@@ -49,14 +49,16 @@ class BandTerm:
     """Sides 0, 1, 2, ...: no index.
 
     Args:
-        table_NRH: projected table of all heads, in the scores' precision.
+        table_NRH: projected table of all heads, as a factor.
         rows_L: its row for each of the X + Y - 1 distances, in the order in which y ascends; int64.
+        scale: of the products.
         transposed: scores are [y, x] (p2c).
         block: rows per block.
     """
 
-    def __init__(self, table_NRH: Tensor, *, rows_L: Tensor, transposed: bool, block: int) -> None:
+    def __init__(self, table_NRH: Tensor, *, rows_L: Tensor, scale: float, transposed: bool, block: int) -> None:
         self._rows_L = rows_L
+        self._scale = scale
         self._table_NLH = table_NRH.index_select(1, rows_L)
         self._gradient_NLH: Tensor | None = None
         self._table_shape = table_NRH.shape
@@ -71,9 +73,9 @@ class BandTerm:
         for part, rows, window in self._blocks(self._cut(content_CBXH), shape=scores.shape):
             shape = (*rows.shape[:2], window.stop - window.start)
             if workspace is None:
-                workspace = rows.new_empty(shape).view(-1)
+                workspace = scores.new_empty(shape).view(-1)
             products = workspace[: shape[0] * shape[1] * shape[2]].view(shape)
-            torch.bmm(rows, self._table_NLH[chunk.heads, window].transpose(1, 2), out=products)
+            product_into(products, rows, self._table_NLH[chunk.heads, window].transpose(1, 2), scale=self._scale)
             target = scores[:, :, part]
             band = _band(products, target.shape)
             target.copy_(band) if is_first else target.add_(band)
@@ -81,10 +83,10 @@ class BandTerm:
     def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
         """See `PositionTerm`."""
         if self._gradient_NLH is None:
-            self._gradient_NLH = torch.zeros_like(self._table_NLH)
+            self._gradient_NLH = torch.zeros_like(self._table_NLH, dtype=score_dtype(self._table_NLH))
         gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
         cut = self._cut(content_CBXH)
-        d_cut = [torch.empty_like(rows) for rows in cut]
+        d_cut = [torch.empty_like(rows, dtype=score_dtype(rows)) for rows in cut]
         blocks = self._blocks(cut, shape=gradient.shape)
         for (part, rows, window), d_rows in zip(blocks, (block for group in d_cut for block in group), strict=True):
             shape = (*rows.shape[:2], window.stop - window.start)
@@ -94,9 +96,9 @@ class BandTerm:
             products = self._zeros[shape]
             source = gradient[:, :, part]
             _band(products, source.shape).copy_(source)
-            torch.bmm(products, self._table_NLH[chunk.heads, window], out=d_rows)
+            product_into(d_rows, products, self._table_NLH[chunk.heads, window], scale=self._scale)
             target = self._gradient_NLH[chunk.heads, window]
-            torch.baddbmm(target, products.transpose(1, 2), rows, out=target)
+            product_into(target, products.transpose(1, 2), rows, scale=self._scale, adds=True)
         self._add_cut(d_cut, into_CBXH)
 
     def operand_gradient(self) -> Tensor:
@@ -137,17 +139,24 @@ class GatherTerm:
     """Queries anywhere.
 
     Args:
-        table_NRH: projected table of all heads, in the scores' precision; None if products are given.
-        products_BNXR: products of all rows with it, made before.
+        table_NRH: projected table of all heads, as a factor; None if products are given.
+        products_BNXR: products of all rows with it, scaled, made before.
         index_BXY: row of the table for every pair, int64.
         transposed: scores are [y, x] (p2c).
     """
 
     def __init__(
-        self, table_NRH: Tensor | None, *, products_BNXR: Tensor | None = None, index_BXY: Tensor, transposed: bool
+        self,
+        table_NRH: Tensor | None,
+        *,
+        products_BNXR: Tensor | None = None,
+        index_BXY: Tensor,
+        scale: float,
+        transposed: bool,
     ) -> None:
         self._table_NRH = table_NRH
         self._products_BNXR = products_BNXR
+        self._scale = scale
         self._gradient: Tensor | None = None
         self._index_BXY = index_BXY
         self._transposed = transposed
@@ -157,8 +166,9 @@ class GatherTerm:
         if self._table_NRH is None:
             products = self._products_BNXR[chunk.samples, chunk.heads].transpose(0, 1)
         else:
-            products = torch.bmm(content_CBXH.flatten(1, 2), self._table_NRH[chunk.heads].transpose(1, 2))
-            products = products.view(*content_CBXH.shape[:3], -1)
+            table = self._table_NRH[chunk.heads].transpose(1, 2)
+            products = scores_CBQS.new_empty(*content_CBXH.shape[:3], table.shape[2])
+            product_into(products.flatten(1, 2), content_CBXH.flatten(1, 2), table, scale=self._scale)
         term = products.gather(-1, self._index(chunk, num_heads=products.shape[0]))
         term = term.transpose(2, 3) if self._transposed else term
         scores_CBQS.copy_(term) if is_first else scores_CBQS.add_(term)
@@ -167,7 +177,7 @@ class GatherTerm:
         """See `PositionTerm`."""
         operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
         if self._gradient is None:
-            self._gradient = torch.zeros_like(operand)
+            self._gradient = torch.zeros_like(operand, dtype=score_dtype(operand))
         gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
         index = self._index(chunk, num_heads=gradient.shape[0])
         if self._table_NRH is None:
@@ -176,8 +186,10 @@ class GatherTerm:
         products = gradient.new_zeros(*gradient.shape[:3], operand.shape[1])
         products = products.scatter_add_(-1, index, gradient).flatten(1, 2)
         target = self._gradient[chunk.heads]
-        torch.baddbmm(target, products.transpose(1, 2), content_CBXH.flatten(1, 2), out=target)
-        into_CBXH.add_(torch.bmm(products, operand[chunk.heads]).view(content_CBXH.shape))
+        product_into(target, products.transpose(1, 2), content_CBXH.flatten(1, 2), scale=self._scale, adds=True)
+        d_rows = gradient.new_empty(content_CBXH.shape)
+        product_into(d_rows.flatten(1, 2), products, operand[chunk.heads], scale=self._scale)
+        into_CBXH.add_(d_rows)
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
@@ -197,24 +209,23 @@ def position_terms(
     lengths: tuple[int, int],
     block: int,
 ) -> tuple[PositionTerm | None, PositionTerm | None]:
-    """The terms c2p and p2c; the first has rows of scaled queries, the second a scaled table."""
+    """The terms c2p and p2c."""
     num_queries, num_keys = lengths
-    positions = call.positions
-    rel_key = None if rel_key_NRH is None else widened(rel_key_NRH)
-    rel_query = None if rel_query_NRH is None else widened(rel_query_NRH) * call.scale
+    positions, scale = call.positions, call.scale
+    rel_key, rel_query = (None if table is None else as_factor(table) for table in (rel_key_NRH, rel_query_NRH))
     if positions.query_positions_BQ is None and p2c_BNSR is None:
         distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
         rows = positions.rows(distances)
         return (
-            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, block=block),
-            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, block=block),
+            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), scale=scale, transposed=False, block=block),
+            None if rel_query is None else BandTerm(rel_query, rows_L=rows, scale=scale, transposed=True, block=block),
         )
     index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
-    c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, transposed=False)
+    c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, scale=scale, transposed=False)
     if rel_query is None and p2c_BNSR is None:
         return c2p, None
     index = index.transpose(1, 2)
-    return c2p, GatherTerm(rel_query, products_BNXR=p2c_BNSR, index_BXY=index, transposed=True)
+    return c2p, GatherTerm(rel_query, products_BNXR=p2c_BNSR, index_BXY=index, scale=scale, transposed=True)
 
 
 def _band(products: Tensor, shape: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ from deberta_dist.kernels import (
     RelativePositions,
     attention_scale,
     disentangled_attention,
+    operands,
     portable,
     position_scores,
 )
@@ -156,6 +157,60 @@ def test_operands_laid_out_by_tokens_as_projections_give_them():
     width = gradients[0].flatten(2).shape[-1]
     assert {x.flatten(2).stride() for x in gradients} == {(20 * 3 * width, 3 * width, 1)}
     assert len({x.untyped_storage().data_ptr() for x in gradients}) == 1
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """16-bit operands are multiplied as they are; float32 products of them are what a GPU makes."""
+
+    def multiply(out: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> Tensor:
+        assert left.dtype == right.dtype and left.dtype.itemsize == 2 and out.dtype == torch.float32
+        calls.append(1)
+        return torch.baddbmm(out, left.float(), right.float(), alpha=alpha, beta=beta, out=out)
+
+    calls = []
+    monkeypatch.setattr(operands, "multiplies_halves", lambda x: x.dtype.itemsize == 2)
+    monkeypatch.setattr(operands, "half_product_into", multiply)
+    return calls
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_factors(as_on_a_gpu, dtype, dropout_p, gathered):
+    problem = Problem(2, 3, 70, 83, dtype=dtype, gathered=gathered)
+    options = {"mask": MASKS["segments"](problem), "dropout_p": dropout_p, "dropout_seed": 3}
+    made = problem.run("portable", **options)
+    assert all(torch.equal(a, b) for a, b in zip(made, problem.run("portable", recompute=True, **options), strict=True))
+    assert as_on_a_gpu
+    exact = Problem(2, 3, 70, 83, gathered=gathered)
+    for name in ("query", "key", "value", "rel_key", "rel_query", "gradient"):
+        setattr(exact, name, getattr(problem, name).detach().double().requires_grad_())
+    for ours, theirs in zip(made, exact.run("reference", **options), strict=True):
+        assert ours.dtype == dtype
+        # Probabilities, the scores' gradient and the result are rounded to 16 bits; sums are not.
+        assert (ours.double() - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_multiplies_16_bit_factors_with_float32_sums(dtype):
+    generator = torch.Generator().manual_seed(0)
+    left, right, start = (
+        torch.randn(*shape, generator=generator).cuda() for shape in ((3, 70, 41), (3, 83, 41), (3, 90, 100))
+    )
+    left, right = left.to(dtype), right.to(dtype).transpose(1, 2)
+    if not operands.multiplies_halves(left):
+        pytest.skip("this GPU has no tensor cores for the dtype")
+    for adds in (False, True):
+        out = start[:, 5:75, 7:90]
+        expected = 0.3 * (left.double() @ right.double()) + adds * out.double()
+        found = operands.product_into(out.clone(), left, right, scale=0.3, adds=adds)
+        assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5
+        # Of a view, and with a left factor that is rounded.
+        view = start.clone()[:, 5:75, 7:90]
+        assert torch.equal(operands.product_into(view, left.float(), right, scale=0.3, adds=adds), found)
+        assert torch.equal(view, found)
 
 
 def test_nothing_is_kept_without_gradients():
