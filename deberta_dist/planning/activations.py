@@ -148,6 +148,18 @@ def _measure(
     return StageActivations(saved=saved - logits, logits=logits, working=live.peak - saved)
 
 
+def local_config(config: DebertaConfig, *, tensor_parallel_size: int) -> DebertaConfig:
+    """The shapes that one tensor-parallel rank has, as those of a whole model."""
+    size = tensor_parallel_size
+    return dataclasses.replace(
+        config,
+        num_attention_heads=config.num_attention_heads // size,
+        attention_head_size=config.head_size,
+        intermediate_size=config.intermediate_size // size,
+        vocab_size=padded_vocabulary(config.vocab_size, tensor_parallel_size=size) // size,
+    )
+
+
 def local_model(
     config: DebertaConfig, *, layers: range, tensor_parallel_size: int, dtype: torch.dtype
 ) -> DebertaForMaskedLM:
@@ -155,15 +167,7 @@ def local_model(
 
     It lacks the copies that all-reduces work on; they are gone at once.
     """
-    size = tensor_parallel_size
-    local = dataclasses.replace(
-        config,
-        num_attention_heads=config.num_attention_heads // size,
-        attention_head_size=config.head_size,
-        intermediate_size=config.intermediate_size // size,
-        vocab_size=padded_vocabulary(config.vocab_size, tensor_parallel_size=size) // size,
-    )
-    model = meta_model(local).to(dtype)
+    model = meta_model(local_config(config, tensor_parallel_size=tensor_parallel_size)).to(dtype)
     model.keep_layers(layers)
     for module in model.modules():
         if isinstance(module, Dropout):
