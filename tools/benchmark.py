@@ -6,6 +6,7 @@
     tools/benchmark.py data --part masking --json data.json
     tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
     tools/benchmark.py memory --layouts v3-xsmall:1x2
+    tools/benchmark.py save --preset v3-small --rounds 5
     tools/benchmark.py step --layers 4 --rounds 5
     tools/benchmark.py train --processes 2 --rounds 5
     tools/benchmark.py head --rounds 7
@@ -21,7 +22,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, head, layer, memory, pipeline, scale, sift, step, train  # noqa: E402
+from deberta_dist.benchmark import convert, data, head, layer, memory, pipeline, save, scale, sift, step, train  # noqa: E402
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
 VERBS = {
@@ -31,6 +32,7 @@ VERBS = {
     "layer": layer,
     "memory": memory,
     "pipeline": pipeline,
+    "save": save,
     "scale": scale,
     "sift": sift,
     "step": step,

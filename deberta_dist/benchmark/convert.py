@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             samples = interleaved(
                 {
                     "convert": partial(_convert, sources[source], home / "target", to=target),
-                    CP_AND_HASH: partial(_copy, sources[source], home / "target", fsync=False),
-                    AND_FSYNC: partial(_copy, sources[source], home / "target", fsync=True),
+                    CP_AND_HASH: partial(copy_and_hash, sources[source], home / "target", fsync=False),
+                    AND_FSYNC: partial(copy_and_hash, sources[source], home / "target", fsync=True),
                 },
                 rounds=arguments.rounds,
             )
@@ -67,7 +67,8 @@ def _convert(source: Path, target: Path, *, to: str) -> Sample:
     return sample
 
 
-def _copy(source: Path, target: Path, *, fsync: bool) -> Sample:
+def copy_and_hash(source: Path, target: Path, *, fsync: bool) -> Sample:
+    """``cp`` of a directory of files, hashed where they arrive, and removed outside of the clock."""
     then = f"&& sync {target}/*" if fsync else ""
     hashing = f"&& {sys.executable} -c \"{_HASH}\" {target}"
     sample = run_command(["sh", "-c", f"cp -r {source} {target} {then} {hashing}"])

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from deberta_dist.benchmark import attention_contestants, stage_memory, stopwatch
 
     torch.set_num_threads(arguments.threads)
+    # First: a checkout that is none is told at once.
+    kept = attention_contestants.layer_saved_bytes(arguments.official)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (arguments.batch_size, arguments.length)
@@ -55,7 +57,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 rows.append({"layout": name, "layers": layers, "recompute": mode, **found})
                 print(_line(rows[-1]), flush=True)
     print(f"  largest difference {max(_differences(rows)):.1%}")
-    kept = attention_contestants.layer_saved_bytes(arguments.official)
     print("whole layer of the 1.5B model, bfloat16, dropout 0.1, kept per sequence of 512 tokens:")
     for name, count in kept.items():
         print(f"  {name:<30} {count / 2**20:6.1f} MiB")

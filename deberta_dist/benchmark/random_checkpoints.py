@@ -22,7 +22,7 @@ from deberta_dist.mesh import MeshShape
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import flat_layouts, meta_model, plan_layout
+from deberta_dist.planning.layout import Layout, flat_layouts, meta_model, plan_layout
 
 
 def write_weights(config: DebertaConfig, directory: Path) -> None:
@@ -30,7 +30,7 @@ def write_weights(config: DebertaConfig, directory: Path) -> None:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     weights = {
-        name: Weight(tuple(p.shape), torch.float32, lambda shape=tuple(p.shape): _random(shape), (name,))
+        name: Weight(tuple(p.shape), torch.float32, lambda shape=tuple(p.shape): random_tensor(shape), (name,))
         for name, p in meta_model(config).named_parameters()
     }
     with open(directory / "model.safetensors", "wb") as file:
@@ -48,31 +48,36 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
     for rank, writer in enumerate(writers):
         here = shape.coordinate(rank)
         shards = [
-            ShardState(_random((size,)), torch.zeros(size), torch.zeros(size))
+            ShardState(random_tensor((size,)), torch.zeros(size), torch.zeros(size))
             for size in layouts[here.pipeline, here.tensor].sizes
         ]
         writer.begin(1, shards=shards, token="benchmark")
         state = writer.wait()
         assert state.status == "written", state.error
-    manifest = Manifest(
-        step=1,
-        consumed_samples=1,
+    writers[0].commit(make_manifest(layout, shape=shape, step=1), keep_last=1)
+
+
+def make_manifest(layout: Layout, *, shape: MeshShape, step: int) -> Manifest:
+    """What a checkpoint of a layout says, the run's data left out."""
+    layouts = flat_layouts(layout, data_parallel_size=shape.data)
+    return Manifest(
+        step=step,
+        consumed_samples=step,
         optimizer_steps=1,
         seed=1,
         loss_scale=None,
         run_config={},
-        model_config=config.to_dict(),
+        model_config=layout.config.to_dict(),
         tokenizer_sha256="0" * 64,
         data_sha256={},
         precision="fp32",
         layout=WrittenLayout(tensor=shape.tensor, pipeline=shape.pipeline, data=shape.data, schedule="1f1b"),
         tensors=tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes),
     )
-    writers[0].commit(manifest, keep_last=1)
 
 
-def _random(shape: tuple[int, ...]) -> Tensor:
-    # Random bits as small numbers: a normal distribution costs ten times as much and is copied no differently.
+def random_tensor(shape: tuple[int, ...]) -> Tensor:
+    """Small numbers of random bits: a normal distribution costs ten times as much and is copied no differently."""
     bits = torch.randint(-(2**63), 2**63 - 1, ((math.prod(shape) + 1) // 2,)).view(torch.int32)
     return (bits[: math.prod(shape)].float() * 2.0**-36).view(shape)
 
