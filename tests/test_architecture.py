@@ -51,6 +51,7 @@ DOORS = {
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
     "transformers": ("tools/fill_mask.py", f"{PACKAGE}/benchmark/peers.py"),
+    "disentangled_flash": (f"{PACKAGE}/benchmark/peers.py",),
     "scipy": (f"{PACKAGE}/tasks/significance.py",),
     "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),
     "triton": (f"{PACKAGE}/kernels/fused/",),

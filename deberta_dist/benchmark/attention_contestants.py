@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deberta_dist.benchmark import peers
 from deberta_dist.benchmark.stopwatch import Contestant, saved_bytes
-from deberta_dist.kernels import disentangled_attention
+from deberta_dist.kernels import RelativePositions, describe_choice, disentangled_attention
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
@@ -97,12 +97,23 @@ class Case:
         for module in self._modules:
             module.train()
 
-    def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
-        """This package's, by one implementation of the kernel."""
-        module, config = self.module, self.config
-        positions = relative_positions(
+    @property
+    def positions(self) -> RelativePositions:
+        """Of all tokens."""
+        config = self.config
+        return relative_positions(
             num_buckets=config.position_buckets, max_distance=config.max_relative_distance, device=self.device
         )
+
+    @property
+    def has_fused(self) -> bool:
+        """Whether the fused implementation can run here."""
+        key_BNSH = self.hidden_BSD.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
+        return describe_choice(key_BNSH, positions=self.positions, mask=None) == "fused"
+
+    def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
+        """This package's, by one implementation of the kernel."""
+        module, positions = self.module, self.positions
 
         def forward() -> Tensor:
             query, memory = module.queries_and_memory(self.hidden_BSD, rel_RD=self.rel_RD, dropout_key=1)
@@ -133,6 +144,12 @@ class Case:
         module = self._with_our_weights(peers.published_attention(checkout, self.config))
         mask = torch.ones(self.batch_size, 1, self.length, self.length, dtype=torch.uint8, device=self.device)
         return lambda: module(self.hidden_BSD, mask, rel_embeddings=self.rel_RD)["hidden_states"]
+
+    def disentangled_flash(self) -> Forward:
+        """The module of the package of that name."""
+        module = self._with_our_weights(peers.disentangled_flash_attention(self.config, self.device))
+        mask = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.device)
+        return lambda: module(self.hidden_BSD, mask, rel_embeddings=self.rel_RD)[0]
 
     def without_positions(self) -> Forward:
         """The same projections with torch's attention: no relative table."""

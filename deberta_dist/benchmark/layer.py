@@ -12,7 +12,7 @@ from typing import Any
 
 from deberta_dist.benchmark.measure import add_model_arguments, machine
 
-PORTABLE, RECOMPUTED, REFERENCE = "portable", "portable, recomputed", "reference"
+FUSED, PORTABLE, RECOMPUTED, REFERENCE = "fused", "portable", "portable, recomputed", "reference"
 FLOOR, NO_POSITIONS = "products alone", "SDPA without positions"
 TOLERANCE = 1e-5
 
@@ -48,6 +48,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         REFERENCE: case.ours("reference"),
         peers.HUGGING_FACE: case.hugging_face(),
     }
+    if case.has_fused:
+        forwards[FUSED] = case.ours("fused")
+    if peers.has_disentangled_flash():
+        forwards[peers.DISENTANGLED_FLASH] = case.disentangled_flash()
+    else:
+        print("note: disentangled-flash is not measured: pip install 'deberta_dist[peers]'")
     if arguments.official is not None:
         forwards[peers.PUBLISHED] = case.published(arguments.official)
     agreement = _agreement(case, forwards, tolerance=TOLERANCE if dtype == torch.float32 else 0.05)
@@ -61,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = f"{case.batch_size} x {case.length} tokens, {case.heads} heads of 64, dropout {case.dropout}"
     used = stopwatch.settings(device, arguments.threads)
     title = f"attention, forward and backward: {shape}, {str(dtype).removeprefix('torch.')}, {used['device']}"
-    against = (FLOOR, peers.HUGGING_FACE, peers.PUBLISHED)
+    against = (FLOOR, peers.HUGGING_FACE, peers.PUBLISHED, peers.DISENTANGLED_FLASH)
     print(stopwatch.describe(title, figures, against=against))
     layers = attention_contestants.layer_saved_bytes(arguments.official)
     print("whole layer of the 1.5B model, bfloat16, dropout 0.1, kept per sequence of 512 tokens:")

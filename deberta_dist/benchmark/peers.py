@@ -1,20 +1,27 @@
-"""Other implementations, made with our configuration: Hugging Face's, and the published one from a checkout."""
+"""Other implementations, made with our configuration: Hugging Face's, the published one from a checkout, and Triton's.
+
+disentangled-flash (Triton kernels, Apache 2.0) is measured and is no implementation of `kernels`: what it offers is a
+module that makes the projections itself, for queries that are the keys (no enhanced mask decoder) and masks of padding
+(no documents), with dropout from torch's random state, which recomputation and other layouts could not draw again.
+"""
 
 import importlib
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deberta_dist.conversion import huggingface, official
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 
-HUGGING_FACE, PUBLISHED = "Hugging Face", "published"
+HUGGING_FACE, PUBLISHED, DISENTANGLED_FLASH = "Hugging Face", "published", "disentangled-flash"
 # Imported at the top of the published package and used by nothing that is measured.
 _STUBS = {
     "ujson": (),
@@ -59,6 +66,23 @@ def hugging_face_masked_lm(config: DebertaConfig, state: dict[str, Tensor]) -> n
     assert not {name for name in missing if "decoder" not in name}, missing
     assert all("position_embeddings" in name for name in unexpected), unexpected
     return model
+
+
+def has_disentangled_flash() -> bool:
+    """Whether the package can be imported."""
+    return importlib.util.find_spec("disentangled_flash") is not None
+
+
+def disentangled_flash_attention(config: DebertaConfig, device: torch.device) -> nn.Module:
+    """Its self-attention for training: the Triton kernels on a GPU, else what it falls back to, in plain torch."""
+    fields = hugging_face_config(config)
+    if device.type == "cuda":
+        from disentangled_flash import TritonTrainingDisentangledSelfAttention
+
+        return TritonTrainingDisentangledSelfAttention(fields)
+    from disentangled_flash._torch import TorchTrainingDisentangledSelfAttention
+
+    return TorchTrainingDisentangledSelfAttention(fields)
 
 
 def published_module(checkout: Path, name: str) -> types.ModuleType:

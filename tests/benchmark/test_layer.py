@@ -35,6 +35,7 @@ def case() -> Case:
 def test_everyone_is_compared_timed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     found = layer.run(arguments())
     names = [layer.PORTABLE, layer.RECOMPUTED, layer.REFERENCE, peers.HUGGING_FACE]
+    names += [peers.DISENTANGLED_FLASH] * peers.has_disentangled_flash()
     assert list(found["agreement"]) == names and max(found["agreement"].values()) < 1e-5
     figures = found["figures"]
     assert figures.keys() == {*names, layer.NO_POSITIONS, layer.FLOOR}
@@ -42,7 +43,17 @@ def test_everyone_is_compared_timed_and_counted(capsys: pytest.CaptureFixture[st
     probabilities = BATCH * HEADS * LENGTH * LENGTH * 4
     assert figures[layer.PORTABLE]["saved_bytes"] - figures[layer.RECOMPUTED]["saved_bytes"] == probabilities
     assert figures[layer.REFERENCE]["saved_bytes"] > figures[layer.PORTABLE]["saved_bytes"] + 2 * probabilities
-    assert "products alone" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "products alone" in text
+    assert ("disentangled-flash is not measured" in text) != peers.has_disentangled_flash()
+
+
+def test_disentangled_flash_gives_the_same(case: Case) -> None:
+    pytest.importorskip("disentangled_flash", reason="not installed: pip install 'deberta_dist[peers]'")
+    forward = case.disentangled_flash()
+    with case.no_dropout():
+        found = {"ours": case.values(case.ours("reference")), "theirs": case.values(forward)}
+    assert stopwatch.require_agreement(found, oracle="ours", tolerance=1e-5)["theirs"] > 0
 
 
 def test_bytes_of_the_large_models_layer() -> None:
