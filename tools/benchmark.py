@@ -22,7 +22,19 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import convert, data, head, layer, memory, pipeline, save, scale, sift, step, train  # noqa: E402
+from deberta_dist.benchmark import (  # noqa: E402
+    convert,
+    data,
+    head,
+    layer,
+    memory,
+    pipeline,
+    save,
+    scale,
+    sift,
+    step,
+    train,
+)
 from deberta_dist.errors import with_exit_code  # noqa: E402
 
 VERBS = {

@@ -1,8 +1,8 @@
 """Saving a run's state: the pause that a step sees and the whole way to disk, beside others and the floor.
 
-One process owns a whole model with both moments, as training leaves them. Ours copies the state (the pause), then writes,
-hashes and forces it to disk in a thread and commits it. Floor: ``cp``, SHA-256 and fsync of the files that ours wrote.
-Peers, of the same state: ``torch.save`` forced to disk, and the ``save_checkpoint`` of the DeepSpeed engine that holds
+One process owns a whole model with both moments, as training leaves them. Ours copies the state (the pause), then
+writes, hashes and forces it to disk in a thread and commits it. Floor: ``cp``, SHA-256 and fsync of the files that ours
+wrote. Peers, of the same state: ``torch.save`` forced to disk, and the ``save_checkpoint`` of the DeepSpeed engine that holds
 it, which forces nothing; neither computes a checksum, and training waits for both.
 """
 

@@ -79,9 +79,9 @@ class AttentionMask:
         return self.key_segments_BS != 0 if self.pairs_BQS is None else self.pairs_BQS.any(dim=-2)
 
     def seen_at(self, offset: int) -> Tensor:
-        """Whether each token sees the one ``offset`` places behind it, of those that have one, bool [B or 1, S - |offset|].
+        """Whether each token sees the one ``offset`` places behind it, of those that have one.
 
-        Queries and keys are the same tokens; |offset| is below S.
+        Bool [B or 1, S - |offset|]. Queries and keys are the same tokens; |offset| is below S.
         """
         if self.pairs_BQS is not None:
             return self.pairs_BQS.diagonal(offset, dim1=1, dim2=2)

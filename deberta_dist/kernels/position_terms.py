@@ -216,9 +216,10 @@ def position_terms(
     if positions.query_positions_BQ is None and p2c_BNSR is None:
         distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
         rows = positions.rows(distances)
+        shared = {"scale": scale, "block": block}
         return (
-            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), scale=scale, transposed=False, block=block),
-            None if rel_query is None else BandTerm(rel_query, rows_L=rows, scale=scale, transposed=True, block=block),
+            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, **shared),
+            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, **shared),
         )
     index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
     c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, scale=scale, transposed=False)
