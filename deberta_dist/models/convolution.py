@@ -21,6 +21,9 @@ class ConvLayer(nn.Module):
     y = LayerNorm(x_1 + act(dropout(m conv(x_0)))) m, x_0 the embeddings, x_1 the output of layer 0, m the token mask.
     Where tokens do not all see each other, a neighbour that a token does not see counts as zero, like one beyond the
     ends of the sequence.
+
+    Where the sequence is split, ``halo`` is replaced by what puts (taps - 1) / 2 tokens of the neighbours beside the own
+    ones, zeros at the ends, and ``own_tokens`` by what takes the own ones of a whole sequence.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -32,6 +35,8 @@ class ConvLayer(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CONVOLUTION_SITE)
         self.activation = ACTIVATIONS[config.conv_act]
+        self.halo = nn.Identity()
+        self.own_tokens = nn.Identity()
 
     def forward(
         self,
@@ -46,31 +51,37 @@ class ConvLayer(nn.Module):
         Args:
             embeddings_BSD: x_0.
             layer_BSD: x_1.
-            mask: m, and which token sees which.
+            mask: m, and which token sees which, of the whole sequence.
             dropout_key: key of layer 0.
         """
-        x_BDS, is_token_BS = embeddings_BSD.transpose(1, 2), mask.seen()
-        # Padding is zero already.
-        local = (self.conv(x_BDS) if mask.is_of_padding else self._conv_of_seen(x_BDS, mask)).transpose(1, 2)
-        local = local.masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
+        is_token_BS, length = self.own_tokens(mask.seen()), embeddings_BSD.shape[1]
+        x_BDS = self.halo(embeddings_BSD).transpose(1, 2)
+        if mask.is_of_padding:  # and that is zero already
+            local = self.conv(x_BDS).narrow(-1, (x_BDS.shape[-1] - length) // 2, length)
+        else:
+            local = self._conv_of_seen(x_BDS, mask, length=length)
+        local = local.transpose(1, 2).masked_fill(~is_token_BS.unsqueeze(-1), 0.0)
         local = self.activation(self.dropout(local, dropout_key))
         return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)
 
-    def _conv_of_seen(self, x_BDS: Tensor, mask: AttentionMask) -> Tensor:
+    def _conv_of_seen(self, x_BDS: Tensor, mask: AttentionMask, *, length: int) -> Tensor:
         """bias + sum over taps o of W_o x[s + o] where s sees s + o; what is not seen is dropped after the product.
 
         So the backward pass keeps ``x_BDS`` once and not a masked copy per tap.
         """
-        taps, length = self.conv.kernel_size[0], x_BDS.shape[-1]
+        taps, first = self.conv.kernel_size[0], (x_BDS.shape[-1] - length) // 2
         local = self.conv.bias[:, None]
         for tap in range(taps):
             offset = tap - (taps - 1) // 2
-            if abs(offset) >= length:
+            if abs(offset) >= mask.seen().shape[-1]:
                 continue
             product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
             if offset:
+                product = product.roll(-offset, dims=-1)
+            product = product.narrow(-1, first, length)
+            if offset:
                 # Around the ends as well: there the padding says that nothing is seen.
                 sees_BS = F.pad(mask.seen_at(offset), (max(-offset, 0), max(offset, 0)))
-                product = product.roll(-offset, dims=-1).masked_fill(~sees_BS[:, None], 0.0)
+                product = product.masked_fill(~self.own_tokens(sees_BS)[:, None], 0.0)
             local = local + product
         return local

@@ -29,7 +29,9 @@ class Dropout(nn.Module):
         site: tells the dropouts apart that share a key.
 
     Attributes:
-        shard: 0, or the part of the activation that this process holds where the activation is split.
+        shard: 0, or the part of the activation that this process holds where each part has a mask of its own.
+        sequence_part: (number, count) of the part that this process holds of an activation [B, S, ...] whose sequence
+            is split; the mask is the part's of the whole activation's.
     """
 
     def __init__(self, p: float, *, site: int) -> None:
@@ -37,6 +39,7 @@ class Dropout(nn.Module):
         self.p = p
         self.site = site
         self.shard = 0
+        self.sequence_part = (0, 1)
 
     def forward(self, x: Tensor, key: int | None) -> Tensor:
         """Drops in training mode; ``key`` None draws from torch's global generator."""
@@ -46,12 +49,23 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         # Four 16-bit numbers per word: Bernoulli draws cost more than the product whose result they mask.
         dropped_of_65536 = min(round(self.p * 65536), 65535)
-        generator = torch.Generator(x.device).manual_seed(self.seed(key))
-        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        numbers = words.random_(-(2**63), None, generator=generator).view(torch.int16)
-        dropped = (numbers < dropped_of_65536 - 32768)[: x.numel()].view(x.shape)
+        part, parts = self.sequence_part
+        count = x.numel() * parts
+        words = self.draw_words(math.ceil(count / 4), key, device=x.device)
+        numbers = words.view(torch.int16)[:count]
+        if parts > 1:
+            # Drawn for the whole activation, as every rank does where nothing is split: a generator cannot be entered in
+            # its middle on every device, and what is drawn costs less than what it masks.
+            batch, length = x.shape[:2]
+            numbers = numbers.view(batch, parts * length, *x.shape[2:]).narrow(1, part * length, length)
+        dropped = (numbers < dropped_of_65536 - 32768).view(x.shape)
         # The rate that 16 bits can express, not p: otherwise the expectation is off by up to 1e-5.
         return (x * (65536 / (65536 - dropped_of_65536))).masked_fill(dropped, 0.0)
+
+    def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
+        """``count`` words of 64 random bits, int64."""
+        generator = torch.Generator(device).manual_seed(self.seed(key))
+        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
 
     def seed(self, key: int | None) -> int:
         """64 bits that decide this dropout's mask; ``key`` None draws them from torch's global generator."""
@@ -60,4 +74,4 @@ class Dropout(nn.Module):
         return mix_key(key, self.site, self.shard)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, site={self.site}, shard={self.shard}"
+        return f"p={self.p}, site={self.site}, shard={self.shard}, sequence_part={self.sequence_part}"

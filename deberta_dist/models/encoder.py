@@ -25,7 +25,8 @@ from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
 class Embeddings(nn.Module):
     """dropout(m LayerNorm(proj(word + type + position))), m the token mask; absent parts left out.
 
-    ``position_embeddings`` is made whether or not positions are added here: the enhanced mask decoder uses it.
+    ``position_embeddings`` is made whether or not positions are added here: the enhanced mask decoder uses it. Where the
+    sequence is split, ``word_embeddings`` gives this process's tokens and ``own_tokens`` takes them of the rest.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -41,6 +42,7 @@ class Embeddings(nn.Module):
         self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.EMBEDDING_SITE)
+        self.own_tokens = nn.Identity()
 
     def forward(
         self,
@@ -55,14 +57,15 @@ class Embeddings(nn.Module):
         x = self.word_embeddings(input_ids, table)
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            x = x + self.token_type_embeddings(types)
+            x = x + self.token_type_embeddings(self.own_tokens(types))
         if self.position_biased_input:
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            x = x + self.absolute_positions(places if position_ids is None else position_ids)
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            x = x + self.absolute_positions(self.own_tokens(position_ids))
         if self.embed_proj is not None:
             x = self.embed_proj(x)
         x = self.LayerNorm(x)
-        return self.dropout(x * is_token_BS.unsqueeze(-1).to(x.dtype), dropout_key)
+        return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), dropout_key)
 
     def absolute_positions(self, positions: Tensor) -> Tensor:
         """Rows of the absolute position table."""

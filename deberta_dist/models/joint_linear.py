@@ -4,10 +4,13 @@ Nothing is concatenated: the weights stay parameters of their own under their pu
 `join_` has laid them so or because a flat buffer of weights keeps the order of the modules. Elsewhere each layer makes
 its own product.
 
+An input that can be made again is not kept for the backward pass. Whoever makes such a tensor sets its attribute
+``made_from`` to (what is kept instead, a function of that which begins to make it and returns something with ``wait()``).
+
 Letters: D features in, E features out of one layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +21,15 @@ from torch.nn import functional as F
 def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of ``layers`` makes of ``x`` [..., D]: [..., E] each, slices of one tensor where there was one product."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    kept, make = getattr(x, "made_from", (None, None))
+    if make is not None:
+        return _JointLinear.apply(x, kept, make, len(layers), *weights, *biases)
     # Under autocast a product chooses its own precision.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if is_cast or adjacent(weights) is None or adjacent(biases) is None:
+    if is_cast or len(layers) == 1 or adjacent(weights) is None or adjacent(biases) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    return _JointLinear.apply(x, len(layers), *weights, *biases)
+    return _JointLinear.apply(x, None, None, len(layers), *weights, *biases)
 
 
 @torch.no_grad()
@@ -57,12 +63,25 @@ def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:
     return first.detach().as_strided(shape, first.stride())
 
 
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    view = adjacent(tensors)
+    return torch.cat(tensors) if view is None else view
+
+
 class _JointLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_layers: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor | None,
+        make: Callable[[Tensor], Any] | None,
+        num_layers: int,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
-        ctx.save_for_backward(x, *weights)
-        outputs = F.linear(x, adjacent(weights), adjacent(biases))
+        ctx.save_for_backward(x if make is None else kept, *weights)
+        ctx.make = make
+        outputs = F.linear(x, _together(weights), _together(biases))
         return outputs.split([weight.shape[0] for weight in weights], dim=-1)
 
     @staticmethod
@@ -70,15 +89,18 @@ class _JointLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("joint_linear was differentiated with create_graph=True and has no second derivative")
         x, *weights = ctx.saved_tensors
+        x_again = None if ctx.make is None else ctx.make(x)
         sizes = [weight.shape[0] for weight in weights]
         gradient = adjacent(gradients, dim=-1)
         gradient = torch.cat(gradients, dim=-1) if gradient is None else gradient
         rows = gradient.flatten(0, -2)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (rows @ adjacent(weights)).view(x.shape)
+            d_x = (rows @ _together(weights)).view(*gradient.shape[:-1], -1)
+        if x_again is not None:
+            x = x_again.wait()  # it was on its way during the product above
         d_weights = d_biases = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
             d_weights = (rows.T @ x.flatten(0, -2)).split(sizes)
             d_biases = rows.sum(dim=0).split(sizes)
-        return d_x, None, *d_weights, *d_biases
+        return d_x, None, None, None, *d_weights, *d_biases

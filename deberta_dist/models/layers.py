@@ -1,7 +1,7 @@
 """One transformer layer with disentangled attention, part by part, under the published parameter names.
 
-The modules named ``enter`` compute nothing: they mark where an activation that every tensor-parallel rank
-holds in full enters a region that is split, and are replaced there. Heads are counted from the projections'
+The modules named ``enter`` compute nothing: they mark where an activation enters computation that is split over
+tensor-parallel ranks, and are replaced there. Heads are counted from the projections'
 outputs, never from the configuration, because a projection may have been split. nn.LayerNorm keeps its
 statistics and the published epsilon, 1e-7, in float32 for half-precision inputs.
 
@@ -200,7 +200,8 @@ class Intermediate(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dense(self.enter(x)))
+        (wide,) = joint_linear(self.enter(x), [self.dense])
+        return self.activation(wide)
 
 
 class Layer(nn.Module):

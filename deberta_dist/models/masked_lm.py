@@ -64,6 +64,8 @@ class DebertaForMaskedLM(nn.Module):
         self.config = config
         self.deberta = DebertaModel(config, seed=None)
         self.lm_predictions = MaskedLMPredictions(config)
+        # Where hidden states are split along the sequence, this is replaced by what joins them.
+        self.whole_sequence = nn.Identity()
         self.cross_entropy = CrossEntropy()
         self.vocabulary_chunks = 1
         accept_published_weights(self, head_size=config.head_size)
@@ -223,6 +225,8 @@ class DebertaForMaskedLM(nn.Module):
             mask=mask,
             dropout_key=dropout_key,
         )
+        if is_last:
+            hidden_BSD = self.whole_sequence(hidden_BSD)
         if decodes:
             return self._decode_targets(
                 hidden_BSD,

@@ -28,6 +28,15 @@ def test_every_region_is_entered_once_per_tensor(batch):
     assert entered == expected
 
 
+def test_tokens_are_chosen_where_the_table_of_the_plan_says():
+    """One identity each: beside the embeddings' tables, in the convolution, and before the decoder."""
+    model = DebertaForMaskedLM(preset("tiny-v2"))
+    leaves = ("own_tokens", "halo", "whole_sequence")
+    found = {name for name, module in model.named_modules() if name.endswith(leaves) and type(module) is nn.Identity}
+    convolution = "deberta.encoder.conv."
+    assert found == {"deberta.embeddings.own_tokens", f"{convolution}own_tokens", f"{convolution}halo", "whole_sequence"}
+
+
 @pytest.mark.parametrize("name", ["tiny-v1", "tiny-v2"])
 def test_heads_can_be_split_over_two(randomise, relative_error, name):
     """Each half holds half of the heads of every projection; the halves' outputs and table gradients add up."""

@@ -40,6 +40,30 @@ def test_joined_or_not_the_numbers_are_the_same() -> None:
         torch.testing.assert_close(y, z, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_an_input_that_can_be_made_again_is_not_kept(number: int) -> None:
+    some = layers()[:number]
+    half = torch.randn(2, 3, IN, dtype=torch.float64)
+    x = (2 * half).requires_grad_()
+    expected = gradients(joint_linear(x, some), [x, *(p for layer in some for p in layer.parameters())])
+
+    class Doubled:
+        def __init__(self, kept: Tensor) -> None:
+            self.kept = kept
+
+        def wait(self) -> Tensor:
+            return 2 * self.kept
+
+    x.made_from = half, Doubled
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outputs = joint_linear(x, some)
+    assert any(t is half for t in saved) and not any(t.data_ptr() == x.data_ptr() for t in saved)
+    found = gradients(outputs, [x, *(p for layer in some for p in layer.parameters())])
+    for y, z in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-13, atol=1e-13)
+
+
 def test_gradients_that_are_slices_of_one_tensor_are_not_copied() -> None:
     whole = torch.randn(2, 3, 2 * OUT)
     found = adjacent(whole.split(OUT, dim=-1), dim=-1)

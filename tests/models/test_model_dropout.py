@@ -51,6 +51,19 @@ def test_gradient_has_the_same_mask_and_scale():
     assert torch.equal(x.grad, y.detach())
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 5), (1, 4, 3), (2, 12, 1)])
+def test_parts_of_a_sequence_get_their_parts_of_the_mask(shape):
+    whole = Dropout(0.5, site=2)
+    expected = whole(torch.ones(shape), 9)
+    for parts in (1, 2, 4):
+        found = []
+        for number in range(parts):
+            part = Dropout(0.5, site=2)
+            part.sequence_part = (number, parts)
+            found.append(part(torch.ones(shape[0], shape[1] // parts, shape[2]), 9))
+        assert torch.equal(torch.cat(found, dim=1), expected)
+
+
 def test_views_of_any_layout_get_the_mask_of_their_shape():
     x = torch.ones(6, 8)
     dropout = Dropout(0.5, site=0)
