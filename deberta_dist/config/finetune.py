@@ -118,4 +118,6 @@ class FineTuneConfig(Section):
                 f"parallel.pipeline_parallel_size = {self.parallel.pipeline_parallel_size} must be 1: fine-tuning has "
                 "tensor and data parallelism"
             )
+        if self.parallel.sequence_parallel:
+            raise ValueError("parallel.sequence_parallel = true must be false: fine-tuning has no sequence parallelism")
         return self

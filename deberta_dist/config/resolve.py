@@ -36,6 +36,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
     data_parallel_size = _data_parallel_size(config, world_size, problems)
     num_micro_batches = _num_micro_batches(config, data_parallel_size, problems)
     problems += _pipeline_problems(config, num_micro_batches)
+    problems += _sequence_problems(config)
     _refuse(problems, config, world_size)
     return config.model_copy(
         update={
@@ -124,6 +125,27 @@ def _num_micro_batches(config: RunConfig, data_parallel_size: int | None, proble
         )
         problems.append(f"{left}, but num_micro_batches = {training.num_micro_batches} x {right} = {product}; {cure}")
     return training.num_micro_batches
+
+
+def _sequence_problems(config: RunConfig) -> list[str]:
+    size = config.parallel.tensor_parallel_size
+    if not config.parallel.sequence_parallel:
+        return []
+    if size == 1:
+        return [
+            "parallel.sequence_parallel = true splits sequences over the ranks of parallel.tensor_parallel_size, which is "
+            "1; make that 2 or more, or sequence_parallel false"
+        ]
+    lengths = [length for _, length in config.micro_batch_shapes if length % size]
+    if not lengths:
+        return []
+    key = "data.max_seq_length" if config.data.bucket_lengths is None else "data.bucket_lengths"
+    fitting = [n for n in range(2, size + 1) if all(length % n == 0 for _, length in config.micro_batch_shapes)]
+    smaller = f", or tensor_parallel_size {' or '.join(map(str, fitting))}" if fitting else ""
+    return [
+        f"parallel.tensor_parallel_size = {size} does not divide {key} = {' and '.join(map(str, lengths))}, as "
+        f"parallel.sequence_parallel = true needs; take multiples of {size}{smaller}"
+    ]
 
 
 def _pipeline_problems(config: RunConfig, num_micro_batches: int | None) -> list[str]:

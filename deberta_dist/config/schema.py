@@ -132,6 +132,9 @@ class Parallel(Section):
 
     tensor_parallel_size: Count = 1
     """Ranks that share every layer (attention heads and FFN are cut)."""
+    sequence_parallel: bool = False
+    """Split the rest of every layer (LayerNorm, dropout, residuals) over the same ranks by tokens: fewer activations.
+    Pre-training only; tensor_parallel_size must be 2 or more and divide all lengths of sequences."""
     pipeline_parallel_size: Count = 1
     """Ranks along the layers."""
     data_parallel_size: Count | Auto = AUTO

@@ -66,7 +66,7 @@ class Stage(nn.Module):
         dropout_keys: Tensor,
         document_ids: Tensor | None,
     ) -> Tensor:
-        """``first``: token ids [B, S] on the first stage, hidden states [B, S, D] on the others."""
+        """``first``: token ids [B, S] on the first stage, hidden states [B, S / sequence_shards, D] on the others."""
         is_ids = self.layers.start == 0
         return self.model.forward_stage(
             None if is_ids else first,
@@ -125,6 +125,7 @@ class PipelineRunner:
         micro_batch_shapes: (B, S), sequences and tokens, of all micro-batches that can come; those of one step are alike,
             and B S is the same for all.
         hidden_size: D.
+        sequence_shards: Parts of the sequence, of which a rank's hidden states hold one.
         dtype: Compute dtype, of the hidden states that travel.
     """
 
@@ -139,6 +140,7 @@ class PipelineRunner:
         num_micro_batches: int,
         micro_batch_shapes: Sequence[tuple[int, int]],
         hidden_size: int,
+        sequence_shards: int,
         dtype: torch.dtype,
     ) -> None:
         self.num_micro_batches = num_micro_batches
@@ -151,7 +153,8 @@ class PipelineRunner:
         buffers: dict[tuple[int, str, int, int], Tensor] = {}
         for batch, length in micro_batch_shapes:
             ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
-            hidden = torch.empty(batch, length, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+            hidden_shape = (batch, length // sequence_shards, hidden_size)
+            hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
             pipeline_stages = [
                 SharingStage(
                     Stage(model, layers=stages[index]),

@@ -44,6 +44,7 @@ class Layout:
         stages_by_rank: Stage indices of every pipeline rank.
         names_by_rank: Published parameter names used by every pipeline rank, in model order.
         full_shapes: Full (unsplit) shape of every published parameter, in model order.
+        sequence_parallel: Whether activations between the split computations are split along the sequence.
     """
 
     config: DebertaConfig
@@ -52,17 +53,29 @@ class Layout:
     stages_by_rank: tuple[tuple[int, ...], ...]
     names_by_rank: tuple[tuple[str, ...], ...]
     full_shapes: Mapping[str, tuple[int, ...]]
+    sequence_parallel: bool = False
 
     @cached_property
     def ties(self) -> list[Tie]:
         """Every weight with more than one user, with its owner and borrowers."""
-        split = (plan.COLUMN, plan.ROW, plan.VOCAB)
-        kinds = {name: plan.parameter_cut(name).kind for name in self.full_shapes}
         return find_ties(
             self.names_by_rank,
-            kinds={name: "split" if kind in split else kind for name, kind in kinds.items()},
+            kinds={name: self._tie_kind(name) for name in self.full_shapes},
             tensor_parallel_size=self.tensor_parallel_size,
         )
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts of the sequence, of which a rank's hidden states hold one."""
+        return self.tensor_parallel_size if self.sequence_parallel else 1
+
+    def _tie_kind(self, name: str) -> str:
+        kind = plan.parameter_cut(name).kind
+        if kind in (plan.COLUMN, plan.ROW, plan.VOCAB):
+            return "split"
+        if self.sequence_parallel and plan.in_sequence_region(name, decoder_layer=decoder_layer(self.config)):
+            return plan.PARTIAL
+        return kind
 
     def layers_of_rank(self, pipeline_rank: int) -> list[int]:
         """Every layer that a pipeline rank runs."""
@@ -78,6 +91,11 @@ class Layout:
         """Shape of the slice of ``name`` on any tensor-parallel rank."""
         full = torch.empty(self.full_shapes[name], device="meta")
         return tuple(cut_tensor(full, name, rank=0, size=self.tensor_parallel_size).shape)
+
+
+def decoder_layer(config: DebertaConfig) -> int | None:
+    """Number of the layer that runs as the enhanced mask decoder, whose rows are targets; None without one."""
+    return config.num_hidden_layers - 1 if config.uses_enhanced_mask_decoder else None
 
 
 def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlops) -> Layout:
@@ -126,6 +144,7 @@ def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlop
         stages_by_rank=tuple(stages_by_rank),
         names_by_rank=tuple(names_by_rank),
         full_shapes={name: tuple(p.shape) for name, p in meta_model(config).named_parameters()},
+        sequence_parallel=parallel.sequence_parallel,
     )
 
 

@@ -54,12 +54,27 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
             f"{config.source}: data.max_seq_length = {config.data.max_seq_length} is over "
             f"model.max_position_embeddings = {model_config.max_position_embeddings}"
         )
+    _check_convolution(config, model_config)
     flops = _flops(config, model_config, length=config.data.max_seq_length)
     try:
         layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
     return Plan(config=config, deepspeed=ds, model_config=model_config, flops=flops, layout=layout)
+
+
+def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:
+    """Under sequence parallelism the convolution looks at neighbouring parts alone."""
+    if not config.parallel.sequence_parallel:
+        return
+    size, taps = config.parallel.tensor_parallel_size, model_config.conv_kernel_size
+    shortest = min(length for _, length in config.micro_batch_shapes)
+    if (taps - 1) // 2 > shortest // size:
+        raise ConfigError(
+            f"{config.source}: parallel.sequence_parallel = true leaves {shortest // size} of {shortest} tokens on each of "
+            f"parallel.tensor_parallel_size = {size} ranks, fewer than the {(taps - 1) // 2} beside a token that "
+            f"model.conv_kernel_size = {taps} looks at; take fewer tensor ranks or longer sequences"
+        )
 
 
 def _flops(config: RunConfig, model_config: DebertaConfig, *, length: int) -> ForwardFlops:

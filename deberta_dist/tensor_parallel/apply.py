@@ -21,6 +21,15 @@ from deberta_dist.tensor_parallel.layers import (
     VocabParallelEmbedding,
     empty_parameter,
 )
+from deberta_dist.tensor_parallel.sequence import (
+    EnterSequenceRegion,
+    ExchangeHalo,
+    JoinSequence,
+    OwnTokens,
+    ScatterSequence,
+    SequenceRanks,
+    SequenceRowLinear,
+)
 
 
 def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
@@ -81,6 +90,39 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
         model.cross_entropy = type(loss)(
             first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group)
         )
+
+
+def split_sequence(
+    model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int | None, gathers_again: bool
+) -> None:
+    """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
+
+    Args:
+        model: A model with published names; absent parts (other stages) are fine.
+        ranks: The tensor-parallel ranks.
+        decoder_layer: See ``plan.in_sequence_region``.
+        gathers_again: Whether column-parallel layers gather their input again in the backward pass. Not where whole layers
+            are computed again anyway, just before it.
+    """
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(plan.WHOLE_SEQUENCE_PATTERN, name):
+            _replace(model, name, JoinSequence(ranks))
+        if not plan.in_sequence_region(name, decoder_layer=decoder_layer):
+            continue
+        kind = plan.module_kind(name)
+        if re.fullmatch(plan.ENTER_PATTERN, name):
+            _replace(model, name, EnterSequenceRegion(ranks, is_made_again=gathers_again))
+        elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
+            _replace(model, name, OwnTokens(ranks))
+        elif re.fullmatch(plan.HALO_PATTERN, name):
+            convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
+            _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
+        elif re.fullmatch(plan.SEQUENCE_DROPOUT_PATTERN, name):
+            module.sequence_part = (ranks.rank, ranks.size)
+        elif kind == plan.ROW:
+            _replace(model, name, SequenceRowLinear(module, ranks=ranks))
+        elif kind == plan.VOCAB:
+            module.reduce = ScatterSequence(ranks)
 
 
 def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:

@@ -4,6 +4,7 @@ They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, w
 names, so that everything that looks parameters up by published name works unchanged.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,9 @@ class VocabParallelEmbedding(nn.Embedding):
         full: The whole table; only its width, padding index, dtype and device are used.
         padded_size: Rows after padding (``plan.padded_vocabulary``).
         rank, size, group: Place among the tensor-parallel ranks.
+
+    Attributes:
+        reduce: Sums what the ranks have found; sequence parallelism replaces it.
     """
 
     def __init__(
@@ -94,7 +98,7 @@ class VocabParallelEmbedding(nn.Embedding):
             dtype=full.weight.dtype,
         )
         self.padded_size = padded_size
-        self.group = group
+        self.reduce = partial(reduce_from_tensor_parallel_region, group=group)
 
     def forward(self, input_ids: Tensor, table: Any = None) -> Tensor:
         """As the model's own word embeddings, which look up in a table that the head shares where there is one."""
@@ -104,7 +108,7 @@ class VocabParallelEmbedding(nn.Embedding):
         local = local.masked_fill(foreign, 0)
         output = super().forward(local) if table is None else table.rows(local, padding_idx=self.padding_idx)
         output = output.masked_fill(foreign.unsqueeze(-1), 0.0)
-        return reduce_from_tensor_parallel_region(output, self.group)
+        return self.reduce(output)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, first_row={self.first_row}, padded_size={self.padded_size}"

@@ -15,7 +15,8 @@ partial     whole on every rank, each rank's gradient is a part of the sum      
 
 ``partial`` is the relative table and its LayerNorm: the table is projected by each rank's own heads, so
 each rank sees only its heads' share of the gradient. It is completed once per step when ranks hand over
-their gradients, not once per layer and micro-batch.
+their gradients, not once per layer and micro-batch. Under sequence parallelism (``sequence.py``) replicated weights
+of ``in_sequence_region`` are ``partial`` too: each rank sees its own tokens alone.
 """
 
 import re
@@ -41,6 +42,12 @@ PLAN: tuple[tuple[str, str], ...] = (
 ENTER_PATTERN = r".*\.enter"
 # The one dropout whose activation is split by heads: its mask must differ between ranks.
 SPLIT_DROPOUT_PATTERN = _LAYER + r"attention\.self\.dropout"
+# Sequence parallelism: dropouts of activations that are split along the sequence, and identity modules where tokens are
+# chosen, where neighbouring tokens are looked at, and where all are needed.
+SEQUENCE_DROPOUT_PATTERN = rf"deberta\.(embeddings|encoder\.conv)\.dropout|{_LAYER}(attention\.)?output\.dropout"
+OWN_TOKENS_PATTERN = r".*\.own_tokens"
+HALO_PATTERN = r"deberta\.encoder\.conv\.halo"
+WHOLE_SEQUENCE_PATTERN = r"whole_sequence"
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,23 @@ def parameter_cut(name: str) -> Cut:
     if kind == ROW:
         return Cut(ROW, 1) if leaf == "weight" else Cut(REPLICATE, None)
     return Cut(kind, None)
+
+
+def in_sequence_region(name: str, *, decoder_layer: int | None) -> bool:
+    """Whether the module or parameter ``name`` is used where sequence parallelism splits the tokens.
+
+    That is embeddings, layers and convolution. Not the enhanced mask decoder and the head, whose rows are targets.
+
+    Args:
+        name: Published name.
+        decoder_layer: Number of the layer that decodes, with the absolute positions; None where they are added to the
+            embeddings.
+    """
+    if layer := re.match(r"deberta\.encoder\.layer\.(\d+)\.", name):
+        return int(layer[1]) != decoder_layer
+    if name.startswith("deberta.embeddings.position_embeddings"):
+        return decoder_layer is None
+    return name.startswith(("deberta.embeddings.", "deberta.encoder.conv."))
 
 
 def padded_vocabulary(vocab_size: int, *, tensor_parallel_size: int) -> int:

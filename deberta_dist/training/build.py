@@ -21,8 +21,9 @@ from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
 from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
-from deberta_dist.planning.layout import DTYPES, Layout, flat_layout, meta_model
-from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor
+from deberta_dist.planning.layout import DTYPES, Layout, decoder_layer, flat_layout, meta_model
+from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor, split_sequence
+from deberta_dist.tensor_parallel.sequence import SequenceRanks
 from deberta_dist.training.optimizer import make_optimizer
 from deberta_dist.training.sharded_model import ShardedModel
 from deberta_dist.zero import WeightStore
@@ -92,6 +93,7 @@ def build(
         num_micro_batches=config.training.num_micro_batches,
         micro_batch_shapes=config.micro_batch_shapes,
         hidden_size=layout.config.hidden_size,
+        sequence_shards=layout.sequence_shards,
         dtype=DTYPES[precision(deepspeed_config)],
     )
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
@@ -125,6 +127,13 @@ def build_sharded_model(
         size=shape.tensor,
         group=mesh.groups["tensor"],
     )
+    if layout.sequence_parallel:
+        split_sequence(
+            model,
+            ranks=SequenceRanks(mesh.groups["tensor"]),
+            decoder_layer=decoder_layer(layout.config),
+            gathers_again=model.recompute != "full",
+        )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     store = WeightStore(
         shards,

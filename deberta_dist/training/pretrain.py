@@ -255,7 +255,8 @@ def headline(plan: Plan, device: torch.device) -> str:
     return (
         f"{count:,} parameters on {mesh_shape(plan.config).world_size} x {device.type}: "
         f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} x "
-        f"data {parallel.data_parallel_size}; {training.max_steps} steps of {training.global_batch_size} sequences "
+        f"data {parallel.data_parallel_size}{', sequence parallel' if parallel.sequence_parallel else ''}; "
+        f"{training.max_steps} steps of {training.global_batch_size} sequences "
         f"({training.num_micro_batches} micro-batches of {training.micro_batch_size}"
         f"{')' if plan.config.data.bucket_lengths is None else ', or as many tokens in shorter ones)'}"
     )

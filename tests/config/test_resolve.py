@@ -45,6 +45,9 @@ def test_given_numbers_are_checked(toml: Path) -> None:
         (8, ["--parallel.layers_per_stage=[1,1,2]"], ["has 3 entries", "makes 2 stages"]),
         (4, ["--parallel.pipeline_parallel_size=1", "--parallel.schedule=interleaved_1f1b", "--parallel.stages_per_rank=2"], ["needs a pipeline_parallel_size of 2 or more"]),
         (8, ["--parallel.schedule=interleaved_1f1b", "--training.global_batch_size=40"], ["num_micro_batches = 5 does not fill", "4 or 6 does"]),
+        (2, ["--parallel.sequence_parallel=true", "--parallel.tensor_parallel_size=1"], ["sequence_parallel = true splits sequences", "which is 1; make that 2 or more, or sequence_parallel false"]),
+        (4, ["--parallel.sequence_parallel=true", "--data.max_seq_length=513"], ["tensor_parallel_size = 2 does not divide data.max_seq_length = 513", "take multiples of 2"]),
+        (16, ["--parallel.sequence_parallel=true", "--parallel.tensor_parallel_size=8", "--data.bucket_lengths=[4,16,512]"], ["tensor_parallel_size = 8 does not divide data.bucket_lengths = 4,", "take multiples of 8, or tensor_parallel_size 2 or 4"]),
     ],
 )  # fmt: skip
 def test_refused(toml: Path, world_size: int, overrides: list[str], expected: list[str]) -> None:

@@ -68,6 +68,7 @@ def test_all_takes_what_the_data_holds_in_order(start_directory: Path, tmp_path:
         (["--training.global_batch_size", "none"], "command line: training.global_batch_size"),
         (["--training.epoch", "3"], "unknown key training.epoch; did you mean training.epochs"),
         (["--parallel.pipeline_parallel_size", "2"], "must be 1: fine-tuning has tensor and data parallelism"),
+        (["--parallel.sequence_parallel", "true"], "must be false: fine-tuning has no sequence parallelism"),
         (["--parallel.tensor_parallel_size", "2"], "does not divide 1 processes"),
         (["--parallel.tensor_parallel_size", "3", "--world", "3"], "--world"),
         (["--data.window_overlap", "40"], "more than a quarter of data.max_seq_length = 48"),

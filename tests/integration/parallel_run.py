@@ -40,6 +40,8 @@ class Case:
         micro_batches: Per pipeline; the global batch is micro_batch_size x micro_batches x data.
         clipping: Small enough to be active in every step.
         documents: Sequences hold several documents, which do not see each other.
+        sequence: Sequence parallelism.
+        attention_dropout: Of probabilities, which is drawn per tensor rank; None as ``dropout``.
         buckets: Lengths of sequences, ending with ``LENGTH``: a step of each in turn, as many tokens in all of them.
     """
 
@@ -62,6 +64,8 @@ class Case:
     offload: bool = False
     documents: bool = False
     buckets: tuple[int, ...] = (LENGTH,)
+    sequence: bool = False
+    attention_dropout: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -83,7 +87,7 @@ class Case:
             "position_biased_input": False,
             "pos_att_type": "p2c|c2p",
             "hidden_dropout_prob": self.dropout,
-            "attention_probs_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout if self.attention_dropout is None else self.attention_dropout,
         }
         if self.model == "v2":
             common |= {
@@ -113,6 +117,7 @@ class Case:
             optimizer=Optimizer(learning_rate=LEARNING_RATE, gradient_clipping=self.clipping),
             parallel=Parallel(
                 tensor_parallel_size=self.tensor,
+                sequence_parallel=self.sequence,
                 pipeline_parallel_size=self.pipeline,
                 data_parallel_size=self.data,
                 schedule=self.schedule,

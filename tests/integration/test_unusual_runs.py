@@ -65,6 +65,12 @@ CASES = {
         tensor=2, pipeline=2,
         changes=(("vocab_size", 60), ("type_vocab_size", 2), ("conv_groups", 4), ("conv_kernel_size", 5)),
     ),
+    # Positions are added to the embeddings, so that the last layer is split too; two tokens beside each part.
+    "v1-sequence": Unusual(
+        tensor=2, pipeline=2, sequence=True, model="v1",
+        changes=(("vocab_size", 60), ("position_biased_input", True), ("type_vocab_size", 2), ("embedding_size", 16),
+                 ("conv_kernel_size", 5), ("conv_groups", 4)),
+    ),
     "no-clipping": Unusual(tensor=2, clipping=0.0),
     "buckets-smaller-than-a-flat": Unusual(
         data=2,

@@ -158,6 +158,26 @@ def test_ties_sum_exactly_where_gradients_are_parts(model: str, tensor: int, pip
     assert len(pairs) == len(set(pairs)), "a rank has one weight in two ties"
 
 
+@pytest.mark.parametrize("model", ["v1-biased", "v2"])
+@pytest.mark.parametrize("pipeline", [1, 3])
+def test_under_sequence_parallelism_gradients_of_tokens_are_parts(model: str, pipeline: int) -> None:
+    without = layout(model, tensor=2, pipeline=pipeline)
+    found = dataclasses.replace(without, sequence_parallel=True)
+    assert [found.owned(p, t) for p in range(pipeline) for t in range(2)] == [
+        without.owned(p, t) for p in range(pipeline) for t in range(2)
+    ]
+    sums = {name for tie in found.ties if tie.is_sum for name in tie.names}
+    copies = {name for tie in found.ties if not tie.is_sum for name in tie.names}
+    parts = {"layer.0.output.dense.bias", "layer.6.attention.output.LayerNorm.weight"}
+    assert {f"deberta.encoder.{name}" for name in parts} | {"deberta.embeddings.LayerNorm.bias"} <= sums
+    last = {"deberta.encoder.layer.7.output.dense.bias", "deberta.embeddings.position_embeddings.weight"}
+    head = {"lm_predictions.lm_head.dense.weight", "lm_predictions.lm_head.LayerNorm.bias"}
+    if model == "v2":  # the last layer decodes: its rows are targets, on all ranks
+        assert head | last <= copies and "deberta.encoder.conv.conv.weight" in sums
+    else:
+        assert head <= copies and last <= sums
+
+
 def test_word_embeddings_are_shared_by_first_and_last_stage() -> None:
     found = layout("v2", tensor=2, pipeline=3)
     name = "deberta.embeddings.word_embeddings.weight"

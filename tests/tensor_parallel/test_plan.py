@@ -64,11 +64,27 @@ def test_every_parameter_has_the_intended_kind(name: str) -> None:
 @pytest.mark.parametrize("name", INTENDED)
 def test_every_pattern_of_the_plan_is_in_use(name: str) -> None:
     modules = [module for module, _ in meta_model(name).named_modules()]
-    patterns = {pattern for pattern, _ in plan.PLAN} | {plan.ENTER_PATTERN, plan.SPLIT_DROPOUT_PATTERN}
+    patterns = {pattern for pattern, _ in plan.PLAN}
+    patterns |= {value for key, value in vars(plan).items() if key.endswith("_PATTERN")}
     if name == "tiny-v1":
-        patterns.discard(r"deberta\.encoder\.LayerNorm")
+        patterns -= {r"deberta\.encoder\.LayerNorm", plan.HALO_PATTERN}
     for pattern in patterns:
         assert any(re.fullmatch(pattern, module) for module in modules), pattern
+
+
+def test_what_sequence_parallelism_splits() -> None:
+    whole = {
+        r"lm_predictions\..*",
+        r"deberta\.encoder\.(rel_embeddings|LayerNorm)\..*",
+        r"deberta\.encoder\.layer\.3\..*",
+        r"deberta\.embeddings\.position_embeddings\.weight",
+    }
+    names = list(shapes("tiny-v2"))
+    for name in names:
+        assert plan.in_sequence_region(name, decoder_layer=3) is not any(re.fullmatch(p, name) for p in whole), name
+    # Without an enhanced mask decoder the last layer is like the others, and positions are added to the embeddings.
+    split = {name for name in names if plan.in_sequence_region(name, decoder_layer=None)}
+    assert {name for name in names if "layer.3." in name or "position_embeddings" in name} <= split
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -42,6 +42,10 @@ def test_a_good_run_is_resolved(make_run: MakeRun) -> None:
         ({"parallel": {"pipeline_parallel_size": 8}}, ["8 pipeline stages", "num_hidden_layers = "]),
         ({"parallel": {"layers_per_stage": (1,)}}, ["layers_per_stage = [1]", "num_hidden_layers = "]),
         ({"training": {"global_batch_size": 9}}, ["global_batch_size = 9"]),
+        (
+            {"parallel": {"tensor_parallel_size": 4, "sequence_parallel": True}, "model": {"conv_kernel_size": 35}},
+            ["8 of 32 tokens on each of parallel.tensor_parallel_size = 4 ranks", "fewer than the 17", "model.conv_kernel_size = 35"],
+        ),
     ],
 )
 def test_plan_is_refused(make_run: MakeRun, changes: dict[str, Any], words: list[str]) -> None:
