@@ -5,7 +5,6 @@ feed-forward and vocabulary, while the bytes of live storages are counted. Calle
 """
 
 import dataclasses
-import math
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,8 +20,11 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.planning.layout import meta_model
+from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
+from deberta_dist.planning.layout import decoder_layer, meta_model
+from deberta_dist.tensor_parallel.apply import split_sequence
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
+from deberta_dist.tensor_parallel.sequence import SequenceRanks
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def stage_activations(
     recompute: str,
     document_boundaries: bool = False,
     vocabulary_chunks: int = 1,
+    sequence_parallel: bool = False,
 ) -> StageActivations:
     """Measures one micro-batch on one stage.
 
@@ -70,6 +73,7 @@ def stage_activations(
         recompute: ``training.recompute``.
         document_boundaries: Whether batches carry document ids.
         vocabulary_chunks: ``training.vocabulary_chunks``.
+        sequence_parallel: Whether those ranks split the sequence.
     """
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
@@ -85,6 +89,7 @@ def stage_activations(
             recompute=recompute,
             document_boundaries=document_boundaries,
             vocabulary_chunks=vocabulary_chunks,
+            sequence_parallel=sequence_parallel,
         )
 
     # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
@@ -108,10 +113,15 @@ def _measure(
     recompute: str,
     document_boundaries: bool = False,
     vocabulary_chunks: int = 1,
+    sequence_parallel: bool = False,
 ) -> StageActivations:
     batch, length = batch_shape
-    model = local_model(config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype)
-    model.recompute, model.vocabulary_chunks = recompute, vocabulary_chunks
+    model = local_model(
+        config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype, recompute=recompute,
+        sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    model.vocabulary_chunks = vocabulary_chunks
+    own_length = length // tensor_parallel_size if sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
     # Which tokens are targets decides shapes, so this one is real.
     labels = torch.zeros(batch, length, dtype=torch.int64)
@@ -124,8 +134,8 @@ def _measure(
         if layers.start == 0:
             hidden, inputs["input_ids"] = None, torch.empty(batch, length, dtype=torch.int64)
         else:
-            hidden, inputs["input_ids"] = _hidden(batch, length, config.hidden_size, dtype=dtype), None
-    gradient = _hidden(batch, length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
+            hidden, inputs["input_ids"] = _hidden(batch, own_length, config.hidden_size, dtype=dtype), None
+    gradient = _hidden(batch, own_length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
     with LiveBytes() as live:
         output = model.forward_stage(hidden, **inputs, labels=labels, layers=layers, dropout_key=1)
         saved = live.now
@@ -161,17 +171,34 @@ def local_config(config: DebertaConfig, *, tensor_parallel_size: int) -> Deberta
 
 
 def local_model(
-    config: DebertaConfig, *, layers: range, tensor_parallel_size: int, dtype: torch.dtype
+    config: DebertaConfig,
+    *,
+    layers: range,
+    tensor_parallel_size: int,
+    dtype: torch.dtype,
+    recompute: str = "none",
+    sequence_parallel: bool = False,
 ) -> DebertaForMaskedLM:
-    """A plain model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
+    """A model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
 
-    It lacks the copies that all-reduces work on; they are gone at once.
+    It lacks the copies that all-reduces work on; they are gone at once. Sequence parallelism is the real one, but that
+    nothing is sent.
     """
     model = meta_model(local_config(config, tensor_parallel_size=tensor_parallel_size)).to(dtype)
+    model.recompute = recompute
     model.keep_layers(layers)
     for module in model.modules():
         if isinstance(module, Dropout):
             module.__class__ = _DropoutOnMeta
+    if sequence_parallel:
+        if model.deberta.embeddings.word_embeddings is not None:
+            model.deberta.embeddings.word_embeddings.__class__ = _ReducedEmbedding
+        split_sequence(
+            model,
+            ranks=_RanksOnMeta(size),
+            decoder_layer=decoder_layer(config),
+            gathers_again=recompute != "full",
+        )
     model.cross_entropy = _CrossEntropyOnMeta()
     for parameter in model.parameters():
         parameter.grad_dtype = torch.float32
@@ -218,12 +245,28 @@ class LiveBytes(TorchDispatchMode):
 class _DropoutOnMeta(Dropout):
     """Makes and keeps what the real one does; the meta device has no random generator."""
 
-    def forward(self, x: Tensor, key: int | None) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64, device=x.device)
-        dropped = (words.view(torch.int16) < 0)[: x.numel()].view(x.shape)
-        return (x * (1 / (1 - self.p))).masked_fill(dropped, 0.0)
+    def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=device)
+
+
+class _RanksOnMeta(SequenceRanks):
+    """Tensor-parallel ranks that make the buffers of their messages and send nothing; this is the second of them."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 1, size
+
+    def all_gather(self, parts: Tensor, part: Tensor) -> None:
+        pass
+
+    def reduce_scatter(self, part: Tensor, parts: Tensor) -> None:
+        pass
+
+
+class _ReducedEmbedding(WordEmbeddings):
+    """A slice of the vocabulary, as large as a rank's; ``reduce`` is set by ``split_sequence``."""
+
+    def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
+        return self.reduce(super().forward(input_ids, table))
 
 
 class _CrossEntropyOnMeta(CrossEntropy):

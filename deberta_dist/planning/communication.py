@@ -11,6 +11,15 @@ Every message is a hidden state, or rows of one for the targets: [B, S, D] unles
     mask decoder    2 per pass forward, 2 per pass backward over the padded targets [B, T, D]; 1 backward for the
                     hidden states that all passes attend to
     head            1 backward over the targets; its cross entropy float32 [T] and [2, T] and int64 [T] forward
+
+Under sequence parallelism over t ranks an all-gather and a reduce-scatter take an all-reduce's place. They have half
+of its factor each, and are counted as [B, S, D] each; what is sent between stages is [B, S / t, D].
+
+    per layer       2 all-gathers and 2 reduce-scatters forward (again if layers are recomputed), 2 and 2 backward;
+                    2 all-gathers more in the backward pass unless layers are recomputed
+    embedding       1 reduce-scatter forward, 1 all-gather backward
+    convolution     1 all-gather forward, 1 reduce-scatter backward of the borders [B, t (K - 1), D], K its taps
+    mask decoder    as without, and 1 all-gather forward for the hidden states; a head without it has that one
 """
 
 from collections.abc import Sequence
@@ -50,10 +59,11 @@ class RankCommunication:
         zero_reduce: Gradients reduce-scattered over the data axis, once per step.
         tie_lend: Tied weights broadcast from their owners, once per step.
         tie_collect: Their gradients reduced to their owners, once per step.
-        tensor_layers: All-reduces of the ordinary layers.
+        tensor_layers: Of the ordinary layers, the convolution included.
         tensor_embedding: Of the word embedding.
         tensor_decoder: Of the enhanced mask decoder.
         tensor_head: Of the head and its cross entropy.
+        tensor_halves: What of these four is all-gathers and reduce-scatters; the rest is all-reduces.
         pipeline_activations: Sent to later stages.
         pipeline_gradients: Sent to earlier stages.
         scalars: Targets, tokens, losses and the agreement on finite gradients (DeepSpeed's norms not counted).
@@ -67,13 +77,14 @@ class RankCommunication:
     tensor_embedding: int
     tensor_decoder: int
     tensor_head: int
+    tensor_halves: int
     pipeline_activations: int
     pipeline_gradients: int
     scalars: int
 
     @property
     def tensor(self) -> int:
-        """All all-reduces over the tensor axis."""
+        """Everything over the tensor axis."""
         return self.tensor_layers + self.tensor_embedding + self.tensor_decoder + self.tensor_head
 
     @property
@@ -128,26 +139,42 @@ def rank_communication(
     is_split, has_last = layout.tensor_parallel_size > 1, last in stages
     decodes = has_last and layout.config.uses_enhanced_mask_decoder
     layers = len(layout.layers_of_rank(pipeline_rank)) - decodes
-    per_layer = layer_all_reduces(config)
+    per_layer = layer_messages(config)
     embedding = tokens * layout.config.embedding_width * width * training.num_micro_batches
+    is_sequence, shards = layout.sequence_parallel, layout.sequence_shards
+    borders, joined = 0, is_sequence * has_last * hidden
+    if is_sequence and 0 in layout.layers_of_rank(pipeline_rank) and layout.config.conv_kernel_size > 0:
+        beside = shards * (layout.config.conv_kernel_size - 1)
+        borders = 2 * beside * hidden // config.data.max_seq_length
+    in_layers = is_split * layers * per_layer * hidden + borders
+    in_embedding = is_split * (0 in stages) * (1 + is_sequence) * embedding
     return RankCommunication(
         zero_gather=flat * width,
         zero_reduce=flat * reduced_width(deepspeed_config),
         tie_lend=lent * width,
         tie_collect=collected * FLOAT32,
-        tensor_layers=is_split * layers * per_layer * hidden,
-        tensor_embedding=is_split * (0 in stages) * embedding,
-        tensor_decoder=is_split * decodes * (hidden + in_decoder),
-        tensor_head=is_split * has_last * in_head,
-        pipeline_activations=sum(index < last for index in stages) * hidden,
-        pipeline_gradients=sum(index > 0 for index in stages) * hidden,
+        tensor_layers=in_layers,
+        tensor_embedding=in_embedding,
+        tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),
+        tensor_head=is_split * (has_last * in_head + (not decodes) * joined),
+        tensor_halves=is_sequence * (in_layers + in_embedding + joined),
+        pipeline_activations=sum(index < last for index in stages) * hidden // shards,
+        pipeline_gradients=sum(index > 0 for index in stages) * hidden // shards,
         scalars=_scalars(config),
     )
 
 
 def layer_all_reduces(config: RunConfig) -> int:
-    """All-reduces over the tensor axis that one layer makes in one micro-batch, forward and backward."""
+    """All-reduces over the tensor axis that a layer makes in one micro-batch without sequence parallelism."""
     return 4 + 2 * (config.training.recompute == "full")
+
+
+def layer_messages(config: RunConfig) -> int:
+    """Messages over the tensor axis that one layer makes in one micro-batch, each of a whole hidden state."""
+    if not config.parallel.sequence_parallel:
+        return layer_all_reduces(config)
+    # Two halves of every all-reduce, and the inputs of attention and feed-forward gathered again.
+    return 2 * layer_all_reduces(config) + 2 * (config.training.recompute != "full")
 
 
 def expected_micro_batches(config: RunConfig) -> list[MicroBatchTargets]:

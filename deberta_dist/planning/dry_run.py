@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deberta_dist.config import precision
-from deberta_dist.planning.communication import RankCommunication, layer_all_reduces, rank_communication
+from deberta_dist.planning.communication import RankCommunication, layer_messages, rank_communication
 from deberta_dist.planning.flops import PEAK_FLOPS
 from deberta_dist.planning.layout import Layout
 from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memory
@@ -120,7 +120,8 @@ def _headline(plan: Plan) -> str:
         ("", "(without position table and head)" if not model.position_biased_input else "(without head)"),
         ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
         ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
-                      f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"),
+                      f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"
+                      f"{', sequence parallel' if parallel.sequence_parallel else ''}"),
         ("schedule", f"{parallel.schedule}{loops}, {training.num_micro_batches} micro-batches per step"),
         ("batch", f"{training.global_batch_size} sequences = micro-batch {training.micro_batch_size} x "
                   f"{training.num_micro_batches} micro-batches x data {parallel.data_parallel_size}"),
@@ -196,6 +197,7 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
 
 def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     messages = [report.communication for report in reports]
+    kinds = "all-gathers and reduce-scatters" if plan.layout.sequence_parallel else "all-reduces"
     table = _table("COMMUNICATION of a rank", [
         ("ZeRO all-gather weights *", [m.zero_gather for m in messages]),
         ("ZeRO reduce-scatter *", [m.zero_reduce for m in messages]),
@@ -212,7 +214,7 @@ def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     return (
         f"{table}\n  * once per step, whatever the number of micro-batches. Bytes of the message buffers (pipeline:"
         f"\n    what the rank sends), no algorithm factor. {messages[0].scalars} bytes of scalars besides."
-        f"\n    Layers: per micro-batch {layer_all_reduces(plan.config)} all-reduces of a hidden state each."
+        f"\n    Layers: per micro-batch {layer_messages(plan.config)} {kinds} of a hidden state each."
     )
 
 

@@ -128,7 +128,8 @@ def rank_memory(
     )
     last = len(layout.stages) - 1
     received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
-    hidden = training.micro_batch_size * config.data.max_seq_length * layout.config.hidden_size * dtype.itemsize
+    tokens = training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
+    hidden = tokens * layout.config.hidden_size * dtype.itemsize
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     bucket = int(float(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)))
     return RankMemory(
@@ -166,6 +167,7 @@ def _in_flight(
             layout.config,
             layers=layout.stages[index],
             tensor_parallel_size=layout.tensor_parallel_size,
+            sequence_parallel=layout.sequence_parallel,
             batch_shape=batch_shape,
             targets_per_sequence=expected_targets(config, length=batch_shape[1]),
             dtype=dtype,

@@ -91,6 +91,24 @@ def test_recomputing_layers_sends_half_as_much_again_and_keeps_less() -> None:
         assert other.memory.peak < one.memory.peak
 
 
+def test_sequence_parallelism_keeps_and_sends_between_stages_less() -> None:
+    without, plan = (plan_of(DEMO, 8, f"--parallel.sequence_parallel={word}") for word in ("false", "true"))
+    before, after = rank_reports(without), rank_reports(plan)
+    for one, other in zip(before, after, strict=True):
+        assert 2 * other.memory.receive_buffers == one.memory.receive_buffers
+        assert 2 * other.communication.pipeline_activations == one.communication.pipeline_activations
+        assert other.memory.activations < one.memory.activations
+        assert (other.owned, other.memory.weights, other.flops) == (one.owned, one.memory.weights, one.flops)
+        assert other.communication.tie_lend == one.communication.tie_lend
+        assert other.communication.tie_collect > one.communication.tie_collect, "gradients of LayerNorms are parts of sums"
+    # A rank without embeddings and convolution: 10 halves of what were 4 all-reduces.
+    assert 4 * after[-1].communication.tensor_layers == 10 * before[-1].communication.tensor_layers
+    text = describe(plan)
+    assert "tensor 2 x pipeline 2 x data 2, sequence parallel" in text
+    assert "10 all-gathers and reduce-scatters of a hidden state each" in text
+    assert all(len(line) <= 100 for line in text.splitlines() if " does not exist yet" not in line)
+
+
 def test_offload_takes_the_optimizer_off_the_device() -> None:
     options = ("--run.deepspeed", str(ROOT / "ds_configs" / "zero3_offload.json"))
     here = rank_reports(plan_of(DEMO, 8, "--run.deepspeed", str(ROOT / "ds_configs" / "zero3_bf16.json")))
@@ -118,8 +136,10 @@ def test_reduced_precision_of_messages() -> None:
     assert 2 * half.zero_reduce == whole.zero_reduce and half.zero_gather == whole.zero_gather
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "sequence_parallel"), [("none", False), ("selective", False), ("full", False), ("none", True)]
+)
+def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str, sequence_parallel: bool) -> None:
     # First, middle and last stage; the first where embeddings outweigh layers and where they do not.
     cases = (("v2-xlarge", 48, [range(5), range(1, 6)]), ("tiny-v1", 64, [range(5), range(2, 7)]))
     for name, length, parts in cases:
@@ -132,6 +152,7 @@ def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str) -
                 "targets_per_sequence": 9,
                 "dtype": torch.bfloat16,
                 "recompute": recompute,
+                "sequence_parallel": sequence_parallel,
             }
             measured = activations._measure(config, **options)
             estimated = activations.stage_activations(config, **options)

@@ -24,7 +24,8 @@ from tests.integration.parallel_run import (
 )
 from tests.planning.live_peak import step_peaks
 
-# Functions of torch.distributed -> kind; one may be written on top of another, the outermost call is the message.
+# Functions of torch.distributed -> kind; one may be written on top of another, the outermost call is the message. In the
+# tensor-parallel group all are "tensor".
 FUNCTIONS = {
     "all_gather_single": "zero_gather",
     "all_gather_into_tensor": "zero_gather",
@@ -46,10 +47,13 @@ def run_and_count(case: Case) -> dict[str, Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal is_inside
             group = options.get("group")
-            is_ours = FUNCTIONS[name] != "tensor" or group is tensor_group[0]
+            is_tensor = group is not None and group is tensor_group[0]
+            is_ours = FUNCTIONS[name] != "tensor" or is_tensor
             if not is_inside and is_ours and dist.get_world_size(group) > 1:
                 tensors = [a for a in [*arguments, *options.values()] if torch.is_tensor(a)]
-                counts[FUNCTIONS[name]] += max(t.nbytes for t in tensors)
+                num_bytes = max(t.nbytes for t in tensors)
+                counts["tensor" if is_tensor else FUNCTIONS[name]] += num_bytes
+                counts["tensor_halves"] += num_bytes * (is_tensor and name != "all_reduce")
             outer, is_inside = is_inside, True
             try:
                 return original(*arguments, **options)
@@ -131,9 +135,12 @@ def layout_of(case: Case) -> Layout:
         Case(pipeline=2, data=2, precision="bf16", dropout=0.1),
         Case(pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2),
         Case(pipeline=2, buckets=(8, 12, LENGTH)),
+        Case(tensor=2, sequence=True, dropout=0.1),
+        Case(tensor=2, pipeline=2, sequence=True, recompute="full"),
+        pytest.param(Case(tensor=4, sequence=True, model="v1", recompute="selective"), marks=pytest.mark.slow),
     ],
     ids=lambda case: (
-        f"tp{case.tensor}-pp{case.pipeline}-dp{case.data}-{case.recompute}-{case.precision}-{case.schedule}"
+        f"{'sp' * case.sequence}tp{case.tensor}-pp{case.pipeline}-dp{case.data}-{case.recompute}-{case.precision}-{case.schedule}"
     ),
 )
 def test_prediction_equals_a_real_step(case: Case) -> None:
@@ -165,7 +172,7 @@ def test_prediction_equals_a_real_step(case: Case) -> None:
             targets=[MicroBatchTargets(total=total, widest=widest) for total, widest in rank["targets"]],
             **place,
         )
-        kinds = [*dict.fromkeys(FUNCTIONS.values()), "pipeline_activations", "pipeline_gradients"]
+        kinds = [*FUNCTIONS.values(), "tensor_halves", "pipeline_activations", "pipeline_gradients"]
         predicted = {kind: getattr(message, kind) for kind in kinds}
         assert predicted == {kind: rank["counts"].get(kind, 0) for kind in kinds}
 
