@@ -46,7 +46,8 @@ MAX_LOSS_ERROR = 1e-5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("--processes", type=int, choices=SIZES[1:], default=8, help="how many (default: 8)")
-    parser.add_argument("--layouts", metavar="TxPxD,...", help="tensor x pipeline x data: 2x2x2,1x1x8 (default: all)")
+    help_text = "tensor x pipeline x data: 2x2x2,1x1x8 (default: all); 2x2x2+sp is sequence parallel"
+    parser.add_argument("--layouts", metavar="TxPxD,...", help=help_text)
     parser.add_argument("--micro-batches", default="1,2,4,8,16", metavar="M,...", help="default: 1,2,4,8,16")
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for everything (default: 3600)")
 
@@ -62,7 +63,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     micro_batches = parse_micro_batches(arguments.micro_batches)
     from deberta_dist.benchmark.scale_rank import Case, model_config
 
-    cases = [Case(*layout, count) for layout in layouts for count in micro_batches]
+    cases = [
+        Case(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches
+    ]
     formulas = [formula(case) for case in cases]
     data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
@@ -85,14 +88,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"machine": machine(), "model": title, "rows": rows, "deepspeed": peer_rows}
 
 
-def parse_layouts(text: str | None, *, processes: int) -> list[tuple[int, int, int]]:
-    """(tensor, pipeline, data) sizes; all that make ``processes`` if there is no text.
+def parse_layouts(text: str | None, *, processes: int) -> list[tuple[int, int, int, bool]]:
+    """(tensor, pipeline, data) sizes and whether sequence parallel; without text all that make ``processes``, and not.
 
     Raises:
         ConfigError: not three sizes whose product is ``processes``.
     """
     layouts = [
-        (tensor, pipeline, data)
+        (tensor, pipeline, data, False)
         for data in SIZES
         for pipeline in SIZES
         for tensor in SIZES
@@ -100,12 +103,16 @@ def parse_layouts(text: str | None, *, processes: int) -> list[tuple[int, int, i
     ]
     if text is None:
         return layouts
-    by_name = {"x".join(map(str, layout)): layout for layout in layouts}
+    by_name = {"x".join(map(str, sizes)): (*sizes, False) for *sizes, _ in layouts}
+    there_are = ", ".join(by_name)
+    by_name |= {f"{name}+sp": (*sizes, True) for name, (*sizes, _) in by_name.items() if sizes[0] > 1}
     names = list(dict.fromkeys(text.split(",")))
     for name in names:
         if name not in by_name:
-            there_are = ", ".join(by_name)
-            raise ConfigError(f"--layouts: {name!r} is no layout of --processes {processes}; there are {there_are}")
+            raise ConfigError(
+                f"--layouts: {name!r} is no layout of --processes {processes}; there are {there_are}, with +sp "
+                "behind one of several tensor ranks for sequence parallelism"
+            )
     return [by_name[name] for name in names]
 
 

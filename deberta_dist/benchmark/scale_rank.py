@@ -42,17 +42,18 @@ WINDOWS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layout and number of micro-batches."""
+    """One layout and number of micro-batches; sequence parallelism splits what the tensor ranks would all hold."""
 
     tensor: int
     pipeline: int
     data: int
     micro_batches: int
+    sequence_parallel: bool = False
 
     @property
     def layout(self) -> str:
-        """``tensor x pipeline x data``, as on the command line."""
-        return f"{self.tensor}x{self.pipeline}x{self.data}"
+        """``tensor x pipeline x data``, as on the command line; ``+sp`` with sequence parallelism."""
+        return f"{self.tensor}x{self.pipeline}x{self.data}{'+sp' if self.sequence_parallel else ''}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def run_config(case: Case) -> RunConfig:
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(
-            tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data
+            tensor_parallel_size=case.tensor,
+            pipeline_parallel_size=case.pipeline,
+            data_parallel_size=case.data,
+            sequence_parallel=case.sequence_parallel,
         ),
         run=Run(directory="unused", deepspeed="unused"),
     )

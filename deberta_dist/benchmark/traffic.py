@@ -24,8 +24,9 @@ COLLECTIVES = {
 }
 NORMS = "deepspeed_norms"
 """DeepSpeed's own all-reduces: gradient norm and overflow. The formula leaves them out."""
-# An all-reduce is told by who asks: a tensor-parallel group of all ranks may be the world's own group.
-ALL_REDUCES = {"deberta_dist.tensor_parallel": "tensor", "deberta_dist.training": "scalars", "deepspeed": NORMS}
+# Who asks tells all-reduces apart, and what is tensor-parallel: its group of all ranks may be the world's own group.
+TENSOR = "tensor"
+ALL_REDUCES = {"deberta_dist.tensor_parallel": TENSOR, "deberta_dist.training": "scalars", "deepspeed": NORMS}
 # Received bytes are counted where they are sent.
 SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 
@@ -53,8 +54,9 @@ class Traffic(TorchDispatchMode):
 
 
 def _kind(name: str, args: tuple, group: ProcessGroup | None) -> str:
-    if name == "allreduce_":
-        return ALL_REDUCES.get(_caller(), name)
+    kind = ALL_REDUCES.get(_caller(), name)
+    if name == "allreduce_" or kind == TENSOR:
+        return kind
     if name == "send":
         return "pipeline_activations" if args[2] > group.rank() else "pipeline_gradients"
     return COLLECTIVES.get(name, name)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("--preset", default="tiny-v2", help="model, with random weights (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="layers (default: the preset's)")
-    parser.add_argument("--layout", metavar="TxPxD", help="tensor x pipeline x data of ours (default: all data)")
+    parser.add_argument("--layout", metavar="TxPxD", help="tensor x pipeline x data of ours, +sp as in scale (default: all data)")
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4, 8), help="default: %(default)s")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=4, metavar="M", help="of a step (default: %(default)s)")
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = arguments.contestants.split(",")
     if unknown := set(names) - TITLES.keys():
         raise ConfigError(f"--contestants: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
-    [layout] = parse_layouts(arguments.layout or f"1x1x{arguments.processes}", processes=arguments.processes)
+    layout_name = arguments.layout or f"1x1x{arguments.processes}"
+    [layout] = parse_layouts(layout_name, processes=arguments.processes)
     plan = {
         **{key: value for key, value in vars(arguments).items() if key not in ("json", "verb", "timeout", "layout")},
         "layout": layout,
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     title = (
         f"optimizer steps of {arguments.preset} with {first['layers']} layers on {arguments.processes} x {first['device']}: "
         f"{tokens:,} tokens in {arguments.micro_batches} micro-batches a rank, {first['dtype']}, ours "
-        f"{'x'.join(map(str, layout))}"
+        f"{layout_name}"
     )
     print(title)
     for name, row in figures.items():

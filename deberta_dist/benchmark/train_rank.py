@@ -102,7 +102,7 @@ class Setting:
 def ours(setting: Setting) -> Contestant:
     """As ``training/pretrain.py`` builds it. Collective."""
     plan = setting.plan
-    tensor, pipeline, data = plan["layout"]
+    tensor, pipeline, data, is_sequence = plan["layout"]
     config = RunConfig(
         model=Model(preset=plan["preset"]),
         data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=plan["length"]),
@@ -115,7 +115,12 @@ def ours(setting: Setting) -> Contestant:
             recompute=plan["recompute"],
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
-        parallel=Parallel(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data),
+        parallel=Parallel(
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=pipeline,
+            data_parallel_size=data,
+            sequence_parallel=is_sequence,
+        ),
         run=Run(directory="unused", deepspeed="unused"),
     )
     mesh = make_mesh(mesh_shape(config), device=setting.device)

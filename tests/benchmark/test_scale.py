@@ -16,13 +16,13 @@ from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    arguments = argparse.Namespace(processes=2, layouts="2x1x1,1x1x2", micro_batches="1,2", timeout=200)
+    arguments = argparse.Namespace(processes=2, layouts="2x1x1,2x1x1+sp,1x1x2", micro_batches="1,2", timeout=200)
     return scale.run(arguments)
 
 
 def test_counted_is_the_formula(found: dict[str, Any]) -> None:
     for row in found["rows"]:
-        case = Case(row["tensor"], row["pipeline"], row["data"], row["micro_batches"])
+        case = Case(row["tensor"], row["pipeline"], row["data"], row["micro_batches"], row["sequence_parallel"])
         for counted, expected in zip(row["ranks"], scale.formula(case), strict=True):
             assert {kind: counted.get(kind, 0) for kind in scale.KINDS} == expected
     num_parameters = sum(parameter.numel() for parameter in DebertaForMaskedLM(model_config()).parameters())
@@ -31,9 +31,10 @@ def test_counted_is_the_formula(found: dict[str, Any]) -> None:
     # Per rank each weight once, and at most one element of padding per flat parameter.
     assert 0 <= one["zero_gather"] / 2 - 4 * num_parameters <= 2 * 4
     assert one["zero_reduce"] == one["zero_gather"]
-    one, two = (row["bytes"] for row in found["rows"] if row["tensor"] == 2)
-    assert two["tensor"] == 2 * one["tensor"] > 0
-    assert two["tie_lend"] == one["tie_lend"] > 0
+    for is_sequence in (False, True):
+        rows = [row["bytes"] for row in found["rows"] if row["tensor"] == 2 and row["sequence_parallel"] is is_sequence]
+        assert rows[1]["tensor"] == 2 * rows[0]["tensor"] > 0
+        assert rows[1]["tie_lend"] == rows[0]["tie_lend"] > 0
 
 
 def test_the_peer_grows_with_the_micro_batches(found: dict[str, Any]) -> None:
@@ -93,7 +94,9 @@ def test_a_rank_that_fails_or_hangs_ends_it_all(
 
 def test_layouts_and_micro_batches() -> None:
     assert len(scale.parse_layouts(None, processes=8)) == 10
-    assert scale.parse_layouts("2x2x2,1x1x8", processes=8) == [(2, 2, 2), (1, 1, 8)]
+    assert scale.parse_layouts("2x2x2+sp,1x1x8", processes=8) == [(2, 2, 2, True), (1, 1, 8, False)]
+    with pytest.raises(ConfigError, match="'1x1x2.sp' is no layout"):
+        scale.parse_layouts("1x1x2+sp", processes=2)
     assert scale.parse_micro_batches("16,1,1") == [1, 16]
     with pytest.raises(ConfigError, match="'3x1x1' is no layout of --processes 2; there are 2x1x1, 1x2x1, 1x1x2"):
         scale.parse_layouts("1x1x2,3x1x1", processes=2)

@@ -16,7 +16,7 @@ def arguments(*words: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(parser.parse_args(words)), rounds=1, verb="train", json=None)
 
 
-@pytest.mark.parametrize("layout", ["1x1x2", "2x1x1"])
+@pytest.mark.parametrize("layout", ["1x1x2", "2x1x1+sp"])
 def test_contestants_take_the_same_steps(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = train.run(arguments(*SMALL, "--layout", layout))["figures"]
     assert found.keys() == {train.OURS, train.SAME_MODEL, train.HUGGING_FACE}
