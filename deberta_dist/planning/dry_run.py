@@ -197,7 +197,8 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
 
 def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     messages = [report.communication for report in reports]
-    kinds = "all-gathers and reduce-scatters" if plan.layout.sequence_parallel else "all-reduces"
+    halves = "all-gather or reduce-scatter (half an all-reduce)"
+    kinds = halves if plan.layout.sequence_parallel else "all-reduce"
     table = _table("COMMUNICATION of a rank", [
         ("ZeRO all-gather weights *", [m.zero_gather for m in messages]),
         ("ZeRO reduce-scatter *", [m.zero_reduce for m in messages]),
@@ -214,7 +215,7 @@ def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     return (
         f"{table}\n  * once per step, whatever the number of micro-batches. Bytes of the message buffers (pipeline:"
         f"\n    what the rank sends), no algorithm factor. {messages[0].scalars} bytes of scalars besides."
-        f"\n    Layers: per micro-batch {layer_messages(plan.config)} {kinds} of a hidden state each."
+        f"\n    Layers: per micro-batch {layer_messages(plan.config)} hidden states by {kinds}."
     )
 
 

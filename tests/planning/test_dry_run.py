@@ -105,7 +105,7 @@ def test_sequence_parallelism_keeps_and_sends_between_stages_less() -> None:
     assert 4 * after[-1].communication.tensor_layers == 10 * before[-1].communication.tensor_layers
     text = describe(plan)
     assert "tensor 2 x pipeline 2 x data 2, sequence parallel" in text
-    assert "10 all-gathers and reduce-scatters of a hidden state each" in text
+    assert "per micro-batch 10 hidden states by all-gather or reduce-scatter (half an all-reduce)" in text
     assert all(len(line) <= 100 for line in text.splitlines() if " does not exist yet" not in line)
 
 
