@@ -195,7 +195,7 @@ def local_model(
             model.deberta.embeddings.word_embeddings.__class__ = _ReducedEmbedding
         split_sequence(
             model,
-            ranks=_RanksOnMeta(size),
+            ranks=_RanksOnMeta(tensor_parallel_size),
             decoder_layer=decoder_layer(config),
             gathers_again=recompute != "full",
         )
