@@ -55,7 +55,7 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
             f"model.max_position_embeddings = {model_config.max_position_embeddings}"
         )
     _check_convolution(config, model_config)
-    flops = _flops(config, model_config, length=config.data.max_seq_length)
+    flops = read_flops(config, model_config)
     try:
         layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
     except ConfigError as error:
@@ -75,6 +75,11 @@ def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:
             f"parallel.tensor_parallel_size = {size} ranks, fewer than the {(taps - 1) // 2} beside a token that "
             f"model.conv_kernel_size = {taps} looks at; take fewer tensor ranks or longer sequences"
         )
+
+
+def read_flops(config: RunConfig, model_config: DebertaConfig) -> ForwardFlops:
+    """The model's cost per token in sequences of ``data.max_seq_length``."""
+    return _flops(config, model_config, length=config.data.max_seq_length)
 
 
 def _flops(config: RunConfig, model_config: DebertaConfig, *, length: int) -> ForwardFlops:

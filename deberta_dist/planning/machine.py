@@ -1,0 +1,253 @@
+"""What a layout runs on, as numbers: how fast a part computes, how fast parts talk, who shares what.
+
+``GPUS`` are nominal numbers of data sheets, each with the share of it that programs reach; every one can be replaced
+(flags of ``tools/plan_layout.py``), and ``calibrated`` puts measured ones in their place. Read by ``step_cost.py``.
+Pure values: nothing here looks at the machine it runs on.
+
+**Source** of ``GPUS``: NVIDIA's data sheets of the SXM parts (H200, H100, A100 of 80 and of 40 GB, V100 of 32 GB): dense
+bf16 tensor-core FLOP/s (V100: fp16), memory, memory bandwidth, NVLink and PCIe, of which a direction is half; NIC of
+a GPU by NVIDIA's system of eight: DGX H200 and H100 400 Gb/s each, DGX A100 200 Gb/s each, DGX-1 four of 100 Gb/s.
+Host memory: channels of the processors of these systems, an eighth of both.
+
+**Assumed**, not measured by us: the shares reached (``PRODUCTS_REACH``, ``MEMORY_REACHES``, ``LINKS_REACH``), latencies, and
+``SECONDS_PER_CALL`` of the host. They are of the size that public measurements of such parts show; with them an H100 comes to
+between 30 and 45% of its peak in a whole step of the 1.5B model. ``--calibration`` is there to replace them.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from deberta_dist.errors import ConfigError
+
+# Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
+# messages of megabytes of the nominal bandwidth.
+PRODUCTS_REACH, MEMORY_REACHES, LINKS_REACH, HOST_REACHES = 0.6, 0.8, 0.75, 0.5
+# PyTorch without a compiler: from one operation's start to the next one's, autograd included, on one core of the host.
+SECONDS_PER_CALL = 6e-6
+NODE_LATENCY, NETWORK_LATENCY = 5e-6, 12e-6
+# Engine, optimizer and scheduler calls of a step, all that does not grow with the model.
+SECONDS_PER_STEP = 20e-3
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way for messages.
+
+    Attributes:
+        latency: Seconds of one message without content.
+        bandwidth: Bytes per second that one rank sends while it receives as many.
+    """
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank has, and what it shares.
+
+    Attributes:
+        name: For people.
+        peak: FLOP/s of the data sheet, of which utilisation is told; 0 where there is no such number.
+        product_rate: FLOP/s that matrix products reach.
+        memory: Bytes of one device.
+        memory_bandwidth: Bytes/s that passes over its memory reach, reads and writes together.
+        seconds_per_call: Of the host, per operation.
+        calls_overlap: Whether the host runs ahead of the device (a GPU), so that the slower of the two counts.
+        has_fused_attention: Whether attention keeps nothing of the size queries x keys in memory (``kernels/fused``).
+        node_size: Devices of one node.
+        node, network: Messages inside a node, and between nodes (of one device's share of the network).
+        host_bandwidth: Bytes/s between a device and its host, of one device.
+        host_memory_bandwidth: Bytes/s of the host's memory for one device's optimizer under offload.
+        step_seconds: Once per step, whatever the model.
+        cores: 0 where every rank has a device of its own; else cores that the processes of all ranks share: with more
+            processes than cores whatever they compute takes so many times as long.
+        kinds: Kind of message (``KINDS``) -> measured link that takes the place of ``node`` and ``network``.
+    """
+
+    name: str
+    peak: float
+    product_rate: float
+    memory: float
+    memory_bandwidth: float
+    seconds_per_call: float
+    calls_overlap: bool
+    has_fused_attention: bool
+    node_size: int
+    node: Link
+    network: Link
+    host_bandwidth: float
+    host_memory_bandwidth: float
+    step_seconds: float = SECONDS_PER_STEP
+    cores: int = 0
+    kinds: Mapping[str, Link] = field(default_factory=dict)
+
+    def busy(self, processes: int) -> float:
+        """How many times as long computing takes when ``processes`` of them compute at the same time."""
+        return max(1.0, processes / self.cores) if self.cores else 1.0
+
+    def link(self, kind: str, *, size: int, stride: int) -> Link:
+        """The way between ``size`` ranks whose numbers are ``stride`` apart.
+
+        A ring over nodes enters and leaves each of them once, so the ranks that a node has in it share the work of
+        their network cards.
+        """
+        if kind in self.kinds:
+            return self.kinds[kind]
+        here = min(size, max(1, self.node_size // stride))
+        if here == size:
+            return self.node
+        return Link(self.network.latency, min(self.node.bandwidth, here * self.network.bandwidth))
+
+    def seconds(self, kind: str, num_bytes: float, *, size: int, stride: int) -> float:
+        """One collective of ``size`` ranks, or a ``send``, in seconds.
+
+        With n ranks, latency a, bandwidth b and a message buffer of m bytes (the larger of input and output)::
+
+            all_reduce                    2 log2(n) a + 2 (n - 1)/n m/b
+            all_gather, reduce_scatter      log2(n) a +   (n - 1)/n m/b
+            broadcast, reduce, send         log2(n) a +             m/b
+
+        Source: bytes of the ring algorithms, which are the least possible (Patarasuk and Yuan 2009; NCCL's "bus
+        bandwidth"); latency of trees, which communication libraries take for small messages.
+        """
+        if size == 1 or num_bytes == 0:
+            return 0.0
+        link, hops = self.link(kind, size=size, stride=stride), math.ceil(math.log2(size))
+        ring = (size - 1) / size
+        latencies, share = {
+            "all_reduce": (2 * hops, 2 * ring),
+            "all_gather": (hops, ring),
+            "reduce_scatter": (hops, ring),
+        }.get(kind, (hops, 1.0))
+        return latencies * link.latency + share * num_bytes / link.bandwidth
+
+
+def _gpu(
+    name: str, tera_flops: float, gigabytes: float, memory: float, nvlink: float, nic_gigabits: float, pcie: float, host: float
+) -> Machine:
+    """A part in the units of its data sheet: TFLOP/s, GB, GB/s of memory, of NVLink and PCIe both ways, Gb/s, GB/s."""
+    return Machine(
+        name=name,
+        peak=tera_flops * 1e12,
+        product_rate=PRODUCTS_REACH * tera_flops * 1e12,
+        memory=gigabytes * 1e9,
+        memory_bandwidth=MEMORY_REACHES * memory * 1e9,
+        seconds_per_call=SECONDS_PER_CALL,
+        calls_overlap=True,
+        has_fused_attention=True,
+        node_size=8,
+        node=Link(NODE_LATENCY, LINKS_REACH * nvlink / 2 * 1e9),
+        network=Link(NETWORK_LATENCY, LINKS_REACH * nic_gigabits / 8 * 1e9),
+        host_bandwidth=LINKS_REACH * pcie / 2 * 1e9,
+        host_memory_bandwidth=HOST_REACHES * host * 1e9,
+    )
+
+
+GPUS: Mapping[str, Machine] = MappingProxyType(
+    {
+        "h200": _gpu("H200", 989, 141, 4800, 900, 400, 128, 77),
+        "h100": _gpu("H100", 989, 80, 3350, 900, 400, 128, 77),
+        "a100-80": _gpu("A100 80 GB", 312, 80, 2039, 600, 200, 64, 51),
+        "a100-40": _gpu("A100 40 GB", 312, 40, 1555, 600, 200, 64, 51),
+        "v100-32": _gpu("V100 32 GB", 125, 32, 900, 300, 50, 32, 19),
+    }
+)
+WITHOUT_BF16 = ("v100-32",)
+
+# Plain numbers of a machine that a calibration may give, and the links.
+NUMBERS = (
+    "product_rate",
+    "memory",
+    "memory_bandwidth",
+    "seconds_per_call",
+    "host_bandwidth",
+    "host_memory_bandwidth",
+    "step_seconds",
+)
+LINKS = ("node", "network")
+SWITCHES = ("calls_overlap", "has_fused_attention")
+
+
+def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int, source: str) -> Machine:
+    """Puts measured numbers in the place of a machine's.
+
+    Args:
+        machine: What stands where nothing was measured.
+        measured: From ``read_calibration``. Keys are fields of ``Machine``, ``kinds`` has links by kind, a link is
+            ``{"latency": seconds, "bandwidth": bytes/s}``. Under ``processes`` are tables of the same, by number of
+            processes: that of the smallest measured number that is not less, or of the largest, comes on top.
+        processes: Ranks of the run.
+        source: The file, for messages.
+
+    Raises:
+        ConfigError: an unknown key, or a value that is none.
+    """
+    table = {key: value for key, value in measured.items() if key not in ("processes", "about")}
+    by_number = measured.get("processes", {})
+    if by_number:
+        numbers = sorted(map(int, by_number))
+        table |= by_number[str(next((number for number in numbers if number >= processes), numbers[-1]))]
+    changed: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in LINKS:
+            changed[key] = _link(value, key=key, source=source)
+        elif key == "kinds":
+            unknown = sorted(set(value) - set(KINDS))
+            if unknown:
+                raise ConfigError(f"{source}: kinds.{unknown[0]} is no kind of message; there are {', '.join(KINDS)}")
+            changed[key] = {kind: _link(one, key=f"kinds.{kind}", source=source) for kind, one in value.items()}
+        elif key in NUMBERS:
+            changed[key] = _positive(value, key=key, source=source)
+        elif key in ("cores", "node_size") and type(value) is int and value > 0:
+            changed[key] = value
+        elif key in SWITCHES and isinstance(value, bool):
+            changed[key] = value
+        elif key in ("cores", "node_size", *SWITCHES):
+            wanted = "true or false" if key in SWITCHES else "a positive integer"
+            raise ConfigError(f"{source}: {key} = {value!r}; expected {wanted}")
+        else:
+            known = ", ".join((*NUMBERS, *LINKS, "kinds", "cores", "node_size", *SWITCHES, "processes", "about"))
+            raise ConfigError(f"{source}: unknown key {key}; known are {known}")
+    return dataclasses.replace(machine, **changed)
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """A calibration that ``tools/benchmark.py layouts --calibration FILE`` has written, or that somebody has.
+
+    Raises:
+        ConfigError: it cannot be read, or is no table of tables by number of processes.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--calibration {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"--calibration {path}: not valid JSON: {error}") from None
+    by_number = found.get("processes", {}) if isinstance(found, dict) else None
+    tables = by_number.items() if isinstance(by_number, dict) else [("", None)]
+    if not all(isinstance(table, dict) and number.isdecimal() and int(number) > 0 for number, table in tables):
+        raise ConfigError(
+            f'--calibration {path}: expected an object, with "processes" an object of objects by number of processes'
+        )
+    return found
+
+
+def _link(value: Any, *, key: str, source: str) -> Link:
+    if not isinstance(value, dict) or set(value) != {"latency", "bandwidth"}:
+        raise ConfigError(f'{source}: {key} must be {{"latency": seconds, "bandwidth": bytes per second}}, not {value!r}')
+    return Link(**{name: _positive(number, key=f"{key}.{name}", source=source) for name, number in value.items()})
+
+
+def _positive(value: Any, *, key: str, source: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{source}: {key} = {value!r}; expected a positive number")
+    return float(value)

@@ -1,0 +1,158 @@
+"""What one micro-batch on one stage asks of a device: products, bytes through memory, operations started.
+
+The products are those of ``flops.py``; the backward pass makes each twice, and recomputation some once more. Everything
+else is passes over tensors, counted as bytes read and written by every operation that is no product and no view:
+with B sequences of S tokens, t tensor-parallel ranks and the letters of ``flops.py``, per layer::
+
+    forward    w B S (23 D + 15 A / t + 2.5 F / t) + w R (12 A / t + 10 D)  + 41 * 4 B N / t S S
+    backward   w B S (34 D + 35 A / t +   4 F / t) + w R (43 A / t + 10 D)  + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
+
+w is the bytes of an element, g = 16 (float32) or 20 bytes the addition of a weight's gradient to its float32 sum; the
+last terms of queries x keys are those of the portable attention, which the fused one does not have. Selective
+recomputation passes 38 of these 41 once more, full recomputation all of forward.
+
+**Source**: counted on the meta device for 128 small models of different D, A, F, N, R, B, S, t, and solved for the
+coefficients by least squares (the worst model is 4% off); a test counts again.
+"""
+
+from dataclasses import dataclass
+
+from deberta_dist.config import precision
+from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.planning.layout import DTYPES
+from deberta_dist.planning.memory import expected_targets
+from deberta_dist.planning.plan import Plan
+
+# Passes over [B, S, D] (on every tensor-parallel rank), [B, S, A / t], [B, S, F / t], [R, A / t], [R, D], float32 [B, N / t, S, S].
+FORWARD_PASSES = (23.0, 15.0, 2.5, 12.0, 10.0, 41.0)
+BACKWARD_PASSES = (34.0, 35.0, 4.0, 43.0, 10.0, 23.0)
+SCORES_REPEATED = 38.0
+# Operations of a layer: forward, backward, what the attention has of them where it is portable, what it repeats.
+FORWARD_CALLS, BACKWARD_CALLS, PORTABLE_CALLS, REPEATED_CALLS = 95, 125, (50, 50), 51
+# Bytes per weight, by the bytes of an element.
+SUMMED = {4: 16, 2: 20}
+# Embeddings and convolution: passes over [B, S, D], operations. Keys and values of the decoder: shares of a layer.
+EMBEDDING_PASSES, EMBEDDING_CALLS, MEMORY_SHARE = (26.0, 30.0), (23, 28), (0.05, 0.25)
+# The head: passes over the float32 logits.
+LOGIT_PASSES = (4.5, 6.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass.
+
+    Attributes:
+        products: FLOPs of matrix products.
+        bytes: Read and written by all else.
+        calls: Operations that the host starts.
+    """
+
+    products: float = 0.0
+    bytes: float = 0.0
+    calls: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.products + other.products, self.bytes + other.bytes, self.calls + other.calls)
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(self.products * factor, self.bytes * factor, self.calls * factor)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the formulas count with: elements of a micro-batch on one tensor-parallel rank."""
+
+    hidden: float
+    heads: float
+    feed_forward: float
+    table_heads: float
+    table: float
+    scores: float
+    width: int
+    layer_weights: float
+
+    def bytes(self, passes: tuple[float, ...], *, fused: bool) -> float:
+        tensors = (self.hidden, self.heads, self.feed_forward, self.table_heads, self.table)
+        moved = self.width * sum(number * size for number, size in zip(passes, tensors, strict=False))
+        return moved + (0.0 if fused else passes[5] * 4 * self.scores)
+
+
+def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple[Work, Work]:
+    """(forward, backward) of one micro-batch on the stage of ``layers``, on each of its tensor-parallel ranks."""
+    config, model, fused = plan.config, plan.model_config, has_fused_attention
+    training, tensor = config.training, config.parallel.tensor_parallel_size
+    sequences, length = training.micro_batch_size, config.data.max_seq_length
+    tokens, recompute = sequences * length, training.recompute
+    sizes = _sizes(plan)
+    is_last = layers.stop == model.num_hidden_layers
+    decodes = is_last and model.uses_enhanced_mask_decoder
+
+    forward = Work(
+        bytes=sizes.bytes(FORWARD_PASSES, fused=fused), calls=FORWARD_CALLS - fused * PORTABLE_CALLS[0]
+    )
+    backward = Work(
+        bytes=sizes.bytes(BACKWARD_PASSES, fused=fused), calls=BACKWARD_CALLS - fused * PORTABLE_CALLS[1]
+    )
+    again = Work()
+    if recompute == "full":
+        again = forward
+    elif recompute == "selective" and not fused:
+        again = Work(bytes=SCORES_REPEATED * 4 * sizes.scores, calls=REPEATED_CALLS)
+    sums = Work(bytes=SUMMED[sizes.width] * sizes.layer_weights)
+    ordinary = len(layers) - decodes
+    total_forward, total_backward = forward * ordinary, (backward + again + sums) * ordinary
+    if decodes:
+        # Two passes over the targets instead of one over the tokens; keys and values are made once.
+        rows = NUM_DECODER_PASSES * expected_targets(config) / length
+        def decoding(part: Work, share: float) -> Work:
+            return Work(bytes=part.bytes * (rows + share), calls=part.calls * NUM_DECODER_PASSES)
+
+        total_forward += decoding(forward, MEMORY_SHARE[0])
+        total_backward += decoding(backward, MEMORY_SHARE[1]) + decoding(again, MEMORY_SHARE[0]) + sums
+    words = model.vocab_size * model.embedding_width / tensor
+    if layers.start == 0:
+        total_forward += Work(bytes=EMBEDDING_PASSES[0] * sizes.width * sizes.hidden, calls=EMBEDDING_CALLS[0])
+        total_backward += Work(
+            bytes=EMBEDDING_PASSES[1] * sizes.width * sizes.hidden + SUMMED[sizes.width] * words, calls=EMBEDDING_CALLS[1]
+        )
+    if is_last:
+        logits = 4 * sequences * expected_targets(config) * model.vocab_size / tensor
+        total_forward += Work(bytes=LOGIT_PASSES[0] * logits, calls=EMBEDDING_CALLS[0])
+        total_backward += Work(bytes=LOGIT_PASSES[1] * logits + SUMMED[sizes.width] * words, calls=EMBEDDING_CALLS[1])
+
+    products = sum(plan.flops.units[layer] for layer in layers) * tokens / tensor
+    repeated = _repeated_products(plan, layers, has_fused_attention=fused) * tokens / tensor
+    return total_forward + Work(products=products), total_backward + Work(products=2 * products + repeated)
+
+
+def _repeated_products(plan: Plan, layers: range, *, has_fused_attention: bool) -> float:
+    """FLOPs per token that the backward pass makes once more: recomputation, and the scores of a fused attention."""
+    config, model = plan.config, plan.model_config
+    head = config.data.mask_probability * 2 * model.embedding_width * (model.hidden_size + model.vocab_size)
+    is_last = layers.stop == model.num_hidden_layers
+    all_heads, terms = model.all_head_size, len(model.pos_att_type)
+    positions = terms * 2 * model.num_position_rows * all_heads
+    again = 0.0
+    if config.training.recompute == "full":
+        again = sum(plan.flops.units[layer] for layer in layers) - is_last * head
+    elif config.training.recompute == "selective" and not has_fused_attention:
+        again = len(layers) * (4 * config.data.max_seq_length * all_heads + positions)
+    if has_fused_attention:
+        again += len(layers) * (2 * config.data.max_seq_length * all_heads + positions)
+    return again
+
+
+def _sizes(plan: Plan) -> _Sizes:
+    config, model = plan.config, plan.model_config
+    tensor, length = config.parallel.tensor_parallel_size, config.data.max_seq_length
+    tokens, all_heads = config.training.micro_batch_size * length, model.all_head_size
+    return _Sizes(
+        hidden=tokens * model.hidden_size,
+        heads=tokens * all_heads / tensor,
+        feed_forward=tokens * model.intermediate_size / tensor,
+        table_heads=model.num_position_rows * all_heads / tensor,
+        table=model.num_position_rows * model.hidden_size,
+        scores=tokens * length * model.num_attention_heads / tensor,
+        width=DTYPES[precision(plan.deepspeed)].itemsize,
+        layer_weights=(4 * model.hidden_size * all_heads + 2 * model.hidden_size * model.intermediate_size) / tensor,
+    )

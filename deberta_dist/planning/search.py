@@ -1,0 +1,359 @@
+"""Searches the layouts of a run for the fastest ones that a machine can hold.
+
+Every combination of tensor, pipeline and data size, micro-batch size, schedule, recomputation and offload that the checks
+of a run let pass is a candidate. In the order of the least a candidate can take (``step_cost.least_seconds``, without
+any waiting) its memory is found as the dry run finds it and its pipeline played through, until no candidate left can be
+better: nothing is lost by what is not looked at. Called by ``tools/plan_layout.py``.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.config import Parallel, RunConfig, deepspeed_config, precision
+from deberta_dist.errors import ConfigError
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.pipeline_parallel.stages import balance_stages
+from deberta_dist.planning.activations import stage_activations
+from deberta_dist.planning.dry_run import rank_reports
+from deberta_dist.planning.flops import ForwardFlops
+from deberta_dist.planning.layout import DTYPES, Layout, plan_layout
+from deberta_dist.planning.machine import Machine
+from deberta_dist.planning.memory import FLOAT32, micro_batches_in_flight, rank_memory
+from deberta_dist.planning.plan import Plan, check_plan, read_flops, read_model_config
+from deberta_dist.planning.step_cost import StepCost, least_seconds, step_cost
+
+INTERLEAVED = "interleaved_1f1b"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is tried.
+
+    Attributes:
+        deepspeed: DeepSpeed JSONs: with and without offload.
+        tensor, pipeline: Sizes; None is every one that divides the processes.
+        micro_batch: Sizes; None is every one that divides a replica's sequences, up to ``largest_micro_batch``.
+        largest_micro_batch: Sequences.
+        recompute, schedules: As in ``[training]`` and ``[parallel]``.
+        stages_per_rank: Of interleaved schedules.
+    """
+
+    deepspeed: tuple[Path, ...]
+    tensor: tuple[int, ...] | None = None
+    pipeline: tuple[int, ...] | None = None
+    micro_batch: tuple[int, ...] | None = None
+    largest_micro_batch: int = 64
+    recompute: tuple[str, ...] = ("none", "selective", "full")
+    schedules: tuple[str, ...] = ("1f1b", INTERLEAVED)
+    stages_per_rank: tuple[int, ...] = (2, 3, 4, 6)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that adds up, and the least its step can take (seconds)."""
+
+    plan: Plan
+    least: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(tensor, pipeline, data)."""
+        parallel = self.plan.config.parallel
+        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout that can run and fits.
+
+    Attributes:
+        plan: Checked as a run checks it.
+        cost: Of a step.
+        peak: Bytes on the device of the fullest rank.
+        host: Bytes on the host of the rank with most, under offload.
+        sent: Bytes that the busiest rank communicates per step, as the dry run counts them.
+    """
+
+    plan: Plan
+    cost: StepCost
+    peak: int
+    host: int
+    sent: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Result of a search.
+
+    Attributes:
+        choices: The best variant of each (tensor, pipeline, data), fastest first.
+        candidates: How many there were.
+        measured: How many of them had their memory found.
+        smallest: The smallest peak that was found among those that do not fit (bytes), None where all did.
+    """
+
+    choices: list[Choice]
+    candidates: int
+    measured: int
+    smallest: int | None
+
+
+def search(
+    config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int
+) -> Found:
+    """The fastest layouts.
+
+    Args:
+        config: As loaded; what ``space`` tries is replaced in it.
+        world_size: Processes.
+        machine: What they run on.
+        memory_limit: Bytes that the peak of a rank may reach.
+        space: What is tried.
+        count: How many different (tensor, pipeline, data) to find.
+
+    Raises:
+        ConfigError: the model or the DeepSpeed JSON cannot be read, or no candidate passes the checks.
+    """
+    found = sorted(candidates(config, world_size=world_size, machine=machine, space=space), key=lambda one: one.least)
+    if not found:
+        raise ConfigError(
+            f"{config.source}: no layout of {world_size} processes passes the checks of a run: its heads, layers or "
+            f"training.global_batch_size = {config.training.global_batch_size} do not divide; --dry-run of the launcher says which"
+        )
+    memory = _Memory(memory_limit)
+    best: dict[tuple[int, int, int], Choice] = {}
+    for candidate in found:
+        ranking = sorted(choice.cost.seconds for choice in best.values())
+        if len(ranking) >= count and candidate.least >= ranking[count - 1]:
+            break
+        before = best.get(candidate.sizes)
+        if before is not None and candidate.least >= before.cost.seconds:
+            continue
+        if not memory.may_fit(candidate.plan):
+            continue
+        cost = step_cost(candidate.plan, machine)
+        if before is not None and cost.seconds >= before.cost.seconds:
+            continue
+        choice = memory.find(candidate.plan, cost, world_size=world_size)
+        if choice is not None:
+            best[candidate.sizes] = choice
+    choices = sorted(best.values(), key=lambda choice: choice.cost.seconds)[:count]
+    return Found(choices=choices, candidates=len(found), measured=memory.measured, smallest=memory.smallest)
+
+
+def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
+    """Every plan of the space that passes the checks of a run, without what they cost beyond ``least_seconds``."""
+    model = read_model_config(config)
+    batch, length = config.training.global_batch_size, config.data.max_seq_length
+    for tensor, pipeline, data in _sizes(config, model, world_size=world_size, space=space):
+        settings = [(path, _deepspeed(path, config, data=data)) for path in space.deepspeed]
+        for micro in _divisors(batch // data, limit=space.largest_micro_batch):
+            if space.micro_batch is not None and micro not in space.micro_batch:
+                continue
+            if any(micro * length % bucket for bucket in config.data.bucket_lengths or ()):
+                continue
+            training = config.training.model_copy(
+                update={"micro_batch_size": micro, "num_micro_batches": batch // data // micro}
+            )
+            flops = read_flops(config.model_copy(update={"training": training}), model)
+            for parallel in _schedules(config, model, (tensor, pipeline, data), training.num_micro_batches, space):
+                layout = _layout(model, parallel, flops)
+                for recompute in space.recompute:
+                    for path, deepspeed in settings:
+                        changed = {
+                            "parallel": parallel,
+                            "training": training.model_copy(update={"recompute": recompute}),
+                            "run": config.run.model_copy(update={"deepspeed": path}),
+                        }
+                        plan = Plan(config.model_copy(update=changed), deepspeed, model, flops, layout)
+                        yield Candidate(plan, least_seconds(plan, machine))
+
+
+def _sizes(
+    config: RunConfig, model: DebertaConfig, *, world_size: int, space: Space
+) -> Iterator[tuple[int, int, int]]:
+    for tensor in _divisors(world_size):
+        if model.num_attention_heads % tensor or model.intermediate_size % tensor:
+            continue
+        for pipeline in _divisors(world_size // tensor, limit=model.num_hidden_layers):
+            data = world_size // tensor // pipeline
+            asked = (space.tensor is None or tensor in space.tensor) and (
+                space.pipeline is None or pipeline in space.pipeline
+            )
+            if asked and config.training.global_batch_size % data == 0:
+                yield tensor, pipeline, data
+
+
+def _schedules(
+    config: RunConfig, model: DebertaConfig, sizes: tuple[int, int, int], micro_batches: int, space: Space
+) -> Iterator[Parallel]:
+    tensor, pipeline, data = sizes
+    kinds = [(schedule, 1) for schedule in space.schedules if schedule != INTERLEAVED]
+    # torch runs an interleaved schedule in rounds of as many micro-batches as there are ranks.
+    if INTERLEAVED in space.schedules and pipeline > 1 and micro_batches % max(1, micro_batches // pipeline) == 0:
+        fitting = [loops for loops in space.stages_per_rank if pipeline * loops <= model.num_hidden_layers]
+        kinds += [(INTERLEAVED, loops) for loops in fitting]
+    for schedule, loops in kinds if pipeline > 1 else kinds[:1] or [("1f1b", 1)]:
+        yield config.parallel.model_copy(
+            update={
+                "tensor_parallel_size": tensor,
+                "pipeline_parallel_size": pipeline,
+                "data_parallel_size": data,
+                "schedule": schedule,
+                "stages_per_rank": loops,
+                "layers_per_stage": "auto",
+            }
+        )
+
+
+def _divisors(number: int, *, limit: int | None = None) -> list[int]:
+    return [size for size in range(1, min(number, limit or number) + 1) if number % size == 0]
+
+
+def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
+    parallel = config.parallel.model_copy(update={"data_parallel_size": data})
+    return deepspeed_config(path, config.model_copy(update={"parallel": parallel}))
+
+
+def _layout(model: DebertaConfig, parallel: Parallel, flops: ForwardFlops) -> Layout:
+    stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
+    return _layout_of(
+        model, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.stages_per_rank, parallel.schedule, stages
+    )
+
+
+@lru_cache(maxsize=4096)
+def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
+    return tuple(len(stage) for stage in balance_stages(units, num_stages=num_stages))
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(
+    model: DebertaConfig, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]
+) -> Layout:
+    parallel = Parallel(
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        stages_per_rank=loops,
+        schedule=schedule,
+        layers_per_stage=layers,
+    )
+    return plan_layout(model, parallel=parallel, flops=ForwardFlops(units=()))
+
+
+class _Memory:
+    """Finds peaks, and remembers what did not fit: a larger micro-batch of the same will not either.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self.measured = 0
+        self.smallest: int | None = None
+        self._too_large: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+
+    def may_fit(self, plan: Plan) -> bool:
+        """Whether nothing is known that forbids it: weights, gradients and optimizer, or a smaller one that was too large."""
+        floors = [_floor(plan, rank) for rank in range(len(plan.layout.stages_by_rank))]
+        if max(floors) > self._limit:
+            return False
+        size, kept = _room(plan)
+        known = [one for key in _keys(plan) for one in self._too_large.get(key, [])]
+        if any(size >= other and kept >= other_kept for other, other_kept in known):
+            return False
+        return floors[0] + _activation_floor(plan) <= self._limit
+
+    def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> Choice | None:
+        """The choice that a plan is, None where it does not fit."""
+        self.measured += 1
+        first = rank_memory(
+            plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0
+        )
+        peak = first.peak
+        if peak <= self._limit:
+            checked = check_plan(plan.config, world_size=world_size)
+            reports = rank_reports(checked)
+            peak = max(report.memory.peak for report in reports)
+            if peak <= self._limit:
+                host = max(report.memory.optimizer for report in reports) if first.offload != "none" else 0
+                sent = max(report.communication.total for report in reports)
+                return Choice(plan=checked, cost=cost, peak=peak, host=host, sent=sent)
+        self.smallest = peak if self.smallest is None else min(self.smallest, peak)
+        self._too_large.setdefault(_keys(plan)[0], []).append(_room(plan))
+        return None
+
+
+def _offloads(deepspeed: Mapping[str, Any]) -> bool:
+    return deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _keys(plan: Plan) -> list[tuple[Any, ...]]:
+    """What does not fit under these does not fit here: the same with offload is never larger."""
+    parallel = plan.config.parallel
+    same = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.schedule,
+        parallel.stages_per_rank,
+        plan.config.training.recompute,
+    )
+    return [(*same, _offloads(plan.deepspeed)), *([] if _offloads(plan.deepspeed) else [(*same, True)])]
+
+
+def _room(plan: Plan) -> tuple[int, int]:
+    """(sequences in a micro-batch, sequences that the first rank's stages keep together)."""
+    size = plan.config.training.micro_batch_size
+    return size, size * max(sum(counts) for counts, _ in _moments(plan))
+
+
+def _moments(plan: Plan) -> list[tuple[tuple[int, ...], int]]:
+    """What the first rank keeps, see ``micro_batches_in_flight``."""
+    parallel = plan.config.parallel
+    return micro_batches_in_flight(
+        parallel.schedule,
+        pipeline_rank=0,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        stages_per_rank=parallel.stages_per_rank,
+        num_micro_batches=plan.config.training.num_micro_batches,
+    )
+
+
+def _floor(plan: Plan, pipeline_rank: int) -> float:
+    """Bytes that a rank holds in a step beside activations and buffers, at least."""
+    weights, replicas = plan.layout.rank_weights[pipeline_rank], plan.config.parallel.data_parallel_size
+    width = DTYPES[precision(plan.deepspeed)].itemsize
+    optimizer = 0 if _offloads(plan.deepspeed) else 3 * FLOAT32 + width
+    gathered = weights.used if replicas > 1 else weights.used - weights.owned
+    return weights.owned / replicas * (width + optimizer) + gathered * width + weights.used * FLOAT32
+
+
+def _activation_floor(plan: Plan) -> float:
+    """Bytes that the first pipeline rank keeps for its backward passes, at least.
+
+    One layer's, measured with four sequences; with more of them a sequence keeps up to 3% less.
+    """
+    config = plan.config
+    options = {
+        "tensor_parallel_size": config.parallel.tensor_parallel_size,
+        "batch_shape": (4, config.data.max_seq_length),
+        "targets_per_sequence": 1,
+        "dtype": DTYPES[precision(plan.deepspeed)],
+        "recompute": config.training.recompute,
+        "document_boundaries": config.data.document_boundaries,
+    }
+    model = dataclasses.replace(plan.model_config, num_hidden_layers=6)
+    three, four = (stage_activations(model, layers=range(1, stop), **options).saved for stop in (4, 5))
+    layers = [len(plan.layout.stages[index]) for index in plan.layout.stages_by_rank[0]]
+    kept = max(sum(n * count for n, count in zip(counts, layers, strict=True)) for counts, _ in _moments(plan))
+    return 0.95 * (four - three) / 4 * config.training.micro_batch_size * kept
+
+
+def restricted(space: Space, **changed: Any) -> Space:
+    """``space`` with what is not None among ``changed``."""
+    return dataclasses.replace(space, **{key: value for key, value in changed.items() if value is not None})

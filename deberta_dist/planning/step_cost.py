@@ -1,0 +1,237 @@
+"""Seconds of one optimizer step of a layout on a machine: arithmetic, and the pipeline played through.
+
+    step = before + pipeline + after + once
+
+    pipeline   every micro-batch forward and backward through all stages (``pipeline_timeline.py``); a pass takes the
+               seconds of its work (``pass_work.py``) plus those of its all-reduces over the tensor axis
+    before     all-gather of the stage's weights over the data axis, then the ties' broadcasts, gradients set to zero
+    after      the ties' gradients reduced to their owners, gradients checked, scaled, cast and reduce-scattered, norm, Adam
+    once       what is called whatever the size of the model (``Machine.step_seconds``)
+
+Every rank of ``before`` and of ``after`` waits for the slowest; nothing of them overlaps with the pipeline, as in
+``training/step.py``. Data is read in the background and not counted. The sizes of all messages are those of
+``communication.py`` (a test compares); the seconds of one are ``Machine.seconds``.
+
+On a machine whose processes share cores (``Machine.cores``) everything that computes takes so many times as long as there
+are processes for a core, and the timeline shares them out pass by pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deberta_dist.config import precision
+from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.planning.communication import CROSS_ENTROPY_BYTES, layer_all_reduces
+from deberta_dist.planning.layout import DTYPES, TieSize
+from deberta_dist.planning.machine import Machine
+from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
+from deberta_dist.planning.pass_work import Work, stage_work
+from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE, Timeline, orders, play
+from deberta_dist.planning.plan import Plan
+
+# Bytes that pass through memory per element, reads and writes.
+# Gradients: zeroed 4; |g| 8 and its maximum 4; scaled 8; the norm in float64 4 + 8 + 8 of a shard.
+ZEROED, CHECKED_AND_SCALED, NORM_OF_SHARD = FLOAT32, 5 * FLOAT32, 5 * FLOAT32
+# Adam, of a shard: reads gradient, master weight and two moments, writes the last three; the gradient in float32 before.
+ADAM = 7 * FLOAT32 + 2 * FLOAT32
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step, seconds.
+
+    Attributes:
+        before, pipeline, after, once: As in the module's text.
+        ideal: Of ``pipeline``, what the busiest rank is at work.
+        tensor: Of ``ideal``, all-reduces over the tensor axis.
+        bubble: Share of ``pipeline`` in which a pipeline rank waits, the mean over them.
+        utilisation: FLOPs of the model over what the parts could do at their peak in the whole step; 0 where no peak is
+            known. Recomputation is no work.
+    """
+
+    before: float
+    pipeline: float
+    after: float
+    once: float
+    ideal: float
+    tensor: float
+    bubble: float
+    utilisation: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.before + self.pipeline + self.after + self.once
+
+
+@dataclass(frozen=True)
+class StagePasses:
+    """One micro-batch on one stage, seconds without neighbours: forward, backward, and what of both is all-reduces."""
+
+    forward: float
+    backward: float
+    tensor: float
+
+
+def world_size(plan: Plan) -> int:
+    """Ranks of a plan."""
+    parallel = plan.config.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+
+
+def stage_passes(plan: Plan, machine: Machine) -> list[StagePasses]:
+    """Every stage of the pipeline, first to last."""
+    found: dict[tuple[int, bool, bool], StagePasses] = {}
+    last = plan.model_config.num_hidden_layers
+    passes = []
+    for layers in plan.layout.stages:
+        kind = (len(layers), layers.start == 0, layers.stop == last)
+        if kind not in found:
+            found[kind] = _stage_passes(plan, machine, layers)
+        passes.append(found[kind])
+    return passes
+
+
+def _stage_passes(plan: Plan, machine: Machine, layers: range) -> StagePasses:
+    config = plan.config
+    forward, backward = stage_work(plan, layers, has_fused_attention=machine.has_fused_attention)
+    sent_forward, sent_backward = stage_all_reduces(plan, layers)
+    size = config.parallel.tensor_parallel_size
+    messages = [sum(machine.seconds("all_reduce", n, size=size, stride=1) for n in sent) for sent in (sent_forward, sent_backward)]
+    # Messages of processes that share cores are measured while all of them send: their time is shared already.
+    messages = [seconds / machine.busy(world_size(plan)) for seconds in messages]
+    return StagePasses(
+        forward=work_seconds(forward, machine) + messages[0],
+        backward=work_seconds(backward, machine) + messages[1],
+        tensor=sum(messages),
+    )
+
+
+def work_seconds(work: Work, machine: Machine) -> float:
+    """Seconds of a pass's work on a device, or on a core, of its own.
+
+    Products at the rate that they reach, then passes over memory. A host that runs ahead of its device costs nothing
+    until it is the slower of the two; where they are one (a CPU), its calls come on top.
+    """
+    device = work.products / machine.product_rate + work.bytes / machine.memory_bandwidth
+    calls = work.calls * machine.seconds_per_call
+    return max(device, calls) if machine.calls_overlap else device + calls
+
+
+def stage_all_reduces(plan: Plan, layers: range) -> tuple[list[int], list[int]]:
+    """Bytes of every all-reduce over the tensor axis of one micro-batch on a stage: forward, backward.
+
+    As ``communication.py`` counts them: its first lines say which there are.
+    """
+    config, model = plan.config, plan.model_config
+    if config.parallel.tensor_parallel_size == 1:
+        return [], []
+    training, width = config.training, DTYPES[precision(plan.deepspeed)].itemsize
+    tokens, per_sequence = training.micro_batch_size * config.data.max_seq_length, expected_targets(config)
+    targets = training.micro_batch_size * per_sequence
+    hidden, rows = tokens * model.hidden_size * width, targets * model.hidden_size * width
+    is_last = layers.stop == model.num_hidden_layers
+    decodes = is_last and model.uses_enhanced_mask_decoder
+    in_backward = layer_all_reduces(config) - 2
+    num_layers = len(layers) - decodes
+    forward, backward = [hidden] * (2 * num_layers), [hidden] * (in_backward * num_layers)
+    if layers.start == 0:
+        forward.append(tokens * model.embedding_width * width)
+    if decodes:
+        forward += [rows] * (2 * NUM_DECODER_PASSES)
+        backward += [hidden, *[rows] * (in_backward * NUM_DECODER_PASSES)]
+    if is_last:
+        forward += [targets * 4, targets * 8, targets * (CROSS_ENTROPY_BYTES - 12)]
+        backward.append(targets * model.embedding_width * width)
+    return forward, backward
+
+
+def step_cost(plan: Plan, machine: Machine) -> StepCost:
+    """The step of a plan, its pipeline played through."""
+    passes = stage_passes(plan, machine)
+    before, after = around_pipeline(plan, machine)
+    timeline = play_step(plan, machine, passes)
+    micro_batches, by_rank = plan.config.training.num_micro_batches, plan.layout.stages_by_rank
+    busiest = max(by_rank, key=lambda stages: sum(passes[index].forward + passes[index].backward for index in stages))
+    shared = machine.busy(world_size(plan))
+    once = machine.step_seconds * shared
+    seconds = before + timeline.seconds + after + once
+    tokens = plan.config.training.global_batch_size * plan.config.data.max_seq_length
+    flops = plan.flops.training * tokens
+    return StepCost(
+        before=before,
+        pipeline=timeline.seconds,
+        after=after,
+        once=once,
+        ideal=micro_batches * sum(passes[index].forward + passes[index].backward for index in busiest),
+        tensor=micro_batches * sum(passes[index].tensor for index in busiest),
+        bubble=timeline.bubble,
+        utilisation=flops / (seconds * world_size(plan) * machine.peak) if machine.peak else 0.0,
+    )
+
+
+def least_seconds(plan: Plan, machine: Machine) -> float:
+    """What a step takes at least: the busiest rank without ever waiting, and all around the pipeline."""
+    passes = stage_passes(plan, machine)
+    before, after = around_pipeline(plan, machine)
+    busiest = max(
+        sum(passes[index].forward + passes[index].backward for index in stages) for stages in plan.layout.stages_by_rank
+    )
+    return before + after + machine.step_seconds + plan.config.training.num_micro_batches * busiest
+
+
+def play_step(
+    plan: Plan, machine: Machine, passes: Sequence[StagePasses], *, schedule: str | None = None
+) -> Timeline:
+    """The pipeline of a step; ``schedule`` takes the place of the plan's.
+
+    A backward pass that is split in two has half of its work in each part: every product of it is made twice.
+    """
+    parallel, training = plan.config.parallel, plan.config.training
+    schedule = parallel.schedule if schedule is None else schedule
+    ranks, replicas = parallel.pipeline_parallel_size, parallel.tensor_parallel_size * parallel.data_parallel_size
+    width = DTYPES[precision(plan.deepspeed)].itemsize
+    hidden = training.micro_batch_size * plan.config.data.max_seq_length * plan.model_config.hidden_size * width
+    share = 0.5 if schedule == ZERO_BUBBLE else 1.0
+    return play(
+        orders(schedule, ranks=ranks, stages_per_rank=parallel.stages_per_rank, micro_batches=training.num_micro_batches),
+        forward=[one.forward for one in passes],
+        backward=[one.backward * share for one in passes],
+        weights=[one.backward * share for one in passes] if schedule == ZERO_BUBBLE else None,
+        transfer=machine.seconds("send", hidden, size=min(2, ranks), stride=replicas),
+        processes=replicas,
+        cores=machine.cores,
+    )
+
+
+def around_pipeline(plan: Plan, machine: Machine) -> tuple[float, float]:
+    """Seconds (before, after) the micro-batches, each of the slowest rank."""
+    config, layout = plan.config, plan.layout
+    tensor, replicas = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
+    width, reduced = DTYPES[precision(plan.deepspeed)].itemsize, reduced_width(plan.deepspeed)
+    shared = machine.busy(world_size(plan))
+    offload = plan.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    befores, collects, afters = [], [], []
+    for weights in layout.rank_weights:
+        owned, used, ties, shard = weights.owned, weights.used, weights.ties, weights.owned / replicas
+        lent = sum(_tie_seconds("broadcast", tie.elements * width, tie, plan, machine) for tie in ties)
+        gather = machine.seconds("all_gather", owned * width, size=replicas, stride=tensor)
+        befores.append(gather + lent + shared * used * ZEROED / machine.memory_bandwidth)
+        collects.append(
+            sum(_tie_seconds("reduce", tie.elements * FLOAT32, tie, plan, machine) for tie in ties if tie.is_sum)
+        )
+        passed = owned * (CHECKED_AND_SCALED + 2 * width) + shard * NORM_OF_SHARD
+        if offload:
+            adam = shard * (2 * width / machine.host_bandwidth + ADAM / machine.host_memory_bandwidth)
+        else:
+            adam = shared * shard * ADAM / machine.memory_bandwidth
+        reduce = machine.seconds("reduce_scatter", owned * reduced, size=replicas, stride=tensor)
+        afters.append(reduce + shared * passed / machine.memory_bandwidth + adam)
+    return max(befores), max(collects) + max(afters)
+
+
+def _tie_seconds(kind: str, num_bytes: float, tie: TieSize, plan: Plan, machine: Machine) -> float:
+    """A message of a tie: tensor-parallel ranks of one stage are neighbours, stages are far apart."""
+    parallel = plan.config.parallel
+    stride = parallel.tensor_parallel_size * parallel.data_parallel_size if tie.pipeline_ranks > 1 else 1
+    return machine.seconds(kind, num_bytes, size=tie.users, stride=stride)
