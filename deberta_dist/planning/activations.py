@@ -6,6 +6,7 @@ feed-forward and vocabulary, while the bytes of live storages are counted. Calle
 
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deberta_dist.models.config import DebertaConfig
@@ -221,13 +221,12 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tree_map_only(Tensor, self._remember, (args, kwargs))
+        for tensor in _tensors((args, kwargs)):
+            self._known.setdefault(tensor.untyped_storage(), 0)
         output = func(*args, **kwargs)
-        tree_map_only(Tensor, self._count, output)
+        for tensor in _tensors(output):
+            self._count(tensor)
         return output
-
-    def _remember(self, tensor: Tensor) -> None:
-        self._known.setdefault(tensor.untyped_storage(), 0)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -240,6 +239,18 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, num_bytes: int) -> None:
         self.now -= num_bytes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in nested containers: a planner measures hundreds of thousands of operations, so no general tree."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
 class _DropoutOnMeta(Dropout):

@@ -46,7 +46,7 @@ class Space:
     tensor: tuple[int, ...] | None = None
     pipeline: tuple[int, ...] | None = None
     micro_batch: tuple[int, ...] | None = None
-    largest_micro_batch: int = 64
+    largest_micro_batch: int = 32
     recompute: tuple[str, ...] = ("none", "selective", "full")
     schedules: tuple[str, ...] = ("1f1b", INTERLEAVED)
     stages_per_rank: tuple[int, ...] = (2, 3, 4, 6)

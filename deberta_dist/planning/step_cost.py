@@ -171,13 +171,19 @@ def step_cost(plan: Plan, machine: Machine) -> StepCost:
 
 
 def least_seconds(plan: Plan, machine: Machine) -> float:
-    """What a step takes at least: the busiest rank without ever waiting, and all around the pipeline."""
+    """What a step takes at least, in any schedule.
+
+    The work of a rank never stops once it has begun: it begins when a micro-batch has come through the stages before
+    the rank's first one, and behind its last backward pass are those of the same stages.
+    """
     passes = stage_passes(plan, machine)
     before, after = around_pipeline(plan, machine)
-    busiest = max(
-        sum(passes[index].forward + passes[index].backward for index in stages) for stages in plan.layout.stages_by_rank
-    )
-    return before + after + machine.step_seconds + plan.config.training.num_micro_batches * busiest
+    micro_batches, there_and_back, longest = plan.config.training.num_micro_batches, 0.0, 0.0
+    for rank, stages in enumerate(plan.layout.stages_by_rank):
+        work = micro_batches * sum(passes[index].forward + passes[index].backward for index in stages)
+        longest = max(longest, there_and_back + work)
+        there_and_back += passes[rank].forward + passes[rank].backward
+    return before + after + machine.step_seconds + longest
 
 
 def play_step(
