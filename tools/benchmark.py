@@ -12,6 +12,7 @@
     tools/benchmark.py head --rounds 7
     tools/benchmark.py pipeline --micro-batches 4,16
     tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
+    tools/benchmark.py layouts --rounds 3 --calibration this_machine.json
 """
 
 import argparse
@@ -27,6 +28,7 @@ from deberta_dist.benchmark import (  # noqa: E402
     data,
     head,
     layer,
+    layouts,
     memory,
     pipeline,
     save,
@@ -42,6 +44,7 @@ VERBS = {
     "data": data,
     "head": head,
     "layer": layer,
+    "layouts": layouts,
     "memory": memory,
     "pipeline": pipeline,
     "save": save,

@@ -6,7 +6,7 @@ batch numbers of the JSON are written as ``"auto"``, as they have to be read (se
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,38 @@ def write_resolved(
     return toml, json_file
 
 
-def to_toml(config: RunConfig | FineTuneConfig) -> str:
-    """The configuration as TOML that ``load_config`` reads back to the same values."""
-    lines = ["# Written by the run itself: every default and derived size in full.", f"# Read from {config.source!r}."]
+def to_toml(
+    config: RunConfig | FineTuneConfig,
+    *,
+    head: Sequence[str] | None = None,
+    deepspeed: str | Path = JSON_NAME,
+    folder: Path | None = None,
+) -> str:
+    """The configuration as TOML that ``load_config`` reads back to the same values.
+
+    Args:
+        config: Any.
+        head: Lines of comment on top; by default what a run says of itself.
+        deepspeed: What stands for ``run.deepspeed``.
+        folder: Paths are written as from here, where the file will lie; by default as they are.
+    """
+    if head is None:
+        head = ("Written by the run itself: every default and derived size in full.", f"Read from {config.source!r}.")
+    lines = [f"# {line}".rstrip() for line in head]
+
+    def shown(value: Any) -> str:
+        return _value(os.path.relpath(value, folder) if folder is not None and isinstance(value, Path) else value)
+
     for section, table in config.model_dump(exclude_none=True).items():
         lines += ["", f"[{section}]"]
         tables = {key: value for key, value in table.items() if isinstance(value, dict)}
         for key, value in table.items():
             if key not in tables:
-                lines.append(f"{_key(key)} = {_value(JSON_NAME if (section, key) == ('run', 'deepspeed') else value)}")
+                lines.append(f"{_key(key)} = {shown(deepspeed if (section, key) == ('run', 'deepspeed') else value)}")
         for key, inner in tables.items():
             for name, values in inner.items():
                 lines += ["", f"[{section}.{key}.{name}]"]
-                lines += [f"{_key(inside)} = {_value(value)}" for inside, value in values.items()]
+                lines += [f"{_key(inside)} = {shown(value)}" for inside, value in values.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -61,6 +61,19 @@ PRESETS: Mapping[str, DebertaConfig] = MappingProxyType(
 )
 
 
+def preset_name(name: str) -> str:
+    """The key of `PRESETS` that a published name means: ``xxlarge-v2``, ``microsoft/deberta-v3-base``, ``large`` (of v1).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    words = name.lower().removeprefix("microsoft/").removeprefix("deberta-").split("-")
+    for spelling in ("-".join(words), "-".join(reversed(words)), "-".join(("v1", *words))):
+        if spelling in PRESETS:
+            return spelling
+    raise ConfigError(f"model {name!r} does not exist; known models: {', '.join(PRESETS)}")
+
+
 def preset(name: str, /, **overrides: Any) -> DebertaConfig:
     """A published configuration with some fields replaced.
 

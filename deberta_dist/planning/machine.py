@@ -196,9 +196,12 @@ def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int,
     if by_number:
         numbers = sorted(map(int, by_number))
         table |= by_number[str(next((number for number in numbers if number >= processes), numbers[-1]))]
-    changed: dict[str, Any] = {}
+    # A machine without GPUs has no peak of a data sheet.
+    changed: dict[str, Any] = {"peak": 0.0} if "cores" in table else {}
     for key, value in table.items():
-        if key in LINKS:
+        if key == "name" and isinstance(value, str):
+            changed[key] = value
+        elif key in LINKS:
             changed[key] = _link(value, key=key, source=source)
         elif key == "kinds":
             unknown = sorted(set(value) - set(KINDS))
@@ -215,7 +218,7 @@ def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int,
             wanted = "true or false" if key in SWITCHES else "a positive integer"
             raise ConfigError(f"{source}: {key} = {value!r}; expected {wanted}")
         else:
-            known = ", ".join((*NUMBERS, *LINKS, "kinds", "cores", "node_size", *SWITCHES, "processes", "about"))
+            known = ", ".join((*NUMBERS, *LINKS, "kinds", "cores", "node_size", *SWITCHES, "name", "processes", "about"))
             raise ConfigError(f"{source}: unknown key {key}; known are {known}")
     return dataclasses.replace(machine, **changed)
 

@@ -52,7 +52,7 @@ def test_every_pretraining_toml_is_covered() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("zero3_bf16", "bf16"), ("zero3_fp16", "fp16"), ("zero3_offload", "bf16"), ("finetune_zero3", "bf16"), ("debug_cpu", "fp32")],
+    [("zero3_bf16", "bf16"), ("zero3_fp16", "fp16"), ("zero3_offload", "bf16"), ("zero3_fp16_offload", "fp16"), ("finetune_zero3", "bf16"), ("debug_cpu", "fp32")],
 )
 def test_deepspeed_jsons(name: str, expected: str) -> None:
     config = resolve(load_config(ROOT / "launchers" / "pretrain_demo.toml"), 8)
