@@ -2,7 +2,7 @@
 
 Gloo on the CPU. Measured first, with as many processes at once as the layouts have: passes of single stages (from which
 seconds per FLOP, per byte through memory and per operation follow), and messages of two sizes of every kind. The layout
-1x1x1, alone, gives what a step costs once. All other layouts are predicted from that and from nothing of their own;
+1x1x1, alone, gives what a step costs once, in processor time. All other layouts are predicted from that and from nothing of their own;
 processes share the cores of this machine, and the model knows it. Rounds are interleaved, figures are medians.
 """
 
@@ -26,6 +26,7 @@ from deberta_dist.errors import ConfigError
 if TYPE_CHECKING:  # torch is loaded where it is needed
     from deberta_dist.benchmark.layouts_rank import Case
     from deberta_dist.planning.machine import Machine
+    from deberta_dist.planning.pass_work import Work
 
 LAYOUTS = "1x1x1,1x1x2,1x2x1,2x1x1,2x2x1,1x2x2,2x1x2,1x4x1,1x1x4,2x2x2"
 CALIBRATES = "1x1x1"
@@ -66,9 +67,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for world in worlds.values():
                 world.end()
     table = calibration(rounds, cores=cores)
-    measured = {case.name: [s for one in rounds for s in one["layouts"][case.name]] for case in cases}
-    table["processes"] = with_step_seconds(table, statistics.median(measured[CALIBRATES]))
-    rows = compare(measured, table, cases)
+    measured, processor = (
+        {case.name: [s for one in rounds for s in one[key][case.name]] for case in cases} for key in ("layouts", "processor")
+    )
+    table["processes"] = with_step_seconds(table, statistics.median(processor[CALIBRATES]))
+    rows = compare(measured, processor, table, cases)
     print(describe(rows, cores=cores, load=(before["load"][0], os.getloadavg()[0]), rounds=arguments.rounds, steps=arguments.steps))
     if arguments.calibration is not None:
         about = {"machine": before, "command": "tools/benchmark.py layouts", "rounds": arguments.rounds}
@@ -168,9 +171,10 @@ class World:
 
 def _one_round(worlds: Mapping[int, World], cases: Sequence["Case"], *, steps: int) -> dict[str, Any]:
     """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
-    found: dict[str, Any] = {"load": os.getloadavg()[0], "stages": {}, "messages": {}, "layouts": {}}
+    found: dict[str, Any] = {"load": os.getloadavg()[0], "products": {}, "stages": {}, "messages": {}, "layouts": {}, "processor": {}}
     for count, world in worlds.items():
         repeats = max(3, 8 // count)
+        found["products"][count] = statistics.mean(world.ask("product", repeats=repeats))
         found["stages"][count] = [
             statistics.mean(world.ask("stage", tensor=t, start=start, stop=stop, micro_batch=size, repeats=repeats))
             for t, start, stop, size in STAGES
@@ -182,29 +186,27 @@ def _one_round(worlds: Mapping[int, World], cases: Sequence["Case"], *, steps: i
             }
     for case in cases:
         sizes = {"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data}
-        found["layouts"][case.name] = worlds[case.processes].ask("layout", **sizes, steps=steps)[0]
+        ranks = worlds[case.processes].ask("layout", **sizes, steps=steps)
+        found["layouts"][case.name] = [wall for wall, _ in ranks[0]]
+        found["processor"][case.name] = [sum(rank[step][1] for rank in ranks) for step in range(steps)]
     return found
 
 
 def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str, Any]:
     """Medians of the primitives as a table for ``planning/machine.py``, by number of processes."""
-    import numpy as np
-
     from deberta_dist.benchmark.layouts_rank import MESSAGES, Case, plan_of
-    from deberta_dist.planning.pass_work import Work, stage_work
+    from deberta_dist.planning.pass_work import stage_work
 
-    works: list[Work] = []
+    works = []
     for tensor, start, stop, size in STAGES:
         plan = plan_of(Case(tensor, 1, 1, size))
         forward, backward = stage_work(plan, range(start, stop), has_fused_attention=False)
         works.append(forward + backward)
     processes: dict[str, Any] = {}
     for count in rounds[0]["stages"]:
-        shared = max(1.0, count / cores)
-        seconds = np.array([[one["stages"][count][i] / shared for one in rounds] for i in range(len(STAGES))])
-        medians = np.median(seconds, axis=1)
-        counts = np.array([[work.products, work.bytes, work.calls] for work in works])
-        per_product, per_byte, per_call = _not_negative(counts / medians[:, None])
+        per_product = statistics.median(one["products"][count] for one in rounds)
+        seconds = [statistics.median(one["stages"][count][i] for one in rounds) for i in range(len(STAGES))]
+        per_byte, per_call = _fit(works, seconds, per_product=per_product)
         table: dict[str, Any] = {
             "product_rate": 1 / per_product,
             "memory_bandwidth": 1 / per_byte,
@@ -223,28 +225,32 @@ def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str,
     return {"name": f"CPU, {cores} cores", "cores": cores, **switches, "processes": processes}
 
 
-def _not_negative(rows: Any) -> list[float]:
-    """Least squares of rows x = 1 with no x below a tiny positive number: of all subsets the best that has none."""
-    import numpy as np
+def _fit(works: Sequence["Work"], seconds: Sequence[float], *, per_product: float) -> tuple[float, float]:
+    """(seconds per byte, seconds per call) of least squared relative error; neither is less than next to nothing.
 
-    best, width = None, rows.shape[1]
-    scale = rows.max(axis=0)
-    for size in range(1, width + 1):
-        for subset in itertools.combinations(range(width), size):
-            x, *_ = np.linalg.lstsq(rows[:, subset] / scale[list(subset)], np.ones(len(rows)), rcond=None)
-            if (x <= 0).any():
-                continue
-            full = np.full(width, 1e-9)
-            full[list(subset)] = x
-            error = np.square(rows / scale @ full - 1).sum()
-            if best is None or error < best[0]:
-                best = (error, full / scale)
-    assert best is not None, "one positive time is fitted by any single count"
-    return [float(x) for x in best[1]]
+    Products have been measured by themselves: they grow with the tokens as bytes do, and stages alone could not tell
+    one from the other.
+    """
+    # One unknown after the other in closed form: the best of both, or of one alone where the other would be negative.
+    rest = [max(time - work.products * per_product, 0.0) / time for work, time in zip(works, seconds, strict=True)]
+    by_byte = [work.bytes / time for work, time in zip(works, seconds, strict=True)]
+    by_call = [work.calls / time for work, time in zip(works, seconds, strict=True)]
+
+    def dot(one: Sequence[float], other: Sequence[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    determinant = dot(by_byte, by_byte) * dot(by_call, by_call) - dot(by_byte, by_call) ** 2
+    per_byte = (dot(rest, by_byte) * dot(by_call, by_call) - dot(rest, by_call) * dot(by_byte, by_call)) / determinant
+    per_call = (dot(rest, by_call) * dot(by_byte, by_byte) - dot(rest, by_byte) * dot(by_byte, by_call)) / determinant
+    if per_byte <= 0:
+        per_byte, per_call = 0.0, dot(rest, by_call) / dot(by_call, by_call)
+    elif per_call <= 0:
+        per_byte, per_call = dot(rest, by_byte) / dot(by_byte, by_byte), 0.0
+    return max(per_byte, 1e-14), max(per_call, 1e-9)
 
 
 def with_step_seconds(table: Mapping[str, Any], measured: float) -> dict[str, Any]:
-    """The tables by number of processes with what the layout of one process leaves over for a step."""
+    """The tables by number of processes with what the layout of one process leaves over of its processor time for a step."""
     from deberta_dist.benchmark.layouts_rank import Case, plan_of
     from deberta_dist.planning.step_cost import step_cost
 
@@ -260,7 +266,10 @@ def _machine(table: Mapping[str, Any], processes: int) -> "Machine":
 
 
 def compare(
-    measured: Mapping[str, Sequence[float]], table: Mapping[str, Any], cases: Sequence["Case"]
+    measured: Mapping[str, Sequence[float]],
+    processor: Mapping[str, Sequence[float]],
+    table: Mapping[str, Any],
+    cases: Sequence["Case"],
 ) -> list[dict[str, Any]]:
     """One row per layout, fastest first as measured."""
     from deberta_dist.benchmark.layouts_rank import plan_of
@@ -276,6 +285,7 @@ def compare(
                 "processes": case.processes,
                 "measured": seconds,
                 "range": [min(measured[case.name]), max(measured[case.name])],
+                "busy": statistics.median(processor[case.name]) / seconds / table["cores"],
                 "predicted": cost.seconds,
                 "error": cost.seconds / seconds - 1,
                 "tensor_seconds": cost.tensor,
@@ -295,7 +305,7 @@ def describe(rows: Sequence[Mapping[str, Any]], *, cores: int, load: tuple[float
         f"{model.num_hidden_layers} layers of hidden size {model.hidden_size}, {GLOBAL_BATCH} x {LENGTH} tokens per step in micro-batches "
         f"of {MICRO_BATCH}, float32, gloo, {cores} cores shared by all processes",
         f"medians of {rounds} interleaved rounds of {steps} steps; load average {load[0]:.1f} before, {load[1]:.1f} after",
-        "tensor x pipeline x data  processes   measured ms (range)         predicted ms    error",
+        "tensor x pipeline x data  processes   measured ms (range)     cores busy    predicted ms    error",
     ]
     for row in rows:
         low, high = row["range"]
@@ -303,7 +313,7 @@ def describe(rows: Sequence[Mapping[str, Any]], *, cores: int, load: tuple[float
         spread = f"({low * 1e3:.0f} to {high * 1e3:.0f})"
         lines.append(
             f"{row['layout']:>24} {row['processes']:10} {row['measured'] * 1e3:13.1f} {spread:<14} "
-            f"{row['predicted'] * 1e3:15.1f} {row['error']:+8.1%}{note}"
+            f"{row['busy']:6.0%} {row['predicted'] * 1e3:15.1f} {row['error']:+8.1%}{note}"
         )
     by_prediction = [row["layout"] for row in sorted(rows, key=lambda row: row["predicted"])]
     pairs = list(itertools.combinations(rows, 2))

@@ -125,8 +125,8 @@ def batch_of(plan: Plan, sequences: int) -> Batch:
     )
 
 
-def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step of a layout, built as training builds it. Collective over the world."""
+def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch.device) -> list[tuple[float, float]]:
+    """(seconds, processor seconds of this process) of each step of a layout, built as training builds it. Collective."""
     plan = plan_of(Case(tensor, pipeline, data))
     mesh = make_mesh(mesh_shape(plan.config), device=device)
     parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
@@ -134,17 +134,18 @@ def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch
     batch, times = batch_of(plan, GLOBAL_BATCH // data), []
     for step in range(WARM_UP_STEPS + steps):
         dist.barrier()
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         trainer.step(batch, step=step, learning_rate=LEARNING_RATE)
-        times.append(time.perf_counter() - begun)
+        times.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
     parts.sharded_model.store.close()
     return times[WARM_UP_STEPS:]
 
 
 def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: int) -> float:
-    """Seconds of one micro-batch forward and backward on layers [start, stop), on a rank's share of ``tensor``.
+    """Processor seconds of one micro-batch forward and backward on layers [start, stop), on a rank's share of ``tensor``.
 
-    All ranks of the world do it at the same time, and nobody sends anything.
+    All ranks of the world do it at the same time, and nobody sends anything. What the thread takes of a core is what
+    the model wants to know, and does not change when others want the core as well.
     """
     plan = plan_of(Case(tensor, 1, 1, micro_batch))
     model, layers = plan.model_config, range(start, stop)
@@ -178,7 +179,19 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
         else:
             output.backward(gradient)
 
-    return _median(once, repeats)
+    return _median(once, repeats, clock=time.thread_time)
+
+
+def time_product(repeats: int) -> float:
+    """Processor seconds per FLOP of the layer's largest product, of a micro-batch. All ranks do it at the same time."""
+    model = model_config()
+    x, weight = torch.randn(MICRO_BATCH * LENGTH, model.hidden_size), torch.randn(model.intermediate_size, model.hidden_size)
+
+    def often(_: int) -> None:
+        for _ in range(50):
+            torch.nn.functional.linear(x, weight)
+
+    return _median(often, repeats, clock=time.thread_time) / (50 * 2 * x.numel() * model.intermediate_size)
 
 
 def time_messages(repeats: int) -> dict[str, list[float]]:
@@ -213,14 +226,14 @@ def time_messages(repeats: int) -> dict[str, list[float]]:
     }
 
 
-def _median(run: Callable[[int], None], repeats: int) -> float:
+def _median(run: Callable[[int], None], repeats: int, *, clock: Callable[[], float] = time.perf_counter) -> float:
     run(0)
     times = []
     for number in range(repeats):
         dist.barrier()
-        begun = time.perf_counter()
+        begun = clock()
         run(number + 1)
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     return statistics.median(times)
 
 
@@ -234,6 +247,7 @@ def main(folder: Path) -> None:
     device = start_process_group(timeout_minutes=30, init_method=f"file://{folder}/meeting-{world}")
     functions: dict[str, Callable[..., Any]] = {
         "layout": lambda **options: time_layout(**options, device=device),
+        "product": time_product,
         "stage": time_stage,
         "messages": time_messages,
     }

@@ -7,7 +7,7 @@ better: nothing is lost by what is not looked at. Called by ``tools/plan_layout.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path

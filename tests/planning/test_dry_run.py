@@ -1,9 +1,6 @@
-"""The dry run's text and the layout planner, as users start them."""
+"""The dry run's text and numbers."""
 
 import dataclasses
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -159,31 +156,3 @@ def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str, s
             assert (estimated.saved, estimated.logits) == (measured.saved, measured.logits), (name, layers)
             # Where the embeddings' gradient is the highest moment, the estimate is a little high for short stages.
             assert measured.working <= estimated.working <= 1.05 * measured.working, (name, layers)
-
-
-def run_planner(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "plan_layout.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_planner_lists_what_can_run_and_puts_what_does_not_fit_last() -> None:
-    # The limit lies between the peaks of these layouts.
-    result = run_planner(DEMO, "--world-size", 4, "--gpu-memory", 0.08, "--data.max_seq_length", 64)
-    assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.split("\n\n")[0].splitlines()[1:]]
-    layouts = [tuple(map(int, line[:3])) for line in lines]
-    assert sorted(layouts) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
-    too_large = ["over" in line for line in lines]
-    assert too_large == sorted(too_large) and len(set(too_large)) == 2
-    for group in (False, True):
-        seconds = [float(line[8]) for line, over in zip(lines, too_large, strict=True) if over is group]
-        assert seconds == sorted(seconds)
-
-
-def test_planner_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["plan_layout.py", str(DEMO), "--world-size", "7"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "tools" / "plan_layout.py"), run_name="__main__")
-    output = capsys.readouterr()
-    assert end.value.code == 2 and output.out == ""
-    assert output.err.startswith("error: ") and output.err.count("\n") == 1
