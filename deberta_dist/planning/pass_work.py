@@ -2,17 +2,17 @@
 
 The products are those of ``flops.py``; the backward pass makes each twice, and recomputation some once more. Everything
 else is passes over tensors, counted as bytes read and written by every operation that is no product and no view:
-with B sequences of S tokens, t tensor-parallel ranks and the letters of ``flops.py``, per layer::
+with B sequences of S tokens, t tensor-parallel ranks, dropout and the letters of ``flops.py``, per layer::
 
-    forward    w B S (23 D + 15 A / t + 2.5 F / t) + w R (12 A / t + 10 D)  + 41 * 4 B N / t S S
-    backward   w B S (34 D + 35 A / t +   4 F / t) + w R (43 A / t + 10 D)  + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
+    forward    w B S (24 D + 11 A / t + 2.5 F / t) + w R (11 A / t +    8 D) + 41 * 4 B N / t S S
+    backward   w B S (34 D + 37 A / t +   4 F / t) + w R (43 A / t + 11.5 D) + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
 
 w is the bytes of an element, g = 16 (float32) or 20 bytes the addition of a weight's gradient to its float32 sum; the
-last terms of queries x keys are those of the portable attention, which the fused one does not have. Selective
-recomputation passes 38 of these 41 once more, full recomputation all of forward.
+terms of queries x keys are those of the portable attention, which the fused one does not have. Selective recomputation
+passes 38 of these 41 once more, full recomputation all of forward. Without dropout there are less: the tables below.
 
-**Source**: counted on the meta device for 128 small models of different D, A, F, N, R, B, S, t, and solved for the
-coefficients by least squares (the worst model is 4% off); a test counts again.
+**Source**: counted on the meta device for 128 small models of different D, A, F, N, R, B, S, t, with and without dropout, and
+solved for the coefficients by least squares (the worst model is 4% off, without dropout 10%); a test counts again.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,16 @@ from deberta_dist.planning.layout import DTYPES
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.planning.plan import Plan
 
-# Passes over [B, S, D] (on every tensor-parallel rank), [B, S, A / t], [B, S, F / t], [R, A / t], [R, D], float32 [B, N / t, S, S].
-FORWARD_PASSES = (23.0, 15.0, 2.5, 12.0, 10.0, 41.0)
-BACKWARD_PASSES = (34.0, 35.0, 4.0, 43.0, 10.0, 23.0)
-SCORES_REPEATED = 38.0
-# Operations of a layer: forward, backward, what the attention has of them where it is portable, what it repeats.
-FORWARD_CALLS, BACKWARD_CALLS, PORTABLE_CALLS, REPEATED_CALLS = 95, 125, (50, 50), 51
+# Passes over [B, S, D] (on every tensor-parallel rank), [B, S, A / t], [B, S, F / t], [R, A / t], [R, D], float32 [B, N / t, S, S]:
+# forward, backward; then what dropout of hidden states, and of attention, adds.
+PASSES = ((14.0, 9.0, 2.5, 10.0, 3.0, 14.0), (25.5, 35.0, 4.0, 43.0, 7.5, 15.0))
+HIDDEN_DROPOUT_PASSES = ((10.0, 0.0, 0.0, 0.0, 5.0, 0.0), (8.5, 0.0, 0.0, 0.0, 4.0, 0.0))
+ATTENTION_DROPOUT_PASSES = ((0.0, 2.0, 0.0, 1.0, 0.0, 27.0), (0.0, 2.0, 0.0, 0.0, 0.0, 8.0))
+# Passes over [B, N / t, S, S] that selective recomputation makes again: in any case, with dropout of attention.
+SCORES_REPEATED = (13.0, 24.5)
+# Operations of a layer, forward and backward: in any case, by either dropout, and of them what a fused attention saves.
+CALLS, HIDDEN_DROPOUT_CALLS, ATTENTION_DROPOUT_CALLS, PORTABLE_CALLS = (48, 111), (9, 6), (37, 5), (12, 45)
+REPEATED_CALLS = (10, 38)
 # Bytes per weight, by the bytes of an element.
 SUMMED = {4: 16, 2: 20}
 # Embeddings and convolution: passes over [B, S, D], operations. Keys and values of the decoder: shares of a layer.
@@ -87,17 +91,13 @@ def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple
     is_last = layers.stop == model.num_hidden_layers
     decodes = is_last and model.uses_enhanced_mask_decoder
 
-    forward = Work(
-        bytes=sizes.bytes(FORWARD_PASSES, fused=fused), calls=FORWARD_CALLS - fused * PORTABLE_CALLS[0]
-    )
-    backward = Work(
-        bytes=sizes.bytes(BACKWARD_PASSES, fused=fused), calls=BACKWARD_CALLS - fused * PORTABLE_CALLS[1]
-    )
-    again = Work()
+    forward, backward = (_layer(plan, sizes, number, fused=fused) for number in range(2))
+    again, drops = Work(), model.attention_probs_dropout_prob > 0
     if recompute == "full":
         again = forward
     elif recompute == "selective" and not fused:
-        again = Work(bytes=SCORES_REPEATED * 4 * sizes.scores, calls=REPEATED_CALLS)
+        repeated = SCORES_REPEATED[0] + drops * SCORES_REPEATED[1]
+        again = Work(bytes=repeated * 4 * sizes.scores, calls=REPEATED_CALLS[0] + drops * REPEATED_CALLS[1])
     sums = Work(bytes=SUMMED[sizes.width] * sizes.layer_weights)
     ordinary = len(layers) - decodes
     total_forward, total_backward = forward * ordinary, (backward + again + sums) * ordinary
@@ -123,6 +123,18 @@ def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple
     products = sum(plan.flops.units[layer] for layer in layers) * tokens / tensor
     repeated = _repeated_products(plan, layers, has_fused_attention=fused) * tokens / tensor
     return total_forward + Work(products=products), total_backward + Work(products=2 * products + repeated)
+
+
+def _layer(plan: Plan, sizes: _Sizes, number: int, *, fused: bool) -> Work:
+    """Passes and operations of an ordinary layer: ``number`` 0 is forward, 1 backward."""
+    model = plan.model_config
+    tables = [(PASSES, CALLS)]
+    if model.hidden_dropout_prob > 0:
+        tables.append((HIDDEN_DROPOUT_PASSES, HIDDEN_DROPOUT_CALLS))
+    if model.attention_probs_dropout_prob > 0 and not fused:
+        tables.append((ATTENTION_DROPOUT_PASSES, ATTENTION_DROPOUT_CALLS))
+    moved = sum(sizes.bytes(passes[number], fused=fused) for passes, _ in tables)
+    return Work(bytes=moved, calls=sum(calls[number] for _, calls in tables) - fused * PORTABLE_CALLS[number])
 
 
 def _repeated_products(plan: Plan, layers: range, *, has_fused_attention: bool) -> float:

@@ -68,10 +68,11 @@ def counted(plan: Plan, layers: range) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_passes_are_those_of_a_real_layer(recompute: str, tensor: int) -> None:
+@pytest.mark.parametrize(("tensor", "dropout"), [(1, 0.1), (2, 0.1), (2, 0.0)])
+def test_passes_are_those_of_a_real_layer(recompute: str, tensor: int, dropout: float) -> None:
     plan = plan_of(4 * tensor, f"--training.recompute={recompute}", f"--parallel.tensor_parallel_size={tensor}")
-    plan = dataclasses.replace(plan, model_config=dataclasses.replace(plan.model_config, num_hidden_layers=6))
+    changed = {"num_hidden_layers": 6, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    plan = dataclasses.replace(plan, model_config=dataclasses.replace(plan.model_config, **changed))
     one, two = (counted(plan, range(1, stop)) for stop in (2, 3))
     few, many = (stage_work(plan, range(1, stop), has_fused_attention=False) for stop in (2, 3))
     for number in range(2):
