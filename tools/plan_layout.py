@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     parts.add_argument("--cores", type=_count, metavar="N", help="that all processes share, where there are no GPUs")
     found, overrides = parser.parse_known_args(arguments)
     if (found.gpus is None) == (found.scaling is None):
-        parser.error(f"exactly one of --gpus and --scaling is needed; {'both' if found.gpus else 'neither'} is given")
+        parser.error(f"exactly one of --gpus and --scaling is needed; {'both are' if found.gpus else 'neither is'} given")
     if found.scaling is not None and found.output is not None:
         parser.error("--toml writes one layout: give --gpus in the place of --scaling")
     if found.toml is None and found.model is None:

@@ -13,9 +13,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deberta_dist.config import Parallel, RunConfig, deepspeed_config, precision
 from deberta_dist.errors import ConfigError
+from deberta_dist.kernels import AttentionMask
+from deberta_dist.kernels.fused.availability import unsupported_reason
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.positions import relative_positions
 from deberta_dist.pipeline_parallel.stages import balance_stages
 from deberta_dist.planning.activations import stage_activations
 from deberta_dist.planning.dry_run import rank_reports
@@ -110,7 +115,7 @@ def search(
     Args:
         config: As loaded; what ``space`` tries is replaced in it.
         world_size: Processes.
-        machine: What they run on.
+        machine: What they run on; a fused attention counts where the model and its batches can have it.
         memory_limit: Bytes that the peak of a rank may reach.
         space: What is tried.
         count: How many different (tensor, pipeline, data) to find.
@@ -118,6 +123,7 @@ def search(
     Raises:
         ConfigError: the model or the DeepSpeed JSON cannot be read, or no candidate passes the checks.
     """
+    machine = dataclasses.replace(machine, has_fused_attention=machine.has_fused_attention and _can_be_fused(config))
     found = sorted(candidates(config, world_size=world_size, machine=machine, space=space), key=lambda one: one.least)
     if not found:
         raise ConfigError(
@@ -143,6 +149,18 @@ def search(
             best[candidate.sizes] = choice
     choices = sorted(best.values(), key=lambda choice: choice.cost.seconds)[:count]
     return Found(choices=choices, candidates=len(found), measured=memory.measured, smallest=memory.smallest)
+
+
+def _can_be_fused(config: RunConfig) -> bool:
+    """Whether the kernels of ``kernels/fused`` can do what the run's attention asks, given the right device."""
+    model = read_model_config(config)
+    positions = relative_positions(
+        num_buckets=model.position_buckets, max_distance=model.max_relative_distance, device=torch.device("cpu")
+    )
+    key_BNSH = torch.empty(1, model.num_attention_heads, 1, model.head_size, dtype=torch.bfloat16, device="meta")
+    pairs = torch.empty(1, 1, 1, dtype=torch.bool, device="meta")
+    mask = AttentionMask(pairs_BQS=pairs) if config.data.document_boundaries else None
+    return unsupported_reason(key_BNSH, positions=positions, mask=mask) is None
 
 
 def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
