@@ -35,6 +35,8 @@ from deberta_dist.training.trainer import Trainer
 SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
 # DeepSpeed records its order of modules in the first step and compares it between ranks in the second.
 WARM_UP_STEPS = 2
+# All-reduces between two readings of the clock.
+REDUCES = 8
 # Bytes of the messages that latency and bandwidth are found with, by kind.
 MESSAGES = {
     "all_reduce": (1024, 1 << 18),
@@ -182,26 +184,43 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     return _median(once, repeats, clock=time.thread_time)
 
 
-def time_product(repeats: int) -> float:
-    """Processor seconds per FLOP of the layer's largest product, of a micro-batch. All ranks do it at the same time."""
+def products(count: int) -> Callable[[int], None]:
+    """The layer's largest product with a micro-batch, ``count`` times."""
     model = model_config()
     x, weight = torch.randn(MICRO_BATCH * LENGTH, model.hidden_size), torch.randn(model.intermediate_size, model.hidden_size)
 
-    def often(_: int) -> None:
-        for _ in range(50):
+    def run(_: int) -> None:
+        for _ in range(count):
             torch.nn.functional.linear(x, weight)
 
-    return _median(often, repeats, clock=time.thread_time) / (50 * 2 * x.numel() * model.intermediate_size)
+    return run
+
+
+def time_product(repeats: int) -> float:
+    """Processor seconds per FLOP of the layer's largest product. All ranks do it at the same time."""
+    model = model_config()
+    flops = 2 * MICRO_BATCH * LENGTH * model.hidden_size * model.intermediate_size
+    return _median(products(50), repeats, clock=time.thread_time) / (50 * flops)
 
 
 def time_messages(repeats: int) -> dict[str, list[float]]:
-    """Kind -> seconds of its two messages, between pairs of ranks, all pairs at the same time. Collective."""
+    """Kind -> seconds of its two messages, between pairs of ranks, all pairs at the same time. Collective.
+
+    All-reduces come between products, as in a layer, where ranks are never ready at the same moment; of those with and
+    those without the difference is taken.
+    """
+    work = products(4)
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
     group, owner = groups[rank // 2], rank - rank % 2
 
     def message(kind: str, num_bytes: int) -> Callable[[int], None]:
         whole, half = torch.zeros(num_bytes // 4), torch.zeros(num_bytes // 8)
+
+        def reduce_between_products(number: int) -> None:
+            for _ in range(REDUCES):
+                work(number)
+                dist.all_reduce(whole, group=group)
 
         def send_and_return(_: int) -> None:
             for sender in (owner, owner + 1):
@@ -211,7 +230,7 @@ def time_messages(repeats: int) -> dict[str, list[float]]:
                     dist.recv(whole, src=2 * owner + 1 - rank)
 
         return {
-            "all_reduce": lambda _: dist.all_reduce(whole, group=group),
+            "all_reduce": reduce_between_products,
             "all_gather": lambda _: dist.all_gather_single(whole, half, group=group),
             "reduce_scatter": lambda _: dist.reduce_scatter_tensor(half, whole, group=group),
             "broadcast": lambda _: dist.broadcast(whole, src=owner, group=group),
@@ -219,11 +238,15 @@ def time_messages(repeats: int) -> dict[str, list[float]]:
             "send": send_and_return,
         }[kind]
 
-    there_and_back = {"send": 2}
-    return {
-        kind: [_median(message(kind, size), repeats) / there_and_back.get(kind, 1) for size in sizes]
-        for kind, sizes in MESSAGES.items()
-    }
+    def only_products(number: int) -> None:
+        for _ in range(REDUCES):
+            work(number)
+
+    often = {"send": 2, "all_reduce": REDUCES}
+    found = {kind: [_median(message(kind, size), repeats) / often.get(kind, 1) for size in sizes] for kind, sizes in MESSAGES.items()}
+    without = _median(only_products, repeats) / REDUCES
+    found["all_reduce"] = [max(seconds - without, 1e-6) for seconds in found["all_reduce"]]
+    return found
 
 
 def _median(run: Callable[[int], None], repeats: int, *, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -8,7 +8,8 @@ from deberta_dist.config import RunConfig
 from deberta_dist.config.write import to_toml
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE
-from deberta_dist.planning.search import Choice, Found
+from deberta_dist.planning.search import Found
+from deberta_dist.planning.search_memory import Choice
 from deberta_dist.planning.step_cost import play_step, stage_passes, world_size
 
 HEAD = "tensor pipeline  data  micro-batch  schedule          recompute  offload   s/step    MFU  peak GB  sent GB  bubble     days"
@@ -98,13 +99,13 @@ def _terms(choice: Choice, machine: Machine) -> str:
     rows = (
         ("micro-batches: products, passes over memory", cost.ideal - cost.tensor),
         ("micro-batches: all-reduces over the tensor axis", cost.tensor),
-        ("micro-batches: waiting for the pipeline", max(waits, 0.0)),
+        (f"micro-batches: waiting for the pipeline{' and for cores' if machine.cores else ''}", max(waits, 0.0)),
         ("weights gathered and lent, gradients zeroed", cost.before),
         ("gradients reduced, checked; Adam", cost.after),
         ("calls of engine and optimizer", cost.once),
     )
     lines = [f"The first line's step, seconds ({plan.config.training.num_micro_batches} micro-batches per pipeline):"]
-    lines += [f"  {label:<48} {seconds:9.4f}  {seconds / cost.seconds:6.1%}" for label, seconds in rows]
+    lines += [f"  {label:<54} {seconds:9.4f}  {seconds / cost.seconds:6.1%}" for label, seconds in rows]
     if choice.host:
         lines.append(f"  the optimizer takes {choice.host / 1e9:.2f} GB of the host for the rank with most")
     if plan.config.parallel.pipeline_parallel_size > 1 and plan.config.parallel.stages_per_rank == 1:

@@ -7,7 +7,7 @@ better: nothing is lost by what is not looked at. Called by ``tools/plan_layout.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 
-from deberta_dist.config import Parallel, RunConfig, deepspeed_config, precision
+from deberta_dist.config import Parallel, RunConfig, deepspeed_config
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import AttentionMask
 from deberta_dist.kernels.fused.availability import unsupported_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.pipeline_parallel.stages import balance_stages
-from deberta_dist.planning.activations import stage_activations
-from deberta_dist.planning.dry_run import rank_reports
 from deberta_dist.planning.flops import ForwardFlops
-from deberta_dist.planning.layout import DTYPES, Layout, plan_layout
+from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.planning.machine import Machine
-from deberta_dist.planning.memory import FLOAT32, micro_batches_in_flight, rank_memory
-from deberta_dist.planning.plan import Plan, check_plan, read_flops, read_model_config
-from deberta_dist.planning.step_cost import StepCost, least_seconds, step_cost
+from deberta_dist.planning.plan import Plan, read_flops, read_model_config
+from deberta_dist.planning.search_memory import Choice, MemorySearch
+from deberta_dist.planning.step_cost import least_seconds, step_cost
 
 INTERLEAVED = "interleaved_1f1b"
 
@@ -72,25 +70,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A layout that can run and fits.
-
-    Attributes:
-        plan: Checked as a run checks it.
-        cost: Of a step.
-        peak: Bytes on the device of the fullest rank.
-        host: Bytes on the host of the rank with most, under offload.
-        sent: Bytes that the busiest rank communicates per step, as the dry run counts them.
-    """
-
-    plan: Plan
-    cost: StepCost
-    peak: int
-    host: int
-    sent: int
-
-
-@dataclass(frozen=True)
 class Found:
     """Result of a search.
 
@@ -130,7 +109,7 @@ def search(
             f"{config.source}: no layout of {world_size} processes passes the checks of a run: its heads, layers or "
             f"training.global_batch_size = {config.training.global_batch_size} do not divide; --dry-run of the launcher says which"
         )
-    memory = _Memory(memory_limit)
+    memory = MemorySearch(memory_limit)
     best: dict[tuple[int, int, int], Choice] = {}
     for candidate in found:
         ranking = sorted(choice.cost.seconds for choice in best.values())
@@ -261,115 +240,6 @@ def _layout_of(
         layers_per_stage=layers,
     )
     return plan_layout(model, parallel=parallel, flops=ForwardFlops(units=()))
-
-
-class _Memory:
-    """Finds peaks, and remembers what did not fit: a larger micro-batch of the same will not either.
-
-    Args:
-        limit: Bytes.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self.measured = 0
-        self.smallest: int | None = None
-        self._too_large: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
-
-    def may_fit(self, plan: Plan) -> bool:
-        """Whether nothing is known that forbids it: weights, gradients and optimizer, or a smaller one that was too large."""
-        floors = [_floor(plan, rank) for rank in range(len(plan.layout.stages_by_rank))]
-        if max(floors) > self._limit:
-            return False
-        size, kept = _room(plan)
-        known = [one for key in _keys(plan) for one in self._too_large.get(key, [])]
-        if any(size >= other and kept >= other_kept for other, other_kept in known):
-            return False
-        return floors[0] + _activation_floor(plan) <= self._limit
-
-    def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> Choice | None:
-        """The choice that a plan is, None where it does not fit."""
-        self.measured += 1
-        first = rank_memory(
-            plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0
-        )
-        peak = first.peak
-        if peak <= self._limit:
-            checked = check_plan(plan.config, world_size=world_size)
-            reports = rank_reports(checked)
-            peak = max(report.memory.peak for report in reports)
-            if peak <= self._limit:
-                host = max(report.memory.optimizer for report in reports) if first.offload != "none" else 0
-                sent = max(report.communication.total for report in reports)
-                return Choice(plan=checked, cost=cost, peak=peak, host=host, sent=sent)
-        self.smallest = peak if self.smallest is None else min(self.smallest, peak)
-        self._too_large.setdefault(_keys(plan)[0], []).append(_room(plan))
-        return None
-
-
-def _offloads(deepspeed: Mapping[str, Any]) -> bool:
-    return deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-
-
-def _keys(plan: Plan) -> list[tuple[Any, ...]]:
-    """What does not fit under these does not fit here: the same with offload is never larger."""
-    parallel = plan.config.parallel
-    same = (
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.schedule,
-        parallel.stages_per_rank,
-        plan.config.training.recompute,
-    )
-    return [(*same, _offloads(plan.deepspeed)), *([] if _offloads(plan.deepspeed) else [(*same, True)])]
-
-
-def _room(plan: Plan) -> tuple[int, int]:
-    """(sequences in a micro-batch, sequences that the first rank's stages keep together)."""
-    size = plan.config.training.micro_batch_size
-    return size, size * max(sum(counts) for counts, _ in _moments(plan))
-
-
-def _moments(plan: Plan) -> list[tuple[tuple[int, ...], int]]:
-    """What the first rank keeps, see ``micro_batches_in_flight``."""
-    parallel = plan.config.parallel
-    return micro_batches_in_flight(
-        parallel.schedule,
-        pipeline_rank=0,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        stages_per_rank=parallel.stages_per_rank,
-        num_micro_batches=plan.config.training.num_micro_batches,
-    )
-
-
-def _floor(plan: Plan, pipeline_rank: int) -> float:
-    """Bytes that a rank holds in a step beside activations and buffers, at least."""
-    weights, replicas = plan.layout.rank_weights[pipeline_rank], plan.config.parallel.data_parallel_size
-    width = DTYPES[precision(plan.deepspeed)].itemsize
-    optimizer = 0 if _offloads(plan.deepspeed) else 3 * FLOAT32 + width
-    gathered = weights.used if replicas > 1 else weights.used - weights.owned
-    return weights.owned / replicas * (width + optimizer) + gathered * width + weights.used * FLOAT32
-
-
-def _activation_floor(plan: Plan) -> float:
-    """Bytes that the first pipeline rank keeps for its backward passes, at least.
-
-    One layer's, measured with four sequences; with more of them a sequence keeps up to 3% less.
-    """
-    config = plan.config
-    options = {
-        "tensor_parallel_size": config.parallel.tensor_parallel_size,
-        "batch_shape": (4, config.data.max_seq_length),
-        "targets_per_sequence": 1,
-        "dtype": DTYPES[precision(plan.deepspeed)],
-        "recompute": config.training.recompute,
-        "document_boundaries": config.data.document_boundaries,
-    }
-    model = dataclasses.replace(plan.model_config, num_hidden_layers=6)
-    three, four = (stage_activations(model, layers=range(1, stop), **options).saved for stop in (4, 5))
-    layers = [len(plan.layout.stages[index]) for index in plan.layout.stages_by_rank[0]]
-    kept = max(sum(n * count for n, count in zip(counts, layers, strict=True)) for counts, _ in _moments(plan))
-    return 0.95 * (four - three) / 4 * config.training.micro_batch_size * kept
 
 
 def restricted(space: Space, **changed: Any) -> Space:
