@@ -4,8 +4,8 @@ The products are those of ``flops.py``; the backward pass makes each twice, and 
 else is passes over tensors, counted as bytes read and written by every operation that is no product and no view:
 with B sequences of S tokens, t tensor-parallel ranks, dropout and the letters of ``flops.py``, per layer::
 
-    forward    w B S (24 D + 11 A / t + 2.5 F / t) + w R (11 A / t +    8 D) + 41 * 4 B N / t S S
-    backward   w B S (34 D + 37 A / t +   4 F / t) + w R (43 A / t + 11.5 D) + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
+    forward    w B S (24 D +  7 A / t + 2.5 F / t) + w R ( 9 A / t +   7 D) + 41 * 4 B N / t S S
+    backward   w B S (28 D + 31 A / t +   4 F / t) + w R (43 A / t + 8.5 D) + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
 
 w is the bytes of an element, g = 16 (float32) or 20 bytes the addition of a weight's gradient to its float32 sum; the
 terms of queries x keys are those of the portable attention, which the fused one does not have. Selective recomputation
@@ -25,20 +25,20 @@ from deberta_dist.planning.plan import Plan
 
 # Passes over [B, S, D] (on every tensor-parallel rank), [B, S, A / t], [B, S, F / t], [R, A / t], [R, D], float32 [B, N / t, S, S]:
 # forward, backward; then what dropout of hidden states, and of attention, adds.
-PASSES = ((14.0, 9.0, 2.5, 10.0, 3.0, 14.0), (25.5, 35.0, 4.0, 43.0, 7.5, 15.0))
+PASSES = ((14.0, 5.0, 2.5, 8.0, 2.0, 14.0), (19.5, 29.0, 4.0, 43.0, 4.5, 15.0))
 HIDDEN_DROPOUT_PASSES = ((10.0, 0.0, 0.0, 0.0, 5.0, 0.0), (8.5, 0.0, 0.0, 0.0, 4.0, 0.0))
 ATTENTION_DROPOUT_PASSES = ((0.0, 2.0, 0.0, 1.0, 0.0, 27.0), (0.0, 2.0, 0.0, 0.0, 0.0, 8.0))
 # Passes over [B, N / t, S, S] that selective recomputation makes again: in any case, with dropout of attention.
 SCORES_REPEATED = (13.0, 24.5)
 # Operations of a layer, forward and backward: in any case, by either dropout, and of them what a fused attention saves.
-CALLS, HIDDEN_DROPOUT_CALLS, ATTENTION_DROPOUT_CALLS, PORTABLE_CALLS = (48, 111), (9, 6), (37, 5), (12, 45)
+CALLS, HIDDEN_DROPOUT_CALLS, ATTENTION_DROPOUT_CALLS, PORTABLE_CALLS = (42, 95), (9, 6), (37, 5), (12, 45)
 REPEATED_CALLS = (10, 38)
 # Bytes per weight, by the bytes of an element.
 SUMMED = {4: 16, 2: 20}
 # Embeddings and convolution: passes over [B, S, D], operations. Keys and values of the decoder: shares of a layer.
 EMBEDDING_PASSES, EMBEDDING_CALLS, MEMORY_SHARE = (26.0, 30.0), (23, 28), (0.05, 0.25)
 # The head: passes over the float32 logits.
-LOGIT_PASSES = (4.5, 6.0)
+LOGIT_PASSES = (7.5, 11.0)
 
 
 @dataclass(frozen=True)
