@@ -60,7 +60,7 @@ class Dropout(nn.Module):
             numbers = numbers.view(batch, parts * length, *x.shape[2:]).narrow(1, part * length, length)
         dropped = (numbers < dropped_of_65536 - 32768).view(x.shape)
         # The rate that 16 bits can express, not p: otherwise the expectation is off by up to 1e-5.
-        return (x * (65536 / (65536 - dropped_of_65536))).masked_fill(dropped, 0.0)
+        return (x * (65536 / (65536 - dropped_of_65536))).masked_fill_(dropped, 0.0)
 
     def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
         """``count`` words of 64 random bits, int64."""

@@ -17,7 +17,6 @@ import torch
 
 from deberta_dist.config import Parallel, RunConfig, deepspeed_config
 from deberta_dist.errors import ConfigError
-from deberta_dist.kernels import AttentionMask
 from deberta_dist.kernels.fused.availability import unsupported_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.positions import relative_positions
@@ -137,9 +136,8 @@ def _can_be_fused(config: RunConfig) -> bool:
         num_buckets=model.position_buckets, max_distance=model.max_relative_distance, device=torch.device("cpu")
     )
     key_BNSH = torch.empty(1, model.num_attention_heads, 1, model.head_size, dtype=torch.bfloat16, device="meta")
-    pairs = torch.empty(1, 1, 1, dtype=torch.bool, device="meta")
-    mask = AttentionMask(pairs_BQS=pairs) if config.data.document_boundaries else None
-    return unsupported_reason(key_BNSH, positions=positions, mask=mask) is None
+    # Padding and documents reach it as numbers of tokens, which it takes.
+    return unsupported_reason(key_BNSH, positions=positions, mask=None) is None
 
 
 def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
