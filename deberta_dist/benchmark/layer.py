@@ -1,7 +1,9 @@
-"""The attention of one layer, forward and backward, beside its products alone and other implementations.
+"""One layer, or its attention, forward and backward, beside a floor and other implementations.
 
-Measured are the projections of hidden states and relative table and the attention between them, with all gradients. The
-floor does the products of the formula, forward and backward, and nothing else. Values and gradients are compared first.
+Of the attention (the default) the projections of hidden states and relative table and the attention between them are
+measured, with all gradients; the floor does the products of the formula, forward and backward, and nothing else. With
+``--part whole`` the floor of the whole layer is the same one with torch's attention and without positions. Values and
+gradients are compared first.
 For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
 """
 
@@ -19,6 +21,7 @@ TOLERANCE = 1e-5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
+    parser.add_argument("--part", choices=("attention", "whole"), default="attention", help="default: %(default)s")
     add_model_arguments(parser, batch_size=4)
     parser.add_argument("--heads", type=int, default=12, help="attention heads of 64")
     parser.add_argument("--dropout", type=float, default=0.1, help="of probabilities; the table has none")
@@ -28,12 +31,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compares, times and counts; returns figures as JSON."""
     import torch
 
-    from deberta_dist.benchmark import attention_contestants, peers, stopwatch
-
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a GPU float32 would be measured without tensor cores.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    run_part = _run_attention if arguments.part == "attention" else _run_whole
+    return run_part(arguments, device=device, dtype=dtype)
+
+
+def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) -> dict[str, Any]:
+    import torch
+
+    from deberta_dist.benchmark import attention_contestants, peers, stopwatch
+
     case = attention_contestants.Case(
         batch_size=arguments.batch_size,
         length=arguments.length,
@@ -82,6 +92,35 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "figures": figures,
         "layer_saved_bytes": layers,
     }
+
+
+def _run_whole(arguments: argparse.Namespace, *, device: Any, dtype: Any) -> dict[str, Any]:
+    import torch
+
+    from deberta_dist.benchmark import peers, stopwatch, whole_layer
+
+    layer = whole_layer.WholeLayer(
+        heads=arguments.heads,
+        shape=(arguments.batch_size, arguments.length),
+        dropout=arguments.dropout,
+        device=device,
+        dtype=dtype,
+    )
+    forwards = layer.contestants(arguments.official)
+    same = {name: layer.values(forward) for name, forward in forwards.items() if name != whole_layer.NO_POSITIONS}
+    tolerance = TOLERANCE if dtype == torch.float32 else 0.05
+    agreement = stopwatch.require_agreement(same, oracle=whole_layer.OURS, tolerance=tolerance)
+    contestants = {name: layer.contestant(forward) for name, forward in forwards.items()}
+    figures = stopwatch.race(contestants, rounds=arguments.rounds, warm_up=2, device=device)
+    for name, forward in forwards.items():
+        figures[name]["saved_bytes"] = stopwatch.saved_bytes(forward, without=layer.leaves)
+    used = stopwatch.settings(device, arguments.threads)
+    title = (
+        f"a whole layer, forward and backward: {arguments.batch_size} x {arguments.length} tokens, {arguments.heads} heads "
+        f"of 64, dropout {arguments.dropout}, {str(dtype).removeprefix('torch.')}, {used['device']}"
+    )
+    print(stopwatch.describe(title, figures, against=(whole_layer.NO_POSITIONS, peers.HUGGING_FACE, peers.PUBLISHED)))
+    return {"machine": machine(), "settings": used, "layer": title, "agreement": agreement, "figures": figures}
 
 
 def _agreement(case: Any, forwards: dict[str, Callable[[], Any]], *, tolerance: float) -> dict[str, float]:

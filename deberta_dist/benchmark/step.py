@@ -3,6 +3,8 @@
 Embeddings, layers, enhanced mask decoder, head, loss and all gradients, from the same weights and batch; 15% of tokens
 are targets. Hugging Face's model has no enhanced mask decoder and computes the logits of all tokens: it does another
 thing for the same end. So its hidden states alone are compared with ours; loss and gradients are with --official.
+The floor is the time of the model's products (planning/flops.py) at the rate of one large product, measured between the
+rounds: what no implementation can be under that does not compute less.
 For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184.
 """
 
@@ -11,7 +13,7 @@ from typing import Any
 
 from deberta_dist.benchmark.measure import add_model_arguments, machine
 
-OURS = "ours"
+OURS, FLOOR = "ours", "a large product"
 TOLERANCE = 1e-4  # of gradients of many layers, float32
 
 
@@ -45,7 +47,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "hidden states": stopwatch.require_agreement(step.hidden_states(), oracle=OURS, tolerance=tolerance),
         "loss and gradients": stopwatch.require_agreement(step.gradients(), oracle=OURS, tolerance=tolerance),
     }
-    figures = stopwatch.race(contestants, rounds=arguments.rounds, warm_up=1, device=device)
+    product, product_flops = step.large_product()
+    raced = stopwatch.race(
+        {**contestants, FLOOR: product}, rounds=arguments.rounds, warm_up=1, device=device
+    )
+    flops_per_second = product_flops / raced.pop(FLOOR)["seconds"]
+    figures, floor = raced, step.flops / flops_per_second
     for name, contestant in contestants.items():
         contestant.prepare()
         figures[name]["saved_bytes"] = stopwatch.saved_bytes(contestant.forward, without=step.tensors(name))
@@ -56,4 +63,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     print(stopwatch.describe(title, figures, against=(peers.HUGGING_FACE, peers.PUBLISHED)))
     print(f"  {peers.HUGGING_FACE} has no enhanced mask decoder, and logits of all tokens")
-    return {"machine": machine(), "settings": used, "model": title, "agreement": agreement, "figures": figures}
+    print(
+        f"  floor {floor * 1e3:.1f} ms: {step.flops / 1e9:,.0f} GFLOP of products at {flops_per_second / 1e9:,.0f} GFLOP/s, "
+        f"which is {floor / figures[OURS]['seconds']:.0%} of {OURS}"
+    )
+    return {
+        "machine": machine(),
+        "settings": used,
+        "model": title,
+        "agreement": agreement,
+        "figures": figures,
+        "floor": {"seconds": floor, "flops": step.flops, "flops_per_second": flops_per_second},
+    }

@@ -10,6 +10,7 @@ from deberta_dist.benchmark import peers
 from deberta_dist.benchmark.stopwatch import Contestant
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.planning.flops import forward_flops
 
 OURS = "ours"
 IGNORED = -100
@@ -61,6 +62,24 @@ class Step:
             peers.PUBLISHED, peers.published_masked_lm(checkout, self._config, self.model.state_dict())
         )
         return self._contestant(model, lambda: self._published_loss(model))
+
+    @property
+    def flops(self) -> float:
+        """Of the model's products, forward and backward (`planning.flops`)."""
+        batch, length = self._ids.shape
+        share = (self._labels > 0).sum().item() / self._labels.numel()
+        per_token = forward_flops(
+            self._config, max_seq_length=length, micro_batch_size=batch, mask_probability=share
+        )
+        return per_token.training * batch * length
+
+    def large_product(self) -> tuple[Contestant, float]:
+        """All tokens times the feed-forward's first weight, and its FLOPs."""
+        tokens, width, inner = self._ids.numel(), self._config.hidden_size, self._config.intermediate_size
+        left, right = (torch.ones(*shape, device=self._device, dtype=self._dtype) for shape in ((tokens, width), (width, inner)))
+        out = left.new_empty(tokens, inner)
+        repeats = 10
+        return Contestant(lambda: [torch.mm(left, right, out=out) for _ in range(repeats)]), repeats * 2.0 * left.numel() * inner
 
     def hidden_states(self) -> dict[str, list[Tensor]]:
         """The last layer's of ours and of Hugging Face's, without dropout."""

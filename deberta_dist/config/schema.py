@@ -69,6 +69,9 @@ class Training(Section):
     """Decides initial weights, order of the data, masks and dropout."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    compile: bool = False
+    """Dropout, residual and LayerNorm as one kernel made by torch.compile in the first step (up to a minute). Needs Triton
+    on a GPU, a C++ compiler on a CPU. The dry run's memory is that without it."""
     vocabulary_chunks: Count = 1
     """Parts in which the head makes the logits, with more than one a second time in the backward pass: their memory
     divided by as much, for a third more products in the head."""

@@ -41,14 +41,32 @@ class Dropout(nn.Module):
         self.shard = 0
         self.sequence_part = (0, 1)
 
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped: in training mode alone."""
+        return self.training and self.p > 0.0
+
+    @property
+    def limit(self) -> int:
+        """What the 16-bit number of a dropped element is below."""
+        return min(round(self.p * 65536), 65535) - 32768
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p) for the rate that 16 bits can express: of p itself the expectation would be off by up to 1e-5."""
+        return 65536 / (32768 - self.limit)
+
     def forward(self, x: Tensor, key: int | None) -> Tensor:
         """Drops in training mode; ``key`` None draws from torch's global generator."""
-        if not self.training or self.p == 0.0:
+        if not self.drops:
             return x
         if key is None:
             return F.dropout(x, self.p)
-        # Four 16-bit numbers per word: Bernoulli draws cost more than the product whose result they mask.
-        dropped_of_65536 = min(round(self.p * 65536), 65535)
+        return (x * self.scale).masked_fill_(self.numbers(x, key) < self.limit, 0.0)
+
+    def numbers(self, x: Tensor, key: int) -> Tensor:
+        """A number of 16 bits for every element, int16 [as ``x``]."""
+        # Four per word: Bernoulli draws cost more than the product whose result they mask.
         part, parts = self.sequence_part
         count = x.numel() * parts
         words = self.draw_words(math.ceil(count / 4), key, device=x.device)
@@ -58,9 +76,7 @@ class Dropout(nn.Module):
             # its middle on every device, and what is drawn costs less than what it masks.
             batch, length = x.shape[:2]
             numbers = numbers.view(batch, parts * length, *x.shape[2:]).narrow(1, part * length, length)
-        dropped = (numbers < dropped_of_65536 - 32768).view(x.shape)
-        # The rate that 16 bits can express, not p: otherwise the expectation is off by up to 1e-5.
-        return (x * (65536 / (65536 - dropped_of_65536))).masked_fill_(dropped, 0.0)
+        return numbers.view(x.shape)
 
     def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
         """``count`` words of 64 random bits, int64."""

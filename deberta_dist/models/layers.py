@@ -29,6 +29,7 @@ from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.joint_linear import join_, joint_linear
+from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -166,19 +167,6 @@ class DisentangledSelfAttention(nn.Module):
         super()._apply(*args, **kwargs)
         self._join_weights()
         return self
-
-
-class ResidualOutput(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): the end of the attention and of the feed-forward."""
-
-    def __init__(self, config: DebertaConfig, *, input_size: int, site: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = Dropout(config.hidden_dropout_prob, site=site)
-
-    def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x), dropout_key) + residual)
 
 
 class Attention(nn.Module):

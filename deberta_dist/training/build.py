@@ -19,6 +19,7 @@ from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
 from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.initialisation import initial_tensor
+from deberta_dist.models.residual import ResidualOutput
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
 from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
 from deberta_dist.planning.layout import DTYPES, Layout, decoder_layer, flat_layout, meta_model
@@ -79,6 +80,9 @@ def build(
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
     model.vocabulary_chunks = config.training.vocabulary_chunks
+    for module in model.modules():
+        if isinstance(module, ResidualOutput):
+            module.joined = config.training.compile
     model.keep_layers(layout.layers_of_rank(here.pipeline))
     sharded_model = build_sharded_model(
         model, layout=layout, optimizer=config.optimizer, deepspeed_config=deepspeed_config, mesh=mesh, shards=shards

@@ -25,6 +25,7 @@ from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
 from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.models.residual import require_compiler
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
 from deberta_dist.planning.layout import DTYPES
@@ -82,6 +83,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     plan = check_plan(config, world_size=launch.world_size)
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
+    if plan.config.training.compile:
+        require_compiler("cuda" if torch.cuda.is_available() else "cpu")
     data = open_data(plan)
     initial_weights = None
     if not is_interrupted(plan):

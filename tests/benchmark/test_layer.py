@@ -48,6 +48,13 @@ def test_everyone_is_compared_timed_and_counted(capsys: pytest.CaptureFixture[st
     assert ("disentangled-flash is not measured" in text) != peers.has_disentangled_flash()
 
 
+def test_whole_layers_are_compared_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    found = layer.run(arguments(part="whole"))
+    assert set(found["agreement"]) == {"ours", peers.HUGGING_FACE} and max(found["agreement"].values()) < 1e-5
+    assert set(found["figures"]) == {"ours", "ours, SDPA without positions", peers.HUGGING_FACE}
+    assert "a whole layer, forward and backward" in capsys.readouterr().out
+
+
 def test_disentangled_flash_gives_the_same(case: Case) -> None:
     pytest.importorskip("disentangled_flash", reason="not installed: pip install 'deberta_dist[peers]'")
     forward = case.disentangled_flash()

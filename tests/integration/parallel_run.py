@@ -56,6 +56,7 @@ class Case:
     dropout: float = 0.0
     recompute: str = "none"
     vocabulary_chunks: int = 1
+    compile: bool = False
     precision: str = "fp32"
     steps: int = 5
     clipping: float = 0.05
@@ -113,6 +114,7 @@ class Case:
                 seed=SEED,
                 recompute=self.recompute,
                 vocabulary_chunks=self.vocabulary_chunks,
+                compile=self.compile,
             ),
             optimizer=Optimizer(learning_rate=LEARNING_RATE, gradient_clipping=self.clipping),
             parallel=Parallel(

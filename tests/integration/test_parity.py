@@ -35,6 +35,7 @@ LAYOUTS = [
     Case(tensor=2, data=2, vocabulary_chunks=3),
     Case(tensor=2, pipeline=2, buckets=BUCKETS),
     Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS),
+    pytest.param(Case(tensor=2, pipeline=2, compile=True), marks=pytest.mark.slow),
 ]
 
 
