@@ -153,7 +153,7 @@ class _Work:
             signed = self._signed_probabilities(chunk, operands, kept=None)
         else:
             signed = kept.to(score_dtype(kept))
-        gradient = as_factor(gradient_BCQH.transpose(0, 1))
+        gradient = as_factor(gradient_BCQH.transpose(0, 1)).contiguous()
         if self._call.dropout_p > 0.0:
             attended = self._attended(signed)
             d_value = _product(attended.transpose(2, 3), gradient, scale=self._inverse_keep)
@@ -188,7 +188,8 @@ class _Work:
 
     def _operands(self, chunk: Chunk) -> _Operands:
         operands = (self._query, self._key, self._value)
-        return _Operands(*(as_factor(x[chunk.samples, chunk.heads].transpose(0, 1)) for x in operands))
+        # Each is in several products, which would copy it themselves.
+        return _Operands(*(as_factor(x[chunk.samples, chunk.heads].transpose(0, 1)).contiguous() for x in operands))
 
     def _signed_probabilities(self, chunk: Chunk, operands: _Operands, *, kept: Tensor | None) -> Tensor:
         """Probabilities [C, B, Q, S] in the scores' precision, rounded to the values' dtype, negative where dropped."""
