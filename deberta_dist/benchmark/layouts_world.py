@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark.measure import ROOT, BenchmarkError
+from deberta_dist.benchmark.measure import ROOT, STEADY_ALLOCATOR, BenchmarkError
 
 
 class World:
@@ -36,6 +36,7 @@ class World:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",
+            **STEADY_ALLOCATOR,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
         command = [sys.executable, "-m", "deberta_dist.benchmark.layouts_rank", str(folder)]

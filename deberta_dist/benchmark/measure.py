@@ -20,6 +20,8 @@ from deberta_dist.errors import DebertaDistError
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 PAGE_CACHE_CHUNK = 64 * 2**20
+STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+"""Environment without which glibc gives large temporaries back at once, and whoever makes more of them pays page faults."""
 
 
 class BenchmarkError(DebertaDistError):

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_dist.benchmark.measure import BenchmarkError
-
-ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-"""Without these glibc gives large temporaries back at once, and whoever makes more of them pays page faults for it."""
+from deberta_dist.benchmark.measure import STEADY_ALLOCATOR, BenchmarkError
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,9 @@ def require_agreement(
 
 def settings(device: torch.device, threads: int) -> dict[str, Any]:
     """What the times depend on and a caller may have forgotten; says so if the allocator is as it comes."""
-    allocator = {name: os.environ.get(name) for name in ALLOCATOR}
+    allocator = {name: os.environ.get(name) for name in STEADY_ALLOCATOR}
     if device.type == "cpu" and None in allocator.values():
-        print(f"note: {' and '.join(ALLOCATOR)} are not set; temporaries cost page faults, most where there are most")
+        print(f"note: {' and '.join(STEADY_ALLOCATOR)} are not set; temporaries cost page faults, most where there are most")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": threads,

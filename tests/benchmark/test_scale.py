@@ -77,7 +77,7 @@ def test_a_peer_with_another_loss_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo no room; exit 3", "rank 0 ended with 3: no room"),
+        ("echo no room; exit 3", "rank [01] ended with 3: no room"),
         ("echo still here; exec sleep 60", "rank 0 had not ended when --timeout was over"),
     ],
 )
