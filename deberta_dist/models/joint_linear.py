@@ -23,13 +23,14 @@ def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     kept, make = getattr(x, "made_from", (None, None))
     if make is not None:
-        return _JointLinear.apply(x, kept, make, len(layers), *weights, *biases)
+        return _MadeAgain.apply(x, kept, make, len(layers), *weights, *biases)
     # Under autocast a product chooses its own precision.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if is_cast or len(layers) == 1 or adjacent(weights) is None or adjacent(biases) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    return _JointLinear.apply(x, None, None, len(layers), *weights, *biases)
+    outputs = F.linear(x, _Together.apply(*weights), _Together.apply(*biases))
+    return _Apart.apply(outputs, [weight.shape[0] for weight in weights])
 
 
 @torch.no_grad()
@@ -68,18 +69,51 @@ def _together(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(tensors) if view is None else view
 
 
-class _JointLinear(torch.autograd.Function):
+def _side_by_side(gradients: Sequence[Tensor]) -> Tensor:
+    # A view of memory has no history: what is differentiated again is copied.
+    view = None if torch.is_grad_enabled() else adjacent(gradients, dim=-1)
+    return torch.cat(gradients, dim=-1) if view is None else view
+
+
+class _Together(torch.autograd.Function):
+    """Adjacent parameters as one; torch's own product then knows which gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.sizes = [parameter.shape[0] for parameter in parameters]
+        return adjacent(parameters)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient.split(ctx.sizes)
+
+
+class _Apart(torch.autograd.Function):
+    """One output as several; gradients that lie side by side are not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return outputs.detach().split(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _side_by_side(gradients), None
+
+
+class _MadeAgain(torch.autograd.Function):
+    """One product of an input that is not kept."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        kept: Tensor | None,
-        make: Callable[[Tensor], Any] | None,
+        kept: Tensor,
+        make: Callable[[Tensor], Any],
         num_layers: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
-        ctx.save_for_backward(x if make is None else kept, *weights)
+        ctx.save_for_backward(kept, *weights)
         ctx.make = make
         outputs = F.linear(x, _together(weights), _together(biases))
         return outputs.split([weight.shape[0] for weight in weights], dim=-1)
@@ -87,18 +121,16 @@ class _JointLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("joint_linear was differentiated with create_graph=True and has no second derivative")
-        x, *weights = ctx.saved_tensors
-        x_again = None if ctx.make is None else ctx.make(x)
+            raise RuntimeError("an input that is made again was differentiated with create_graph=True; it has no second derivative")
+        kept, *weights = ctx.saved_tensors
+        x_again = ctx.make(kept)
         sizes = [weight.shape[0] for weight in weights]
-        gradient = adjacent(gradients, dim=-1)
-        gradient = torch.cat(gradients, dim=-1) if gradient is None else gradient
+        gradient = _side_by_side(gradients)
         rows = gradient.flatten(0, -2)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = (rows @ _together(weights)).view(*gradient.shape[:-1], -1)
-        if x_again is not None:
-            x = x_again.wait()  # it was on its way during the product above
+        x = x_again.wait()  # it was on its way during the product above
         d_weights = d_biases = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
             d_weights = (rows.T @ x.flatten(0, -2)).split(sizes)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.joint_linear import adjacent, join_, joint_linear
@@ -96,12 +97,27 @@ def test_attention_keeps_its_projections_together(shares_keys: bool) -> None:
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_that_of_separate_layers() -> None:
+    apart = layers()
+    joined = copy.deepcopy(apart)
+    join_(joined)
+    x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
+    found = []
+    for one in (joined, apart):
+        (first,) = torch.autograd.grad(sum(y.square().sum() for y in joint_linear(x, one)), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), [x, *(layer.weight for layer in one)]))
+    for y, z in zip(*found, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_weights_that_nobody_asks_for_are_not_made() -> None:
     joined = layers()
     join_(joined)
     x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(joint_linear(x, joined)[0].sum(), x, create_graph=True)
+    outputs = joint_linear(x, joined)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(sum(y.sum() for y in outputs), x)
+    assert counter.get_total_flops() == 2 * 2 * IN * 3 * OUT
 
 
 def test_autocast_chooses_its_own_precision() -> None:
