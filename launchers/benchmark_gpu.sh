@@ -9,14 +9,15 @@ set -u
 cd "$(dirname "$0")/.."
 
 out=runs/benchmark_gpu
-official=()
+official=
 while [ $# -gt 0 ]; do
     case "$1" in
-        --official) official=(--official "$2"); shift 2 ;;
+        --official) official=$2; shift 2 ;;
         --out) out=$2; shift 2 ;;
         *) echo "benchmark_gpu.sh: $1 is no option; there are --official CHECKOUT and --out DIRECTORY" >&2; exit 2 ;;
     esac
 done
+[ -z "$official" ] || set -- --official "$official"
 python=.venv/bin/python
 [ -x "$python" ] || python=python3
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -24,29 +25,28 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 mkdir -p "$out"
-failed=()
+failed=
 
 measure() { # NAME ARGUMENTS of tools/benchmark.py
-    local name=$1
+    name=$1
     shift
     echo "== $name: tools/benchmark.py $*"
-    "$python" tools/benchmark.py "$@" --json "$out/$name.json" || failed+=("$name")
+    "$python" tools/benchmark.py "$@" --json "$out/$name.json" || failed="$failed $name"
 }
 
 for length in 512 1024 4096; do
-    measure "attention-$length" layer --heads 24 --batch-size $((8192 / length)) --length "$length" --rounds 15 \
-        "${official[@]}"
+    measure "attention-$length" layer --heads 24 --batch-size $((8192 / length)) --length "$length" --rounds 15 "$@"
 done
-measure whole-layer layer --part whole --heads 24 --batch-size 8 --length 512 --rounds 15 "${official[@]}"
-measure step-4 step --layers 4 --batch-size 16 --rounds 10 "${official[@]}"
-measure step-12 step --layers 12 --batch-size 16 --rounds 10 "${official[@]}"
+measure whole-layer layer --part whole --heads 24 --batch-size 8 --length 512 --rounds 15 "$@"
+measure step-4 step --layers 4 --batch-size 16 --rounds 10 "$@"
+measure step-12 step --layers 12 --batch-size 16 --rounds 10 "$@"
 measure head head --hidden-size 1536 --batch-size 8 --rounds 10
 measure memory memory
 measure 1.5b train --preset v2-xxlarge --processes 1 --micro-batch-size 4 --micro-batches 8 --length 512 --rounds 5 \
     --contestants ours
 measure 1.5b-peer train --preset v2-xxlarge --processes 1 --micro-batch-size 4 --micro-batches 8 --length 512 --rounds 5 \
     --contestants ours,huggingface
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "benchmark_gpu.sh: failed: ${failed[*]}" >&2
+if [ -n "$failed" ]; then
+    echo "benchmark_gpu.sh: failed:$failed" >&2
     exit 1
 fi
