@@ -10,6 +10,13 @@ from tests.harness import run_ranks
 from tests.integration.parallel_run import LENGTH, Case, relative_error, train, train_plain
 
 BUCKETS = (8, 12, LENGTH)
+
+
+def slow(case: Case) -> Any:
+    """Near to a case that always runs."""
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 LAYOUTS = [
     Case(tensor=tensor, pipeline=pipeline, data=data)
     for tensor in (1, 2)
@@ -19,14 +26,14 @@ LAYOUTS = [
     Case(tensor=4),
     Case(pipeline=4, micro_batches=4),
     Case(pipeline=4, micro_batches=1),
-    Case(pipeline=4, micro_batches=5),
-    Case(tensor=2, pipeline=2, micro_batches=5, schedule="gpipe"),
+    slow(Case(pipeline=4, micro_batches=5)),
+    slow(Case(tensor=2, pipeline=2, micro_batches=5, schedule="gpipe")),
     Case(tensor=2, pipeline=2, micro_batches=1),
-    Case(pipeline=2, data=2, micro_batches=2, schedule="gpipe"),
+    slow(Case(pipeline=2, data=2, micro_batches=2, schedule="gpipe")),
     Case(pipeline=2, layers_per_stage=(1, 4)),
-    Case(tensor=2, pipeline=2, layers_per_stage=(4, 1)),
+    slow(Case(tensor=2, pipeline=2, layers_per_stage=(4, 1))),
     Case(pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2, micro_batches=4),
-    Case(tensor=2, pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2, micro_batches=2),
+    slow(Case(tensor=2, pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2, micro_batches=2)),
     Case(tensor=2, pipeline=2, data=2, model="v1"),
     Case(tensor=2, pipeline=2, recompute="full"),
     Case(tensor=2, pipeline=2, recompute="selective"),
@@ -34,8 +41,8 @@ LAYOUTS = [
     Case(tensor=2, pipeline=2, documents=True),
     Case(tensor=2, data=2, vocabulary_chunks=3),
     Case(tensor=2, pipeline=2, buckets=BUCKETS),
-    Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS),
-    pytest.param(Case(tensor=2, pipeline=2, compile=True), marks=pytest.mark.slow),
+    slow(Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS)),
+    slow(Case(tensor=2, pipeline=2, compile=True)),
 ]
 
 

@@ -100,7 +100,7 @@ def poisoned(case: Case, poisoned_rank: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("poisoned_rank", [0, 3, 6])
+@pytest.mark.parametrize("poisoned_rank", [0, pytest.param(3, marks=pytest.mark.slow), 6])
 def test_one_rank_with_nan_stops_every_rank_for_one_step(poisoned_rank: int) -> None:
     for rank in run_ranks(8, poisoned, Case(tensor=2, pipeline=2, data=2), poisoned_rank):
         assert rank["skipped"] == [False, True, False]
