@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deberta_dist.benchmark.random_batch import masked_batch
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import make_mesh, start_process_group
@@ -117,13 +118,11 @@ def plan_of(case: Case) -> Plan:
 
 def batch_of(plan: Plan, sequences: int) -> Batch:
     """Random tokens; every sequence has the expected number of targets."""
-    generator, vocabulary = torch.Generator().manual_seed(SEED), plan.model_config.vocab_size
-    ids = torch.randint(5, vocabulary - 1, (sequences, LENGTH), generator=generator)
-    is_target = torch.rand(ids.shape, generator=generator).argsort(dim=1) < expected_targets(plan.config)
-    return Batch(
-        input_ids=torch.where(is_target, vocabulary - 1, ids),
-        attention_mask=torch.ones_like(ids),
-        labels=torch.where(is_target, ids, 0),
+    return masked_batch(
+        (sequences, LENGTH),
+        vocab_size=plan.model_config.vocab_size,
+        num_targets=expected_targets(plan.config),
+        seed=SEED,
     )
 
 

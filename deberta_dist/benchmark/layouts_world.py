@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.benchmark.measure import ROOT, STEADY_ALLOCATOR, BenchmarkError
+from deberta_dist.benchmark.measure import STEADY_ALLOCATOR, BenchmarkError
+from deberta_dist.benchmark.ranks import launcher_environment
 
 
 class World:
@@ -27,22 +28,11 @@ class World:
         self._processes = [self._start(rank, count, folder) for rank in range(count)]
 
     def _start(self, rank: int, count: int, folder: Path) -> subprocess.Popen:
-        launcher = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            **STEADY_ALLOCATOR,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
+        environment = launcher_environment(rank, processes=count) | STEADY_ALLOCATOR
         command = [sys.executable, "-m", "deberta_dist.benchmark.layouts_rank", str(folder)]
         with open(self._logs[rank], "wb") as log:
             return subprocess.Popen(
-                command, env=os.environ | launcher, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
 
     def ask(self, do: str, **options: Any) -> list[Any]:

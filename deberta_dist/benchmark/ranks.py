@@ -31,8 +31,10 @@ def start_ranks(
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps({"timeout_seconds": timeout, **plan}), encoding="utf-8")
-        hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        ranks = [_start(module, rank, hidden, folder=folder, processes=processes) for rank in range(processes)]
+        ranks = [
+            _start(module, rank, launcher_environment(rank, processes=processes, uses_gpus=uses_gpus), folder=folder)
+            for rank in range(processes)
+        ]
         try:
             _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
         finally:
@@ -43,8 +45,10 @@ def start_ranks(
         return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
 
 
-def _start(module: str, rank: int, hidden: Mapping[str, str], *, folder: Path, processes: int) -> subprocess.Popen:
-    launcher = {
+def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) -> dict[str, str]:
+    """What a launcher on this machine would set for a rank that runs modules of this checkout."""
+    hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -54,9 +58,12 @@ def _start(module: str, rank: int, hidden: Mapping[str, str], *, folder: Path, p
         **hidden,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
+
+
+def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", module, str(folder)]
     with open(folder / f"rank-{rank}.log", "wb") as log:
-        return subprocess.Popen(command, env=os.environ | launcher, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.benchmark.engines import LossOnly, take_step, zero3_engine
+from deberta_dist.benchmark.random_batch import masked_batch
 from deberta_dist.benchmark.traffic import Traffic
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
@@ -129,17 +130,13 @@ def layout_of(case: Case) -> Layout:
 
 def own_batch(case: Case, *, step: int, replica: int) -> Batch:
     """The micro-batches of one replica, stacked; every sequence has the expected number of targets."""
-    config, vocabulary = run_config(case), model_config().vocab_size
     per_replica = MICRO_BATCH_SIZE * case.micro_batches
-    generator = torch.Generator().manual_seed(1000 + step)
-    shape = (per_replica * case.data, LENGTH)
-    ids = torch.randint(5, vocabulary - 1, shape, generator=generator)
-    is_target = torch.rand(shape, generator=generator).argsort(dim=1) < expected_targets(config)
-    rows = slice(replica * per_replica, (replica + 1) * per_replica)
-    return Batch(
-        input_ids=torch.where(is_target, vocabulary - 1, ids)[rows],
-        attention_mask=torch.ones_like(ids)[rows],
-        labels=torch.where(is_target, ids, 0)[rows],
+    return masked_batch(
+        (per_replica * case.data, LENGTH),
+        vocab_size=model_config().vocab_size,
+        num_targets=expected_targets(run_config(case)),
+        seed=1000 + step,
+        rows=slice(replica * per_replica, (replica + 1) * per_replica),
     )
 
 

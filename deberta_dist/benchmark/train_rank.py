@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_dist.benchmark import engines, peers
+from deberta_dist.benchmark.random_batch import masked_batch
 from deberta_dist.benchmark.train import HUGGING_FACE, OURS, SAME_MODEL
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
@@ -85,17 +86,13 @@ class Setting:
 
     def batch(self, step: int, *, part: int, parts: int) -> Batch:
         """Rows of one of ``parts`` ranks that share a step."""
-        generator = torch.Generator().manual_seed(1000 + step)
-        shape = (self.rows_of_rank * self.replicas, self.plan["length"])
-        vocabulary = self.model_config.vocab_size
-        ids = torch.randint(5, vocabulary - 1, shape, generator=generator)
-        count = max(round(MASK_PROBABILITY * shape[1]), 1)
-        is_target = torch.rand(shape, generator=generator).argsort(dim=1) < count
-        rows = slice(part * len(ids) // parts, (part + 1) * len(ids) // parts)
-        return Batch(
-            input_ids=torch.where(is_target, vocabulary - 1, ids)[rows],
-            attention_mask=torch.ones_like(ids)[rows],
-            labels=torch.where(is_target, ids, 0)[rows],
+        sequences, length = self.rows_of_rank * self.replicas, self.plan["length"]
+        return masked_batch(
+            (sequences, length),
+            vocab_size=self.model_config.vocab_size,
+            num_targets=max(round(MASK_PROBABILITY * length), 1),
+            seed=1000 + step,
+            rows=slice(part * sequences // parts, (part + 1) * sequences // parts),
         )
 
 

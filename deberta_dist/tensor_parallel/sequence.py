@@ -114,12 +114,7 @@ class _Scatter(torch.autograd.Function):
         return ctx.ranks.gather(gradient), None
 
 
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part: Tensor, ranks: SequenceRanks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.gather(part)
-
+class _Join(_Gather):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.ranks.own(gradient), None
