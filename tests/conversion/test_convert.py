@@ -72,7 +72,7 @@ def _compare_hidden_states(ours: nn.Module, theirs: nn.Module) -> None:
     if hasattr(theirs, "lm_predictions"):
         # Hugging Face has no enhanced mask decoder: its head is compared on equal hidden states.
         table = ours.deberta.embeddings.word_embeddings
-        logits = ours.lm_predictions.lm_head(expected[-1], word_embeddings_VD=table.weight)
+        logits = ours.lm_predictions.lm_head(expected[-1], word_embeddings_VW=table.weight)
         assert (logits - theirs.lm_predictions(expected[-1], table)).abs().max() < 1e-5 * logits.abs().max()
 
 
