@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batches", type=int, default=4, metavar="M", help="of a step (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
+    parser.add_argument("--compile", action="store_true", help="ours with training.compile")
     parser.add_argument(
         "--contestants", default=",".join(TITLES), metavar="NAME,...", help="default: %(default)s"
     )

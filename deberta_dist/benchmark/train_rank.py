@@ -110,6 +110,7 @@ def ours(setting: Setting) -> Contestant:
             max_steps=1000,
             seed=SEED,
             recompute=plan["recompute"],
+            compile=plan["compile"],
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(

@@ -57,7 +57,7 @@ class FusedAttention(torch.autograd.Function):
         operands, call = Operands(*saved), ctx.call
         arguments = score_arguments(operands, call)
         gradient_BQNH = gradient_BNQH.transpose(1, 2).contiguous()
-        value_gradient_BSNH, score_gradient = backward_of_scores(
+        value_gradient_BSNH, score_gradient, transposed_gradient = backward_of_scores(
             operands, call, arguments, context_BQNH=context_BQNH, gradient_BQNH=gradient_BQNH, lse_BNQ=lse_BNQ
         )
         # Each pair of products has done its work: its memory takes its gradient.
@@ -67,14 +67,14 @@ class FusedAttention(torch.autograd.Function):
             sum_rows(score_gradient, c2p_gradient, call, of_keys=False)
         if operands.rel_query is not None:
             p2c_gradient = arguments["p2c"]
-            sum_rows(score_gradient, p2c_gradient, call, of_keys=True)
+            sum_rows(transposed_gradient, p2c_gradient, call, of_keys=True)
         query, key, _, rel_key, rel_query = operands
         needs_query, needs_key, _, needs_rel_key, needs_rel_query, _ = ctx.needs_input_grad
         of_query = of_key = of_rel_key = of_rel_query = None
         if needs_query:
-            of_query = token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call, of_keys=False)
+            of_query = token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call)
         if needs_key:
-            of_key = token_gradient(score_gradient, key, query, p2c_gradient, rel_query, call, of_keys=True)
+            of_key = token_gradient(transposed_gradient, key, query, p2c_gradient, rel_query, call)
         if needs_rel_key:
             of_rel_key = table_gradient(c2p_gradient, query, call, ctx.table_rows)
         if needs_rel_query:

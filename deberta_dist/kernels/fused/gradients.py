@@ -4,7 +4,8 @@ The row of a distance does not fall as the distance grows, so the pairs of one q
 neighbours: the gradient of c2p[i, r] (or p2c[j, r]) is a sum over a range, and needs no atomics.
 
 Owner: the token whose products with the relative table are differentiated, the query of c2p and the key of p2c.
-Other: the token on the other side of a pair. Layouts are those of ``kernels``.
+Other: the token on the other side of a pair. Layouts are those of ``kernels``; the scores' gradients come with the
+owners first: transposed, where the owners are keys.
 """
 
 import triton
@@ -31,15 +32,10 @@ def _range_of_row(
 def _gradients_at(
     score_gradient, owners, others, order, score_stride, inside, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """Score gradients of pairs, float32, 0 outside; ``owners`` and ``others`` broadcast to [owner tile, any]."""
-    if OF_KEYS:
-        query = others
-        if HAS_POSITIONS:
-            query = tl.load(order + others, mask=inside, other=0)
-        at = query * score_stride + owners
-    else:
-        at = owners * score_stride + others
-    return tl.load(score_gradient + at, mask=inside, other=0.0).to(tl.float32)
+    """Score gradients of pairs, float32, 0 outside; ``owners`` and ``others`` broadcast against each other."""
+    if OF_KEYS and HAS_POSITIONS:
+        others = tl.load(order + others, mask=inside, other=0)
+    return tl.load(score_gradient + owners * score_stride + others, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -66,7 +62,7 @@ def row_sums_kernel(
     """
     batch = tl.program_id(2) // num_heads
     head = tl.program_id(2) % num_heads
-    score_gradient += tl.program_id(2).to(tl.int64) * num_queries * score_stride
+    score_gradient += tl.program_id(2).to(tl.int64) * num_owners * score_stride
     sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     order += batch * num_queries
     order_starts += batch * (num_positions + 1)
@@ -77,17 +73,18 @@ def row_sums_kernel(
     row_inside = (rows < num_rows) & (rows != first_end) & (rows != last_end)
     lowest = tl.load(lowest_distance + rows, mask=row_inside, other=0)
     highest = tl.load(highest_distance + rows, mask=row_inside, other=-1)
+    # Rows first: neighbouring threads take neighbouring rows, whose pairs are neighbours in memory.
     begin, end = _range_of_row(
-        position[:, None], lowest[None, :], highest[None, :], order_starts, num_positions, OF_KEYS, HAS_POSITIONS
+        position[None, :], lowest[:, None], highest[:, None], order_starts, num_positions, OF_KEYS, HAS_POSITIONS
     )
-    inside = owner_inside[:, None] & row_inside[None, :]
+    inside = row_inside[:, None] & owner_inside[None, :]
     length = tl.where(inside, end - begin, 0)
-    total = tl.zeros([BLOCK_O, BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     for step in range(0, tl.max(tl.max(length, 1), 0)):
         total += _gradients_at(
-            score_gradient, owners[:, None], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
+            score_gradient, owners[None, :], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
         )
-    tl.store(sums + (owners * num_rows)[:, None] + rows[None, :], total.to(sums.dtype.element_ty), mask=inside)
+    tl.store(sums + (owners * num_rows)[None, :] + rows[:, None], total.to(sums.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -99,7 +96,7 @@ def end_sums_kernel(
     """The two rows that `row_sums_kernel` leaves, their ranges taken in blocks."""
     batch = tl.program_id(2) // num_heads
     head = tl.program_id(2) % num_heads
-    score_gradient += tl.program_id(2).to(tl.int64) * num_queries * score_stride
+    score_gradient += tl.program_id(2).to(tl.int64) * num_owners * score_stride
     sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     order += batch * num_queries
     order_starts += batch * (num_positions + 1)
@@ -126,15 +123,15 @@ def end_sums_kernel(
 @triton.jit
 def token_gradient_kernel(
     score_gradient, other, row_sums, table, gradient, score_stride, other_stride, table_head_stride, table_row_stride,
-    batch_size, num_heads, num_queries, num_owners, num_others, num_rows, scale,
-    OF_KEYS: tl.constexpr, HAS_ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    batch_size, num_heads, num_owners, num_others, num_rows, scale,
+    HAS_ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale (dScore K + sums Kr), or dK = scale (dScore^T Q + sums Qr); one program per tile of owners."""
     batch = tl.program_id(1) // num_heads
     head = tl.program_id(1) % num_heads
     head_channels = tl.arange(0, HEAD_SIZE)
-    score_gradient += tl.program_id(1).to(tl.int64) * num_queries * score_stride
+    score_gradient += tl.program_id(1).to(tl.int64) * num_owners * score_stride
     other += batch.to(tl.int64) * num_others * other_stride + head * HEAD_SIZE
     row_sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     table += head * table_head_stride
@@ -145,16 +142,9 @@ def token_gradient_kernel(
     for start in range(0, num_others, BLOCK_T):
         others = start + tl.arange(0, BLOCK_T)
         inside = others < num_others
-        if OF_KEYS:
-            slopes = tl.trans(
-                tl.load(
-                    score_gradient + (others * score_stride)[:, None] + owners[None, :], mask=inside[:, None], other=0.0
-                )
-            )
-        else:
-            slopes = tl.load(
-                score_gradient + (owners * score_stride)[:, None] + others[None, :], mask=inside[None, :], other=0.0
-            )
+        slopes = tl.load(
+            score_gradient + (owners * score_stride)[:, None] + others[None, :], mask=inside[None, :], other=0.0
+        )
         tile = tl.load(
             other + (others * other_stride)[:, None] + head_channels[None, :], mask=inside[:, None], other=0.0
         )

@@ -9,7 +9,8 @@ Sizes need not be multiples of a tile: addresses are clamped to the last token, 
 No kernel uses atomics, so two runs agree in every bit. ``launch`` starts all of them.
 
 Layouts: tokens [B, T, N, H] with the stride of a token given; c2p [N, B, Q, R]; p2c [N, B, S, R]; lse, delta [B, N, Q];
-keep_bits uint8 [B, N, Q, ceil(S / 8)], bit j % 8 of byte j // 8 for key j; score gradients [B, N, Q, stride].
+keep_bits uint8 [B, N, Q, ceil(S / 8)], bit j % 8 of byte j // 8 for key j; score gradients [B, N, Q, stride] and,
+transposed, [B, N, S, stride].
 
 Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relative table that occur.
 """
@@ -56,17 +57,19 @@ def _tile_scores(
     """Scores [query tile, key tile]; -inf where not seen. Pointers stand at this batch and head; see the callers.
 
     The position terms are where the product starts from: added to it afterwards, the compiler keeps scores in two
-    layouts and makes every exponential twice.
+    layouts and makes every exponential twice. What is gathered is read with its neighbours first, c2p (and the bits of
+    `_kept`) with keys and p2c with queries: the compiler gives neighbouring threads the first dimension of addresses
+    that it cannot see through, and the other way round each thread of a warp waits for a cache line of its own.
     """
     last = num_keys - 1
     key_at = tl.minimum(keys, last)
     bias = tl.zeros([queries.shape[0], keys.shape[0]], tl.float32)
-    if HAS_C2P or HAS_P2C:
+    if HAS_C2P:
+        row = tl.load(row_of_distance + (positions + last)[None, :] - key_at[:, None]).to(tl.int32)
+        bias += tl.trans(tl.load(c2p + (queries * num_rows)[None, :] + row)).to(tl.float32)
+    if HAS_P2C:
         row = tl.load(row_of_distance + (positions + last)[:, None] - key_at[None, :]).to(tl.int32)
-        if HAS_C2P:
-            bias += tl.load(c2p + (queries * num_rows)[:, None] + row).to(tl.float32)
-        if HAS_P2C:
-            bias += tl.load(p2c + (key_at * num_rows)[None, :] + row).to(tl.float32)
+        bias += tl.load(p2c + (key_at * num_rows)[None, :] + row).to(tl.float32)
     scores = tl.dot(query_tile, tl.trans(key_tile), bias * inverse_scale, input_precision=PRECISION) * scale_log2
     seen = (keys < num_keys)[None, :]
     if HAS_IDS:
@@ -80,7 +83,7 @@ def _kept(keep_bits, queries, keys, num_keys):
     """Whether dropout keeps each pair of a tile."""
     key_at = tl.minimum(keys, num_keys - 1)
     num_bytes = (num_keys + 7) // 8
-    byte = tl.load(keep_bits + (queries * num_bytes)[:, None] + (key_at >> 3)[None, :]).to(tl.int32)
+    byte = tl.trans(tl.load(keep_bits + (queries * num_bytes)[None, :] + (key_at >> 3)[:, None])).to(tl.int32)
     return ((byte >> (key_at & 7)[None, :]) & 1) != 0
 
 
@@ -174,13 +177,14 @@ def delta_kernel(
 @triton.jit
 def backward_kernel(
     query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context_gradient, lse, delta,
-    value_gradient, score_gradient, query_stride, key_stride, value_stride, score_stride,
+    value_gradient, score_gradient, transposed_gradient,
+    query_stride, key_stride, value_stride, score_stride, transposed_stride,
     batch_size, num_heads, num_queries, num_keys, num_rows, scale_log2, inverse_scale, inverse_keep,
     HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
     HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dV = dropout(P)^T dO and dScore = P (dP - delta), before the scale; one program per tile of keys."""
+    """dV = dropout(P)^T dO and dScore = P (dP - delta), before the scale and also transposed; programs own keys."""
     batch = tl.program_id(1) // num_heads
     head = tl.program_id(1) % num_heads
     batch_head = tl.program_id(1).to(tl.int64)
@@ -197,6 +201,7 @@ def backward_kernel(
     lse += batch_head * num_queries
     delta += batch_head * num_queries
     score_gradient += batch_head * num_queries * score_stride
+    transposed_gradient += batch_head * num_keys * transposed_stride
 
     accumulator = tl.zeros([BLOCK_K, HEAD_SIZE], tl.float32)
     for start in range(0, num_queries, BLOCK_Q):
@@ -223,10 +228,13 @@ def backward_kernel(
             attended = tl.where(kept, probabilities, 0.0)
         accumulator += tl.dot(tl.trans(attended.to(gradient_tile.dtype)), gradient_tile, input_precision=PRECISION)
         slope = probabilities * (slope - tl.load(delta + queries)[:, None])
+        slope = slope.to(score_gradient.dtype.element_ty)
+        pair_inside = inside[:, None] & (keys < num_keys)[None, :]
+        tl.store(score_gradient + (queries * score_stride)[:, None] + keys[None, :], slope, mask=pair_inside)
         tl.store(
-            score_gradient + (queries * score_stride)[:, None] + keys[None, :],
-            slope.to(score_gradient.dtype.element_ty),
-            mask=inside[:, None] & (keys < num_keys)[None, :],
+            transposed_gradient + (key_at * transposed_stride)[:, None] + queries_here[None, :],
+            tl.trans(slope),
+            mask=tl.trans(pair_inside),
         )
 
     at = ((batch.to(tl.int64) * num_keys + key_at) * num_heads + head) * HEAD_SIZE

@@ -46,8 +46,12 @@ def backward_of_scores(
     context_BQNH: Tensor,
     gradient_BQNH: Tensor,
     lse_BNQ: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the values, [B, S, N, H], and of the scores before the scale, [B, N, Q, S to a multiple of 8]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the values, [B, S, N, H], and of the scores before the scale.
+
+    The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: what follows reads one by
+    queries and one by keys, and a column is as many cache lines as it has elements.
+    """
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
     delta_BNQ = torch.empty_like(lse_BNQ)
@@ -55,7 +59,8 @@ def backward_of_scores(
         context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=_DELTA_BLOCK
     )
     value_gradient = torch.empty_like(operands.value, memory_format=torch.contiguous_format)
-    score_gradient = value_gradient.new_empty(batch, heads, num_queries, -(-num_keys // 8) * 8)
+    score_gradient = value_gradient.new_empty(batch, heads, num_queries, _multiple_of_8(num_keys))
+    transposed_gradient = value_gradient.new_empty(batch, heads, num_keys, _multiple_of_8(num_queries))
     tile = call.tiles.backward
     backward_kernel[triton.cdiv(num_keys, tile.rows), batch * heads](
         **arguments,
@@ -64,12 +69,14 @@ def backward_of_scores(
         delta=delta_BNQ,
         value_gradient=value_gradient,
         score_gradient=score_gradient,
+        transposed_gradient=transposed_gradient,
         score_stride=score_gradient.shape[-1],
+        transposed_stride=transposed_gradient.shape[-1],
         BLOCK_Q=tile.columns,
         BLOCK_K=tile.rows,
         **_launch_options(tile),
     )
-    return value_gradient, score_gradient
+    return value_gradient, score_gradient, transposed_gradient
 
 
 def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
@@ -138,12 +145,12 @@ def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Te
 
 
 def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool) -> None:
-    """Writes the gradient of c2p or p2c, [N, B * T, R], over ``sums``."""
+    """Writes the gradient of c2p or p2c, [N, B * T, R], over ``sums``; of p2c, ``of_keys``, from the transposed one."""
     assert call.tables is not None
-    batch, heads, num_queries, score_stride = score_gradient.shape
-    owners = sums.shape[1] // batch
+    batch, heads, owners, score_stride = score_gradient.shape
     tile = call.tiles.row_sums
     has_positions = call.positions_BQ is not None
+    num_queries = call.positions_BQ.shape[1] if has_positions else 0
     arguments = (
         score_gradient,
         sums,
@@ -177,10 +184,8 @@ def token_gradient(
     products_gradient: Tensor | None,
     table_NRH: Tensor | None,
     call: Call,
-    *,
-    of_keys: bool,
 ) -> Tensor:
-    """Gradient of the queries, or of the keys, [B, N, T, H]."""
+    """Gradient of the queries, or of the keys from the transposed scores' gradient, [B, N, T, H]."""
     batch, num_owners, heads, head_size = owner_BTNH.shape
     num_others = other_BTNH.shape[1]
     gradient = torch.empty_like(owner_BTNH, memory_format=torch.contiguous_format)
@@ -198,12 +203,10 @@ def token_gradient(
         table_NRH.stride(1) if has_rows else 0,
         batch,
         heads,
-        num_others if of_keys else num_owners,
         num_owners,
         num_others,
         products_gradient.shape[-1] if has_rows else 0,
         call.scale,
-        OF_KEYS=of_keys,
         HAS_ROWS=has_rows,
         HEAD_SIZE=head_size,
         BLOCK_O=tile.rows,
@@ -246,6 +249,10 @@ def rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
         return None
     rows = table_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]
     return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _multiple_of_8(number: int) -> int:
+    return -(-number // 8) * 8
 
 
 def _launch_options(tile: Tile) -> dict[str, int]:

@@ -28,7 +28,7 @@ _POINTERS = {
 }
 _TENSORS = (
     "query", "key", "value", "c2p", "p2c", "context", "context_gradient", "value_gradient", "score_gradient",
-    "sums", "row_sums", "other", "table", "gradient",
+    "transposed_gradient", "sums", "row_sums", "other", "table", "gradient",
 )  # fmt: skip
 _FLOATS = ("scale_log2", "inverse_scale", "inverse_keep", "scale")
 # As in a batch of sequences of 512: what Triton specialises on when it is launched.
@@ -83,7 +83,7 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
         "token_gradient": (
             token_gradient_kernel,
             {
-                "OF_KEYS": True, "HAS_ROWS": True, "HEAD_SIZE": head_size,
+                "HAS_ROWS": True, "HEAD_SIZE": head_size,
                 "BLOCK_O": tile.rows, "BLOCK_T": tile.columns, "PRECISION": "ieee",
             },
         ),

@@ -46,11 +46,11 @@ TILES = {
     (64, 2, 9): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), _ROW_SUMS, Tile(64, 64, 4, 2)),
     (128, 2, 9): Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), _ROW_SUMS, Tile(64, 64, 8, 2)),
     (32, 4, 8): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
-    (64, 4, 8): Tiles(Tile(32, 32, 8, 1), Tile(32, 64, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
-    (128, 4, 8): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(32, 32, 8, 1)),
+    (64, 4, 8): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
+    (128, 4, 8): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), _ROW_SUMS, Tile(32, 32, 8, 1)),
     (32, 4, 9): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
-    (64, 4, 9): Tiles(Tile(32, 32, 8, 2), Tile(32, 64, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
-    (128, 4, 9): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(32, 32, 8, 1)),
+    (64, 4, 9): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), _ROW_SUMS, Tile(64, 32, 8, 1)),
+    (128, 4, 9): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), _ROW_SUMS, Tile(32, 32, 8, 1)),
 }
 
 
