@@ -42,10 +42,11 @@ measure step-4 step --layers 4 --batch-size 16 --rounds 10 "$@"
 measure step-12 step --layers 12 --batch-size 16 --rounds 10 "$@"
 measure head head --hidden-size 1536 --batch-size 8 --rounds 10
 measure memory memory
-measure 1.5b train --preset v2-xxlarge --processes 1 --micro-batch-size 4 --micro-batches 8 --length 512 --rounds 5 \
-    --contestants ours
-measure 1.5b-peer train --preset v2-xxlarge --processes 1 --micro-batch-size 4 --micro-batches 8 --length 512 --rounds 5 \
-    --contestants ours,huggingface
+model="train --preset v2-xxlarge --processes 1 --length 512 --rounds 5"
+measure 1.5b $model --micro-batch-size 16 --micro-batches 2 --contestants ours
+measure 1.5b-compiled $model --micro-batch-size 16 --micro-batches 2 --contestants ours --compile
+# Two models with their moments lie side by side here: smaller micro-batches.
+measure 1.5b-peer $model --micro-batch-size 4 --micro-batches 8 --contestants ours,huggingface
 if [ -n "$failed" ]; then
     echo "benchmark_gpu.sh: failed:$failed" >&2
     exit 1
