@@ -94,7 +94,7 @@ def test_killed_in_every_phase(tokenizer: Tokenizer, tmp_path: Path) -> None:
     # Some hundred token files: enough for several moments of the last phase.
     text = tmp_path / "paragraphs.txt"
     text.write_text("\n".join(read_texts([DEMO_TEXT])), encoding="utf-8")
-    arguments = ["--input", text, "--document", "line", "--tokenizer", tokenizer.path, "--piece-bytes", 80_000]
+    arguments = ["--input", text, "--document", "line", "--tokenizer", tokenizer.path, "--piece-bytes", 20_000]
     arguments += ["--shard-bytes", 1 << 12, "--workers", 2]
     output = tmp_path / "killed"
     with Start(output, arguments) as start:
@@ -102,7 +102,7 @@ def test_killed_in_every_phase(tokenizer: Tokenizer, tmp_path: Path) -> None:
         start.send(signal.SIGKILL)
         assert start.end()[0] == -signal.SIGKILL
     parts = parts_of(output)
-    assert len(parts) < 20  # of 66: its workers end, too
+    assert len(parts) < 80  # of 260: its workers end, too
     with Start(output, arguments) as start:
         start.when(lambda: len(parts_of(output)) >= len(parts) + 3, what="more parts")
         worker = children(start.pid)[-1]
