@@ -41,7 +41,7 @@ def test_layout_equals_one_process(case: Case, start_directory: Path) -> None:
         assert relative_error(found[0]["weights"][name], weight) < 1e-4, name
 
 
-@pytest.mark.parametrize("sift", [False, True])
+@pytest.mark.parametrize("sift", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dropout_does_not_depend_on_the_number_of_ranks(sift: bool, start_directory: Path) -> None:
     cases = [Case("WSC", data=data, sift=sift, dropout=0.1) for data in (1, 2, 4)]
     histories = [run_ranks(case.world_size, train, case, start_directory)[0]["history"] for case in cases]
@@ -51,7 +51,7 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(sift: bool, start_direct
     assert abs(histories[0][0][0] - without[0][0]) > 1e-4, "dropout was not on"
 
 
-@pytest.mark.parametrize("task", ["ReCoRD", "MultiRC", "BoolQ"])
+@pytest.mark.parametrize("task", ["ReCoRD", pytest.param("MultiRC", marks=pytest.mark.slow), pytest.param("BoolQ", marks=pytest.mark.slow)])
 def test_predictions_are_the_same_however_many_ranks(task: str, start_directory: Path) -> None:
     runs = [run_ranks(data, train, Case(task, data=data, steps=1), start_directory) for data in (1, 3)]
     for ranks in runs:

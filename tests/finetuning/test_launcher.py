@@ -88,6 +88,7 @@ def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> No
     assert len(json.dumps(manifest).split(str(start_directory / "dropout-0"))) > 2, "the checkpoint is named"
 
 
+@pytest.mark.slow
 def test_tasks_start_from_mnli_in_bf16(start_directory: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name in ("RTE", "CB"):

@@ -62,7 +62,7 @@ def resident(case: Case) -> dict[str, int]:
     return {**model.store.resident_bytes(), "parameters": model_bytes, "flat": sum(model.store.layout.sizes)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_each_rank_holds_its_share_between_steps(precision: str) -> None:
     width = {"fp32": 4, "bf16": 2}[precision]
     for case in (Case(data=4, precision=precision), Case(tensor=2, pipeline=2, data=2, precision=precision)):
@@ -100,7 +100,7 @@ def poisoned(case: Case, poisoned_rank: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("poisoned_rank", [0, pytest.param(3, marks=pytest.mark.slow), 6])
+@pytest.mark.parametrize("poisoned_rank", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow)])
 def test_one_rank_with_nan_stops_every_rank_for_one_step(poisoned_rank: int) -> None:
     for rank in run_ranks(8, poisoned, Case(tensor=2, pipeline=2, data=2), poisoned_rank):
         assert rank["skipped"] == [False, True, False]

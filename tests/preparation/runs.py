@@ -88,6 +88,8 @@ class Start:
             stderr=subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, **_ENVIRONMENT},
+            # In the background of a script it is ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         return self
 

@@ -35,6 +35,7 @@ def arguments_for(tokenizer: Tokenizer, *, num_workers: int) -> list[object]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_ranks_and_workers_of_two_then_four(
     tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
