@@ -7,6 +7,9 @@ which gathers and reduces in every micro-batch. Gloo on the CPU; nothing is time
 """
 
 import argparse
+import itertools
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -191,17 +194,27 @@ def check_losses(
 def count_all(
     cases: Sequence["Case"], peers: Sequence[tuple[str, "Case"]], *, processes: int, timeout: float
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """Runs everything on one set of processes; returns [case][rank] for ``ours`` and ``deepspeed``.
+    """Runs everything; returns [case][rank] for ``ours`` and ``deepspeed``.
+
+    Every layout has processes of its own: the groups of a process stay until it ends, each with threads that poll, and
+    those of ten layouts leave no time for the model.
 
     Raises:
         BenchmarkError: a rank ended with an error, or there was no end in ``timeout`` seconds.
     """
-    plan = {
-        "ours": [vars(case) for case in cases],
-        "deepspeed": [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers],
-    }
-    found = start_ranks("deberta_dist.benchmark.scale_rank", plan, processes=processes, timeout=timeout)
-    return {key: [list(of_case) for of_case in zip(*(rank[key] for rank in found), strict=True)] for key in found[0]}
+    engines = [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers]
+    plans = {"DeepSpeed": {"ours": [], "deepspeed": engines}}
+    for layout, of_layout in itertools.groupby(cases, key=lambda case: case.layout):
+        plans[layout] = {"ours": [vars(case) for case in of_layout], "deepspeed": []}
+    deadline = time.monotonic() + timeout
+    results: dict[str, list[list[dict[str, Any]]]] = {"ours": [], "deepspeed": []}
+    for name, plan in plans.items():
+        print(f"counting {name}", file=sys.stderr, flush=True)
+        left = deadline - time.monotonic()
+        found = start_ranks("deberta_dist.benchmark.scale_rank", plan, processes=processes, timeout=left)
+        for key, of_kind in results.items():
+            of_kind += [list(of_case) for of_case in zip(*(rank[key] for rank in found), strict=True)]
+    return results
 
 
 def _row(name: str, case: "Case", ranks: Iterable[Mapping[str, int]]) -> dict[str, Any]:
