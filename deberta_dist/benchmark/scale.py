@@ -69,14 +69,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     cases = [
         Case(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches
     ]
-    formulas = [formula(case) for case in cases]
     data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
     found = count_all(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
 
     counted = [[rank["bytes_by_kind"] for rank in ranks] for ranks in found["ours"]]
-    for case, ranks, expected in zip(cases, counted, formulas, strict=True):
-        check(case, counted=ranks, expected=expected)
     check_losses(cases, found["ours"], [case for _, case in peers], found["deepspeed"])
     rows = [_row(case.layout, case, ranks) for case, ranks in zip(cases, counted, strict=True)]
     peer_rows = [
@@ -194,26 +191,30 @@ def check_losses(
 def count_all(
     cases: Sequence["Case"], peers: Sequence[tuple[str, "Case"]], *, processes: int, timeout: float
 ) -> dict[str, list[list[dict[str, Any]]]]:
-    """Runs everything; returns [case][rank] for ``ours`` and ``deepspeed``.
+    """Runs everything and checks each layout when it is counted; returns [case][rank] for ``ours`` and ``deepspeed``.
 
     Every layout has processes of its own: the groups of a process stay until it ends, each with threads that poll, and
     those of ten layouts leave no time for the model.
 
     Raises:
-        BenchmarkError: a rank ended with an error, or there was no end in ``timeout`` seconds.
+        BenchmarkError: a rank ended with an error, there was no end in ``timeout`` seconds, or a count is not the
+            formula's.
     """
     engines = [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers]
     plans = {"DeepSpeed": {"ours": [], "deepspeed": engines}}
     for layout, of_layout in itertools.groupby(cases, key=lambda case: case.layout):
-        plans[layout] = {"ours": [vars(case) for case in of_layout], "deepspeed": []}
+        plans[layout] = {"ours": list(of_layout), "deepspeed": []}
     deadline = time.monotonic() + timeout
     results: dict[str, list[list[dict[str, Any]]]] = {"ours": [], "deepspeed": []}
     for name, plan in plans.items():
         print(f"counting {name}", file=sys.stderr, flush=True)
         left = deadline - time.monotonic()
-        found = start_ranks("deberta_dist.benchmark.scale_rank", plan, processes=processes, timeout=left)
+        words = {**plan, "ours": [vars(case) for case in plan["ours"]]}
+        found = start_ranks("deberta_dist.benchmark.scale_rank", words, processes=processes, timeout=left)
         for key, of_kind in results.items():
             of_kind += [list(of_case) for of_case in zip(*(rank[key] for rank in found), strict=True)]
+        for case, ranks in zip(plan["ours"], results["ours"][len(results["ours"]) - len(plan["ours"]) :], strict=True):
+            check(case, counted=[rank["bytes_by_kind"] for rank in ranks], expected=formula(case))
     return results
 
 
