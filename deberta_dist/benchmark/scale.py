@@ -200,21 +200,24 @@ def count_all(
         BenchmarkError: a rank ended with an error, there was no end in ``timeout`` seconds, or a count is not the
             formula's.
     """
-    engines = [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers]
-    plans = {"DeepSpeed": {"ours": [], "deepspeed": engines}}
-    for layout, of_layout in itertools.groupby(cases, key=lambda case: case.layout):
-        plans[layout] = {"ours": list(of_layout), "deepspeed": []}
+    formulas = {case: formula(case) for case in cases}
     deadline = time.monotonic() + timeout
-    results: dict[str, list[list[dict[str, Any]]]] = {"ours": [], "deepspeed": []}
-    for name, plan in plans.items():
+
+    def count(name: str, kind: str, plan: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         print(f"counting {name}", file=sys.stderr, flush=True)
+        plans = {"ours": [], "deepspeed": [], kind: plan}
         left = deadline - time.monotonic()
-        words = {**plan, "ours": [vars(case) for case in plan["ours"]]}
-        found = start_ranks("deberta_dist.benchmark.scale_rank", words, processes=processes, timeout=left)
-        for key, of_kind in results.items():
-            of_kind += [list(of_case) for of_case in zip(*(rank[key] for rank in found), strict=True)]
-        for case, ranks in zip(plan["ours"], results["ours"][len(results["ours"]) - len(plan["ours"]) :], strict=True):
-            check(case, counted=[rank["bytes_by_kind"] for rank in ranks], expected=formula(case))
+        found = start_ranks("deberta_dist.benchmark.scale_rank", plans, processes=processes, timeout=left)
+        return [list(of_case) for of_case in zip(*(rank[kind] for rank in found), strict=True)]
+
+    engines = [{"case": vars(case), "parameters": PEERS[title]} for title, case in peers]
+    results = {"ours": [], "deepspeed": count("DeepSpeed", "deepspeed", engines)}
+    for layout, group in itertools.groupby(cases, key=lambda case: case.layout):
+        of_layout = list(group)
+        counted = count(layout, "ours", [vars(case) for case in of_layout])
+        for case, ranks in zip(of_layout, counted, strict=True):
+            check(case, counted=[rank["bytes_by_kind"] for rank in ranks], expected=formulas[case])
+        results["ours"] += counted
     return results
 
 
