@@ -56,7 +56,7 @@ DOORS = {
     "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),
     "triton": (f"{PACKAGE}/kernels/fused/",),
 }
-MAX_LINES = 300
+MAX_LINES = 500
 # Path -> why one file is better here than two.
 LONG_FILES: dict[str, str] = {}
 
@@ -205,7 +205,7 @@ def test_the_checker_sees_the_files() -> None:
         ("kernels/attention.py", "import triton.language as tl", "imports triton; its only door is deberta_dist/kernels/fused/"),
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is tools/fill_mask.py"),
         ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),
-        ("data/a.py", "x = 1\n" * 301, "301 lines, more than 300"),
+        ("data/a.py", "x = 1\n" * 501, "501 lines, more than 500"),
     ],
 )  # fmt: skip
 def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: str) -> None:
