@@ -1,13 +1,16 @@
 #!/bin/sh
 # Makes .venv with the pinned requirements, once: demo.sh and tests/run.sh both start here.
-#   sh launchers/setup_env.sh [EXTRA ...]     adds requirements-EXTRA.txt: huggingface, test
-# PYTHON=...             interpreter to build .venv with (default: the first Python >= 3.11 found)
+#   sh launchers/setup_env.sh [--with NAME==VERSION[,...]] [EXTRA ...]
+# EXTRA adds requirements-EXTRA.txt: huggingface, test. --with replaces pinned versions; give it a VENV of its own.
+# PYTHON=...             interpreter to build the environment with (default: the first Python >= 3.11 found)
+# VENV=...               directory of the environment (default .venv)
 # PYTORCH_CPU_INDEX=...  where torch without CUDA comes from, on Linux without a GPU; empty = do not ask
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-venv="$root/.venv"
+venv=${VENV:-$root/.venv}
 here="$root/launchers"
+with=
 
 say() { echo "setup_env: $*"; }
 die() { echo "setup_env: $*" >&2; exit 2; }
@@ -35,24 +38,45 @@ has_nvidia_gpu() {
     command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU '
 }
 
+# The lines of requirements file $1 and of those it includes, with the versions of --with in place of the pinned ones.
+requirements() {
+    "$venv/bin/python" - "$1" "$with" <<'END'
+import pathlib, re, sys
+
+def lines(path):
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            yield from lines(path.parent / line[3:])
+        elif line and not line.startswith("#"):
+            yield line
+
+replaced = {word.partition("==")[0]: word for word in sys.argv[2].split(",") if word}
+for line in lines(pathlib.Path(sys.argv[1])):
+    print(replaced.get(re.split("[<>=]", line)[0], line))
+END
+}
+
 # $1 requirements file; done if its stamp holds the hash of everything that decides what is installed.
 install() {
-    stamp="$venv/.installed-$(basename "$1" .txt)"
-    hash=$(cat "$root/pyproject.toml" "$here"/requirements*.txt | "$venv/bin/python" -c \
+    name=$(basename "$1" .txt)
+    stamp="$venv/.installed-$name"
+    wanted="$venv/$name.txt"
+    requirements "$1" >"$wanted"
+    hash=$(cat "$root/pyproject.toml" "$here"/requirements*.txt "$wanted" | "$venv/bin/python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$hash" ]; then
         return
     fi
-    say "installing $(basename "$1") into $venv"
-    if [ "$1" = "$here/requirements.txt" ]; then
-        install_torch
+    say "installing $name into $venv"
+    if [ "$name" = requirements ]; then
+        install_torch "$wanted"
     fi
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1" || die "pip could not install $1"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$wanted" || die "pip could not install $1"
     echo "$hash" >"$stamp"
 }
 
 install_torch() {
-    torch=$(grep '^torch==' "$here/requirements.txt")
+    torch=$(grep '^torch==' "$1")
     index=${PYTORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
     # The default index has CUDA builds for Linux: gigabytes that a machine without a GPU has no use for.
     if [ "$(uname -s)" = Linux ] && [ -n "$index" ] && ! has_nvidia_gpu; then
@@ -63,6 +87,16 @@ install_torch() {
     fi
 }
 
+if [ "${1:-}" = --with ]; then
+    [ $# -ge 2 ] || die "--with needs NAME==VERSION[,NAME==VERSION...]"
+    with=$2
+    shift 2
+    for word in $(echo "$with" | tr ',' ' '); do
+        grep -q -h "^${word%%==*}[<>=]" "$here"/requirements*.txt && [ "$word" != "${word#*==?}" ] ||
+            die "--with $word: expected NAME==VERSION of a package in launchers/requirements*.txt"
+    done
+    [ "$venv" != "$root/.venv" ] || die "--with needs a directory of its own: set VENV"
+fi
 if [ ! -x "$venv/bin/python" ]; then
     python=$(find_python)
     say "making $venv with $("$python" --version)"
@@ -73,5 +107,6 @@ new_enough "$venv/bin/python" ||
 
 install "$here/requirements.txt"
 for extra in "$@"; do
+    [ -f "$here/requirements-$extra.txt" ] || die "no EXTRA $extra: there is no launchers/requirements-$extra.txt"
     install "$here/requirements-$extra.txt"
 done

@@ -230,7 +230,7 @@ def time_messages(repeats: int) -> dict[str, list[float]]:
 
         return {
             "all_reduce": reduce_between_products,
-            "all_gather": lambda _: dist.all_gather_single(whole, half, group=group),
+            "all_gather": lambda _: dist.all_gather_into_tensor(whole, half, group=group),
             "reduce_scatter": lambda _: dist.reduce_scatter_tensor(half, whole, group=group),
             "broadcast": lambda _: dist.broadcast(whole, src=owner, group=group),
             "reduce": lambda _: dist.reduce(whole, dst=owner, group=group),

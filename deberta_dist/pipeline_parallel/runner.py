@@ -90,26 +90,41 @@ class SharingStage(PipelineStage):
 
     buffers: dict[tuple[int, str, int, int], Tensor]
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        super()._setup_forward_recv_info(num_microbatches, has_backward)
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        # What is received takes gradients even where an evaluation comes before the first step: torch 2.11 decides it here,
+        # once for both.
+        now, self.has_backward = self.has_backward, True
+        result = super()._prepare_forward_infra(*args, **kwargs)
+        self.has_backward = now
         self._share("activations", self.args_recv_info)
+        return result
 
-    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        super()._setup_backward_recv_info(num_microbatches)
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._prepare_backward_infra(*args, **kwargs)
         self._share("gradients", self.grad_recv_info)
+        return result
 
     def _share(self, kind: str, received: Mapping[int, Sequence[Any]]) -> None:
         for micro_batch, infos in received.items():
             for number, info in enumerate(infos):
-                if info.buffer is not None:
-                    first = self.buffers.setdefault((self.stage_index, kind, micro_batch, number), info.buffer)
-                    if first is not info.buffer:
-                        info.buffer = first.detach().view(info.buffer.shape)
+                # None: nothing is received, or, from torch 2.15 on, the buffer is made when it is.
+                if (buffer := getattr(info, "buffer", None)) is not None:
+                    first = self.buffers.setdefault((self.stage_index, kind, micro_batch, number), buffer)
+                    if first is not buffer:
+                        info.buffer = first.detach().view(buffer.shape).requires_grad_(buffer.requires_grad)
 
 
-def loss_of_output(output: Tensor, target: Tensor, *, scale: float | Tensor) -> Tensor:
-    """Scaled sum of target losses from the last stage's [1, 3] output (loss sum, correct, targets)."""
-    return output[0, 0] * scale
+class ScaledLoss:
+    """Scaled sum of target losses from the last stage's [1, 3] output (loss sum, correct, targets).
+
+    Attributes:
+        scale: Of the step that runs.
+    """
+
+    scale: float | Tensor = 1.0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return output[0, 0] * self.scale
 
 
 class PipelineRunner:
@@ -147,6 +162,7 @@ class PipelineRunner:
         self._has_first = 0 in local_stages
         self._has_last = len(stages) - 1 in local_stages
         self._model = model
+        self._loss = ScaledLoss()
         result = torch.empty(1, 3, dtype=torch.float32, device="meta", requires_grad=True)
         # By the shape of all micro-batches together, (M * B, S).
         self._schedules = {}
@@ -169,7 +185,7 @@ class PipelineRunner:
             ]
             for stage in pipeline_stages:
                 stage.buffers = buffers
-            made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages))
+            made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages), loss=self._loss)
             self._schedules[num_micro_batches * batch, length] = made
 
     def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> Tensor:
@@ -191,11 +207,11 @@ class PipelineRunner:
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> Tensor:
         schedule = self._schedules[tuple(batch.labels.shape)]
         call = schedule.step if backward else schedule.eval
+        self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
         output = call(
             *args,
             target=batch.labels if self._has_last else None,
-            loss_kwargs={"scale": loss_scale},
             attention_mask=batch.attention_mask,
             labels=batch.labels,
             dropout_keys=batch.dropout_keys,
@@ -206,9 +222,9 @@ class PipelineRunner:
         return output.detach().sum(dim=0)
 
 
-def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int):
+def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss):
     # Losses are sums that the caller has normalised: the library must not divide gradients again.
-    options = {"loss_fn": loss_of_output, "scale_grads": False}
+    options = {"loss_fn": loss, "scale_grads": False}
     schedule_class = get_schedule_class(SCHEDULES[name])
     if issubclass(schedule_class, PipelineScheduleMulti):
         return schedule_class(stages, num_micro_batches, **options)

@@ -71,11 +71,11 @@ class SequenceRanks:
 
     def all_gather(self, parts: Tensor, part: Tensor) -> dist.Work | None:
         """Begins to fill ``parts`` [t, ...]; returns what to wait for."""
-        return dist.all_gather_single(parts.flatten(0, 1), part, group=self.group, async_op=True)
+        return dist.all_gather_into_tensor(parts.flatten(0, 1), part, group=self.group, async_op=True)
 
     def reduce_scatter(self, part: Tensor, parts: Tensor) -> None:
         """Fills ``part`` with the sum over ranks of ``parts[rank]``."""
-        dist.reduce_scatter_single(part, parts.flatten(0, 1), group=self.group)
+        dist.reduce_scatter_tensor(part, parts.flatten(0, 1), group=self.group)
 
 
 class Gathering:

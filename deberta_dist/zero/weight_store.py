@@ -229,7 +229,7 @@ class WeightStore:
         """Whole flat parameters, one after the other, on the device. Collective over the data-parallel group."""
         for shard, size in zip(shards, self.layout.sizes, strict=True):
             flat = torch.empty(size, dtype=torch.float32, device=self._mesh.device)
-            dist.all_gather_single(flat, shard.to(self._mesh.device), group=self._mesh.groups["data"])
+            dist.all_gather_into_tensor(flat, shard.to(self._mesh.device), group=self._mesh.groups["data"])
             yield flat
 
     def _set_master_weights(self, shards: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
-_LEAST_TRITON = (3, 7)
+_LEAST_TRITON = (3, 6)
 _MOST_HEADS = 65535  # programs along the second and third dimension of a CUDA grid
 
 
