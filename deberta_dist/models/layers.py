@@ -57,7 +57,11 @@ class AttentionMemory(NamedTuple):
 
 
 class DisentangledSelfAttention(nn.Module):
-    """Projections around `kernels.disentangled_attention`."""
+    """Projections around `kernels.disentangled_attention`.
+
+    Attributes:
+        implementation: who computes it, one of `kernels.IMPLEMENTATIONS`; None: the fastest that can.
+    """
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -76,6 +80,7 @@ class DisentangledSelfAttention(nn.Module):
                 self.pos_query_proj = nn.Linear(config.hidden_size, config.all_head_size)
         self.pos_dropout = Dropout(config.hidden_dropout_prob, site=sites.POSITION_SITE)
         self.dropout = Dropout(config.attention_probs_dropout_prob, site=sites.ATTENTION_SITE)
+        self.implementation: str | None = None
         self._join_weights()
 
     def queries(self, entered_BQD: Tensor) -> Tensor:
@@ -109,7 +114,8 @@ class DisentangledSelfAttention(nn.Module):
         """``memory`` for repeated `attend`: where it helps, the products of keys and relative table are made once."""
         if memory.rel_query_NRH is None:
             return memory
-        if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask):
+        asked = self.implementation
+        if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask, implementation=asked):
             return memory
         scale = attention_scale(self.head_size, has_c2p=self.has_c2p, has_p2c=True)
         p2c = position_scores(memory.key_BNSH, memory.rel_query_NRH, scale=scale)
@@ -141,6 +147,7 @@ class DisentangledSelfAttention(nn.Module):
             dropout_seed=self.dropout.seed(dropout_key) if drops else 0,
             recompute=recompute_mode == "selective" and self.training,
             return_probabilities=return_probabilities,
+            implementation=self.implementation,
         )
         return context.transpose(1, 2).flatten(2), probabilities
 

@@ -23,8 +23,8 @@ from deberta_dist.data.loader import Batch
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
-from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.mesh import Mesh, discover_launch, local_device, make_mesh, start_process_group
+from deberta_dist.models.attention_choice import describe_attention, require_attention
 from deberta_dist.models.residual import require_compiler
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
@@ -83,8 +83,13 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     plan = check_plan(config, world_size=launch.world_size)
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
-    if plan.config.training.compile:
-        require_compiler("cuda" if torch.cuda.is_available() else "cpu")
+    training, device = plan.config.training, local_device(launch)
+    attention = {"dtype": DTYPES[precision(plan.deepspeed)], "device": device}
+    require_attention(
+        training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention"
+    )
+    if training.compile:
+        require_compiler(device.type)
     data = open_data(plan)
     initial_weights = None
     if not is_interrupted(plan):
@@ -99,10 +104,9 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         write_resolved(plan.config, plan.deepspeed, directory)
         keep_tokenizer(data.tokenizer.path, directory)
 
-    device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
+    start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
     checkpoint = share_checkpoint(found.reader, plan=plan)
     mesh = make_mesh(mesh_shape(plan.config), device=device)
-    training = plan.config.training
     log = MetricsLog(
         directory,
         is_writer=mesh.rank == 0,
@@ -110,7 +114,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    log.say(describe_attention(plan.model_config, dtype=DTYPES[precision(plan.deepspeed)], device=device))
+    log.say(describe_attention(training.attention, plan.model_config, **attention))
     log.say(describe_reading(plan.config, data.train.mixture))
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
