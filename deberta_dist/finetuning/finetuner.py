@@ -87,7 +87,7 @@ class FineTuner:
         totals, grad_norm = optimizer_step(
             self.model, mesh=self._mesh, count=count, learning_rate=learning_rate, forward_backward=forward_backward
         )
-        loss, sift_loss, correct, _ = (totals / num_decisions).tolist()
+        loss, sift_loss, correct, _ = (total / num_decisions for total in totals)
         return FineTuneResult(loss, None if self._sift is None else sift_loss, correct, grad_norm, int(totals[3]))
 
     def _one(self, batch: TaskBatch, *, key: int, scale: Tensor, loss_scale: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 Between steps the parameters are empty and the weight store holds 1/dp of what this rank owns. ``gather``
 makes every parameter a view of gathered or borrowed weights and every ``.grad`` a float32 view to accumulate
-in; ``collect_gradients`` completes the owners' sums; ``step`` or ``skip`` ends it.
+in; ``hand_over`` completes the owners' sums and reduce-scatters them; ``step`` ends it.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,15 +54,15 @@ class ShardedModel:
         """Adds what borrowers accumulated to the owners' gradients."""
         self._ties.collect(self._owned_gradients)
 
-    def step(self, *, learning_rate: float, loss_scale: float) -> float:
-        """One optimizer step; returns the global gradient norm before clipping."""
+    def hand_over(self, *, loss_scale: float) -> Tensor:
+        """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.hand_over`."""
+        self.collect_gradients()
         self._empty()
-        return self.store.step(learning_rate=learning_rate, loss_scale=loss_scale)
+        return self.store.hand_over(loss_scale=loss_scale)
 
-    def skip(self) -> None:
-        """Ends the step without moving a weight (a gradient was not finite)."""
-        self._empty()
-        self.store.skip()
+    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
+        """One optimizer step, or none where the norm is not finite; see `WeightStore.step`."""
+        self.store.step(norms, learning_rate=learning_rate)
 
     def release(self) -> None:
         """Gives the gathered weights up (after an evaluation)."""

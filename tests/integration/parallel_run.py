@@ -194,15 +194,15 @@ def train(case: Case) -> dict[str, Any]:
     trainer = make_trainer(case)
     model = trainer.parts.sharded_model
     gradients: dict[str, torch.Tensor] = {}
-    finish = model.step
+    collect = model.collect_gradients
 
-    def remember_then_step(**options: Any) -> float:
+    def collect_and_remember() -> None:
+        collect()
         if not gradients:
             scale = trainer.parts.sharded_model.store.loss_scale * case.data
             gradients.update({n: g.detach().clone() / scale for n, g in model._owned_gradients.items()})
-        return finish(**options)
 
-    model.step = remember_then_step
+    model.collect_gradients = collect_and_remember
     history = []
     for step in range(case.steps):
         result = trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)
