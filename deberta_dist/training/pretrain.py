@@ -19,7 +19,6 @@ import torch.distributed as dist
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
-from deberta_dist.data.loader import Batch
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
@@ -48,6 +47,7 @@ from deberta_dist.training.resume import (
     share_checkpoint,
 )
 from deberta_dist.training.saving import Checkpointing
+from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
@@ -197,8 +197,16 @@ def train(
     def consumed(step: int) -> int:
         return consumed_before + (step - first_step) * training.global_batch_size
 
-    def make_batch(step: int) -> Batch:
-        return own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step))
+    sizes = held_out_sizes = None
+    if mesh.device.type == "cuda":
+        sizes, held_out_sizes = data.target_sizes(plan.config.micro_batch_shapes)
+        log.say(f"targets: {sizes.padded_share():.1%} padding, so that a shape of micro-batches has few sizes of them")
+
+    def make_batch(step: int) -> StepBatch:
+        return trainer.pack(own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step)), sizes=sizes)
+
+    def held_out() -> EvaluationResult:
+        return evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh, sizes=held_out_sizes)
 
     with Prefetcher(make_batch, start=first_step, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
         for step, batch in enumerate(batches, start=first_step):
@@ -235,19 +243,19 @@ def train(
                 )
             every, is_last = plan.config.evaluation.every_steps, step + 1 == training.max_steps
             if is_last or (every and (step + 1) % every == 0):
-                result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+                result = held_out()
                 log.evaluation(step=step + 1, **asdict(result))
             checkpointing.poll()
             if checkpointing.is_due(step + 1):
                 checkpointing.save(step=step + 1, consumed_samples=consumed(step + 1))
     checkpointing.poll(wait=True)
     if result is None:  # a run that was stopped after its last step has only this left
-        result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+        result = held_out()
         log.evaluation(step=first_step, **asdict(result))
     return result
 
 
-def bucket_metrics(batch: Batch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
+def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
     """With dynamic batching, the length of a step's sequences and the share of its tokens that is padding."""
     if plan.config.data.bucket_lengths is None:
         return {}

@@ -17,7 +17,7 @@ from torch import Tensor
 NUM_SIZES = 4
 SAMPLED_MICRO_BATCHES = 64
 LEAST_SAMPLED_SEQUENCES = 512
-_MARGIN = 4  # standard deviations of P beyond the largest of the sample
+_MARGIN = 4  # standard deviations of P beyond the most of the sample
 _WIDTH_MULTIPLE = 8
 
 Size = tuple[int, int]
@@ -79,7 +79,7 @@ def _choose(counts: np.ndarray, batch: int, length: int) -> tuple[Size, ...]:
     numbers, widths = _micro_batches(counts, batch)
     numbers, widths = np.maximum(numbers, 1), np.maximum(widths, 1)
     # The largest has room for more than the sample has shown.
-    widest = min(length, _round_up(int(widths.max() + _MARGIN * widths.std()) + 1, _WIDTH_MULTIPLE))
+    widest = min(length, _round_up(int(1.25 * widths.max()) + _WIDTH_MULTIPLE, _WIDTH_MULTIPLE))
     most = min(batch * widest, math.ceil(numbers.max() + _MARGIN * numbers.std()))
     order = np.argsort(numbers, kind="stable")
     numbers, widths = numbers[order], widths[order]
