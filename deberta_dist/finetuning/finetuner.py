@@ -103,6 +103,7 @@ class FineTuner:
             logits, adversarial = self._sift.passes(forward, key=key, loss_scale=loss_scale)
         losses = decision_loss(logits, batch.gold)
         ((losses.sum() + self._weight * adversarial.sum()) * scale).backward()
+        self.model.accumulate()
         correct = batch.gold.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
         tokens = batch.attention_mask.sum()
         return torch.stack([losses.detach().sum(), adversarial.detach().sum(), correct.float(), tokens.float()])

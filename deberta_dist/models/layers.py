@@ -28,7 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.joint_linear import join_, joint_linear
+from deberta_dist.models.joint_linear import Linear, join_, joint_linear
 from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,15 +69,15 @@ class DisentangledSelfAttention(nn.Module):
         self.has_c2p = "c2p" in config.pos_att_type
         self.has_p2c = "p2c" in config.pos_att_type
         self.enter = nn.Identity()
-        self.query_proj = nn.Linear(config.hidden_size, config.all_head_size)
-        self.key_proj = nn.Linear(config.hidden_size, config.all_head_size)
-        self.value_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.query_proj = Linear(config.hidden_size, config.all_head_size)
+        self.key_proj = Linear(config.hidden_size, config.all_head_size)
+        self.value_proj = Linear(config.hidden_size, config.all_head_size)
         self.share_att_key = config.share_att_key
         if not config.share_att_key:
             if self.has_c2p:
-                self.pos_key_proj = nn.Linear(config.hidden_size, config.all_head_size)
+                self.pos_key_proj = Linear(config.hidden_size, config.all_head_size)
             if self.has_p2c:
-                self.pos_query_proj = nn.Linear(config.hidden_size, config.all_head_size)
+                self.pos_query_proj = Linear(config.hidden_size, config.all_head_size)
         self.pos_dropout = Dropout(config.hidden_dropout_prob, site=sites.POSITION_SITE)
         self.dropout = Dropout(config.attention_probs_dropout_prob, site=sites.ATTENTION_SITE)
         self.implementation: str | None = None
@@ -191,7 +191,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         self.enter = nn.Identity()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:

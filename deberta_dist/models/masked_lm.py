@@ -17,6 +17,7 @@ from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.joint_linear import main_grad
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
@@ -170,7 +171,7 @@ class DebertaForMaskedLM(nn.Module):
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = self._shared_table() if len(layers) == num_layers else None
+        table = self._shared_table() if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -290,3 +291,10 @@ class DebertaForMaskedLM(nn.Module):
 
     def _shared_table(self) -> SharedTable:
         return SharedTable(self.deberta.embeddings.word_embeddings.weight)
+
+    def _shares_table(self, layers: range) -> bool:
+        """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
+        if layers.start > 0:
+            return False
+        is_whole = layers.stop == self.config.num_hidden_layers
+        return is_whole or main_grad(self.deberta.embeddings.word_embeddings.weight) is not None

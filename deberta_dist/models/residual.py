@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
+from deberta_dist.models.joint_linear import Linear
 
 
 class ResidualOutput(nn.Module):
@@ -28,7 +29,7 @@ class ResidualOutput(nn.Module):
 
     def __init__(self, config: DebertaConfig, *, input_size: int, site: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.dense = Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=site)
         self.joined = False

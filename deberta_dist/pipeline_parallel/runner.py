@@ -5,7 +5,7 @@ The schedules are torch.distributed.pipelining's; we write none. Every stage rea
 stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,9 +74,15 @@ class SharingStage(PipelineStage):
 
     Attributes:
         buffers: Of all schedules of a runner, made by the one that runs first.
+        after_backward: Called after the backward pass of each micro-batch.
     """
 
     buffers: dict[tuple[int, str, int, int], Tensor]
+    after_backward: Callable[[], None]
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(*args, **kwargs)
+        self.after_backward()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         # What is received takes gradients even where an evaluation comes before the first step: torch 2.11 decides it here,
@@ -130,6 +136,7 @@ class PipelineRunner:
         hidden_size: D.
         sequence_shards: Parts of the sequence, of which a rank's hidden states hold one.
         dtype: Compute dtype, of the hidden states that travel.
+        after_backward: Called after the backward pass of each micro-batch on each of this rank's stages.
     """
 
     def __init__(
@@ -145,6 +152,7 @@ class PipelineRunner:
         hidden_size: int,
         sequence_shards: int,
         dtype: torch.dtype,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_micro_batches = num_micro_batches
         self._numbers = torch.arange(num_micro_batches)
@@ -173,7 +181,7 @@ class PipelineRunner:
                 for index in local_stages
             ]
             for stage in pipeline_stages:
-                stage.buffers = buffers
+                stage.buffers, stage.after_backward = buffers, after_backward
             made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages), loss=self._loss)
             self._schedules[num_micro_batches * batch, length] = made
 

@@ -101,6 +101,7 @@ def build(
         hidden_size=layout.config.hidden_size,
         sequence_shards=layout.sequence_shards,
         dtype=DTYPES[precision(deepspeed_config)],
+        after_backward=sharded_model.accumulate,
     )
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
 
