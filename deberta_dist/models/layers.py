@@ -131,8 +131,9 @@ class DisentangledSelfAttention(nn.Module):
         dropout_key: int | None,
         recompute_mode: str = "none",
         return_probabilities: bool = False,
+        width: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, Q, N * H] of `queries`; probabilities if asked for."""
+        """Context [B, Q, N * H] of `queries`, of which ``width`` count; probabilities if asked for."""
         drops = self.training and self.dropout.p > 0.0
         context, probabilities = disentangled_attention(
             query_BNQH,
@@ -145,6 +146,7 @@ class DisentangledSelfAttention(nn.Module):
             mask=mask,
             dropout_p=self.dropout.p if drops else 0.0,
             dropout_seed=self.dropout.seed(dropout_key) if drops else 0,
+            counted_queries=width,
             recompute=recompute_mode == "selective" and self.training,
             return_probabilities=return_probabilities,
             implementation=self.implementation,
@@ -256,11 +258,14 @@ class Layer(nn.Module):
         mask: AttentionMask | None,
         dropout_key: int | None,
         recompute_mode: str = "none",
+        width: int | None = None,
     ) -> Tensor:
         """Passes of this layer over queries of their own, each the next one's queries, all attending to ``hidden_BSD``.
 
         Keys, values, projected table and the products of keys with it are made once. So all passes share one dropout
         mask on the table, where the published code draws one each; all other masks differ between passes.
+
+        ``width`` queries of each sample count; masks are as if there were no others behind them.
         """
         attention = self.attention.self
         memory = attention.memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
@@ -274,10 +279,13 @@ class Layer(nn.Module):
                 mask=mask,
                 dropout_key=pass_key,
                 recompute_mode=recompute_mode,
+                width=width,
             )
-            query_BQD = self._after_attention(context, query_BQD, dropout_key=pass_key)
+            query_BQD = self._after_attention(context, query_BQD, dropout_key=pass_key, width=width)
         return query_BQD
 
-    def _after_attention(self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None) -> Tensor:
-        attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key)
-        return self.output(self.intermediate(attended), attended, dropout_key=dropout_key)
+    def _after_attention(
+        self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None, width: int | None = None
+    ) -> Tensor:
+        attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key, width=width)
+        return self.output(self.intermediate(attended), attended, dropout_key=dropout_key, width=width)

@@ -282,6 +282,7 @@ class DebertaForMaskedLM(nn.Module):
                 mask=mask,
                 dropout_key=layer_key,
                 recompute_mode=self.recompute,
+                width=targets.width,
             )
 
         decoded_BTD = call_with_recompute(

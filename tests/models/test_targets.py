@@ -46,8 +46,8 @@ def test_too_small_a_size_is_refused(size):
 
 
 @pytest.mark.parametrize("name", ["tiny-v1", "tiny-v2", "biased"])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_padded_targets_have_the_losses_and_gradients_of_exact_ones(gradients, relative_error, name, chunks):
+@pytest.mark.parametrize(("chunks", "dropout_key"), [(1, None), (3, None), (1, 7)])
+def test_padded_targets_have_the_losses_and_gradients_of_exact_ones(gradients, relative_error, name, chunks, dropout_key):
     config = preset("tiny-v2" if name == "biased" else name, **({"position_biased_input": True} if name == "biased" else {}))
     model = DebertaForMaskedLM(config).double()
     model.vocabulary_chunks = chunks
@@ -59,11 +59,16 @@ def test_padded_targets_have_the_losses_and_gradients_of_exact_ones(gradients, r
     def run(size):
         targets = find_targets(labels > 0, labels, size=size)
         output = model.forward_stage(
-            None, input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets, layers=layers, dropout_key=None
+            None,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            targets=targets,
+            layers=layers,
+            dropout_key=dropout_key,
         )
         return output, gradients(model, output[0, 0])
 
-    model.eval()
+    model.train(dropout_key is not None)
     (expected, expected_gradients), (actual, actual_gradients) = run(None), run((7, 21))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
     assert actual_gradients.keys() == expected_gradients.keys()
