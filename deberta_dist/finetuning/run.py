@@ -168,7 +168,8 @@ def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh
     def make_batches(step: int) -> tuple[int, list[tuple[int, TaskBatch]]]:
         all_of_it = order.micro_batches(step)
         own = dealt(len(all_of_it), rank=mesh.coordinate.data, size=mesh.shape.data)
-        batches = [(i, collate(train, all_of_it[i], pad_id=tuner.pad_id, sep_id=tuner.sep_id)) for i in own]
+        ids = {"pad_id": tuner.pad_id, "sep_id": tuner.sep_id}
+        batches = [(i, collate(train, all_of_it[i], **ids).ahead_of(mesh.device)) for i in own]
         return sum(map(len, all_of_it)), batches
 
     with Prefetcher(make_batches, start=0, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.data.loader import Batch
+from deberta_dist.data.pinned import PinnedTensors
 from deberta_dist.models.targets import Targets, find_targets
 from deberta_dist.training.target_sizes import TargetSizes
 
@@ -24,6 +25,7 @@ class StepBatch:
         document_ids: int64 [R, S], see `Batch`; None where a sequence is one text.
         targets: of each micro-batch.
         counts: int64 [2]: targets and tokens, padding left out.
+        pinned: where all of them lie, for a GPU.
     """
 
     input_ids: Tensor
@@ -31,21 +33,18 @@ class StepBatch:
     document_ids: Tensor | None
     targets: tuple[Targets, ...]
     counts: Tensor
+    pinned: PinnedTensors | None = None
 
     def to(self, device: torch.device) -> "StepBatch":
-        """The same on a device, by one copy of the memory that `pack` has laid all tensors into; does not wait for it."""
-        if device.type == "cpu":
-            return self
-        tensors = self._tensors()
-        whole = torch.empty(0, dtype=torch.int64).set_(self.counts.untyped_storage())
-        return self._made_of(_split(whole.to(device, non_blocking=True), [x.shape for x in tensors]))
+        """The same on a device, by one copy; does not wait for it."""
+        return self if device.type == "cpu" else self._made_of(self.pinned.to(device))
 
     def _tensors(self) -> list[Tensor]:
         documents = [] if self.document_ids is None else [self.document_ids]
         found = [x for targets in self.targets for x in targets.tensors()]
         return [self.counts, self.input_ids, self.attention_mask, *documents, *found]
 
-    def _made_of(self, tensors: Sequence[Tensor]) -> "StepBatch":
+    def _made_of(self, tensors: Sequence[Tensor], pinned: PinnedTensors | None = None) -> "StepBatch":
         counts, input_ids, attention_mask, *rest = tensors
         documents = None if self.document_ids is None else rest.pop(0)
         targets = tuple(
@@ -58,6 +57,7 @@ class StepBatch:
             document_ids=documents,
             targets=targets,
             counts=counts,
+            pinned=pinned,
         )
 
 
@@ -83,15 +83,5 @@ def pack(batch: Batch, *, num_micro_batches: int, device: torch.device, sizes: T
     )
     if device.type == "cpu":
         return loose
-    tensors = loose._tensors()
-    whole = torch.empty(sum(x.numel() for x in tensors), dtype=torch.int64, pin_memory=True)
-    parts = _split(whole, [x.shape for x in tensors])
-    for part, tensor in zip(parts, tensors, strict=True):
-        part.copy_(tensor)
-    return loose._made_of(parts)
-
-
-def _split(whole: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Views of a flat tensor, one behind the other."""
-    parts = whole.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    pinned = PinnedTensors(loose._tensors())
+    return loose._made_of(pinned.tensors, pinned)
