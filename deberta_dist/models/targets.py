@@ -43,6 +43,11 @@ class Targets:
         """What has to be where the model is."""
         return self.ids_P, self.tokens_P, self.positions_BT, self.slots_P
 
+    def to(self, device: torch.device) -> "Targets":
+        """The same on a device."""
+        tensors = (tensor.to(device) for tensor in self.tensors())
+        return Targets(*tensors, num_targets=self.num_targets, width=self.width)
+
 
 def find_targets(
     is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size: tuple[int, int] | None = None
@@ -65,7 +70,7 @@ def find_targets(
             f"{num_targets} targets, {width} of one sample of {is_target_BS.shape[1]} tokens, do not fit in {size}"
         )
     # Stable sort: targets first, in their order.
-    positions = torch.argsort(is_target_BS.to(torch.int8), dim=1, descending=True, stable=True)[:, :padded_width]
+    positions = torch.argsort(is_target_BS.to(torch.int8), dim=1, descending=True, stable=True)[:, :padded_width].contiguous()
     is_used = torch.arange(padded_width, device=counts.device)[None, :] < counts[:, None]
     slots = is_used.flatten().nonzero().squeeze(1)
     tokens = is_target_BS.flatten().nonzero().squeeze(1)
