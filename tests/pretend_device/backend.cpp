@@ -415,7 +415,11 @@ uint64_t pretend_device_transfers() {
   return num_transfers;
 }
 
-void pretend_device_install(int count) {
+// False: it is there already.
+bool pretend_device_install(int count) {
+  if (!registrations.empty()) {
+    return false;
+  }
   static const Guard guard;
   static const Hooks hooks;
   num_devices = static_cast<DeviceIndex>(count);
@@ -424,6 +428,7 @@ void pretend_device_install(int count) {
   hooks_before = std::exchange(virtual_table(at::detail::getCUDAHooks()), virtual_table(hooks));
   at::globalContext().lazyInitDevice(DeviceType::CUDA);  // asked for before a pointer can be pinned
   register_kernels();
+  return true;
 }
 
 void pretend_device_remove() {

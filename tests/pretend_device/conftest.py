@@ -1,6 +1,7 @@
 """What the tests of this directory share: the built library, and how many kernels a compiled function is."""
 
 import hashlib
+import importlib.metadata
 import inspect
 import json
 from collections.abc import Sequence
@@ -8,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
 from deberta_dist.models.residual import _residual_norm
 from tests.harness import run_ranks
@@ -26,7 +26,8 @@ def library() -> None:
 @pytest.fixture(scope="session")
 def residual_kernels() -> Kernels:
     """Kernels of what training.compile compiles. Counted once for a version of it, of torch and of Triton."""
-    words = [torch.__version__, triton.__version__, inspect.getsource(_residual_norm), inspect.getsource(count_kernels)]
+    words = [torch.__version__, importlib.metadata.version("triton")]
+    words += map(inspect.getsource, (_residual_norm, count_kernels, _arguments))
     path = CACHE / f"kernels-{hashlib.sha256(''.join(words).encode()).hexdigest()[:16]}.json"
     if not path.exists():
         (kernels,) = run_ranks(1, _count)

@@ -69,6 +69,8 @@ def _driver_functions(listener: Listener) -> dict[str, Callable[..., Any]]:
 
 
 def _cuda_functions(listener: Listener) -> dict[str, Any]:
+    """Names of torch.cuda, private ones included where others bind to them when they are imported."""
+
     def index_of(device: Any) -> int:
         index = device if isinstance(device, int) else torch.device("cuda" if device is None else device).index
         return listener.current_index() if index is None else index

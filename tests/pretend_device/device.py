@@ -11,9 +11,12 @@ What is real: the tensors (``torch.Tensor``, not a subclass), their numbers, aut
 collectives (over gloo). What is not: time, streams, Triton kernels (counted, not run; their outputs stay as they were, and
 fresh memory is zero) and compiled functions (run uncompiled, counted as the kernels that a compiler makes of them).
 
-Use it in processes of `tests.harness.run_ranks` only. Everything is undone on exit, except two things that torch keeps for
-as long as a process lives: autograd starts a thread for each device with the first backward pass, and whatever the product
-has cached on the device stays there. A fresh process has neither.
+Use it in processes of `tests.harness.run_ranks` only. Everything is undone on exit, except two things that last as long as
+a process: autograd starts its device threads with the first backward pass and never again, so the device has to be there
+before it; and what the product has cached on the device stays there. A fresh process has neither.
+
+Not seen: kernels beyond the first of an operator (a sort is one launch here), waits inside of CUDA's own kernels, and
+operators of threads that were there before the device.
 """
 
 import contextlib
@@ -68,7 +71,8 @@ class PretendDevice(TorchDispatchMode):
         has_nccl_alone: Process groups carry no tensors of the host.
 
     Raises:
-        RuntimeError: on entering, autograd has started its threads, which it does once, without the device.
+        RuntimeError: on entering: another one is entered, or autograd has started its threads, which it does once,
+            without the device.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class PretendDevice(TorchDispatchMode):
         self._index = index
         self._library = load()
         self._library.pretend_device_transfers.restype = ctypes.c_uint64
+        self._library.pretend_device_install.restype = ctypes.c_bool
         self._threads: dict[int, _Thread] = {}
         # Who entered: its phases and pauses hold for the device threads, which work for it.
         self._main = self._thread()
@@ -100,8 +105,9 @@ class PretendDevice(TorchDispatchMode):
         return torch.device("cuda", self._index)
 
     def __enter__(self) -> Self:
+        if not self._library.pretend_device_install(self.count):
+            raise RuntimeError("a PretendDevice is entered already in this process; give it more devices by count")
         with contextlib.ExitStack() as stack:
-            self._library.pretend_device_install(self.count)
             stack.callback(self._library.pretend_device_remove)
             self.set_current(self._index)
             stack.enter_context(replaced(self))
@@ -162,9 +168,10 @@ class PretendDevice(TorchDispatchMode):
                 return call(*args, **kwargs)
 
         object.__setattr__(owner, method, marked)
-        self._stack.callback(object.__setattr__, owner, method, call) if was_own else self._stack.callback(
-            object.__delattr__, owner, method
-        )
+        if was_own:
+            self._stack.callback(object.__setattr__, owner, method, call)
+        else:
+            self._stack.callback(object.__delattr__, owner, method)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ _TESTS = f"{ROOT}/tests/"
 _OWN = f"{Path(__file__).parent}/"
 _OWN_TESTS = re.compile(r"/(test_\w+|planting|small_runs)\.py$")
 # What calls operators in the product's place. The rest of torch is between any line and its operator.
-_LIBRARY = re.compile(r"/site-packages/((?:torch/(?:distributed|optim)/|(?!torch/)).*)")
+_LIBRARY = re.compile(r"/site-packages/((?:torch/(?:distributed|optim)/|(?!torch/|triton/)).*)")
 
 
 class Place(NamedTuple):

@@ -27,6 +27,7 @@ COLUMNS = (
     "host waits per evaluation",
     "host waits per checkpoint",
     "launches per layer",
+    "launches per step",
     "unpinned copies per step",
 )
 """What is measured, by `Run.measures`."""
@@ -43,6 +44,7 @@ class Case(parallel_run.Case):
 
     head_size: int = 32
     deepspeed: bool = False
+    micro_batches: int = 1
     precision: str = "bf16"
     num_layers: int = 3
     steps: int = 2
@@ -62,24 +64,27 @@ class Run:
         record: All of it: "step N", "evaluation N", and "checkpoint", a checkpoint's copies.
         history: Of every step, losses and the gradient norm.
         num_layers: Of the model.
+        num_micro_batches: Of a step.
     """
 
     record: Record
     history: list[tuple[float, ...]]
     num_layers: int
+    num_micro_batches: int
 
     def measures(self) -> dict[str, Events]:
-        """By column. Of a micro-batch, forward and backward, it is the second of a step; of a layer, the busiest."""
-        record = self.record
+        """By column: of the last micro-batch of a step, and of its layers the busiest, forward and backward."""
+        record, last = self.record, f"micro-batch {self.num_micro_batches - 1}"
         # Beside layer 0 is the convolution, and the last one may decode.
         ordinary = [f"layer {number}" for number in range(1, self.num_layers - 1)]
-        micro_batch = record.launches().where(within=(STEP, "micro-batch 1"))
+        micro_batch = record.launches().where(within=(STEP, last))
         measures = (
-            record.host_waits().where(within=(STEP, "micro-batch 1")),
+            record.host_waits().where(within=(STEP, last)),
             record.host_waits().where(_is_outside_of_micro_batches, within=STEP),
             record.host_waits().where(within=EVALUATION),
             record.host_waits().where(within="checkpoint"),
             max((micro_batch.where(within=layer) for layer in ordinary), key=len),
+            record.launches().where(within=STEP),
             record.copies_to_device().where(lambda event: not event.is_pinned, within=STEP),
         )
         return dict(zip(COLUMNS, measures, strict=True))
@@ -101,6 +106,10 @@ def check(name: str, runs: Iterable[Run], bounds: Sequence[int]) -> None:
         mismatches = run.record.mismatches()
         assert not mismatches, mismatches.report()
         measures = run.measures()
+        # What is marked under another name has no events, which is within any bound.
+        launches, copies = run.record.launches(), run.record.copies_to_host()
+        seen = (measures["launches per layer"], launches.where(within=EVALUATION), copies.where(within="checkpoint"))
+        assert all(seen), f"{name}, rank {rank}: nothing happened in one of {[events.report() for events in seen]}"
         print(f"{name}, rank {rank}: {', '.join(f'{column} {len(events)}' for column, events in measures.items())}")
         for (column, events), bound in zip(measures.items(), bounds, strict=True):
             assert len(events) <= bound, f"{name}, rank {rank}: {column}: more than {bound}\n{events.report()}"
@@ -145,18 +154,19 @@ def _pretrain(case: Case, kernels: Kernels) -> Run:
             trainer.parts.sharded_model.store.copy_shards()
     # What stands for a compiled function would outlive its device.
     residual._joined.cache_clear()
-    return Run(device.record, history, case.num_layers)
+    return Run(device.record, history, case.num_layers, case.micro_batches)
 
 
-def fine_tune(cases: Mapping[str, tuple[fine_tuning.Case, Path]]) -> dict[str, Run]:
+def fine_tune(cases: Mapping[str, fine_tuning.Case], directory: Path) -> dict[str, Run]:
     """Runs cases of fine-tuning on one rank.
 
     Args:
-        cases: By name, with a directory that `fine_tuning.write_start` has written.
+        cases: By name.
+        directory: That `fine_tuning.write_start` has written.
     """
     meeting = os.environ["MEETING_FILE"]
     runs = {}
-    for number, (name, (case, directory)) in enumerate(cases.items()):
+    for number, (name, case) in enumerate(cases.items()):
         os.environ["MEETING_FILE"] = f"{meeting}-{number}"
         runs[name] = _fine_tune(case, directory)
         dist.destroy_process_group()
@@ -182,7 +192,7 @@ def _fine_tune(case: fine_tuning.Case, directory: Path) -> Run:
                 tuner.predict(features["val"], batch_size=16)
         with device.phase("checkpoint"):
             tuner.model.store.copy_weights()
-    return Run(device.record, history, plan.model_config.num_hidden_layers)
+    return Run(device.record, history, plan.model_config.num_hidden_layers, len(batches))
 
 
 def _mark_layers(device: PretendDevice, model: Any) -> None:

@@ -1,6 +1,7 @@
 """The device as a whole: building it, entering and leaving it, pauses, messages between several."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,14 @@ from tests.pretend_device.record import Record
 CUDA = torch.device("cuda", 0)
 
 
+def replaceable() -> dict[str, object]:
+    """What a device could leave behind."""
+    modules = {"torch": torch, "torch.cuda": torch.cuda, "torch._C": torch._C, "dist": dist, "functional": nn.functional}
+    return {f"{name}.{key}": id(value) for name, module in modules.items() for key, value in vars(module).items()}
+
+
 def run_and_leave() -> None:
-    before = {name: vars(torch.cuda).get(name) for name in dir(torch.cuda)}
-    compile, start = torch.compile, dist.init_process_group
+    before, run, environment = replaceable(), threading.Thread.run, dict(os.environ)
     model = nn.Linear(2, 2)
     with PretendDevice(count=2) as device:
         assert (torch.cuda.is_available(), torch.cuda.device_count()) == (True, 2)
@@ -32,8 +38,12 @@ def run_and_leave() -> None:
         assert pinned.is_pinned()
         with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator but found 'cpu'"):
             kept.uniform_(generator=torch.Generator())
-    assert {name: vars(torch.cuda).get(name) for name in dir(torch.cuda)} == before
-    assert (torch.compile, dist.init_process_group) == (compile, start)
+        with pytest.raises(RuntimeError, match="does not say how many kernels abs is"):
+            torch.compile(abs)(kept)
+        with pytest.raises(RuntimeError, match="a PretendDevice is entered already"), PretendDevice():
+            pass
+    assert replaceable() == before
+    assert (threading.Thread.run, dict(os.environ)) == (run, environment)
     assert vars(model)["training"] is True and "forward" not in vars(model)
     count = len(device.record.events)
     torch.ones(2).add(1)

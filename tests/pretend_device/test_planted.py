@@ -189,7 +189,8 @@ def one_kernel(x: Tensor) -> None:
 
 
 def wide_product(x: Tensor) -> None:
-    torch.mm(x.new_ones(2, 2, dtype=torch.bfloat16), x.new_ones(2, 2, dtype=torch.bfloat16), out_dtype=torch.float32)  # planted
+    halves = x.new_ones(2, 2, dtype=torch.bfloat16)
+    torch.mm(halves, halves, out_dtype=torch.float32)  # planted
 
 
 LAUNCHES = {one_launch: ("aten::mul.Tensor", 1), one_kernel: ("triton double_kernel", 1), wide_product: ("aten::mm.dtype", 1)}
