@@ -51,7 +51,10 @@ class WeightStore:
             parameter.model_parallel = True
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
-            model=store, optimizer=optimizer, config=deepspeed_config, mpu=ModelParallelUnit(mesh)
+            model=store,
+            optimizer=optimizer,
+            config=_with_torchs_linear(deepspeed_config, mesh.device),
+            mpu=ModelParallelUnit(mesh),
         )
         self._parameters = list(store.parameters())
         if dtype != torch.float32:
@@ -269,6 +272,18 @@ class WeightStore:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         return GatheredParameters(self._parameters, modifier_rank=modifier_rank)
+
+
+def _with_torchs_linear(deepspeed_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON for a device.
+
+    DeepSpeed puts a function of its own in the place of every linear layer of the process, for weights that it gathers
+    itself, which are not here. On a GPU that costs launches; on a CPU it stays, since runs go on to the same bits.
+    """
+    if device.type == "cpu":
+        return deepspeed_config
+    zero = {"memory_efficient_linear": False, **deepspeed_config.get("zero_optimization", {})}
+    return {**deepspeed_config, "zero_optimization": zero}
 
 
 @contextmanager

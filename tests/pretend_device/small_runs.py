@@ -1,15 +1,18 @@
 """Real steps of small models on a pretended device, and what is measured of them."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
 from deberta_dist import DebertaConfig
 from deberta_dist.finetuning.batches import collate
+from deberta_dist.kernels.fused import availability
 from deberta_dist.models import residual
 from tests.finetuning import small as fine_tuning
 from tests.integration import parallel_run
@@ -40,10 +43,12 @@ class Case(parallel_run.Case):
     Attributes:
         head_size: 32 for the fused attention; it does not take 16, so the portable one does.
         deepspeed: With DeepSpeed itself instead of its stand-in.
+        triton: Whether Triton is there. Its kernels are recorded and not run: without it the numbers are right.
     """
 
     head_size: int = 32
     deepspeed: bool = False
+    triton: bool = True
     micro_batches: int = 1
     precision: str = "bf16"
     num_layers: int = 3
@@ -115,12 +120,12 @@ def check(name: str, runs: Iterable[Run], bounds: Sequence[int]) -> None:
             assert len(events) <= bound, f"{name}, rank {rank}: {column}: more than {bound}\n{events.report()}"
 
 
-def run_cases(cases: Mapping[str, Case], kernels: Kernels) -> dict[str, Run]:
+def run_cases(cases: Mapping[str, Case], kernels: Mapping[str, Kernels]) -> dict[str, Run]:
     """Runs cases of one world size on this rank, one after the other.
 
     Args:
         cases: By name.
-        kernels: Of what training.compile compiles.
+        kernels: Of what training.compile compiles, by name.
     """
     meeting = os.environ["MEETING_FILE"]
     runs = {}
@@ -131,10 +136,11 @@ def run_cases(cases: Mapping[str, Case], kernels: Kernels) -> dict[str, Run]:
     return runs
 
 
-def _pretrain(case: Case, kernels: Kernels) -> Run:
+def _pretrain(case: Case, kernels: Mapping[str, Kernels]) -> Run:
     history = []
-    compiled = {residual._residual_norm: kernels}
+    compiled = {getattr(residual, name): numbers for name, numbers in kernels.items()}
     with (
+        _triton(case.triton),
         PretendDevice(count=case.world_size, compiled=compiled) as device,
         deepspeed_on_device() if case.deepspeed else replaced_deepspeed(device.paused),
     ):
@@ -157,18 +163,19 @@ def _pretrain(case: Case, kernels: Kernels) -> Run:
     return Run(device.record, history, case.num_layers, case.micro_batches)
 
 
-def fine_tune(cases: Mapping[str, fine_tuning.Case], directory: Path) -> dict[str, Run]:
+def fine_tune(cases: Mapping[str, tuple[fine_tuning.Case, bool]], directory: Path) -> dict[str, Run]:
     """Runs cases of fine-tuning on one rank.
 
     Args:
-        cases: By name.
+        cases: By name, and whether Triton is there (see `Case.triton`).
         directory: That `fine_tuning.write_start` has written.
     """
     meeting = os.environ["MEETING_FILE"]
     runs = {}
-    for number, (name, case) in enumerate(cases.items()):
+    for number, (name, (case, triton)) in enumerate(cases.items()):
         os.environ["MEETING_FILE"] = f"{meeting}-{number}"
-        runs[name] = _fine_tune(case, directory)
+        with _triton(triton):
+            runs[name] = _fine_tune(case, directory)
         dist.destroy_process_group()
     return runs
 
@@ -193,6 +200,12 @@ def _fine_tune(case: fine_tuning.Case, directory: Path) -> Run:
         with device.phase("checkpoint"):
             tuner.model.store.copy_weights()
     return Run(device.record, history, plan.model_config.num_hidden_layers, len(batches))
+
+
+@contextlib.contextmanager
+def _triton(is_there: bool) -> Iterator[None]:
+    with contextlib.nullcontext() if is_there else mock.patch.object(availability, "_triton_version", lambda: None):
+        yield
 
 
 def _mark_layers(device: PretendDevice, model: Any) -> None:

@@ -1,5 +1,7 @@
 """What a step of one process asks of its device: bounds, which a faster product has to lower."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,24 +15,26 @@ PORTABLE = 16  # the size of head that it takes to have it
 # Upper bounds by `small_runs.COLUMNS`: host waits per micro-batch, step, evaluation and checkpoint; launches per layer, forward
 # and backward, and per step of one micro-batch; unpinned copies per step. pytest -rP prints what is measured.
 CASES = {
-    "fused": (Case(), (3, 4, 4, 6, 117, 676, 3)),
-    "fused, recompute selective": (Case(recompute="selective"), (3, 4, 4, 6, 117, 676, 3)),
-    "fused, recompute full": (Case(recompute="full"), (3, 4, 4, 6, 148, 814, 3)),
-    "fused, documents": (Case(documents=True), (3, 4, 4, 6, 117, 725, 4)),
-    "fused, vocabulary in chunks": (Case(vocabulary_chunks=4), (3, 4, 4, 6, 117, 818, 3)),
-    "fused, compiled": (Case(compile=True), (3, 4, 4, 6, 109, 644, 3)),
-    "fused, DeepSpeed": (Case(deepspeed=True), (3, 22, 5, 6, 117, 749, 11)),
-    "portable": (Case(head_size=PORTABLE), (3, 4, 4, 6, 233, 1093, 3)),
-    "portable, recompute selective": (Case(head_size=PORTABLE, recompute="selective"), (3, 4, 4, 6, 277, 1271, 3)),
-    "portable, recompute full": (Case(head_size=PORTABLE, recompute="full"), (3, 4, 4, 6, 331, 1480, 3)),
+    "fused": (Case(), (0, 1, 1, 6, 57, 410, 0)),
+    "fused, recompute selective": (Case(recompute="selective"), (0, 1, 1, 6, 57, 410, 0)),
+    "fused, recompute full": (Case(recompute="full"), (0, 1, 1, 6, 71, 482, 0)),
+    "fused, documents": (Case(documents=True), (0, 1, 1, 6, 57, 457, 0)),
+    "fused, vocabulary in chunks": (Case(vocabulary_chunks=4), (0, 1, 1, 6, 57, 552, 0)),
+    "fused, compiled": (Case(compile=True), (0, 1, 1, 6, 63, 434, 0)),
+    "fused, DeepSpeed": (Case(deepspeed=True), (0, 15, 2, 6, 57, 428, 6)),
+    "portable": (Case(head_size=PORTABLE), (0, 1, 1, 6, 160, 796, 0)),
+    "portable, recompute selective": (Case(head_size=PORTABLE, recompute="selective"), (0, 1, 1, 6, 205, 978, 0)),
+    "portable, recompute full": (Case(head_size=PORTABLE, recompute="full"), (0, 1, 1, 6, 239, 1114, 0)),
 }
-EXACT = Case(head_size=PORTABLE, dropout=0.0, precision="fp32", micro_batches=2, documents=True)
+EXACT = Case(triton=False, dropout=0.0, precision="fp32", micro_batches=2, documents=True)
+DROPPING = Case(triton=False, precision="fp32", micro_batches=2)
 
 
 @pytest.fixture(scope="module")
-def runs(residual_kernels: Kernels) -> dict[str, Run]:
+def runs(residual_kernels: dict[str, Kernels]) -> dict[str, Run]:
     cases = {name: case for name, (case, _) in CASES.items()}
-    return run_ranks(1, run_cases, {**cases, "exact": EXACT}, residual_kernels)[0]
+    others = {"exact": EXACT, "dropping": DROPPING, "dropping, compiled": dataclasses.replace(DROPPING, compile=True)}
+    return run_ranks(1, run_cases, {**cases, **others}, residual_kernels)[0]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,7 +69,9 @@ def test_change_between_training_and_evaluation(runs: dict[str, Run]) -> None:
 
 
 def test_numbers_do_not_depend_on_who_compiles(runs: dict[str, Run]) -> None:
-    assert runs["fused, compiled"].history == runs["fused"].history
+    """What is dropped either: by the kernel's formula, compiled or in torch's operators."""
+    np.testing.assert_allclose(runs["dropping, compiled"].history, runs["dropping"].history, rtol=1e-5)
+    assert abs(runs["dropping"].history[0][0] - runs["exact"].history[0][0]) > 1e-4, "dropout was not on"
 
 
 def test_deepspeed_takes_the_steps_of_its_stand_in(runs: dict[str, Run]) -> None:
@@ -77,11 +83,12 @@ def test_full_recomputation_repeats_the_forward_pass_of_a_layer(attention: str, 
     launches = runs[f"{attention}, recompute full"].measures()["launches per layer"]
     forward, again = (launches.where(direction=direction) for direction in ("forward", "recompute"))
     assert forward.counts() == again.counts()
-    assert len(forward) > 20
+    assert len(forward) > 10
 
 
-def test_compiled_functions_are_launched(runs: dict[str, Run], residual_kernels: Kernels) -> None:
-    launches = runs["fused, compiled"].measures()["launches per layer"].where(name="compiled _residual_norm")
+def test_compiled_functions_are_launched(runs: dict[str, Run], residual_kernels: dict[str, Kernels]) -> None:
+    launches = runs["fused, compiled"].measures()["launches per layer"].where(name="compiled _hashed_residual_norm")
     per_pass = [len(launches.where(direction=direction)) for direction in ("forward", "backward")]
-    assert per_pass == [2 * kernels for kernels in residual_kernels], "a layer has two"
-    assert residual_kernels.forward == 1, "joined to one kernel"
+    kernels = residual_kernels["_hashed_residual_norm"]
+    assert per_pass == [2 * number for number in kernels], "a layer has two"
+    assert kernels.forward == 1, "joined to one kernel"

@@ -10,6 +10,7 @@ DeepSpeed runs on a pretended device too (`deepspeed_on_device`). It takes secon
 """
 
 import contextlib
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -172,10 +173,12 @@ class Engine:
         if config["zero_optimization"].get("memory_efficient_linear", True):
             torch.nn.functional.linear = zero3_linear_wrap
         self._clipping = config.get("gradient_clipping", 0.0)
-        self.optimizer = types.SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups)
+        self.optimizer = types.SimpleNamespace(
+            optimizer=optimizer, param_groups=optimizer.param_groups, offload_optimizer=False
+        )
         self.loss_scaler = self.optimizer.loss_scaler = LossScaler()
         self._has_scaler = config.get("fp16", {}).get("enabled", False)
-        self.skipped_steps, self._norm = 0, 0.0
+        self.skipped_steps = 0
         group = mpu.get_data_parallel_group()
         with paused(), torch.no_grad():
             self._shards = [Shard(parameter, group=group, paused=paused) for parameter in model.parameters()]
@@ -199,24 +202,24 @@ class Engine:
         with self._paused(), torch.no_grad():
             for shard in self._shards:
                 shard.take_gradient(scale=self._scale)
+            # With the loss scale, as the store takes norms of them.
+            self.optimizer.averaged_gradients = {
+                number: [shard.master.grad * self._scale] for number, shard in enumerate(self._shards)
+            }
 
     def step(self) -> None:
-        """Clips and steps."""
+        """Clips and steps; declines a norm that is not finite."""
         with self._paused(), torch.no_grad():
-            total = torch.stack([shard.master.grad.square().sum() for shard in self._shards]).sum()
-            dist.all_reduce(total, group=self._mpu.get_data_parallel_group())
-            dist.all_reduce(total, group=self._mpu.get_model_parallel_group())
-            self._norm = float(total.sqrt())
-            if self._clipping:
+            norm = float(torch.linalg.vector_norm(torch.stack(self.optimizer._get_norm_groups()))) / self._scale
+            is_finite = math.isfinite(norm)
+            if self._clipping and is_finite:
                 for shard in self._shards:
-                    shard.master.grad.mul_(min(1.0, self._clipping / (self._norm + 1e-6)))
-            self.optimizer.optimizer.step()
+                    shard.master.grad.mul_(min(1.0, self._clipping / (norm + 1e-6)))
+            if is_finite:
+                self.optimizer.optimizer.step()
             for shard in self._shards:
                 shard.master.grad = None
                 shard.round()
-        self.loss_scaler.update_scale(False)
+        self.skipped_steps += not is_finite
+        self.loss_scaler.update_scale(not is_finite)
         self.optimizer.loss_scale = self._scale
-
-    def get_global_grad_norm(self) -> float:
-        """Before clipping, of the last step."""
-        return self._norm
