@@ -43,7 +43,8 @@ def test_every_name_belongs_to_exactly_one_group() -> None:
 
 def test_projections_that_make_one_product_lie_one_behind_the_other() -> None:
     launcher = Path(__file__).parents[1] / "launchers" / "pretrain_1.5b.toml"
-    plan = check_plan(load_config(launcher), world_size=64)
+    sizes = ("--parallel.tensor_parallel_size=2", "--parallel.pipeline_parallel_size=4")
+    plan = check_plan(load_config(launcher, sizes), world_size=64)
     layout = flat_layout(plan.layout, pipeline_rank=1, tensor_rank=1, data_parallel_size=8)
     prefix = "deberta.encoder.layer.20.attention.self."
     for leaf in ("weight", "bias"):

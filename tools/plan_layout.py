@@ -131,6 +131,9 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunCo
             changed.append(f"--run.directory={ROOT / 'runs' / f'pretrain_{name}'}")
     if arguments.global_batch is not None:
         changed.append(f"--training.global_batch_size={arguments.global_batch}")
+    # What is searched for need not divide the batch that is asked for.
+    searched = {"--training.micro_batch_size": "1", "--training.num_micro_batches": "auto"}
+    changed += [f"{key}={value}" for key, value in searched.items() if not any(w.startswith(key) for w in overrides)]
     if arguments.toml is None and arguments.gpu in WITHOUT_BF16:
         changed.append(f"--run.deepspeed={JSONS / PAIRS[1][0]}")
     return load_config(arguments.toml or BASE, [*changed, *overrides])

@@ -83,8 +83,8 @@ def test_written_pair_starts_again(name: str, world_size: int, tmp_path: Path) -
     assert sorted(path.name for path in toml.parent.iterdir()) == ["deepspeed.json", "run_config.toml"]
     # and again with another number of processes, as the docstring says
     words = ["--parallel.data_parallel_size", "auto", "--training.num_micro_batches", "auto"]
-    wider = resolve(load_config(toml, words), 2 * world_size)
-    assert wider.training.num_micro_batches == config.training.num_micro_batches / 2
+    fewer = resolve(load_config(toml, words), world_size // 2)
+    assert fewer.training.num_micro_batches == config.training.num_micro_batches * 2
 
 
 def test_a_finetuning_pair_loads_again(tmp_path: Path) -> None:

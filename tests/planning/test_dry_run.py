@@ -18,12 +18,21 @@ ROOT = Path(__file__).parents[2]
 LARGE, DEMO = ROOT / "launchers" / "pretrain_1.5b.toml", ROOT / "launchers" / "pretrain_demo.toml"
 
 
+# For GPUs with less memory than it is shipped for: all three axes.
+SPLIT = (
+    "--parallel.tensor_parallel_size=2",
+    "--parallel.pipeline_parallel_size=4",
+    "--training.micro_batch_size=4",
+    "--training.recompute=none",
+)
+
+
 def plan_of(toml: Path, world_size: int, *overrides: str) -> Plan:
     return check_plan(load_config(toml, overrides), world_size=world_size)
 
 
 def test_the_large_model_on_64_processes() -> None:
-    plan = plan_of(LARGE, 64)
+    plan = plan_of(LARGE, 64, *SPLIT)
     assert count_parameters(plan.layout) == (1_567_828_068, 1_564_549_632)
     reports = rank_reports(plan)
     owned = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.config import load_config
+from deberta_dist.config import RunConfig, load_config
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.presets import PRESETS, preset_name
 from deberta_dist.planning.dry_run import rank_reports
@@ -73,6 +73,27 @@ def test_nothing_better_is_passed_over() -> None:
                 assert "no layout of 4 processes" in str(error)
     assert len(single) > 30
     assert best.cost.seconds == min(choice.cost.seconds for choice in single)
+
+
+LARGE = ROOT / "launchers" / "pretrain_1.5b.toml"
+
+
+@pytest.mark.slow
+def test_no_layout_of_the_large_model_is_faster_than_the_shipped_one() -> None:
+    assert LARGE.read_text().startswith("# For 8 nodes of 8 H100 (80 GB): ")
+    config = load_config(LARGE)
+    shipped = check_plan(config, world_size=64)
+    jsons = (JSONS / "zero3_bf16.json", JSONS / "zero3_offload.json")
+    found = search(config, world_size=64, machine=H100, memory_limit=0.9 * H100.memory, space=Space(jsons), count=1)
+    (best,) = found.choices
+
+    def sizes(of: RunConfig) -> tuple[object, ...]:
+        parallel, training = of.parallel, of.training
+        split = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+        return *split, parallel.schedule, training.micro_batch_size, training.recompute
+
+    assert sizes(shipped.config) == sizes(best.plan.config)
+    assert step_cost(shipped, dataclasses.replace(H100, has_fused_attention=True)) == best.cost
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
