@@ -19,7 +19,6 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.models.presets import preset
-from deberta_dist.planning.activations import stage_activations
 
 HEAD_SIZE = 64
 Forward = Callable[[], Tensor]
@@ -218,6 +217,8 @@ class Case:
 
 def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
     """What one layer of the 1.5B model keeps for one sequence of 512 tokens in bfloat16, counted on the meta device."""
+    from deberta_dist.planning.activations import stage_activations  # needs pydantic; the contestants do not
+
     config = preset("v2-xxlarge")
     found = {}
     for name, recompute in (("ours", "none"), ("ours, selective recomputation", "selective")):
