@@ -74,6 +74,11 @@ class PlainTraining:
             master.requires_grad_().grad = gradient
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, eps=1e-6, fused=True)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
     def passes(self) -> None:
         """Forward and backward of one micro-batch; its gradients are added to those that are there."""
         self._loss().backward()

@@ -110,6 +110,9 @@ def run_steps(
                 missing = [name for name in step.needs if not _is_installed(name, place)]
                 if missing or left <= 0:
                     reason = f"needs {', '.join(missing)}" if missing else f"the {limit:g} s of all steps were over"
+                    if ready is not None:
+                        ready.kill()
+                        ready = None
                     end({"step": step.name, "status": NOT_RUN, "error": reason, "optional": step.is_optional and left > 0})
                     continue
                 process = ready if ready is not None and ready.step is step else _Process(step, place)

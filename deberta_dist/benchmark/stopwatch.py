@@ -99,22 +99,27 @@ def saved_bytes(forward: Callable[[], Any], *, without: list[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
 
 
+def differences(found: Mapping[str, list[Tensor]], *, oracle: str) -> dict[str, float]:
+    """Largest difference over largest value, the worst of all tensors, by name."""
+    return {
+        name: max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(tensors, found[oracle], strict=True))
+        for name, tensors in found.items()
+    }
+
+
 def require_agreement(
     found: Mapping[str, list[Tensor]], *, oracle: str, tolerance: float
 ) -> dict[str, float]:
-    """Largest difference over largest value, the worst of all tensors, by name.
+    """`differences`, if they are small.
 
     Raises:
         BenchmarkError: one is beyond the tolerance: speeds of different results are not compared.
     """
-    errors = {}
-    for name, tensors in found.items():
-        errors[name] = max(
-            ((x - y).abs().max() / y.abs().max()).item() for x, y in zip(tensors, found[oracle], strict=True)
-        )
-        if not errors[name] <= tolerance:
+    errors = differences(found, oracle=oracle)
+    for name, error in errors.items():
+        if not error <= tolerance:
             raise BenchmarkError(
-                f"{name} differs from {oracle} by {errors[name]:.1e} of the largest value; at most {tolerance:.0e} is "
+                f"{name} differs from {oracle} by {error:.1e} of the largest value; at most {tolerance:.0e} is "
                 "expected of float32"
             )
     return errors
