@@ -92,7 +92,7 @@ class Problem:
             mask = mask.of_queries(positions)
         rows = position_row_of_distance(buckets, max_distance)
         row_of_distance = torch.tensor(rows, device=device)
-        self._positions = RelativePositions(row_of_distance, query_positions_BQ=positions, known_rows=rows)
+        self.positions = RelativePositions(row_of_distance, query_positions_BQ=positions, known_rows=rows)
         self._mask, self._dropout = mask, 0.1 if feature in ("dropout", "decoder") else 0.0
         tokens = [normal(batch, count, heads, HEAD_SIZE).transpose(1, 2) for count in (num_queries, length, length)]
         tables = [normal(heads, 2 * buckets, HEAD_SIZE) for _ in range(2)]
@@ -105,7 +105,7 @@ class Problem:
         if implementation == "fused" and query.device.type == "cpu":
             call = AttentionCall(
                 scale=attention_scale(HEAD_SIZE, has_c2p=True, has_p2c=True),
-                positions=self._positions,
+                positions=self.positions,
                 mask=self._mask,
                 dropout_p=self._dropout,
                 dropout_seed=_DROPOUT_SEED,
@@ -116,7 +116,7 @@ class Problem:
             query,
             key,
             value,
-            positions=self._positions,
+            positions=self.positions,
             rel_key_NRH=rel_key,
             rel_query_NRH=rel_query,
             mask=self._mask,

@@ -1,5 +1,7 @@
 """The correctness steps of the GPU measurements: rates, attention beside float64, the tests, training beside a CPU."""
 
+import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 
 from deberta_dist.benchmark.gpu_attention import FEATURES, Problem, agreement, tolerance
 from deberta_dist.benchmark.gpu_worker import Report, Setting
-from deberta_dist.benchmark.measure import ROOT, machine
+from deberta_dist.benchmark.measure import ROOT, TRAINER_NEEDS, machine
 from deberta_dist.benchmark.stopwatch import Contestant, race
 from deberta_dist.kernels import disentangled_attention
 from deberta_dist.kernels.fused.availability import triton_reason
@@ -62,9 +64,9 @@ def attention(setting: Setting, report: Report, *, dtype: str) -> None:
     shapes = setting.sized(((2, 4, 512), (1, 2, 1024), (2, 4, 333), (1, 2, 4096)), ((1, 1, 40),))
     table = setting.sized({}, {"buckets": 8, "max_distance": 16})
     implementations = ["fused", "portable"]
-    # Triton's interpreter multiplies the bit patterns of bfloat16.
-    if setting.rehearses and (kind == torch.bfloat16 or triton_reason() is not None):
+    if setting.rehearses and (reason := _not_interpreted(kind)) is not None:
         implementations.remove("fused")
+        report.note(f"the fused attention is not rehearsed: {reason}")
     for shape in shapes:
         for feature in FEATURES:
             problem = Problem(shape, feature=feature, dtype=kind, device=on, **table)
@@ -82,10 +84,25 @@ def attention(setting: Setting, report: Report, *, dtype: str) -> None:
             del problem, exact
 
 
+def _not_interpreted(dtype: torch.dtype) -> str | None:
+    """Why Triton's interpreter cannot run the fused kernels."""
+    if (reason := triton_reason()) is not None:
+        return reason
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bit patterns of bfloat16"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 7):
+        return f"the interpreter of Triton {version} needs an older numpy than there is"
+    return None
+
+
 def tests(setting: Setting, report: Report) -> None:
     """The tests that are marked ``gpu``."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text("utf-8")]
-    files = [str(path.relative_to(ROOT)) for path in marked]
+    files = [path.relative_to(ROOT).as_posix() for path in marked]
+    if missing := [name for name in TRAINER_NEEDS if importlib.util.find_spec(name) is None]:
+        report.note(f"the trainer's tests are not run: they need {', '.join(missing)}")
+        files = [file for file in files if not file.startswith("tests/integration/")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={path}", *files]

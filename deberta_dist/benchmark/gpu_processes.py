@@ -165,6 +165,7 @@ class _Process:
                 cwd=ROOT,
                 env=place.environment(),
                 stdin=subprocess.PIPE,
+                bufsize=0,  # nothing is left to be written to a process that has died
                 stderr=log,
                 process_group=0,
             )
@@ -173,7 +174,6 @@ class _Process:
         self._begun, self._limit = time.monotonic(), limit
         try:
             self._process.stdin.write(b"go\n")
-            self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it died while it imported; the exit code tells
 
@@ -204,14 +204,13 @@ class _Process:
         if path.exists():
             record = json.loads(path.read_text(encoding="utf-8"))
         if self._killed_after is not None:
-            record |= {"status": KILLED, "error": f"not finished after {self._killed_after:.0f} s; {self._last_words()}"}
+            record |= {"status": KILLED, "error": f"not finished after {self._killed_after:.0f} s"}
         elif record["status"] == RUNNING:
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            record |= {"status": CRASHED, "error": f"{how}; {self._last_words()}"}
-        elif record["status"] == FAILED:
-            record["error"] += f"; {self._last_words()}"
+            record |= {"status": CRASHED, "error": f"signal {-code}" if code < 0 else f"exit code {code}"}
+        if record["status"] in (KILLED, CRASHED, FAILED):
+            record["end_of_log"] = self._last_words()
         return {**record, "seconds": round(seconds, 1), "limit": self._limit}
 
     def _last_words(self) -> str:
         text = (self._folder / f"{self.step.name}.log").read_text(encoding="utf-8", errors="replace")
-        return f"the end of its log: {text[-_LAST_WORDS:].strip() or 'nothing'}"
+        return text[-_LAST_WORDS:].strip()

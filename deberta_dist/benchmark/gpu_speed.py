@@ -52,7 +52,7 @@ def attention(setting: Setting, report: Report, *, batch: int, length: int) -> N
     first = names[0]
     ratios = {f"x the time of {name}": times[first]["both"] / times[name]["both"] for name in times if name != first}
     report.row(f"alone, {first} takes", ratios)
-    kernels = kernel_seconds(Contestant(*contestants[first]).run, on)
+    kernels = kernel_seconds(Contestant(*contestants[first]).run, on, rounds=setting.sized(3, 1))
     report.row(f"kernels of {first}, us", {name[:60]: 1e6 * s for name, s in list(kernels.items())[:_KERNELS]})
     del problem, contestants
     _with_projections(setting, report, batch=batch, length=length, heads=heads, dtype=dtype)
@@ -67,24 +67,27 @@ def _with_projections(
         batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype
     )
     ours = FUSED if case.has_fused else PORTABLE
-    forwards = {ours: case.ours(ours)}
-    if peers.has_disentangled_flash():
-        forwards[peers.DISENTANGLED_FLASH] = case.disentangled_flash()
-        with case.no_dropout():
-            values = {name: case.values(forward) for name, forward in forwards.items()}
-        error = differences(values, oracle=ours)[peers.DISENTANGLED_FLASH]
-        report.check(f"{peers.DISENTANGLED_FLASH} and {ours} compute the same", error, at_most=AGREEMENT)
-    else:
-        report.note(f"{peers.DISENTANGLED_FLASH} is not measured: it is not installed, or transformers is not")
-    forwards[NO_POSITIONS] = case.without_positions()
-    seconds = {}
-    for name, forward in forwards.items():
+    forward, seconds = case.ours(ours), {}
+
+    def measure(name: str, forward: Callable[[], Tensor]) -> None:
         contestants = {name: case.contestant(forward)}
         row = race(contestants, rounds=setting.sized(9, 1), warm_up=2, device=on, repeats=setting.sized(4, 1))[name]
         seconds[name] = row["seconds"]
-        report.row(f"with projections, {name}", {"both, ms": 1e3 * row["seconds"]})
-    ratios = {f"x the time of {name}": seconds[ours] / seconds[name] for name in seconds if name != ours}
-    report.row(f"with projections, {ours} takes", ratios)
+        times = {f"{ours} takes, x": seconds[ours] / row["seconds"]} if name != ours else {}
+        report.row(f"with projections, {name}", {"both, ms": 1e3 * row["seconds"], **times})
+
+    measure(ours, forward)
+    measure(NO_POSITIONS, case.without_positions())
+    if not peers.has_disentangled_flash():
+        report.note(f"{peers.DISENTANGLED_FLASH} is not measured: it is not installed, or transformers is not")
+        return
+    theirs = case.disentangled_flash()
+    with case.no_dropout():
+        values = {ours: case.values(forward), peers.DISENTANGLED_FLASH: case.values(theirs)}
+    error = differences(values, oracle=ours)[peers.DISENTANGLED_FLASH]
+    at_most = setting.sized(AGREEMENT, 1e-5)
+    report.check(f"{peers.DISENTANGLED_FLASH} and {ours} compute the same", error, at_most=at_most)
+    measure(peers.DISENTANGLED_FLASH, theirs)
 
 
 def layer(setting: Setting, report: Report, *, compiles: bool) -> None:
@@ -213,7 +216,7 @@ def launching(setting: Setting, report: Report) -> None:
         training = PlainTraining(model, _own_loss(model, shape, on))
         row = race({"passes": Contestant(training.passes)}, rounds=setting.sized(7, 1), warm_up=3, device=on)["passes"]
         seconds[shape] = row["seconds"]
-        busy = sum(kernel_seconds(training.passes, on).values())
+        busy = sum(kernel_seconds(training.passes, on, rounds=setting.sized(3, 1)).values())
         report.row(
             f"{shape[0]}x{shape[1]}",
             {"passes, ms": 1e3 * row["seconds"], "kernels, ms": 1e3 * busy, "kernels / passes": busy / row["seconds"]},

@@ -119,6 +119,8 @@ def versions() -> dict[str, str]:
 
 
 def _readable(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_readable, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     if isinstance(value, Mapping):
