@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from deberta_dist.benchmark import gpu_training
 from deberta_dist.benchmark.gpu_attention import FEATURES, Problem, agreement, tolerance
 from deberta_dist.benchmark.gpu_worker import Report, Setting
 from deberta_dist.benchmark.measure import ROOT, TRAINER_NEEDS, machine
@@ -121,9 +122,10 @@ def tests(setting: Setting, report: Report) -> None:
 
 def train(setting: Setting, report: Report, *, precision: str) -> None:
     """A few optimizer steps with DeepSpeed beside the same ones on a CPU; evaluation; save and resume."""
-    from deberta_dist.benchmark import gpu_training  # needs pydantic
 
-    found = gpu_training.compare(precision, uses_gpu=not setting.rehearses)
+
+    timeout = setting.sized(gpu_training.TIMEOUT_SECONDS, 400)
+    found = gpu_training.compare(precision, uses_gpu=not setting.rehearses, timeout=timeout)
     report.row("device", found.figures)
     report.row("cpu", found.cpu_figures)
     for name, (error, at_most) in found.errors.items():

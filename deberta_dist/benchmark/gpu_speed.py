@@ -158,7 +158,8 @@ def trainer(setting: Setting, report: Report) -> None:
         "rounds": setting.sized(4, 1),
     }
     rank_module = "deberta_dist.benchmark.train_rank"
-    [found] = start_ranks(rank_module, plan, processes=1, timeout=120, uses_gpus=not setting.rehearses)
+    timeout = setting.sized(85, 300)
+    [found] = start_ranks(rank_module, plan, processes=1, timeout=timeout, uses_gpus=not setting.rehearses)
     steps = sorted(found["seconds"]["ours"])
     seconds = steps[len(steps) // 2]
     on = torch.device(setting.device)

@@ -52,12 +52,13 @@ class Comparison:
         return {name: (error, at_most) for name, (error, at_most) in self.errors.items() if not error <= at_most}
 
 
-def compare(precision: str, *, uses_gpu: bool) -> Comparison:
+def compare(precision: str, *, uses_gpu: bool, timeout: float = TIMEOUT_SECONDS) -> Comparison:
     """Trains on both.
 
     Args:
         precision: "fp32" or "bf16".
         uses_gpu: Without, both are the CPU: a rehearsal.
+        timeout: Seconds for everything.
 
     Raises:
         BenchmarkError: one of the processes failed, or there was no end in time.
@@ -71,7 +72,7 @@ def compare(precision: str, *, uses_gpu: bool) -> Comparison:
                 "deberta_dist.benchmark.gpu_training_rank",
                 plan,
                 processes=1,
-                timeout=TIMEOUT_SECONDS,
+                timeout=timeout,
                 uses_gpus=uses_gpu and name == "device",
             )
             return ranks[0]
