@@ -6,18 +6,17 @@ import platform
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
 
 from deberta_dist.benchmark import gpu_training
-from deberta_dist.benchmark.gpu_attention import FEATURES, Problem, agreement, tolerance
+from deberta_dist.benchmark.gpu_attention import FEATURES, Agreement, Problem, agreement, tolerance
 from deberta_dist.benchmark.gpu_worker import Report, Setting
 from deberta_dist.benchmark.measure import ROOT, TRAINER_NEEDS, machine
 from deberta_dist.benchmark.stopwatch import Contestant, race
-from deberta_dist.kernels import disentangled_attention
 from deberta_dist.kernels.fused.availability import triton_reason
 from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.presets import preset
@@ -69,20 +68,29 @@ def attention(setting: Setting, report: Report, *, dtype: str) -> None:
         implementations.remove("fused")
         report.note(f"the fused attention is not rehearsed: {reason}")
     for shape in shapes:
+        rows: dict[str, dict[str, Any]] = {name: {} for name in implementations}
+        size = f"{shape[0]}x{shape[2]}"
         for feature in FEATURES:
             problem = Problem(shape, feature=feature, dtype=kind, device=on, **table)
             exact = problem.exact()
-            for implementation in implementations:
-                found = agreement(problem, implementation, exact)
-                case = f"{implementation}, {shape[0]}x{shape[2]}, {feature}"
-                report.check(f"{case}: error of the norm of {found.worst}", found.norm_error, at_most=tolerance(kind))
-                report.check(f"{case}: largest error", found.largest_error, at_most=2 * tolerance(kind))
-                told = "equal" if found.repeats else "not equal"
-                if implementation == "fused":
-                    report.require(f"{case}: every bit of three runs", found.repeats, told)
-                elif not found.repeats:  # it sums the table's gradient with atomics on a GPU
-                    report.note(f"{case}: runs are {told} in every bit")
+            for name in implementations:
+                found = agreement(problem, name, exact)
+                rows[name][feature] = {"norm": found.norm_error, "largest": found.largest_error}
+                _check_agreement(report, f"{name}, {size}, {feature}", found, dtype=kind, repeats=name == "fused")
             del problem, exact
+        for name, row in rows.items():
+            report.row(f"errors of {name}, {size}", row)
+
+
+def _check_agreement(report: Report, case: str, found: Agreement, *, dtype: torch.dtype, repeats: bool) -> None:
+    limit = tolerance(dtype)
+    report.check(f"{case}: error of the norm of {found.worst}", found.norm_error, at_most=limit, quiet=True)
+    report.check(f"{case}: largest error", found.largest_error, at_most=2 * limit, quiet=True)
+    told = "equal" if found.repeats else "not equal"
+    if repeats:
+        report.require(f"{case}: every bit of three runs", found.repeats, told, quiet=True)
+    elif not found.repeats:  # the portable one sums the table's gradient with atomics on a GPU
+        report.note(f"{case}: runs are {told} in every bit")
 
 
 def _not_interpreted(dtype: torch.dtype) -> str | None:
@@ -122,8 +130,6 @@ def tests(setting: Setting, report: Report) -> None:
 
 def train(setting: Setting, report: Report, *, precision: str) -> None:
     """A few optimizer steps with DeepSpeed beside the same ones on a CPU; evaluation; save and resume."""
-
-
     timeout = setting.sized(gpu_training.TIMEOUT_SECONDS, 400)
     found = gpu_training.compare(precision, uses_gpu=not setting.rehearses, timeout=timeout)
     report.row("device", found.figures)

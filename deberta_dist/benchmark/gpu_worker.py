@@ -65,14 +65,13 @@ class Report:
         self.save()
         self._say(f"{name}: " + "; ".join(f"{key} {_readable(value)}" for key, value in figures.items()))
 
-    def check(self, name: str, found: float, *, at_most: float) -> None:
-        """A number that must not be larger; NaN is."""
-        is_right = bool(found <= at_most)
-        self._check(name, is_right, found=found, at_most=at_most)
+    def check(self, name: str, found: float, *, at_most: float, quiet: bool = False) -> None:
+        """A number that must not be larger; NaN is. With ``quiet`` nothing is printed if it is not."""
+        self._check(name, bool(found <= at_most), quiet, found=found, at_most=at_most)
 
-    def require(self, name: str, is_right: bool, found: str) -> None:
+    def require(self, name: str, is_right: bool, found: str, *, quiet: bool = False) -> None:
         """A fact that must hold, and what was found, in words."""
-        self._check(name, is_right, found=found)
+        self._check(name, is_right, quiet, found=found)
 
     def note(self, text: str) -> None:
         """What was not done, and why."""
@@ -90,9 +89,11 @@ class Report:
         """Replaces the JSON; a reader never sees half of it."""
         write_json(self._path, self.record)
 
-    def _check(self, name: str, is_right: bool, **found: Any) -> None:
+    def _check(self, name: str, is_right: bool, quiet: bool, **found: Any) -> None:
         self.record["checks"].append({"name": name, "right": is_right, **found})
         self.save()
+        if is_right and quiet:
+            return
         told = ", ".join(f"{key.replace('_', ' ')} {_readable(value)}" for key, value in found.items())
         self._say(f"{'right' if is_right else 'WRONG'}: {name}: {told}")
 
