@@ -80,7 +80,10 @@ def kernel_seconds(run: Callable[[], Any], device: torch.device, *, rounds: int 
         if on_gpu:
             torch.cuda.synchronize(device)
     kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    found = {event.key: getattr(event, kind) / 1e6 / rounds for event in profile.key_averages()}
+    # Launches are events as well, on the host.
+    where = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == where]
+    found = {event.key: getattr(event, kind) / 1e6 / rounds for event in events}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
