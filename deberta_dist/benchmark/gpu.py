@@ -73,7 +73,8 @@ def _attention_speed(batch: int, length: int, limit: float) -> Step:
 def _model_speed(size: str, batch: int, length: int) -> Step:
     proves = f"v3-{size}'s step, {batch} x {length}, beside ModernBERT-{size} and transformers' DeBERTa"
     options = {"size": size, "batch": batch, "length": length}
-    return Step(f"v3-{size}-{length}", f"{_SPEED}:model_beside_peers", 60, proves, options, alone=True)
+    ahead = "deberta_dist.benchmark.peers:import_ahead"
+    return Step(f"v3-{size}-{length}", f"{_SPEED}:model_beside_peers", 60, proves, options, alone=True, ahead=ahead)
 
 
 def _speed(name: str, function: str, limit: float, proves: str, **more: Any) -> Step:

@@ -38,6 +38,7 @@ class Step:
         alone: It is timed, and has the device for itself.
         needs: Packages, by the names they are imported by, without which it cannot run.
         is_optional: That they are missing is no failure.
+        ahead: ``module:function``, called before the step is told to go: imports that the module itself leaves out.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Step:
     alone: bool = False
     needs: tuple[str, ...] = ()
     is_optional: bool = False
+    ahead: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class _Process:
             "step": step.name,
             "function": step.function,
             "options": dict(step.options),
+            "ahead": step.ahead,
             "device": "cpu" if place.rehearses else "cuda",
             "rehearses": place.rehearses,
             "command": list(place.command),

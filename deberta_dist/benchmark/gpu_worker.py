@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,6 +129,11 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def _named(name: str) -> Callable[..., None]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def _end_with_parent() -> None:
     """Whoever kills the parent means the steps as well."""
     sys.stdin.buffer.read()
@@ -152,8 +157,9 @@ def main(folder: Path, plan: dict[str, Any]) -> None:
     # What libraries print goes to the step's log.
     console = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    module_name, function_name = plan["function"].split(":")
-    module = importlib.import_module(module_name)
+    function = _named(plan["function"])
+    if plan["ahead"] is not None:
+        _named(plan["ahead"])()
     if not sys.stdin.buffer.readline():
         return
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -169,7 +175,7 @@ def main(folder: Path, plan: dict[str, Any]) -> None:
     setting = Setting(device=plan["device"], rehearses=plan["rehearses"])
     begun = time.monotonic()
     try:
-        getattr(module, function_name)(setting, report, **plan["options"])
+        function(setting, report, **plan["options"])
         report.end(DONE)
     except Exception as error:  # the record tells it, whatever it is
         traceback.print_exc()

@@ -105,6 +105,13 @@ def modern_bert_masked_lm(size: str, *, is_global: bool) -> nn.Module:
     return ModernBertForMaskedLM(config)
 
 
+def import_ahead() -> None:
+    """Loads transformers' models where they are installed: that takes seconds, and a GPU need not wait for it."""
+    if has_transformers():
+        importlib.import_module("transformers.models.deberta_v2.modeling_deberta_v2")
+        importlib.import_module("transformers.models.modernbert.modeling_modernbert")
+
+
 def has_transformers() -> bool:
     """Whether the package can be imported."""
     return importlib.util.find_spec("transformers") is not None

@@ -9,6 +9,10 @@ import time
 from deberta_dist.benchmark.gpu_worker import Report, Setting
 
 
+def ahead() -> None:
+    print("imported ahead", flush=True)
+
+
 def fine(setting: Setting, report: Report) -> None:
     report.row("answer", {"is": 42.0})
     report.check("error", 0.5, at_most=1.0)

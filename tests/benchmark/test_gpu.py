@@ -19,6 +19,7 @@ from deberta_dist.benchmark.gpu_processes import CRASHED, KILLED, NOT_RUN, Step
 from deberta_dist.benchmark.gpu_worker import DISAGREES, DONE, FAILED, Report, Setting
 from deberta_dist.errors import ConfigError
 
+AHEAD = "tests.benchmark.planted_steps:ahead"
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = Setting(device="cpu", rehearses=True)
 # Steps of one function that a rehearsal cannot tell apart run once; torch.compile takes long.
@@ -47,7 +48,7 @@ def is_gone(pid: int) -> bool:
 
 
 def test_all_right_is_exit_code_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, summary = run(tmp_path, planted("fine"), planted("again", function="fine", alone=True))
+    code, summary = run(tmp_path, planted("fine"), planted("again", function="fine", alone=True, ahead=AHEAD))
     assert code == 0 and summary["wrong"] == [] and summary["device"] == "cpu" and summary["rehearsal"]
     step = json.loads((tmp_path / "again.json").read_text())
     assert step == summary["steps"]["again"] and step["status"] == DONE and step["figures"] == {"answer": {"is": 42.0}}
@@ -55,6 +56,7 @@ def test_all_right_is_exit_code_0(tmp_path: Path, capfd: pytest.CaptureFixture[s
     printed = capfd.readouterr().out
     assert "[fine] answer: is 42" in printed and "chatter" not in printed
     assert "chatter" in (tmp_path / "fine.log").read_text()
+    assert (tmp_path / "again.log").read_text().startswith("imported ahead\n")
 
 
 def test_who_fails_is_named_and_stops_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +81,7 @@ def test_who_fails_is_named_and_stops_nobody(tmp_path: Path, capfd: pytest.Captu
         "not_a_number": DISAGREES,
         "needy": NOT_RUN,
         "spared": NOT_RUN,
-        "no_such_function": FAILED,
+        "no_such_function": CRASHED,
         "fine": DONE,
     }
     assert [line.split(":")[0] for line in summary["wrong"]] == [
@@ -89,7 +91,7 @@ def test_who_fails_is_named_and_stops_nobody(tmp_path: Path, capfd: pytest.Captu
         "raises failed",
         "not_a_number disagrees",
         "needy not run",
-        "no_such_function failed",
+        "no_such_function crashed",
     ]
     assert summary["wrong"][0] == "wrong disagrees: error" and "no_such_package" in summary["wrong"][5]
     assert summary["not_run"] == ["spared: needs no_such_package"]
@@ -112,7 +114,7 @@ def test_the_part_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_step_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     plan = {"step": "hangs", "function": "tests.benchmark.planted_steps:hangs", "options": {}, "device": "cpu"}
-    plan |= {"rehearses": True, "command": []}
+    plan |= {"ahead": None, "rehearses": True, "command": []}
     command = [sys.executable, "-m", "deberta_dist.benchmark.gpu_worker", str(tmp_path), json.dumps(plan)]
     worker = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, process_group=0)
     worker.stdin.write(b"go\n")
