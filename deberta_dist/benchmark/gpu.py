@@ -6,9 +6,9 @@
     python -m deberta_dist.benchmark.gpu --list                 all steps, with their limits
     python -m deberta_dist.benchmark.gpu --rehearse             all of them on a CPU, sizes cut
 
-Every step prints its figures as it finds them and saves DIRECTORY/NAME.json; DIRECTORY/summary.json has all of them and is
-written when a step ends. The exit code is 1 where a number disagrees, or a step failed, was killed or could not run; the last
-lines name it. Most steps need torch, Triton and this checkout; --list says what else.
+Every step prints its figures as it finds them and saves DIRECTORY/NAME.json; DIRECTORY/summary.json has all of them and
+is written when a step ends. The exit code is 1 where a number disagrees, or a step failed, was killed or could not run;
+the last lines name it. Most steps need torch, Triton and this checkout; --list says what else.
 
 For a machine without a package index, on one that has an index:
 
@@ -144,7 +144,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--install", type=Path, metavar="WHEELS", help="use the packages of this folder, offline")
     parser.add_argument("--wheels", type=Path, metavar="DIRECTORY", help="collect those packages there, and run nothing")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser.add_argument("--python", default=version, metavar="X.Y", help="of the machine that they are for (default: %(default)s)")
+    help_text = "of the machine that they are for (default: %(default)s)"
+    parser.add_argument("--python", default=version, metavar="X.Y", help=help_text)
     return parser.parse_args(arguments)
 
 

@@ -22,8 +22,8 @@ from deberta_dist.errors import ConfigError
 AHEAD = "tests.benchmark.planted_steps:ahead"
 ROOT = Path(__file__).resolve().parents[2]
 REHEARSAL = Setting(device="cpu", rehearses=True)
-# Steps of one function that a rehearsal cannot tell apart run once; torch.compile takes long.
-SLOW = {"layer-compiled", "1.5b-compiled", "train-bf16", "attention-fp16"}
+# What takes long, and what a rehearsal cannot tell from another step.
+SLOW = {"layer-compiled", "1.5b-compiled", "1.5b-trainer", "train-bf16", "attention-fp16"}
 SAME = {"attention-2x4096", "attention-4x512", "v3-large-512", "v3-base-4096", "v3-large-4096"}
 STEPS = {step.name: step for part in gpu.PARTS.values() for step in part.steps if step.name not in SAME}
 
