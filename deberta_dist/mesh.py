@@ -154,6 +154,22 @@ class Mesh:
                 self.subgroups[ranks] = group
 
 
+def local_device(launch: Launch) -> torch.device:
+    """Where this rank computes: a GPU of its own, or the CPU where the node has none.
+
+    Raises:
+        ConfigError: when this node has fewer GPUs than ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {launch.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
+            "start at most one rank per GPU (deepspeed --num_gpus)"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
 def start_process_group(*, timeout_minutes: float, init_method: str | None = None) -> torch.device:
     """Joins the process group that the launcher announced and returns the device of this rank.
 
@@ -164,17 +180,11 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
         ConfigError: when this node has fewer GPUs than ranks.
     """
     launch = discover_launch()
-    if torch.cuda.is_available():
-        if launch.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {launch.local_rank} has no GPU of its own: this node has {torch.cuda.device_count()}; "
-                "start at most one rank per GPU (deepspeed --num_gpus)"
-            )
-        device = torch.device("cuda", launch.local_rank)
+    device = local_device(launch)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device = torch.device("cpu")
         backend = "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
             # DeepSpeed's launcher leaves every rank all cores: many times more threads than there are.

@@ -64,6 +64,7 @@ from deberta_dist.config.schema import (
     RunConfig,
     Schedule,
     Training,
+    default_values,
 )
 from deberta_dist.config.section import Section
 from deberta_dist.config.write import write_resolved
@@ -83,6 +84,7 @@ __all__ = [
     "Section",
     "Training",
     "deepspeed_config",
+    "default_values",
     "load_config",
     "precision",
     "read_recipes",

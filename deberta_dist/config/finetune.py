@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
-from deberta_dist.config.section import Count, CountOrNone, Fraction, NotNegative, Positive, Section
+from deberta_dist.config.section import AUTO, Count, CountOrNone, Fraction, NotNegative, Positive, Section
 
 
 class TaskData(Section):
@@ -53,6 +53,10 @@ class FineTuning(Section):
     """``intermediate``: where --intermediate is given, start from the model that it made."""
     recompute: Literal["none", "full", "selective"] = "none"
     """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    attention: Literal["auto", "fused", "portable", "reference"] = AUTO
+    """Who computes the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device),
+    ``reference`` (the formula, slow), or ``auto``: the fastest that can, with a warning where a GPU could have had the
+    fused one. Any other word is a must: the start is refused where it cannot be had."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 

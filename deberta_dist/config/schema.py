@@ -6,7 +6,7 @@ number of processes are in ``resolve.py``. ``[data]`` has its own file, ``data.p
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, PrivateAttr, model_validator
 
@@ -72,6 +72,10 @@ class Training(Section):
     compile: bool = False
     """Dropout, residual and LayerNorm as one kernel made by torch.compile in the first step (up to a minute). Needs Triton
     on a GPU, a C++ compiler on a CPU. The dry run's memory is that without it."""
+    attention: Literal["auto", "fused", "portable", "reference"] = AUTO
+    """Who computes the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device),
+    ``reference`` (the formula, slow), or ``auto``: the fastest that can, with a warning where a GPU could have had the
+    fused one. Any other word is a must: the start is refused where it cannot be had."""
     vocabulary_chunks: Count = 1
     """Parts in which the head makes the logits, with more than one a second time in the backward pass: their memory
     divided by as much, for a third more products in the head."""
@@ -206,3 +210,14 @@ class RunConfig(Section):
         if warmup > steps:
             raise ValueError(f"schedule.warmup_steps = {warmup} is more than training.max_steps = {steps}")
         return self
+
+
+def default_values() -> dict[str, Any]:
+    """``section.key`` -> default, as JSON has it, of every key of a pre-training TOML that may be left out."""
+    defaults = {}
+    for section, table in RunConfig.model_fields.items():
+        for key, field in table.annotation.model_fields.items():
+            if not field.is_required():
+                value = field.get_default(call_default_factory=True)
+                defaults[f"{section}.{key}"] = list(value) if isinstance(value, tuple) else value
+    return defaults

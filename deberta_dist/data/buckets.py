@@ -187,7 +187,17 @@ class BucketedData:
         bucket, before = self.mixture.at(step)
         rows, misfit = divmod(self.mixture.sequences_per_step(bucket) * count, self.samples_per_step)
         assert misfit == 0, "a micro-batch's tokens are a multiple of every length"
-        sources, firsts = self.mixture.sources_at(bucket, before + part * rows, rows)
+        return self.of_bucket(bucket, before + part * rows, rows)
+
+    def of_bucket(self, bucket: int, start: int, count: int) -> Batch | None:
+        """The sequences of a bucket at positions start .. start + count - 1 of it; None if it is empty.
+
+        Raises:
+            DataError: as ``PieceData.batch``.
+        """
+        if self.mixture.bucket_shares[bucket] == 0:
+            return None
+        sources, firsts = self.mixture.sources_at(bucket, start, count)
         numbers, places, parts = torch.tensor(sources), [], []
         for number in numbers.unique().tolist():
             places.append(torch.nonzero(numbers == number)[:, 0])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deberta_dist.data.pinned import PinnedTensors, to_device
 from deberta_dist.data.sampler import Permutation
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.tasks.encoding import Example, Features, has_choices
@@ -36,6 +37,7 @@ class TaskBatch:
         is_choice: bool [D, C]: false where a decision has fewer choices than another.
         gold: bool [D, C].
         has_choices: Whether a sequence scores one choice instead of all classes.
+        pinned: Where all of them lie, for a GPU.
     """
 
     input_ids: Tensor
@@ -45,17 +47,32 @@ class TaskBatch:
     is_choice: Tensor
     gold: Tensor
     has_choices: bool
+    pinned: PinnedTensors | None = None
+
+    def ahead_of(self, device: torch.device) -> "TaskBatch":
+        """The same, ready to be copied to a device at once; called ahead of the step, in another thread."""
+        if device.type == "cpu":
+            return self
+        pinned = PinnedTensors(self._tensors())
+        return TaskBatch(*pinned.tensors, self.has_choices, pinned)
 
     def to(self, device: torch.device) -> "TaskBatch":
-        """The same on a device."""
-        tensors = (self.input_ids, self.attention_mask, self.token_type_ids, self.slots, self.is_choice, self.gold)
-        return TaskBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.has_choices)
+        """The same on a device, by one copy; does not wait for it."""
+        if device.type == "cpu":
+            return self
+        tensors = to_device(self._tensors(), device) if self.pinned is None else self.pinned.to(device)
+        return TaskBatch(*tensors, self.has_choices)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.input_ids, self.attention_mask, self.token_type_ids, self.slots, self.is_choice, self.gold
 
     def decision_logits(self, logits: Tensor) -> Tensor:
         """Logits of sequences [N, outputs] -> float32 of decisions [D, C], the mean over windows."""
         decisions, width = self.is_choice.shape
         slots = decisions * width if self.has_choices else decisions
-        counts = torch.bincount(self.slots, minlength=slots).clamp(min=1)
+        # Not bincount, which waits for the device to know how many there are.
+        counts = torch.zeros(slots, device=logits.device).index_add(0, self.slots, torch.ones_like(self.slots).float())
+        counts = counts.clamp(min=1)
         sums = torch.zeros(slots, logits.shape[-1], device=logits.device).index_add(0, self.slots, logits.float())
         return (sums / counts[:, None]).view(decisions, width).masked_fill(~self.is_choice, _NO_CHOICE)
 

@@ -19,7 +19,9 @@ from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
-from deberta_dist.mesh import discover_launch, make_mesh, start_process_group
+from deberta_dist.mesh import discover_launch, local_device, make_mesh, start_process_group
+from deberta_dist.models.attention_choice import require_attention
+from deberta_dist.planning.layout import DTYPES
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
 from deberta_dist.tasks.registry import TASKS
@@ -55,6 +57,15 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     if any(precision(plan.deepspeed) == "fp16" for plan in plans) and not torch.cuda.is_available():
         raise ConfigError(
             f"run.deepspeed = {plans[0].config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
+        )
+    device = local_device(launch)
+    for plan in plans:
+        require_attention(
+            plan.config.training.attention,
+            plan.model_config,
+            dtype=DTYPES[precision(plan.deepspeed)],
+            device=device,
+            where=f"{plan.config.source}: training.attention",
         )
     if (plans[0].config.run.directory / CHECKPOINTS_NAME).exists():
         raise ConfigError(f"run.directory = {plans[0].config.run.directory} holds a pre-training run: name another one")

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
 from deberta_dist.mesh import Mesh
@@ -83,11 +84,11 @@ class FineTuner:
                 sums += self._one(batch.to(self._mesh.device), key=key, scale=scale, loss_scale=loss_scale)
             return sums
 
-        count = torch.tensor(num_decisions, device=self._mesh.device)
+        count = torch.full((), num_decisions, device=self._mesh.device)
         totals, grad_norm = optimizer_step(
             self.model, mesh=self._mesh, count=count, learning_rate=learning_rate, forward_backward=forward_backward
         )
-        loss, sift_loss, correct, _ = (totals / num_decisions).tolist()
+        loss, sift_loss, correct, _ = (total / num_decisions for total in totals)
         return FineTuneResult(loss, None if self._sift is None else sift_loss, correct, grad_norm, int(totals[3]))
 
     def _one(self, batch: TaskBatch, *, key: int, scale: Tensor, loss_scale: float) -> Tensor:
@@ -103,6 +104,7 @@ class FineTuner:
             logits, adversarial = self._sift.passes(forward, key=key, loss_scale=loss_scale)
         losses = decision_loss(logits, batch.gold)
         ((losses.sum() + self._weight * adversarial.sum()) * scale).backward()
+        self.model.accumulate()
         correct = batch.gold.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
         tokens = batch.attention_mask.sum()
         return torch.stack([losses.detach().sum(), adversarial.detach().sum(), correct.float(), tokens.float()])
@@ -151,12 +153,10 @@ class FineTuner:
         shape, here = self._mesh.shape, self._mesh.coordinate
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
-            ids, mask, types = (
-                tensor.to(self._mesh.device)
-                for tensor in pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
-            )
+            padded = pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
+            ids, mask, types, places = to_device([*padded, torch.tensor(own)], self._mesh.device)
             output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
-            logits[own] = output.logits.float()
+            logits.index_copy_(0, places, output.logits.float())
         dist.all_reduce(logits, group=self._mesh.groups["data"])
         if not logits.isfinite().all():
             raise DivergedError(

@@ -17,7 +17,8 @@ from deberta_dist.finetuning.folder import IDENTITY, TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.mesh import Mesh
-from deberta_dist.planning.layout import meta_classifier
+from deberta_dist.models.attention_choice import describe_attention, set_attention
+from deberta_dist.planning.layout import DTYPES, meta_classifier
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.encoding import has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI
@@ -60,7 +61,7 @@ def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dic
         intermediate: Whether the task starts from a model that was trained on MNLI in between.
     """
     settings = plan.config.model_dump(mode="json", exclude={"run", "parallel"})
-    for key in ("seed", "seeds", "log_every_steps", "recompute", "start"):
+    for key in ("seed", "seeds", "log_every_steps", "recompute", "attention", "start"):
         del settings["training"][key]
     del settings["evaluation"]["batch_size"]
     return {
@@ -99,11 +100,14 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         print_every=plan.config.training.log_every_steps,
     )
     log.say(f"{plan.task.name}, seed {seed}: {start.origin(plan.labels)}")
+    attention, dtype = plan.config.training.attention, DTYPES[precision(plan.deepspeed)]
+    log.say(describe_attention(attention, plan.model_config, dtype=dtype, device=mesh.device))
     if is_writer:
         write_resolved(plan.config, plan.deepspeed, folder.unfinished)
     layout = plan.layout
     model = meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task))
     model.recompute = plan.config.training.recompute
+    set_attention(model, attention)
     sharded = build_sharded_model(
         model,
         layout=layout,
@@ -164,7 +168,8 @@ def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh
     def make_batches(step: int) -> tuple[int, list[tuple[int, TaskBatch]]]:
         all_of_it = order.micro_batches(step)
         own = dealt(len(all_of_it), rank=mesh.coordinate.data, size=mesh.shape.data)
-        batches = [(i, collate(train, all_of_it[i], pad_id=tuner.pad_id, sep_id=tuner.sep_id)) for i in own]
+        ids = {"pad_id": tuner.pad_id, "sep_id": tuner.sep_id}
+        batches = [(i, collate(train, all_of_it[i], **ids).ahead_of(mesh.device)) for i in own]
         return sum(map(len, all_of_it)), batches
 
     with Prefetcher(make_batches, start=0, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:

@@ -1,16 +1,18 @@
 """The disentangled attention operator, behind one function."""
 
 from deberta_dist.kernels.attention import disentangled_attention
-from deberta_dist.kernels.choice import describe_choice, prefers_position_scores
+from deberta_dist.kernels.choice import IMPLEMENTATIONS, prefers_position_scores
+from deberta_dist.kernels.fused import unavailable_reason
 from deberta_dist.kernels.operands import attention_scale, position_scores
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "AttentionMask",
     "RelativePositions",
     "attention_scale",
-    "describe_choice",
     "disentangled_attention",
     "position_scores",
     "prefers_position_scores",
+    "unavailable_reason",
 ]

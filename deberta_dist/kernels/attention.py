@@ -35,6 +35,7 @@ def disentangled_attention(
     mask: AttentionMask | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int = 0,
+    counted_queries: int | None = None,
     recompute: bool = False,
     return_probabilities: bool = False,
     implementation: str | None = None,
@@ -56,6 +57,7 @@ def disentangled_attention(
         mask: who sees whom; a query that sees no key gets exactly zero.
         dropout_p: share of probabilities to drop, in [0, 1).
         dropout_seed: decides which (see `kernels.dropout`); 64 bits.
+        counted_queries: what is dropped is as if there were so many queries, and those behind them padding; absent: all.
         recompute: keep nothing of size Q x S for the backward pass, which computes the probabilities again; the fused
             implementation never does otherwise.
         return_probabilities: also return the probabilities, before dropout; the reference computes them.
@@ -86,6 +88,7 @@ def disentangled_attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         recompute=recompute,
+        counted_queries=counted_queries,
     )
     if implementation == "reference":
         context, probabilities = reference_attention(*operands, call)

@@ -50,15 +50,17 @@ def chosen_implementation(
     return "fused" if reason is None and are_alike else "portable"
 
 
-def prefers_position_scores(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> bool:
+def prefers_position_scores(
+    key_BNSH: Tensor,
+    *,
+    positions: RelativePositions,
+    mask: AttentionMask | None,
+    implementation: str | None = None,
+) -> bool:
     """Whether who attends to the same keys more than once should make their `position_scores` ahead.
 
     The fused attention keeps no products of that size: it makes them for each call.
     """
+    if implementation is not None:
+        return implementation != "fused"
     return unavailable_reason(key_BNSH, positions=positions, mask=mask) is not None
-
-
-def describe_choice(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> str:
-    """What such keys are attended to by, in words."""
-    reason = unavailable_reason(key_BNSH, positions=positions, mask=mask)
-    return "fused" if reason is None else f"portable ({reason})"

@@ -45,15 +45,31 @@ def threshold(p: float) -> int:
 
 
 def row_words(
-    seed: int, *, batch: slice, heads: slice, num_heads: int, num_queries: int, device: torch.device
+    seed: int,
+    *,
+    batch: slice,
+    heads: slice,
+    num_heads: int,
+    num_queries: int,
+    counted: int | None = None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The two 32-bit words of every row, int32 [n, b, Q, 1] each, for n of N ``heads`` and b samples, ``batch``."""
+    """The two 32-bit words of every row, int32 [n, b, Q, 1] each, for n of N ``heads`` and b samples, ``batch``.
 
-    def counted(part: slice) -> Tensor:
+    The words are those of ``counted`` queries, absent: of all; rows of further ones, padding, repeat words of others.
+    """
+
+    def numbers(part: slice) -> Tensor:
         return torch.arange(part.start, part.stop, device=device)
 
-    rows = (counted(batch)[None, :, None] * num_heads + counted(heads)[:, None, None]) * num_queries
-    state = (rows + counted(slice(1, num_queries + 1))) * signed(GOLDEN) + signed(seed)
+    rows_before = num_queries if counted is None else counted
+    rows = (numbers(batch)[None, :, None] * num_heads + numbers(heads)[:, None, None]) * rows_before
+    return words_of_rows(rows + numbers(slice(0, num_queries)), seed)
+
+
+def words_of_rows(numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The two 32-bit words of rows by their numbers, int64 [...] -> int32 [..., 1] each."""
+    state = (numbers + 1) * signed(GOLDEN) + signed(seed)
     # torch shifts arithmetically; splitmix64 shifts in zeros.
     for shift, factor in zip((30, 27), FACTORS, strict=True):
         state = (state ^ (state >> shift & (1 << 64 - shift) - 1)) * signed(factor)
@@ -82,12 +98,20 @@ def drop_words_(words: Tensor, spare: Tensor, rows: tuple[Tensor, Tensor], *, p:
     return words.bitwise_right_shift_(1).sub_(threshold(p))
 
 
-def dropped(seed: int, *, p: float, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    """Where to drop, bool [B, N, Q, S]."""
+def dropped(
+    seed: int, *, p: float, shape: tuple[int, int, int, int], device: torch.device, counted: int | None = None
+) -> Tensor:
+    """Where to drop, bool [B, N, Q, S]; ``counted`` as of `row_words`."""
     batch, heads, queries, keys = shape
     words = torch.empty(heads, batch, queries, keys, dtype=torch.int32, device=device)
     rows = row_words(
-        seed, batch=slice(0, batch), heads=slice(0, heads), num_heads=heads, num_queries=queries, device=device
+        seed,
+        batch=slice(0, batch),
+        heads=slice(0, heads),
+        num_heads=heads,
+        num_queries=queries,
+        counted=counted,
+        device=device,
     )
     return (drop_words_(words, torch.empty_like(words), rows, p=p) < 0).transpose(0, 1)
 

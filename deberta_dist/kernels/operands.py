@@ -21,7 +21,7 @@ class AttentionCall:
 
     Attributes:
         scale: of all scores.
-        positions, mask, dropout_p, dropout_seed, recompute: see there.
+        positions, mask, dropout_p, dropout_seed, recompute, counted_queries: see there.
     """
 
     scale: float
@@ -30,6 +30,7 @@ class AttentionCall:
     dropout_p: float
     dropout_seed: int
     recompute: bool
+    counted_queries: int | None = None
 
 
 def attention_scale(head_size: int, *, has_c2p: bool, has_p2c: bool) -> float:

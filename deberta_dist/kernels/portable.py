@@ -238,6 +238,7 @@ class _Work:
             heads=chunk.heads,
             num_heads=self._query.shape[1],
             num_queries=self._query.shape[2],
+            counted=self._call.counted_queries,
             device=probabilities.device,
         )
         words, spare = (self._workspace(name, probabilities.shape, torch.int32) for name in ("words", "spare"))

@@ -46,6 +46,8 @@ def reference_attention(
         probabilities = probabilities.masked_fill(unseen, 0.0)
     attended = probabilities.to(value_BNSH.dtype)
     if call.dropout_p > 0.0:
-        is_dropped = dropped(call.dropout_seed, p=call.dropout_p, shape=shape, device=query.device)
+        is_dropped = dropped(
+            call.dropout_seed, p=call.dropout_p, shape=shape, device=query.device, counted=call.counted_queries
+        )
         attended = attended.masked_fill(is_dropped, 0.0) / kept_share(call.dropout_p)
     return torch.matmul(attended, value_BNSH), probabilities

@@ -11,6 +11,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.joint_linear import Linear
 from deberta_dist.models.layers import ACTIVATIONS
 from deberta_dist.models.positions import visibility
 from deberta_dist.models.published_state import accept_published_weights
@@ -21,7 +22,7 @@ class Pooler(nn.Module):
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(config.pooler_dropout, site=sites.POOLER_SITE)
         self.activation = ACTIVATIONS[config.pooler_hidden_act]
 
@@ -77,7 +78,7 @@ class DebertaForSequenceClassification(_WithBackbone):
         self.pooler = Pooler(config)
         rate = config.hidden_dropout_prob if config.cls_drop_out is None else config.cls_drop_out
         self.dropout = Dropout(rate, site=sites.CLASSIFIER_SITE)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        self.classifier = Linear(config.hidden_size, num_labels)
         initialise_(self, seed=seed, std=config.initializer_range)
 
     def forward(
@@ -118,10 +119,10 @@ class ReplacedTokenHead(nn.Module):
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.classifier = Linear(config.hidden_size, 1)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         x = self.LayerNorm(hidden_BSD + hidden_BSD[:, :1])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from deberta_dist.models.joint_linear import add_product_, is_asked_for, main_grad
+
 ELEMENTS_AT_ONCE_ON_CPU = 2**19
 """Logits whose float32 copies stay in a core's cache."""
 ELEMENTS_AT_ONCE = 2**23
@@ -178,7 +180,7 @@ class _OfProduct(torch.autograd.Function):
         loss_T, is_hit_T, *softmax = running.finish()
         ctx.save_for_backward(hidden_TW, weight_VW, bias_V, labels_T, *softmax)
         ctx.logits_TC = logits_TC if len(chunks) == 1 else None
-        ctx.module, ctx.chunks = module, chunks
+        ctx.module, ctx.chunks, ctx.parameter = module, chunks, weight_VW
         ctx.mark_non_differentiable(is_hit_T)
         return loss_T, is_hit_T
 
@@ -189,9 +191,14 @@ class _OfProduct(torch.autograd.Function):
             raise RuntimeError("the gradient was written over the logits: this backward pass can be run once")
         hidden_TW, weight_VW, bias_V, labels_T, *softmax = ctx.saved_tensors
         d_hidden_TW = torch.zeros_like(hidden_TW, dtype=_wide_dtype(hidden_TW.dtype))
-        d_weight_VW, d_bias_V = torch.empty_like(weight_VW), torch.empty_like(bias_V)
         num_real = _num_real(ctx.module, weight_VW.shape[0])
-        d_weight_VW[num_real:], d_bias_V[num_real:] = 0.0, 0.0
+        total_VW = main_grad(ctx.parameter)
+        adds = total_VW is not None and is_asked_for(ctx.parameter)
+        d_weight_VW = torch.empty_like(weight_VW) if total_VW is None else None
+        d_bias_V = torch.empty_like(bias_V, dtype=None if total_VW is None else total_VW.dtype)
+        for gradient in (d_weight_VW, d_bias_V):
+            if gradient is not None and num_real < len(gradient):
+                gradient[num_real:] = 0.0
         for rows in ctx.chunks:
             logits_TC = ctx.logits_TC
             if logits_TC is None:
@@ -207,8 +214,11 @@ class _OfProduct(torch.autograd.Function):
             d_hidden_TW += logits_TC @ weight_VW[rows]
             for at_once in _parts(rows, ROWS_AT_ONCE_ON_CPU if hidden_TW.device.type == "cpu" else num_real):
                 columns = slice(at_once.start - rows.start, at_once.stop - rows.start)
-                torch.mm(logits_TC[:, columns].T, hidden_TW, out=d_weight_VW[at_once])
-            torch.sum(logits_TC, dim=0, out=d_bias_V[rows])
+                if adds:
+                    add_product_(total_VW[at_once], logits_TC[:, columns].T, hidden_TW)
+                elif d_weight_VW is not None:
+                    torch.mm(logits_TC[:, columns].T, hidden_TW, out=d_weight_VW[at_once])
+            torch.sum(logits_TC, dim=0, dtype=d_bias_V.dtype, out=d_bias_V[rows])
         ctx.logits_TC = ctx.chunks = None
         return d_hidden_TW.to(hidden_TW.dtype), d_weight_VW, d_bias_V, None, None, None
 

@@ -2,6 +2,9 @@
 
 A mask depends on (key, site, shard) alone: recomputed activations, a resumed run and another cut of the
 layers see the same masks. Callers pass the key down; every level derives its children's with `mix_key`.
+
+Its numbers are drawn from a generator on a CPU, and are functions of row and column on a GPU (`kernels.rows`), where a
+kernel makes them as it needs them. So the two kinds of device drop other elements.
 """
 
 import math
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.kernels.dropout import mix_key
+from deberta_dist.kernels.rows import RowNumbers, row_dropout
 
 ATTENTION_SITE, POSITION_SITE, ATTENTION_OUTPUT_SITE, LAYER_OUTPUT_SITE = 0, 1, 2, 3
 CONVOLUTION_SITE, EMBEDDING_SITE, POOLER_SITE, CLASSIFIER_SITE = 4, 5, 6, 7
@@ -56,27 +60,48 @@ class Dropout(nn.Module):
         """1 / (1 - p) for the rate that 16 bits can express: of p itself the expectation would be off by up to 1e-5."""
         return 65536 / (32768 - self.limit)
 
-    def forward(self, x: Tensor, key: int | None) -> Tensor:
-        """Drops in training mode; ``key`` None draws from torch's global generator."""
+    def forward(self, x: Tensor, key: int | None, *, width: int | None = None) -> Tensor:
+        """Drops in training mode.
+
+        Args:
+            x: any shape; where the sequence is split or padded, [B, T, D].
+            key: None draws from torch's global generator.
+            width: rows of a sample that count, where some of T behind them are padding.
+        """
         if not self.drops:
             return x
         if key is None:
             return F.dropout(x, self.p)
-        return (x * self.scale).masked_fill_(self.numbers(x, key) < self.limit, 0.0)
+        if x.device.type == "cuda":
+            return row_dropout(x, p=self.p, seed=self.seed(key), numbers=self.row_numbers(x, width))
+        return (x * self.scale).masked_fill_(self.numbers(x, key, width=width) < self.limit, 0.0)
 
-    def numbers(self, x: Tensor, key: int) -> Tensor:
-        """A number of 16 bits for every element, int16 [as ``x``]."""
-        # Four per word: Bernoulli draws cost more than the product whose result they mask.
+    def row_numbers(self, x: Tensor, width: int | None = None) -> RowNumbers:
+        """What the rows of ``x``, flattened, are in the whole activation without padding."""
         part, parts = self.sequence_part
-        count = x.numel() * parts
-        words = self.draw_words(math.ceil(count / 4), key, device=x.device)
-        numbers = words.view(torch.int16)[:count]
+        if parts > 1:
+            return RowNumbers(x.shape[1], parts * x.shape[1], part * x.shape[1])
+        return RowNumbers() if width is None or width == x.shape[1] else RowNumbers(x.shape[1], width, 0)
+
+    def numbers(self, x: Tensor, key: int, *, width: int | None = None) -> Tensor:
+        """A number of 16 bits for every element, drawn, int16 [as ``x``]."""
+        (part, parts), counted = self.sequence_part, None
         if parts > 1:
             # Drawn for the whole activation, as every rank does where nothing is split: a generator cannot be entered in
-            # its middle on every device, and what is drawn costs less than what it masks.
-            batch, length = x.shape[:2]
-            numbers = numbers.view(batch, parts * length, *x.shape[2:]).narrow(1, part * length, length)
-        return numbers.view(x.shape)
+            # its middle.
+            counted = x.shape[1] * parts
+        elif width is not None and width != x.shape[1]:
+            counted = width
+        count = x.numel() if counted is None else x.numel() // x.shape[1] * counted
+        # Four per word: Bernoulli draws cost more than the product whose result they mask.
+        words = self.draw_words(math.ceil(count / 4), key, device=x.device)
+        numbers = words.view(torch.int16)[:count]
+        if counted is None:
+            return numbers.view(x.shape)
+        numbers = numbers.view(x.shape[0], counted, *x.shape[2:])
+        if parts > 1:
+            return numbers.narrow(1, part * x.shape[1], x.shape[1])
+        return F.pad(numbers, (0, 0, 0, x.shape[1] - counted))
 
     def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
         """``count`` words of 64 random bits, int64."""

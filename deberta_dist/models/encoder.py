@@ -15,6 +15,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.joint_linear import Linear
 from deberta_dist.models.layers import Layer
 from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
@@ -39,7 +40,7 @@ class Embeddings(nn.Module):
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         else:
             self.token_type_embeddings = None
-        self.embed_proj = nn.Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
+        self.embed_proj = Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.EMBEDDING_SITE)
         self.own_tokens = nn.Identity()

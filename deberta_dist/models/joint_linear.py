@@ -1,8 +1,12 @@
-"""Several linear layers of one input as one product, where their weights lie one behind the other in memory.
+"""Linear layers: several of one input as one product, and gradients that their own product adds up.
 
-Nothing is concatenated: the weights stay parameters of their own under their published names, and lie so because
-`join_` has laid them so or because a flat buffer of weights keeps the order of the modules. Elsewhere each layer makes
-its own product.
+Several as one, where their weights lie one behind the other in memory: nothing is concatenated, the weights stay
+parameters of their own under their published names, and lie so because `join_` has laid them so or because a flat buffer of
+weights keeps the order of the modules. Elsewhere each layer makes its own product.
+
+A weight with an attribute ``main_grad``, float32 of its shape, has its gradient added there by the product that makes it
+(beta = 1), in float32, and none left to autograd: 8 bytes a weight move, where a 16-bit gradient that is made, converted
+and added moves 20. ``main_grad`` is Megatron's word. Biases are left to autograd, their sums in float32.
 
 An input that can be made again is not kept for the backward pass. Whoever makes such a tensor sets its attribute
 ``made_from`` to (what is kept instead, a function of that which begins to make it and returns something with ``wait()``).
@@ -18,12 +22,55 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Linear(nn.Linear):
+    """y = x W^T + b, as `multiply` does it.
+
+    Attributes:
+        multiply: For layers that take its place and have a part of its weight.
+    """
+
+    @staticmethod
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b of ``x`` [..., D]; adds up the weight's gradient where it has a ``main_grad``."""
+        if main_grad(weight) is None:
+            return F.linear(x, weight, bias)
+        (y,) = _Product.apply(x, x, None, 1, weight, bias)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        """x W^T, for who adds the bias in a pass of their own."""
+        return self.multiply(x, self.weight)
+
+
+def main_grad(parameter: Tensor) -> Tensor | None:
+    """Where products add the parameter's gradient; None where autograd has it."""
+    return getattr(parameter, "main_grad", None)
+
+
+def is_asked_for(parameter: Tensor) -> bool:
+    """Whether the backward pass that runs leads to the parameter: not where others' gradients alone are asked for."""
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, of matrices; the sums and ``total`` are float32 (float64), the factors of 16 bits or as wide."""
+    if left.dtype == total.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif left.device.type == "cpu":  # has no such product
+        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+    else:
+        torch.addmm(total, left, right, total.dtype, out=total)
+
+
 def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of ``layers`` makes of ``x`` [..., D]: [..., E] each, slices of one tensor where there was one product."""
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     kept, make = getattr(x, "made_from", (None, None))
-    if make is not None:
-        return _MadeAgain.apply(x, kept, make, len(layers), *weights, *biases)
+    if make is not None or main_grad(weights[0]) is not None:
+        return _Product.apply(x, x if kept is None else kept, make, len(layers), *weights, *biases)
     # Under autocast a product chooses its own precision.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -100,39 +147,69 @@ class _Apart(torch.autograd.Function):
         return _side_by_side(gradients), None
 
 
-class _MadeAgain(torch.autograd.Function):
-    """One product of an input that is not kept."""
+class _Product(torch.autograd.Function):
+    """One product, of an input that is not kept or of weights whose gradients it adds up."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         kept: Tensor,
-        make: Callable[[Tensor], Any],
+        make: Callable[[Tensor], Any] | None,
         num_layers: int,
-        *parameters: Tensor,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
         ctx.save_for_backward(kept, *weights)
-        ctx.make = make
-        outputs = F.linear(x, _together(weights), _together(biases))
+        ctx.make, ctx.parameters = make, parameters
+        bias = None if biases[0] is None else _together(biases)
+        outputs = F.linear(x, _together(weights), bias)
         return outputs.split([weight.shape[0] for weight in weights], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("an input that is made again was differentiated with create_graph=True; it has no second derivative")
+            raise RuntimeError(
+                "an input that is made again, or a weight with a main_grad, was differentiated with create_graph=True; "
+                "they have no second derivative"
+            )
         kept, *weights = ctx.saved_tensors
-        x_again = ctx.make(kept)
-        sizes = [weight.shape[0] for weight in weights]
+        x = kept if ctx.make is None else ctx.make(kept)
         gradient = _side_by_side(gradients)
         rows = gradient.flatten(0, -2)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = (rows @ _together(weights)).view(*gradient.shape[:-1], -1)
-        x = x_again.wait()  # it was on its way during the product above
-        d_weights = d_biases = [None] * len(weights)
-        if any(ctx.needs_input_grad[2:]):
-            d_weights = (rows.T @ x.flatten(0, -2)).split(sizes)
-            d_biases = rows.sum(dim=0).split(sizes)
-        return d_x, None, None, None, *d_weights, *d_biases
+        x = (x if ctx.make is None else x.wait()).flatten(0, -2)  # it was on its way during the product above
+        parameters = ctx.parameters
+        has_bias = parameters[-1] is not None
+        if main_grad(parameters[0]) is None:
+            d_weights, d_biases = _parameter_gradients(rows, x, weights, needs=any(ctx.needs_input_grad[2:]))
+        else:
+            d_weights, d_biases = _added_gradients(rows, x, parameters[: len(weights)], has_bias=has_bias)
+        return d_x, None, None, None, *d_weights, *(d_biases if has_bias else [None] * len(weights))
+
+
+def _parameter_gradients(
+    rows: Tensor, x: Tensor, weights: Sequence[Tensor], *, needs: bool
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Gradients of weights and biases, for autograd."""
+    if not needs:
+        return [None] * len(weights), [None] * len(weights)
+    sizes = [weight.shape[0] for weight in weights]
+    return (rows.T @ x).split(sizes), rows.sum(dim=0).split(sizes)
+
+
+def _added_gradients(
+    rows: Tensor, x: Tensor, weights: Sequence[Tensor], *, has_bias: bool
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """None, for gradients of weights that have been added, and gradients of biases."""
+    nothing = [None] * len(weights)
+    if not is_asked_for(weights[0]):
+        return nothing, nothing
+    totals, sizes = [main_grad(weight) for weight in weights], [weight.shape[0] for weight in weights]
+    whole = adjacent(totals)
+    parts = [(whole, rows)] if whole is not None else zip(totals, rows.split(sizes, dim=-1), strict=True)
+    for total, part in parts:
+        add_product_(total, part.T, x)
+    return nothing, rows.sum(dim=0, dtype=totals[0].dtype).split(sizes) if has_bias else nothing

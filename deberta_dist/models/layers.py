@@ -28,7 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.joint_linear import join_, joint_linear
+from deberta_dist.models.joint_linear import Linear, join_, joint_linear
 from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,7 +57,11 @@ class AttentionMemory(NamedTuple):
 
 
 class DisentangledSelfAttention(nn.Module):
-    """Projections around `kernels.disentangled_attention`."""
+    """Projections around `kernels.disentangled_attention`.
+
+    Attributes:
+        implementation: who computes it, one of `kernels.IMPLEMENTATIONS`; None: the fastest that can.
+    """
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -65,17 +69,18 @@ class DisentangledSelfAttention(nn.Module):
         self.has_c2p = "c2p" in config.pos_att_type
         self.has_p2c = "p2c" in config.pos_att_type
         self.enter = nn.Identity()
-        self.query_proj = nn.Linear(config.hidden_size, config.all_head_size)
-        self.key_proj = nn.Linear(config.hidden_size, config.all_head_size)
-        self.value_proj = nn.Linear(config.hidden_size, config.all_head_size)
+        self.query_proj = Linear(config.hidden_size, config.all_head_size)
+        self.key_proj = Linear(config.hidden_size, config.all_head_size)
+        self.value_proj = Linear(config.hidden_size, config.all_head_size)
         self.share_att_key = config.share_att_key
         if not config.share_att_key:
             if self.has_c2p:
-                self.pos_key_proj = nn.Linear(config.hidden_size, config.all_head_size)
+                self.pos_key_proj = Linear(config.hidden_size, config.all_head_size)
             if self.has_p2c:
-                self.pos_query_proj = nn.Linear(config.hidden_size, config.all_head_size)
+                self.pos_query_proj = Linear(config.hidden_size, config.all_head_size)
         self.pos_dropout = Dropout(config.hidden_dropout_prob, site=sites.POSITION_SITE)
         self.dropout = Dropout(config.attention_probs_dropout_prob, site=sites.ATTENTION_SITE)
+        self.implementation: str | None = None
         self._join_weights()
 
     def queries(self, entered_BQD: Tensor) -> Tensor:
@@ -109,7 +114,8 @@ class DisentangledSelfAttention(nn.Module):
         """``memory`` for repeated `attend`: where it helps, the products of keys and relative table are made once."""
         if memory.rel_query_NRH is None:
             return memory
-        if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask):
+        asked = self.implementation
+        if not prefers_position_scores(memory.key_BNSH, positions=positions, mask=mask, implementation=asked):
             return memory
         scale = attention_scale(self.head_size, has_c2p=self.has_c2p, has_p2c=True)
         p2c = position_scores(memory.key_BNSH, memory.rel_query_NRH, scale=scale)
@@ -125,8 +131,9 @@ class DisentangledSelfAttention(nn.Module):
         dropout_key: int | None,
         recompute_mode: str = "none",
         return_probabilities: bool = False,
+        width: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, Q, N * H] of `queries`; probabilities if asked for."""
+        """Context [B, Q, N * H] of `queries`, of which ``width`` count; probabilities if asked for."""
         drops = self.training and self.dropout.p > 0.0
         context, probabilities = disentangled_attention(
             query_BNQH,
@@ -139,8 +146,10 @@ class DisentangledSelfAttention(nn.Module):
             mask=mask,
             dropout_p=self.dropout.p if drops else 0.0,
             dropout_seed=self.dropout.seed(dropout_key) if drops else 0,
+            counted_queries=width,
             recompute=recompute_mode == "selective" and self.training,
             return_probabilities=return_probabilities,
+            implementation=self.implementation,
         )
         return context.transpose(1, 2).flatten(2), probabilities
 
@@ -184,7 +193,7 @@ class Intermediate(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         self.enter = nn.Identity()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,11 +258,14 @@ class Layer(nn.Module):
         mask: AttentionMask | None,
         dropout_key: int | None,
         recompute_mode: str = "none",
+        width: int | None = None,
     ) -> Tensor:
         """Passes of this layer over queries of their own, each the next one's queries, all attending to ``hidden_BSD``.
 
         Keys, values, projected table and the products of keys with it are made once. So all passes share one dropout
         mask on the table, where the published code draws one each; all other masks differ between passes.
+
+        ``width`` queries of each sample count; masks are as if there were no others behind them.
         """
         attention = self.attention.self
         memory = attention.memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
@@ -267,10 +279,13 @@ class Layer(nn.Module):
                 mask=mask,
                 dropout_key=pass_key,
                 recompute_mode=recompute_mode,
+                width=width,
             )
-            query_BQD = self._after_attention(context, query_BQD, dropout_key=pass_key)
+            query_BQD = self._after_attention(context, query_BQD, dropout_key=pass_key, width=width)
         return query_BQD
 
-    def _after_attention(self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None) -> Tensor:
-        attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key)
-        return self.output(self.intermediate(attended), attended, dropout_key=dropout_key)
+    def _after_attention(
+        self, context_BQD: Tensor, residual_BQD: Tensor, *, dropout_key: int | None, width: int | None = None
+    ) -> Tensor:
+        attended = self.attention.output(context_BQD, residual_BQD, dropout_key=dropout_key, width=width)
+        return self.output(self.intermediate(attended), attended, dropout_key=dropout_key, width=width)

@@ -1,6 +1,6 @@
 """Masked language modelling with the enhanced mask decoder, whole or as one stage of several.
 
-Letters: B batch, S sequence, D hidden, T targets (padded per sample in [B, T], all of the batch in [T]), V vocabulary.
+Letters: B batch, S sequence, D hidden, T targets of a sample and P of the batch (both padded), V vocabulary.
 
 Source: arXiv 2006.03654 section 3.2; microsoft/DeBERTa DeBERTa/apps/models/masked_language_model.py@4d7fe0bd.
 """
@@ -17,11 +17,13 @@ from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
+from deberta_dist.models.joint_linear import main_grad
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
-from deberta_dist.models.positions import padded_targets, within_documents
+from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
+from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
 
 NUM_DECODER_PASSES = 2
 """Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
@@ -33,7 +35,7 @@ class MaskedLMOutput:
 
     Attributes:
         loss: mean over targets, float32; 0 if there are none; None without labels.
-        logits: one row per target in row-major order, [T, V]; without labels one row per real token.
+        logits: one row per target in row-major order, [P, V]; without labels one row per real token.
     """
 
     loss: Tensor | None
@@ -106,23 +108,23 @@ class DebertaForMaskedLM(nn.Module):
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
-        is_target_BS = mask.seen() if labels is None else labels > 0
+        targets = find_targets(mask.seen() if labels is None else labels > 0, labels)
         table = self._shared_table()
-        hidden_TD = self._run(
+        hidden_PD = self._run(
             None,
             input_ids=input_ids,
             mask=mask,
             position_ids=document_positions if position_ids is None else position_ids,
-            is_target_BS=is_target_BS,
+            targets=targets,
             layers=range(self.config.num_hidden_layers),
             dropout_key=dropout_key,
             table=table,
         )
-        logits_TV = self.lm_predictions.lm_head(hidden_TD, word_embeddings_VW=table.weight_VW)
+        logits_PV = self.lm_predictions.lm_head(hidden_PD, word_embeddings_VW=table.weight_VW)
         if labels is None:
-            return MaskedLMOutput(loss=None, logits=logits_TV)
-        loss_T, _ = self.cross_entropy(logits_TV, labels[is_target_BS])
-        return MaskedLMOutput(loss=loss_T.sum() / max(loss_T.numel(), 1), logits=logits_TV)
+            return MaskedLMOutput(loss=None, logits=logits_PV)
+        loss_P, _ = self.cross_entropy(logits_PV, targets.ids_P)
+        return MaskedLMOutput(loss=loss_P.sum() / max(loss_P.numel(), 1), logits=logits_PV)
 
     def forward_stage(
         self,
@@ -130,7 +132,8 @@ class DebertaForMaskedLM(nn.Module):
         *,
         input_ids: Tensor,
         attention_mask: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
+        targets: Targets | None = None,
         document_ids: Tensor | None = None,
         layers: range,
         dropout_key: int | None,
@@ -141,7 +144,8 @@ class DebertaForMaskedLM(nn.Module):
             hidden_BSD: output of the layer before; None, or ignored, if ``layers`` begins with 0.
             input_ids: as in `forward`.
             attention_mask: as in `forward`.
-            labels: as in `forward`.
+            labels: as in `forward`; the last layer alone looks at them, and waits for their device.
+            targets: found in the labels before, which are not looked at then.
             document_ids: as in `forward`.
             layers: contiguous. Layer 0 brings embeddings and convolution with it, the last layer the head. An empty
                 range returns ``hidden_BSD``.
@@ -161,31 +165,39 @@ class DebertaForMaskedLM(nn.Module):
             raise ValueError(f"layers = {layers} needs the hidden states of the layers before")
         if not layers:
             return hidden_BSD
-        is_target_BS = labels > 0
+        is_last = layers.stop == num_layers
+        if is_last and targets is None:
+            if labels is None:
+                raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
+            targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = self._shared_table() if len(layers) == num_layers else None
+        table = self._shared_table() if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
             mask=mask,
             position_ids=position_ids,
-            is_target_BS=is_target_BS,
+            targets=targets,
             layers=layers,
             dropout_key=dropout_key,
             table=table,
         )
-        if layers.stop < num_layers:
+        if not is_last:
             return hidden
         head = self.lm_predictions.lm_head
-        loss_T, is_correct_T = self.cross_entropy.of_product(
+        loss_P, is_correct_P = self.cross_entropy.of_product(
             head.transform(hidden),
             self.deberta.embeddings.word_embeddings.weight if table is None else table.weight_VW,
             head.bias,
-            labels[is_target_BS],
+            targets.ids_P,
             num_chunks=self.vocabulary_chunks,
         )
-        count = torch.full_like(loss_T.detach().sum(), loss_T.numel())
-        return torch.stack([loss_T.sum(), is_correct_T.sum().to(loss_T.dtype), count])[None]
+        if targets.is_padded:
+            is_unused_P = targets.ids_P == NOT_A_TARGET
+            loss_P = loss_P.masked_fill(is_unused_P, 0.0)
+            is_correct_P = is_correct_P.masked_fill(is_unused_P, False)
+        count = loss_P.new_full((), targets.num_targets)
+        return torch.stack([loss_P.sum(), is_correct_P.sum().to(loss_P.dtype), count])[None]
 
     def keep_layers(self, layers: Collection[int]) -> None:
         """Sets to None what a stage of these layers does not use; what stays keeps its published name.
@@ -205,12 +217,12 @@ class DebertaForMaskedLM(nn.Module):
         input_ids: Tensor,
         mask: AttentionMask,
         position_ids: Tensor | None,
-        is_target_BS: Tensor,
+        targets: Targets | None,
         layers: range,
         dropout_key: int | None,
         table: SharedTable | None,
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``; of the targets alone, [T, D], if the last is among them."""
+        """Hidden states [B, S, D] after ``layers``; of the targets alone, [P, D], if the last is among them."""
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
                 input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key, table=table
@@ -233,10 +245,10 @@ class DebertaForMaskedLM(nn.Module):
                 rel_RD,
                 mask=mask,
                 position_ids=position_ids,
-                is_target_BS=is_target_BS,
+                targets=targets,
                 dropout_key=dropout_key,
             )
-        return hidden_BSD[is_target_BS] if is_last else hidden_BSD
+        return hidden_BSD.flatten(0, 1).index_select(0, targets.tokens_P) if is_last else hidden_BSD
 
     def _decode_targets(
         self,
@@ -245,14 +257,14 @@ class DebertaForMaskedLM(nn.Module):
         *,
         mask: AttentionMask,
         position_ids: Tensor | None,
-        is_target_BS: Tensor,
+        targets: Targets,
         dropout_key: int | None,
     ) -> Tensor:
-        """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h). Targets only, [T, D]."""
+        """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h). Targets only, [P, D]."""
         length = hidden_BSD.shape[1]
         self.deberta.require_positions(length, added=True)
         encoder = self.deberta.encoder
-        positions_BT, slots = padded_targets(is_target_BS)
+        positions_BT = targets.positions_BT
         absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
         relative = dataclasses.replace(encoder.relative_positions(hidden_BSD.device), query_positions_BQ=positions_BT)
         mask = mask.of_queries(positions_BT)
@@ -270,12 +282,20 @@ class DebertaForMaskedLM(nn.Module):
                 mask=mask,
                 dropout_key=layer_key,
                 recompute_mode=self.recompute,
+                width=targets.width,
             )
 
         decoded_BTD = call_with_recompute(
             decode, hidden_BSD, rel_RD, recompute=self.recompute == "full", dropout_key=dropout_key, owner=self
         )
-        return decoded_BTD.flatten(0, 1)[slots]
+        return decoded_BTD.flatten(0, 1).index_select(0, targets.slots_P)
 
     def _shared_table(self) -> SharedTable:
         return SharedTable(self.deberta.embeddings.word_embeddings.weight)
+
+    def _shares_table(self, layers: range) -> bool:
+        """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
+        if layers.start > 0:
+            return False
+        is_whole = layers.stop == self.config.num_hidden_layers
+        return is_whole or main_grad(self.deberta.embeddings.word_embeddings.weight) is not None

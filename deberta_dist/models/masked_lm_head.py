@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.joint_linear import Linear
 from deberta_dist.models.layers import ACTIVATIONS
 
 
@@ -17,7 +18,7 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         width = config.embedding_width
-        self.dense = nn.Linear(config.hidden_size, width)
+        self.dense = Linear(config.hidden_size, width)
         self.activation = ACTIVATIONS[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(width, config.layer_norm_eps)
         self.enter = nn.Identity()

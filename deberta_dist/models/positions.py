@@ -1,6 +1,6 @@
 """Who may look at whom, and at which distance: what the attention is told of positions and masks.
 
-Letters: B batch, Q queries, S keys, T targets per sample (padded).
+Letters: B batch, Q queries, S keys.
 """
 
 import functools
@@ -103,18 +103,3 @@ def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tup
         )
     segments = document_ids.masked_fill(~attention_mask.bool(), 0)
     return AttentionMask(key_segments_BS=segments), document_positions(document_ids)
-
-
-def padded_targets(is_target_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the targets of each sample, padded to the largest count of the batch.
-
-    Returns:
-        ``positions`` int64 [B, T] with T at least 1, the unused slots holding other positions of the sample, and
-        ``slots`` int64 [targets]: where each target, in row-major order, lies in the flattened [B * T].
-    """
-    counts = is_target_BS.sum(dim=1)
-    width = max(int(counts.max()), 1)
-    # Stable sort: targets first, in their order.
-    positions = torch.argsort(is_target_BS.to(torch.int8), dim=1, descending=True, stable=True)[:, :width]
-    is_used = torch.arange(width, device=counts.device)[None, :] < counts[:, None]
-    return positions, is_used.flatten().nonzero().squeeze(1)

@@ -1,7 +1,8 @@
-"""LayerNorm(dropout(dense(x)) + residual): behind the product five passes over memory, or one where a compiler joins them.
+"""LayerNorm(dropout(dense(x)) + residual): behind the product five passes over memory, or one where a kernel joins them.
 
-Joined by `torch.compile`, once for all layers: a second shape makes the number of rows a variable, so no batch is compiled
-for again. Random numbers are drawn outside, as ever, so masks do not depend on who computes.
+On a GPU by a kernel of our own (`kernels.rows`), or by `torch.compile` where that is asked for, once for all layers: a second
+shape makes the number of rows a variable, so no batch is compiled for again. Which elements are dropped does not depend on
+who computes.
 """
 
 import functools
@@ -15,36 +16,62 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.kernels.dropout import COLUMN, FIRST, SECOND, kept_share, signed, threshold
+from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
+from deberta_dist.models.joint_linear import Linear
 
 
 class ResidualOutput(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): the end of the attention and of the feed-forward.
 
     Attributes:
-        joined: What follows the product is one kernel; rounding apart the numbers are the same.
+        joined: What follows the product is compiled into one kernel; rounding apart the numbers are the same.
     """
 
     def __init__(self, config: DebertaConfig, *, input_size: int, site: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.dense = Linear(input_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=site)
         self.joined = False
 
-    def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None) -> Tensor:
-        x, norm, dropout = self.dense(x), self.LayerNorm, self.dropout
-        if not self.joined:
-            return norm(dropout(x, dropout_key) + residual)
-        numbers = None
+    def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None = None) -> Tensor:
+        """[B, T, D]; ``width`` as of `Dropout.forward`."""
+        norm, dropout = self.LayerNorm, self.dropout
+        draws = dropout.drops and dropout_key is None
+        if self.joined:
+            return self._compiled(self.dense(x), residual, dropout_key=dropout_key, width=width)
+        if draws or not fuses_rows(x):
+            return norm(dropout(self.dense(x), dropout_key, width=width) + residual)
+        return residual_norm(
+            self.dense.without_bias(x),
+            self.dense.bias,
+            residual,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            p=dropout.p if dropout.drops else 0.0,
+            seed=dropout.seed(dropout_key) if dropout.drops else 0,
+            numbers=dropout.row_numbers(residual, width),
+        )
+
+    def _compiled(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None) -> Tensor:
+        norm, dropout = self.LayerNorm, self.dropout
+        rows, of_residual = x.flatten(0, -2), residual.flatten(0, -2)
+        if dropout.drops and dropout_key is not None and x.device.type == "cuda":
+            numbers = dropout.row_numbers(x, width)
+            low, high = row_words(len(rows), seed=dropout.seed(dropout_key), numbers=numbers, device=x.device)
+            joined, limit = _joined(_hashed_residual_norm), (low, high, threshold(dropout.p), kept_share(dropout.p))
+            return joined(rows, of_residual, *limit, norm.weight, norm.bias, norm.eps).view(residual.shape)
+        drawn = None
         if dropout_key is None:
-            x = dropout(x, None)
+            rows = dropout(rows, None)
         elif dropout.drops:
-            numbers = dropout.numbers(x, dropout_key).flatten(0, -2)
-        x, rows = x.flatten(0, -2), residual.flatten(0, -2)
-        rows = _joined()(x, rows, numbers, dropout.limit, dropout.scale, norm.weight, norm.bias, norm.eps)
-        return rows.view(residual.shape)
+            drawn = dropout.numbers(x, dropout_key, width=width).flatten(0, -2)
+        joined, limit = _joined(_residual_norm), (drawn, dropout.limit, dropout.scale)
+        return joined(rows, of_residual, *limit, norm.weight, norm.bias, norm.eps).view(residual.shape)
 
 
 def require_compiler(device_type: str) -> None:
@@ -71,15 +98,35 @@ def _residual_norm(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
+    """With numbers that were drawn."""
     if numbers is not None:
         x = (x * scale).masked_fill(numbers < limit, 0.0)
     return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
 
 
+def _hashed_residual_norm(
+    x: Tensor,
+    residual: Tensor,
+    low: Tensor,
+    high: Tensor,
+    limit: int,
+    kept: float,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """With numbers that follow from the words of each row, [R, 1], and the column (`kernels.dropout`)."""
+    words = low + torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * signed(COLUMN, bits=32)
+    words = (words ^ (words >> 16)) * FIRST + high
+    words = (words ^ (words >> 15)) * signed(SECOND, bits=32)
+    x = (x / kept).masked_fill((words >> 1) < limit, 0.0)
+    return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
+
+
 @functools.cache
-def _joined() -> Callable[..., Tensor]:
+def _joined(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     from torch._inductor import config
 
     # A pool of compiling processes outlives a killed run; one kernel needs none.
     config.compile_threads = 1
-    return torch.compile(_residual_norm, fullgraph=True)
+    return torch.compile(function, fullgraph=True)

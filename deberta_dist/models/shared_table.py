@@ -2,7 +2,8 @@
 
 The product's gradient is as large as the table. A look-up's gradient is a few rows of it; torch makes a second table of
 zeros for them and a third one for the sum. Here the rows wait and are added in place to the product's, which saves two
-tables of memory and, on a CPU, more time than the product takes.
+tables of memory and, on a CPU, more time than the product takes. Where the parameter has a ``main_grad``
+(`models.joint_linear`), both users add to that and there is no other table.
 
 Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
 """
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from deberta_dist.models.joint_linear import is_asked_for, main_grad
 
 WaitingRows = list[tuple[Tensor, Tensor]]
 """Ids [N] and gradients [N, W]."""
@@ -28,10 +31,13 @@ class SharedTable:
 
     def __init__(self, weight_VW: Tensor) -> None:
         self._waiting: WaitingRows = []
-        self.weight_VW = _Whole.apply(weight_VW, self._waiting)
+        self._adds = main_grad(weight_VW) is not None
+        self.weight_VW = weight_VW if self._adds else _Whole.apply(weight_VW, self._waiting)
 
     def rows(self, ids_BS: Tensor, *, padding_idx: int | None) -> Tensor:
         """Rows of the table, [B, S, W]; those of ``padding_idx`` have no gradient."""
+        if self._adds:
+            return _AddedRows.apply(self.weight_VW, ids_BS, padding_idx)
         return _Rows.apply(self.weight_VW, ids_BS, padding_idx, self._waiting)
 
 
@@ -76,10 +82,36 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient_BSW: Tensor):
         (ids_BS,) = ctx.saved_tensors
-        if ctx.padding_idx is not None:
-            gradient_BSW = gradient_BSW.masked_fill((ids_BS == ctx.padding_idx).unsqueeze(-1), 0.0)
-        ctx.waiting.append((ids_BS.flatten(), gradient_BSW.flatten(0, -2)))
+        rows_BSW = _without_padding(gradient_BSW, ids_BS, ctx.padding_idx)
+        ctx.waiting.append((ids_BS.flatten(), rows_BSW.flatten(0, -2)))
         return None, None, None, None
+
+
+class _AddedRows(torch.autograd.Function):
+    """A look-up that adds its gradient to the table's ``main_grad``."""
+
+    @staticmethod
+    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids_BS)
+        ctx.parameter, ctx.padding_idx = weight_VW, padding_idx
+        return F.embedding(ids_BS, weight_VW)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_BSW: Tensor):
+        (ids_BS,) = ctx.saved_tensors
+        if is_asked_for(ctx.parameter):
+            total_VW = main_grad(ctx.parameter)
+            rows_BSW = _without_padding(gradient_BSW, ids_BS, ctx.padding_idx)
+            _add_rows_(total_VW, ids_BS.flatten(), rows_BSW.flatten(0, -2).to(total_VW.dtype))
+        return None, None, None
+
+
+def _without_padding(rows_BSW: Tensor, ids_BS: Tensor, padding_idx: int | None) -> Tensor:
+    """Rows with zeros for padding."""
+    if padding_idx is None:
+        return rows_BSW
+    return rows_BSW.masked_fill((ids_BS == padding_idx).unsqueeze(-1), 0.0)
 
 
 def _add_rows_(table_VW: Tensor, ids_N: Tensor, rows_NW: Tensor) -> None:

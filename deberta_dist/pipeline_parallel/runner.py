@@ -1,11 +1,11 @@
 """Runs the micro-batches of one optimizer step through the stages of this rank.
 
 The schedules are torch.distributed.pipelining's; we write none. Every stage reads the same micro-batch
-(mask, labels, dropout keys) from the data itself, so only hidden states and their gradients travel. One
+(mask, targets, dropout key) from the data itself, so only hidden states and their gradients travel. One
 stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,22 +26,15 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """The micro-batches of one step on one data-parallel rank, stacked: M micro-batches of B sequences.
+    """The micro-batches of one step on one data-parallel rank: M micro-batches of B sequences.
 
     Attributes:
         input_ids: Token ids, int64 [M * B, S].
-        attention_mask: 1 for real tokens, [M * B, S] or [M * B, S, S].
-        labels: Target ids, 0 where there is no target, int64 [M * B, S].
-        dropout_keys: Key of each micro-batch, int64 [M] on the CPU; empty draws from torch's generator never.
-        document_ids: Number of each token's document, 0 for padding, int [M * B, S]; None where a sequence is one text.
-            Every stage makes the mask [B, S, S] of them for itself, one micro-batch at a time.
+        fields: Of each micro-batch, what ``model.forward_stage`` takes by name beside ids, hidden states and layers.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    dropout_keys: Tensor
-    document_ids: Tensor | None = None
+    fields: Sequence[Mapping[str, Any]]
 
 
 class Stage(nn.Module):
@@ -57,25 +50,20 @@ class Stage(nn.Module):
         self.model = model
         self.layers = layers
 
-    def forward(
-        self,
-        first: Tensor,
-        *,
-        attention_mask: Tensor,
-        labels: Tensor,
-        dropout_keys: Tensor,
-        document_ids: Tensor | None,
-    ) -> Tensor:
-        """``first``: token ids [B, S] on the first stage, hidden states [B, S / sequence_shards, D] on the others."""
+    def forward(self, first: Tensor, *, number: Tensor, batch: MicroBatches) -> Tensor:
+        """Runs one micro-batch.
+
+        Args:
+            first: token ids [B, S] on the first stage, hidden states [B, S / sequence_shards, D] on the others.
+            number: of the micro-batch, [1], on the host.
+            batch: All micro-batches.
+        """
         is_ids = self.layers.start == 0
         return self.model.forward_stage(
             None if is_ids else first,
             input_ids=first if is_ids else None,
-            attention_mask=attention_mask,
-            labels=labels,
-            document_ids=document_ids,
             layers=self.layers,
-            dropout_key=int(dropout_keys[0]),
+            **batch.fields[int(number)],
         )
 
 
@@ -86,9 +74,15 @@ class SharingStage(PipelineStage):
 
     Attributes:
         buffers: Of all schedules of a runner, made by the one that runs first.
+        after_backward: Called after the backward pass of each micro-batch.
     """
 
     buffers: dict[tuple[int, str, int, int], Tensor]
+    after_backward: Callable[[], None]
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(*args, **kwargs)
+        self.after_backward()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         # What is received takes gradients even where an evaluation comes before the first step: torch 2.11 decides it here,
@@ -142,6 +136,7 @@ class PipelineRunner:
         hidden_size: D.
         sequence_shards: Parts of the sequence, of which a rank's hidden states hold one.
         dtype: Compute dtype, of the hidden states that travel.
+        after_backward: Called after the backward pass of each micro-batch on each of this rank's stages.
     """
 
     def __init__(
@@ -157,8 +152,10 @@ class PipelineRunner:
         hidden_size: int,
         sequence_shards: int,
         dtype: torch.dtype,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_micro_batches = num_micro_batches
+        self._numbers = torch.arange(num_micro_batches)
         self._has_first = 0 in local_stages
         self._has_last = len(stages) - 1 in local_stages
         self._model = model
@@ -184,7 +181,7 @@ class PipelineRunner:
                 for index in local_stages
             ]
             for stage in pipeline_stages:
-                stage.buffers = buffers
+                stage.buffers, stage.after_backward = buffers, after_backward
             made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages), loss=self._loss)
             self._schedules[num_micro_batches * batch, length] = made
 
@@ -205,20 +202,19 @@ class PipelineRunner:
             return self._run(batch, loss_scale=1.0, backward=False)
 
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> Tensor:
-        schedule = self._schedules[tuple(batch.labels.shape)]
+        schedule = self._schedules[tuple(batch.input_ids.shape)]
         call = schedule.step if backward else schedule.eval
         self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
         output = call(
             *args,
-            target=batch.labels if self._has_last else None,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            dropout_keys=batch.dropout_keys,
-            document_ids=batch.document_ids,
+            # The output holds the loss already; the library wants something to compare it with.
+            target=self._numbers if self._has_last else None,
+            number=self._numbers,
+            batch=batch,
         )
         if not self._has_last:
-            return torch.zeros(3, dtype=torch.float32, device=batch.labels.device)
+            return torch.zeros(3, dtype=torch.float32, device=batch.input_ids.device)
         return output.detach().sum(dim=0)
 
 

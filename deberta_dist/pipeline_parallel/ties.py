@@ -138,18 +138,20 @@ class TiedWeights:
     def collect(self, owned_gradients: Mapping[str, Tensor]) -> None:
         """Adds the borrowers' gradients to the owner's (in place) where a tie is a sum; the owner's stand otherwise."""
         for tie in self._ties:
-            if not tie.is_sum:
-                continue
-            ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.coordinate.data)
-            if self._owns(tie):
-                buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
-            else:
-                buffer = self._gradients[tie]
-            dist.reduce(buffer, dst=ranks[0], group=self._mesh.subgroups[ranks])
-            if self._owns(tie):
-                for name, total in self._views(buffer, tie).items():
-                    owned_gradients[name].copy_(total)
+            if tie.is_sum:
+                self._collect(tie, owned_gradients)
         self._gradients = {}
+
+    def _collect(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
+        ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.coordinate.data)
+        if self._owns(tie):
+            buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
+        else:
+            buffer = self._gradients[tie]
+        dist.reduce(buffer, dst=ranks[0], group=self._mesh.subgroups[ranks])
+        if self._owns(tie):
+            for name, total in self._views(buffer, tie).items():
+                owned_gradients[name].copy_(total)
 
     def _owns(self, tie: Tie) -> bool:
         return tie.users[0] == self._place

@@ -21,6 +21,7 @@ from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
+from deberta_dist.models.targets import find_targets
 from deberta_dist.planning.layout import decoder_layer, meta_model
 from deberta_dist.tensor_parallel.apply import split_sequence
 from deberta_dist.tensor_parallel.plan import padded_vocabulary
@@ -123,9 +124,10 @@ def _measure(
     model.vocabulary_chunks = vocabulary_chunks
     own_length = length // tensor_parallel_size if sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
-    # Which tokens are targets decides shapes, so this one is real.
+    # Which tokens are targets decides shapes, so they are found on the host.
     labels = torch.zeros(batch, length, dtype=torch.int64)
     labels[:, :targets_per_sequence] = 1
+    targets = find_targets(labels > 0, labels).to(torch.device("meta")) if is_last else None
     model.deberta.encoder.relative_positions(torch.device("meta"))  # kept for all micro-batches
     with torch.device("meta"):
         inputs = {"attention_mask": torch.empty(batch, length, dtype=torch.int64)}
@@ -137,7 +139,7 @@ def _measure(
             hidden, inputs["input_ids"] = _hidden(batch, own_length, config.hidden_size, dtype=dtype), None
     gradient = _hidden(batch, own_length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
     with LiveBytes() as live:
-        output = model.forward_stage(hidden, **inputs, labels=labels, layers=layers, dropout_key=1)
+        output = model.forward_stage(hidden, **inputs, targets=targets, layers=layers, dropout_key=1)
         saved = live.now
         if is_last:
             output[0, 0].backward()
@@ -150,7 +152,7 @@ def _measure(
             words, lm_head = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head
             entered = lm_head.transform(_hidden(rows, config.hidden_size, dtype=dtype))
             result = model.cross_entropy.of_product(
-                entered, words, lm_head.bias, labels[labels > 0], num_chunks=vocabulary_chunks
+                entered, words, lm_head.bias, targets.ids_P, num_chunks=vocabulary_chunks
             )
             del entered
             logits = head.now

@@ -176,6 +176,7 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
         ("ZeRO reduce bucket", [m.reduce_bucket for m in memories]),
         ("pipeline receive buffers", [m.receive_buffers for m in memories]),
         ("= between steps", [m.at_rest for m in memories]),
+        ("batch", [m.batch for m in memories]),
         ("weights gathered", [m.gathered for m in memories]),
         ("weights borrowed", [m.borrowed_weights for m in memories]),
         ("float32 gradients", [m.gradients for m in memories]),
@@ -184,7 +185,7 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
         ("head: logits in flight", [m.logits for m in memories]),
         ("temporaries, one at a time", [m.working for m in memories]),
         ("= in the micro-batches", [m.in_micro_batches for m in memories]),
-        ("gradient check, copy, norm", [m.hand_over for m in memories]),
+        ("gradient rounded, or ties", [m.hand_over for m in memories]),
         ("= at the hand-over", [m.in_hand_over for m in memories]),
         ("PEAK", [m.peak for m in memories]),
     ]

@@ -14,7 +14,7 @@ from deberta_dist.config import RunConfig, precision
 from deberta_dist.planning.activations import StageActivations, stage_activations
 from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
 
-FLOAT32, FLOAT64 = 4, 8  # bytes
+FLOAT32, INT64 = 4, 8  # bytes
 # DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.
 DEFAULT_REDUCE_BUCKET = 500_000_000
 
@@ -37,12 +37,12 @@ class RankMemory:
         gradients: Float32 sums over the micro-batches, of owned weights.
         borrowed_gradients: The same of borrowed weights.
         receive_buffers: For every micro-batch one received activation and one received gradient, the same for all shapes.
+        batch: Ids, masks and targets of all micro-batches.
         activations: Kept for backward by all micro-batches in flight; of the bucket with most.
         logits: Of these, the head's.
         working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
-        hand_over: When all micro-batches are done, the largest of what one after the other needs: the check that all
-            is finite (what is borrowed and a tie's message may still be there), the gradient scaled and cast, its
-            norm in float64.
+        hand_over: When all micro-batches are done, the larger of what one after the other needs: a tie's message beside
+            what is borrowed, and the gradient rounded to the compute dtype.
         offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
             ``"nvme"``.
     """
@@ -59,6 +59,7 @@ class RankMemory:
     gradients: int
     borrowed_gradients: int
     receive_buffers: int
+    batch: int
     activations: int
     logits: int
     working: int
@@ -79,13 +80,13 @@ class RankMemory:
     @property
     def in_micro_batches(self) -> int:
         """On the device at the highest moment of the micro-batches."""
-        step = self.gathered + self.borrowed_weights + self.gradients + self.borrowed_gradients
+        step = self.batch + self.gathered + self.borrowed_weights + self.gradients + self.borrowed_gradients
         return self.at_rest + step + self.activations + self.logits + self.working
 
     @property
     def in_hand_over(self) -> int:
         """On the device at the highest moment after the micro-batches."""
-        return self.at_rest + self.gathered + self.gradients + self.hand_over
+        return self.at_rest + self.batch + self.gathered + self.gradients + self.hand_over
 
     @property
     def peak(self) -> int:
@@ -108,7 +109,7 @@ def rank_memory(
     dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
     zero = deepspeed_config.get("zero_optimization", {})
     flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
-    flat, largest, share = sum(flats.sizes), max(flats.sizes), sum(flats.sizes) // replicas
+    flat, share = sum(flats.sizes), sum(flats.sizes) // replicas
     used = sum(torch.Size(layout.local_shape(name)).numel() for name in layout.names_by_rank[pipeline_rank])
     owned = sum(torch.Size(shape).numel() for _, _, shape in flats.places.values())
     borrowed = used - owned
@@ -145,13 +146,13 @@ def rank_memory(
         gradients=flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
         receive_buffers=received * training.num_micro_batches * hidden,
+        batch=_batch_bytes(config),
         activations=activations.saved,
         logits=activations.logits,
         working=activations.working + (hidden if len(layout.stages) > 1 else 0),
         hand_over=max(
-            borrowed * (dtype.itemsize + FLOAT32) + (largest + largest_tie) * FLOAT32,
-            flat * dtype.itemsize + (largest * FLOAT32 if dtype.itemsize < FLOAT32 else 0),
-            largest // replicas * FLOAT64,
+            borrowed * (dtype.itemsize + FLOAT32) + largest_tie * FLOAT32,
+            flat * dtype.itemsize if dtype.itemsize < FLOAT32 else 0,
         ),
         offload=offload,
     )
@@ -196,6 +197,15 @@ def _in_flight(
         logits=sum(n * stage.logits for n, stage in zip(counts, stages, strict=True)),
         working=stages[computing].working,
     )
+
+
+def _batch_bytes(config: RunConfig) -> int:
+    """What a data-parallel rank reads in a step."""
+    training, length = config.training, config.data.max_seq_length
+    rows = training.micro_batch_size * training.num_micro_batches
+    per_token = 3 if config.data.document_boundaries else 2  # ids, mask, documents
+    per_target = 4  # id, token, position, slot
+    return INT64 * rows * (per_token * length + per_target * expected_targets(config))
 
 
 def reduced_width(deepspeed_config: dict[str, Any]) -> int:

@@ -1,9 +1,11 @@
 """Linear and embedding layers of which a rank holds one slice as ordinary parameters.
 
 They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute
-names, so that everything that looks parameters up by published name works unchanged.
+names, so that everything that looks parameters up by published name works unchanged. Where the layer has a product of its
+own, ``multiply(x, weight, bias)``, they multiply by it, too.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,6 +36,10 @@ class ColumnParallelLinear(nn.Linear):
             dtype=full.weight.dtype,
         )
         self.full_out_features = full.out_features
+        self.multiply = product_of(full)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, full_out_features={self.full_out_features}"
@@ -60,11 +66,15 @@ class RowParallelLinear(nn.Linear):
         )
         self.full_in_features = full.in_features
         self.group = group
+        self.multiply = product_of(full)
 
     def forward(self, input: Tensor) -> Tensor:
-        partial = F.linear(input, self.weight)
-        output = reduce_from_tensor_parallel_region(partial, self.group)
+        output = self.without_bias(input)
         return output if self.bias is None else output + self.bias
+
+    def without_bias(self, input: Tensor) -> Tensor:
+        """sum_i X_i A_i, for who adds the bias in a pass of their own."""
+        return reduce_from_tensor_parallel_region(self.multiply(input, self.weight, None), self.group)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, full_in_features={self.full_in_features}"
@@ -112,6 +122,11 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, first_row={self.first_row}, padded_size={self.padded_size}"
+
+
+def product_of(layer: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What a layer multiplies by: x, weight, bias -> x W^T + b."""
+    return getattr(layer, "multiply", F.linear)
 
 
 def empty_parameter(shape: torch.Size, like: Tensor) -> nn.Parameter:

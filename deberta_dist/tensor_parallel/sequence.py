@@ -26,7 +26,8 @@ Source: arXiv 2205.05198, section 4.2.
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from deberta_dist.tensor_parallel.layers import product_of
 
 
 class SequenceRanks:
@@ -166,10 +167,15 @@ class SequenceRowLinear(nn.Linear):
     def __init__(self, cut: nn.Linear, *, ranks: SequenceRanks) -> None:
         super().__init__(cut.in_features, cut.out_features, cut.bias is not None, cut.weight.device, cut.weight.dtype)
         self.ranks = ranks
+        self.multiply = product_of(cut)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = _Scatter.apply(F.linear(input, self.weight), self.ranks)
+        output = self.without_bias(input)
         return output if self.bias is None else output + self.bias
+
+    def without_bias(self, input: Tensor) -> Tensor:
+        """The own part of the sequence of the product, for who adds the bias in a pass of their own."""
+        return _Scatter.apply(self.multiply(input, self.weight, None), self.ranks)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.ranks}"

@@ -18,6 +18,7 @@ from deberta_dist.checkpoint.slices import shard_parts
 from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
 from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh, MeshShape
+from deberta_dist.models.attention_choice import set_attention
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.residual import ResidualOutput
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
@@ -79,6 +80,7 @@ def build(
 
     model = meta_model(layout.config)
     model.recompute = config.training.recompute
+    set_attention(model, config.training.attention)
     model.vocabulary_chunks = config.training.vocabulary_chunks
     for module in model.modules():
         if isinstance(module, ResidualOutput):
@@ -99,6 +101,7 @@ def build(
         hidden_size=layout.config.hidden_size,
         sequence_shards=layout.sequence_shards,
         dtype=DTYPES[precision(deepspeed_config)],
+        after_backward=sharded_model.accumulate,
     )
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
 

@@ -11,19 +11,21 @@ from deberta_dist.data.unigram import blended_counts, unigram_loss
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.inputs import RunData
+from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
 # Tokens of the training text that the unigram yardstick is fitted on at most.
 UNIGRAM_TOKENS = 100_000_000
 
 
-def evaluate(trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh) -> EvaluationResult:
-    """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same."""
+def evaluate(
+    trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh, sizes: TargetSizes | None = None
+) -> EvaluationResult:
+    """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same, targets padded to ``sizes``."""
     size = plan.config.training.global_batch_size
     count = num_evaluation_sequences(plan, validation)
-    return trainer.evaluate(
-        [own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size)]
-    )
+    rows = (own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size))
+    return trainer.evaluate(trainer.pack(batch, sizes=sizes) for batch in rows)
 
 
 def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:

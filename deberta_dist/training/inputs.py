@@ -1,6 +1,6 @@
 """What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED, open_sources
+from deberta_dist.training.target_sizes import TargetSizes, count_targets, num_sampled
 
 # Order and masks of the held-out text never depend on the run's seed: losses of different runs are comparable.
 EVALUATION_SEED = 20061
@@ -42,6 +43,21 @@ class RunData:
     tokenizer: Tokenizer
     train: BlendedData | BucketedData
     validation: MaskedLMData
+
+    def target_sizes(self, shapes: Sequence[tuple[int, int]]) -> tuple[TargetSizes, TargetSizes]:
+        """Sizes to pad targets to, of the training text and of the held-out text, from a sample of each.
+
+        Args:
+            shapes: (sequences, tokens of each) of a micro-batch, for every bucket; the longest sequences last.
+        """
+        longest = shapes[-1]
+        held_out = count_targets(self.validation.batch(0, num_sampled(longest[0])).labels)
+        if isinstance(self.train, BlendedData):
+            sampled = {longest: self.train.batch(0, num_sampled(longest[0]))}
+        else:
+            sampled = {shape: self.train.of_bucket(k, 0, num_sampled(shape[0])) for k, shape in enumerate(shapes)}
+        counts = {shape: count_targets(batch.labels) for shape, batch in sampled.items() if batch is not None}
+        return TargetSizes(counts), TargetSizes({longest: held_out})
 
     def checksums(self) -> dict[str, str]:
         """SHA-256 of the texts, by their key in ``[data]``."""

@@ -19,12 +19,11 @@ import torch.distributed as dist
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
-from deberta_dist.data.loader import Batch
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
-from deberta_dist.mesh import Mesh, discover_launch, make_mesh, start_process_group
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.mesh import Mesh, discover_launch, local_device, make_mesh, start_process_group
+from deberta_dist.models.attention_choice import describe_attention, require_attention
 from deberta_dist.models.residual import require_compiler
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.flops import device_peak_flops
@@ -48,6 +47,7 @@ from deberta_dist.training.resume import (
     share_checkpoint,
 )
 from deberta_dist.training.saving import Checkpointing
+from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
@@ -83,8 +83,13 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     plan = check_plan(config, world_size=launch.world_size)
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
-    if plan.config.training.compile:
-        require_compiler("cuda" if torch.cuda.is_available() else "cpu")
+    training, device = plan.config.training, local_device(launch)
+    attention = {"dtype": DTYPES[precision(plan.deepspeed)], "device": device}
+    require_attention(
+        training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention"
+    )
+    if training.compile:
+        require_compiler(device.type)
     data = open_data(plan)
     initial_weights = None
     if not is_interrupted(plan):
@@ -99,10 +104,9 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         write_resolved(plan.config, plan.deepspeed, directory)
         keep_tokenizer(data.tokenizer.path, directory)
 
-    device = start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
+    start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
     checkpoint = share_checkpoint(found.reader, plan=plan)
     mesh = make_mesh(mesh_shape(plan.config), device=device)
-    training = plan.config.training
     log = MetricsLog(
         directory,
         is_writer=mesh.rank == 0,
@@ -110,7 +114,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    log.say(describe_attention(plan.model_config, dtype=DTYPES[precision(plan.deepspeed)], device=device))
+    log.say(describe_attention(training.attention, plan.model_config, **attention))
     log.say(describe_reading(plan.config, data.train.mixture))
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
@@ -193,8 +197,16 @@ def train(
     def consumed(step: int) -> int:
         return consumed_before + (step - first_step) * training.global_batch_size
 
-    def make_batch(step: int) -> Batch:
-        return own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step))
+    sizes = held_out_sizes = None
+    if mesh.device.type == "cuda":
+        sizes, held_out_sizes = data.target_sizes(plan.config.micro_batch_shapes)
+        log.say(f"targets: {sizes.padded_share():.1%} padding, so that a shape of micro-batches has few sizes of them")
+
+    def make_batch(step: int) -> StepBatch:
+        return trainer.pack(own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step)), sizes=sizes)
+
+    def held_out() -> EvaluationResult:
+        return evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh, sizes=held_out_sizes)
 
     with Prefetcher(make_batch, start=first_step, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
         for step, batch in enumerate(batches, start=first_step):
@@ -231,19 +243,19 @@ def train(
                 )
             every, is_last = plan.config.evaluation.every_steps, step + 1 == training.max_steps
             if is_last or (every and (step + 1) % every == 0):
-                result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+                result = held_out()
                 log.evaluation(step=step + 1, **asdict(result))
             checkpointing.poll()
             if checkpointing.is_due(step + 1):
                 checkpointing.save(step=step + 1, consumed_samples=consumed(step + 1))
     checkpointing.poll(wait=True)
     if result is None:  # a run that was stopped after its last step has only this left
-        result = evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh)
+        result = held_out()
         log.evaluation(step=first_step, **asdict(result))
     return result
 
 
-def bucket_metrics(batch: Batch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
+def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
     """With dynamic batching, the length of a step's sequences and the share of its tokens that is padding."""
     if plan.config.data.bucket_lengths is None:
         return {}

@@ -12,7 +12,7 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints, newest_c
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.publish import is_being_replaced, sweep
 from deberta_dist.checkpoint.reader import CheckpointReader
-from deberta_dist.config import precision
+from deberta_dist.config import default_values, precision
 from deberta_dist.errors import ConfigError
 from deberta_dist.flat_layout import ShardState
 from deberta_dist.lock import RunLock
@@ -153,7 +153,9 @@ def load_state(parts: TrainingParts, shards: Sequence[ShardState], *, manifest: 
 
 def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[str]:
     """What differs between the run that wrote a checkpoint and this one: ``section.key: old -> new``."""
-    new, old = _flat(plan.config.model_dump(mode="json")), _flat(manifest.run_config)
+    new = _flat(plan.config.model_dump(mode="json"))
+    # A key that is younger than the checkpoint had its default then.
+    old = {**default_values(), **_flat(manifest.run_config)}
     # Paths: what is behind them is compared instead.
     ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources", "data.index_directory")
     changed = [

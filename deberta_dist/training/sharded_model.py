@@ -1,15 +1,26 @@
 """A rank's model whose parameters exist only while a step needs them.
 
 Between steps the parameters are empty and the weight store holds 1/dp of what this rank owns. ``gather``
-makes every parameter a view of gathered or borrowed weights and every ``.grad`` a float32 view to accumulate
-in; ``collect_gradients`` completes the owners' sums; ``step`` or ``skip`` ends it.
+makes every parameter a view of gathered or borrowed weights and gives it a float32 view to sum its gradients over
+micro-batches in; ``hand_over`` completes the owners' sums and reduce-scatters them; ``step`` ends it.
+
+On a GPU the view is the parameter's ``main_grad``: products add weights' gradients to it themselves (see
+`models.joint_linear`), and what the backward pass of a micro-batch leaves in ``.grad`` is added by ``accumulate``, all of it
+at once. On a CPU the view is ``.grad`` itself and autograd adds, product by product: a product that adds would sum in
+another order, and runs go on to the same bits.
 """
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deberta_dist.pipeline_parallel.ties import TiedWeights
 from deberta_dist.zero import WeightStore
+
+
+DEVICES_WHOSE_PRODUCTS_ADD = ("cuda",)
 
 
 class ShardedModel:
@@ -26,12 +37,13 @@ class ShardedModel:
         self.model = model
         self.store = store
         self._ties = ties
+        self._products_add = device.type in DEVICES_WHOSE_PRODUCTS_ADD
         self._owned_gradients: dict[str, Tensor] = {}
         for name, parameter in list(model.named_parameters()):
             module_name, _, leaf = name.rpartition(".")
             empty = nn.Parameter(torch.empty(0, dtype=store.dtype, device=device))
-            # Gradients of low-precision weights are summed over micro-batches in float32.
-            empty.grad_dtype = torch.float32
+            # Gradients of low-precision weights are summed over micro-batches in float32; some come in it.
+            empty.grad_dtype = None if self._products_add else torch.float32
             setattr(model.get_submodule(module_name), leaf, empty)
             del parameter
         self._parameters = dict(model.named_parameters())
@@ -45,22 +57,38 @@ class ShardedModel:
             gradients = gradients | self._ties.gradient_views()
         for name, parameter in self._parameters.items():
             parameter.data = weights[name]
-            if with_gradients:
+            if with_gradients and self._products_add:
+                parameter.main_grad = gradients[name]
+            elif with_gradients:
                 parameter.grad = gradients[name]
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Adds what a backward pass has left in ``.grad`` to the sums of micro-batches; after each."""
+        if not self._products_add:
+            return
+        left: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                left[parameter.grad.dtype].append(parameter)
+        for parameters in left.values():
+            torch._foreach_add_([p.main_grad for p in parameters], [p.grad for p in parameters])
+            for parameter in parameters:
+                parameter.grad = None
 
     def collect_gradients(self) -> None:
         """Adds what borrowers accumulated to the owners' gradients."""
         self._ties.collect(self._owned_gradients)
 
-    def step(self, *, learning_rate: float, loss_scale: float) -> float:
-        """One optimizer step; returns the global gradient norm before clipping."""
+    def hand_over(self, *, loss_scale: float) -> Tensor:
+        """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.hand_over`."""
+        self.collect_gradients()
         self._empty()
-        return self.store.step(learning_rate=learning_rate, loss_scale=loss_scale)
+        return self.store.hand_over(loss_scale=loss_scale)
 
-    def skip(self) -> None:
-        """Ends the step without moving a weight (a gradient was not finite)."""
-        self._empty()
-        self.store.skip()
+    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
+        """One optimizer step, or none where the norm is not finite; see `WeightStore.step`."""
+        self.store.step(norms, learning_rate=learning_rate)
 
     def release(self) -> None:
         """Gives the gathered weights up (after an evaluation)."""
@@ -70,5 +98,5 @@ class ShardedModel:
     def _empty(self) -> None:
         self._owned_gradients = {}
         for parameter in self._parameters.values():
-            parameter.grad = None
+            parameter.grad = parameter.main_grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.dropout import mix_key
 
@@ -140,7 +141,7 @@ class Sift:
         noise = self._settings.noise
         generator = torch.Generator("cpu").manual_seed(key)
         drawn = torch.randn(embeddings.shape, generator=generator, dtype=torch.float32).mul_(noise)
-        return drawn.clamp_(-2 * noise, 2 * noise).to(embeddings.device)
+        return to_device([drawn.clamp_(-2 * noise, 2 * noise)], embeddings.device)[0]
 
     def _stepped(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """One step uphill; delta as it was where the gradient is not finite, decided without a look from the host."""

@@ -1,5 +1,10 @@
-"""One optimizer step of any model: weights gathered once, all micro-batches, one hand-over, agreed by all ranks."""
+"""One optimizer step of any model: weights gathered once, all micro-batches, one hand-over, agreed by all ranks.
 
+The host reads the device once, at the end, everything in one tensor: until then it only queues work, so that the device
+never waits for the host.
+"""
+
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +22,8 @@ def optimizer_step(
     count: Tensor,
     learning_rate: float,
     forward_backward: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, float | None]:
+    known: Tensor | None = None,
+) -> tuple[list[float], float | None]:
     """Takes a step whose loss is a mean over ``count`` targets of all ranks. Collective.
 
     Args:
@@ -27,34 +33,27 @@ def optimizer_step(
         learning_rate: For this step.
         forward_backward: Runs this rank's micro-batches with gradients of its argument times the sum of losses; returns
             float32 sums on the device, e.g. of losses and targets, equal on all tensor-parallel ranks.
+        known: Further numbers on the device, the same on all ranks, that the host wants to read.
 
     Returns:
-        (the sums over all ranks, float64; gradient norm before clipping, None where a gradient was not finite on some
-        rank, so that no rank stepped).
+        (the sums over all ranks, then ``known``; gradient norm before clipping, None where a gradient was not finite on
+        some rank, so that no rank stepped).
     """
     loss_scale = model.store.loss_scale
     model.gather(with_gradients=True)
     # DeepSpeed averages gradients over the data axis; the loss is a mean over the targets of all of it.
     sums = forward_backward(loss_scale * mesh.shape.data / count.clamp(min=1))
-    model.collect_gradients()
-    not_finite = (~model.store.gradients_are_finite()).double().reshape(1)
-    totals = world_totals(torch.cat([sums, torch.zeros_like(sums[:1])]), mesh=mesh, on_every_rank=not_finite)
-    if totals[-1] > 0:
-        model.skip()
-        return totals[:-1], None
-    return totals[:-1], model.step(learning_rate=learning_rate, loss_scale=loss_scale)
+    norms = model.hand_over(loss_scale=loss_scale)
+    parts = [world_totals(sums, mesh=mesh), norms, *([] if known is None else [known])]
+    numbers = torch.cat([part.double() for part in parts]).tolist()
+    norms_end = len(sums) + len(norms)
+    norms = numbers[len(sums) : norms_end]
+    model.step(norms, learning_rate=learning_rate)
+    return numbers[: len(sums)] + numbers[norms_end:], norms[0] if math.isfinite(norms[0]) else None
 
 
-def world_totals(sums: Tensor, *, mesh: Mesh, on_every_rank: Tensor | None = None) -> Tensor:
-    """Sums over the data and pipeline axes, float64; all tensor-parallel ranks computed the same. Collective.
-
-    Args:
-        sums: [N].
-        mesh: The grid.
-        on_every_rank: [1], added to the last of them on all ranks of the world.
-    """
+def world_totals(sums: Tensor, *, mesh: Mesh) -> Tensor:
+    """Sums over the data and pipeline axes, float64; all tensor-parallel ranks computed the same. Collective."""
     totals = sums.double() if mesh.coordinate.tensor == 0 else torch.zeros_like(sums, dtype=torch.float64)
-    if on_every_rank is not None:
-        totals[-1:] += on_every_rank
     dist.all_reduce(totals)
     return totals

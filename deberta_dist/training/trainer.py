@@ -4,11 +4,11 @@ The loop above knows nothing of parallelism: it asks for step s and gets its los
 step is a function of (seed, step), so a step is the same wherever and whenever it runs.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import Mesh
@@ -16,6 +16,8 @@ from deberta_dist.models.dropout import mix_key
 from deberta_dist.pipeline_parallel.runner import MicroBatches
 from deberta_dist.training.build import TrainingParts
 from deberta_dist.training.step import optimizer_step, world_totals
+from deberta_dist.training.step_batch import StepBatch, pack
+from deberta_dist.training.target_sizes import TargetSizes
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Trainer:
         parts: From ``build``.
         mesh: The grid.
         seed: Seed of dropout.
+
+    A batch that is `pack`-ed ahead, in another thread, costs the step one copy; any other is packed here.
     """
 
     def __init__(self, parts: TrainingParts, *, mesh: Mesh, seed: int) -> None:
@@ -69,37 +73,51 @@ class Trainer:
         self._mesh = mesh
         self._seed = seed
 
-    def step(self, batch: Batch, *, step: int, learning_rate: float) -> StepResult:
+    def pack(self, batch: Batch, *, sizes: TargetSizes | None = None) -> StepBatch:
+        """Makes a batch of this data-parallel rank ready for `step`, in any thread.
+
+        Args:
+            batch: This rank's micro-batches, stacked.
+            sizes: To pad the targets to; absent: they are not padded.
+        """
+        count, device = self.parts.runner.num_micro_batches, self._mesh.device
+        return pack(batch, num_micro_batches=count, device=device, sizes=sizes)
+
+    def step(self, batch: Batch | StepBatch, *, step: int, learning_rate: float) -> StepResult:
         """One optimizer step. Collective.
 
         Args:
-            batch: This data-parallel rank's micro-batches, stacked.
+            batch: This data-parallel rank's micro-batches, stacked or packed.
             step: Number of the step, from 0.
             learning_rate: For this step.
         """
         mesh = self._mesh
-        micro_batches = self._micro_batches(batch, dropout_keys=self._dropout_keys(step))
+        here = self._here(batch)
+        micro_batches = self._micro_batches(here, dropout_keys=self._dropout_keys(step))
         # Of all micro-batches on all replicas: sequences of a bucket may be many or few, every target weighs the same.
-        counts = torch.stack([(micro_batches.labels > 0).sum(), micro_batches.attention_mask.sum()])
+        counts = here.counts.clone()
         dist.all_reduce(counts, group=mesh.groups["data"])
-        sums, grad_norm = optimizer_step(
+        numbers, grad_norm = optimizer_step(
             self.parts.sharded_model,
             mesh=mesh,
             count=counts[0],
             learning_rate=learning_rate,
             forward_backward=lambda scale: self.parts.runner.forward_backward(micro_batches, loss_scale=scale),
+            known=counts[1:],
         )
-        loss = float(sums[0] / sums[2].clamp(min=1))
-        return StepResult(loss=loss, grad_norm=grad_norm, num_targets=int(sums[2]), num_tokens=int(counts[1]))
+        loss_sum, _, num_targets, num_tokens = numbers
+        return StepResult(
+            loss=loss_sum / max(num_targets, 1), grad_norm=grad_norm, num_targets=int(num_targets), num_tokens=int(num_tokens)
+        )
 
-    def evaluate(self, batches: list[Batch]) -> EvaluationResult:
+    def evaluate(self, batches: Iterable[Batch | StepBatch]) -> EvaluationResult:
         """Forward passes without dropout over this data-parallel rank's batches. Collective."""
         model = self.parts.sharded_model
         model.gather(with_gradients=False)
         totals = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
-            keys = torch.zeros(self.parts.runner.num_micro_batches, dtype=torch.int64)
-            sums = self.parts.runner.evaluate(self._micro_batches(batch, dropout_keys=keys))
+            keys = [0] * self.parts.runner.num_micro_batches
+            sums = self.parts.runner.evaluate(self._micro_batches(self._here(batch), dropout_keys=keys))
             totals += world_totals(sums, mesh=self._mesh)
         model.release()
         loss, correct, num_targets = totals.tolist()
@@ -107,20 +125,22 @@ class Trainer:
             loss=loss / max(num_targets, 1), accuracy=correct / max(num_targets, 1), num_targets=int(num_targets)
         )
 
-    def _dropout_keys(self, step: int) -> Tensor:
+    def _dropout_keys(self, step: int) -> list[int]:
         """Keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""
         count = self.parts.runner.num_micro_batches
         first = self._mesh.coordinate.data * count
-        # 63 bits: a key travels as a signed integer.
-        keys = [mix_key(self._seed, step, number) >> 1 for number in range(first, first + count)]
-        return torch.tensor(keys, dtype=torch.int64)
+        # 63 bits, as keys once travelled: their runs go on with the same masks.
+        return [mix_key(self._seed, step, number) >> 1 for number in range(first, first + count)]
 
-    def _micro_batches(self, batch: Batch, *, dropout_keys: Tensor) -> MicroBatches:
-        device, documents = self._mesh.device, batch.document_ids
+    def _here(self, batch: Batch | StepBatch) -> StepBatch:
+        return (batch if isinstance(batch, StepBatch) else self.pack(batch)).to(self._mesh.device)
+
+    def _micro_batches(self, batch: StepBatch, *, dropout_keys: Sequence[int]) -> MicroBatches:
+        count = len(dropout_keys)
+        masks = batch.attention_mask.chunk(count)
+        documents = [None] * count if batch.document_ids is None else batch.document_ids.chunk(count)
+        names = ("attention_mask", "document_ids", "targets", "dropout_key")
+        values = zip(masks, documents, batch.targets, dropout_keys, strict=True)
         return MicroBatches(
-            input_ids=batch.input_ids.to(device, non_blocking=True),
-            attention_mask=batch.attention_mask.to(device, non_blocking=True),
-            labels=batch.labels.to(device, non_blocking=True),
-            dropout_keys=dropout_keys,
-            document_ids=None if documents is None else documents.to(device, non_blocking=True),
+            input_ids=batch.input_ids, fields=[dict(zip(names, found, strict=True)) for found in values]
         )

@@ -20,7 +20,12 @@ class _Surrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, outer: Tensor):
         # ``outer`` is the engine's loss scale; ``inverse_scale`` takes off the one the pipeline ran with.
-        return (ctx.gradient * (outer.float() * ctx.inverse_scale)).to(ctx.dtype), None, None
+        gradient, scale = ctx.gradient, outer.float() * ctx.inverse_scale
+        ctx.gradient = None
+        if gradient.dtype == ctx.dtype:
+            return gradient.mul_(scale), None, None  # nobody reads it after this
+        # Scaled and rounded at once: a scaled copy in float32 would be as large as the gradient.
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None
 
 
 class FlatModule(nn.Module):

@@ -1,9 +1,11 @@
 """The weight store: what a rank owns of its stage, sharded by DeepSpeed's ZeRO stage 3."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +51,10 @@ class WeightStore:
             parameter.model_parallel = True
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
-            model=store, optimizer=optimizer, config=deepspeed_config, mpu=ModelParallelUnit(mesh)
+            model=store,
+            optimizer=optimizer,
+            config=_with_torchs_linear(deepspeed_config, mesh.device),
+            mpu=ModelParallelUnit(mesh),
         )
         self._parameters = list(store.parameters())
         if dtype != torch.float32:
@@ -67,7 +72,7 @@ class WeightStore:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps DeepSpeed itself declined; ours is the gate before it, so this stays 0."""
+        """Optimizer steps that were declined since the start."""
         return int(self._engine.skipped_steps)
 
     def gather(self, *, with_gradients: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -94,39 +99,64 @@ class WeightStore:
         self._gathered = None
         self._gradients = []
 
-    def gradients_are_finite(self) -> Tensor:
-        """Whether this rank's accumulated gradients can be handed over: bool scalar on the device."""
-        limit = torch.finfo(self.dtype).max
-        largest = torch.stack([gradient.abs().max() for gradient in self._gradients]).max()
-        # NaN compares false; a value that the compute dtype cannot hold would become infinite on the way.
-        return largest <= limit
-
-    def step(self, *, learning_rate: float, loss_scale: float) -> float:
-        """Hands the accumulated gradients over and takes one optimizer step.
+    def hand_over(self, *, loss_scale: float) -> Tensor:
+        """Reduce-scatters the accumulated gradients and takes their norm, without waiting for the device.
 
         Args:
-            learning_rate: For this step.
             loss_scale: The ``loss_scale`` that the backward passes ran with.
 
         Returns:
-            Global gradient norm before clipping, over every weight of the model once.
+            Float64 [1 + F] on the device, the same on all ranks: the global gradient norm before clipping, over every
+            weight of the model once and not finite where any gradient of any rank is not, or the compute dtype cannot
+            hold it; then those of each of F flat parameters, as `step` needs them.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
         loss = self._engine(self._gradients, 1.0 / loss_scale)
+        self._gradients = []  # the loss holds them until the backward pass has taken each
         self._engine.backward(loss)
-        self._engine.step()
-        self.release()
-        self.optimizer_steps += 1
-        return float(self._engine.get_global_grad_norm())
+        norms = self._norms()
+        return torch.cat([torch.linalg.vector_norm(norms).reshape(1) / self._engine.optimizer.loss_scale, norms])
 
-    def skip(self) -> None:
-        """The agreed answer to a non-finite gradient: no weight moves; under fp16 the loss scale falls."""
-        if self.dtype == torch.float16:
-            scaler = self._engine.optimizer.loss_scaler
-            scaler.raise_error_at_min_scale = False  # the run's own count of skipped steps decides
-            scaler.update_scale(True)
+    def _norms(self) -> Tensor:
+        """Norm of every flat gradient over all ranks, with the loss scale, float64 [F] on the device.
+
+        As DeepSpeed adds it up, but for the copy of the gradient in float64 that it makes: 8 bytes a weight.
+        """
+        optimizer = self._engine.optimizer
+        if optimizer.offload_optimizer:  # of gradients on the host, which has waited for them
+            norms = torch.stack([torch.as_tensor(norm) for norm in optimizer._get_norm_groups()]).double()
+            return torch.where(norms < 0, math.inf, norms).to(self._mesh.device)
+        found = []
+        for gradients in optimizer.averaged_gradients.values():
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradients]
+            square = torch.stack(norms).square().sum()
+            for group in (self._mesh.groups["data"], self._mesh.groups["model"]):
+                if dist.get_world_size(group) > 1:
+                    dist.all_reduce(square, group=group)
+            found.append(square.sqrt())
+        return torch.stack(found)
+
+    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
+        """One optimizer step with the gradients that were handed over, or none where their norm is not finite.
+
+        All ranks give the same numbers, so no weight moves on any rank where a gradient of one is not finite; under
+        fp16 the loss scale falls.
+
+        Args:
+            norms: What `hand_over` returned, as read by the host.
+            learning_rate: For this step.
+        """
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        is_finite = math.isfinite(norms[0])
+        known = [torch.tensor(norm, dtype=torch.float64) for norm in (norms[1:] if is_finite else [math.inf])]
+        # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device.
+        with _replaced(optimizer, _get_norm_groups=lambda: known, has_overflow=lambda *_, **__: False):
+            if hasattr(optimizer.loss_scaler, "raise_error_at_min_scale"):
+                optimizer.loss_scaler.raise_error_at_min_scale = False  # the run's own count of skipped steps decides
+            self._engine.step()
         self.release()
+        self.optimizer_steps += is_finite
 
     @torch.no_grad()
     def copy_shards(self) -> list[ShardState]:
@@ -242,6 +272,29 @@ class WeightStore:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         return GatheredParameters(self._parameters, modifier_rank=modifier_rank)
+
+
+def _with_torchs_linear(deepspeed_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON for a device.
+
+    DeepSpeed puts a function of its own in the place of every linear layer of the process, for weights that it gathers
+    itself, which are not here. On a GPU that costs launches; on a CPU it stays, since runs go on to the same bits.
+    """
+    if device.type == "cpu":
+        return deepspeed_config
+    zero = {"memory_efficient_linear": False, **deepspeed_config.get("zero_optimization", {})}
+    return {**deepspeed_config, "zero_optimization": zero}
+
+
+@contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of one object that hide those of its class for a while."""
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

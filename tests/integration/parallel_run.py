@@ -14,8 +14,11 @@ from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import make_mesh, start_process_group
 from deberta_dist.planning.flops import forward_flops
 from deberta_dist.planning.layout import is_decayed, plan_layout
+from deberta_dist.training import sharded_model
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.export import gather_full_weights
+from deberta_dist.training.step_batch import StepBatch, pack
+from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import Trainer
 
 LENGTH = 24
@@ -43,6 +46,7 @@ class Case:
         sequence: Sequence parallelism.
         attention_dropout: Of probabilities, which is drawn per tensor rank; None as ``dropout``.
         buckets: Lengths of sequences, ending with ``LENGTH``: a step of each in turn, as many tokens in all of them.
+        as_on_a_gpu: Products add weights' gradients, and targets are padded to few sizes.
     """
 
     tensor: int = 1
@@ -67,6 +71,7 @@ class Case:
     buckets: tuple[int, ...] = (LENGTH,)
     sequence: bool = False
     attention_dropout: float | None = None
+    as_on_a_gpu: bool = False
 
     @property
     def world_size(self) -> int:
@@ -170,6 +175,8 @@ def deepspeed_settings(case: Case) -> dict[str, Any]:
 
 def make_trainer(case: Case) -> Trainer:
     """Everything a rank builds, from the process group on."""
+    if case.as_on_a_gpu:
+        sharded_model.DEVICES_WHOSE_PRODUCTS_ADD = ("cpu",)  # in this rank's process
     device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
     config, model_config = case.run_config(), case.model_config()
     flops = forward_flops(
@@ -181,8 +188,19 @@ def make_trainer(case: Case) -> Trainer:
     return Trainer(parts, mesh=mesh, seed=SEED)
 
 
-def own_batch(case: Case, step: int) -> Batch:
-    """The rows of this data-parallel rank."""
+def own_batch(case: Case, step: int) -> Batch | StepBatch:
+    """The rows of this data-parallel rank; packed with padded targets as on a GPU."""
+    batch = _own_rows(case, step)
+    if not case.as_on_a_gpu:
+        return batch
+    sizes = {(case.micro_batch_size * LENGTH // length, length): [length] * 64 for length in case.buckets}
+    sizes = TargetSizes(sizes)
+    packed = pack(batch, num_micro_batches=case.micro_batches, device=torch.device("cpu"), sizes=sizes)
+    assert all(targets.is_padded for targets in packed.targets)
+    return packed
+
+
+def _own_rows(case: Case, step: int) -> Batch:
     batch = global_batch(case, step)
     per_rank = len(batch.labels) // case.data
     data = mesh_shape(case.run_config()).coordinate(dist.get_rank()).data
@@ -194,15 +212,15 @@ def train(case: Case) -> dict[str, Any]:
     trainer = make_trainer(case)
     model = trainer.parts.sharded_model
     gradients: dict[str, torch.Tensor] = {}
-    finish = model.step
+    collect = model.collect_gradients
 
-    def remember_then_step(**options: Any) -> float:
+    def collect_and_remember() -> None:
+        collect()
         if not gradients:
             scale = trainer.parts.sharded_model.store.loss_scale * case.data
             gradients.update({n: g.detach().clone() / scale for n, g in model._owned_gradients.items()})
-        return finish(**options)
 
-    model.step = remember_then_step
+    model.collect_gradients = collect_and_remember
     history = []
     for step in range(case.steps):
         result = trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)

@@ -43,6 +43,11 @@ LAYOUTS = [
     Case(tensor=2, pipeline=2, buckets=BUCKETS),
     slow(Case(pipeline=2, data=2, schedule="interleaved_1f1b", stages_per_rank=2, buckets=BUCKETS)),
     slow(Case(tensor=2, pipeline=2, compile=True)),
+    Case(tensor=2, pipeline=2, data=2, as_on_a_gpu=True),
+    slow(Case(as_on_a_gpu=True)),
+    slow(Case(tensor=2, as_on_a_gpu=True, model="v1", vocabulary_chunks=3)),
+    slow(Case(pipeline=2, as_on_a_gpu=True, schedule="interleaved_1f1b", stages_per_rank=2, recompute="full")),
+    slow(Case(tensor=2, pipeline=2, as_on_a_gpu=True, documents=True, buckets=BUCKETS)),
 ]
 
 
@@ -111,6 +116,7 @@ def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
         Case(pipeline=2, data=2, micro_batches=4, dropout=0.1),
         Case(data=4, micro_batches=2, dropout=0.1),
         Case(pipeline=2, micro_batches=8, dropout=0.1, recompute="full"),
+        Case(data=2, micro_batches=4, dropout=0.1, as_on_a_gpu=True),
     ]
     histories = [run_ranks(case.world_size, train, case)[0]["history"] for case in layouts]
     for history in histories[1:]:
@@ -119,8 +125,9 @@ def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
     assert abs(histories[0][0][0] - plain[0][0]) > 1e-4, "dropout was not on"
 
 
-def test_bf16_master_weights_follow_float32() -> None:
-    case = Case(tensor=2, pipeline=2, data=2, precision="bf16")
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_bf16_master_weights_follow_float32(as_on_a_gpu: bool) -> None:
+    case = Case(tensor=2, pipeline=2, data=2, precision="bf16", as_on_a_gpu=as_on_a_gpu)
     expected = oracle(case.global_batch_size, case.model)
     found = run_ranks(case.world_size, train, case)
     # bf16 has 8 bits of mantissa: losses agree to their rounding, and so does the first norm.

@@ -24,6 +24,7 @@ def slow(case: Case) -> object:
     [
         Case(tensor=2, sequence=True),
         Case(tensor=2, pipeline=2, sequence=True, model="v1", recompute="selective"),
+        Case(tensor=2, sequence=True, as_on_a_gpu=True),
         slow(Case(tensor=4, sequence=True)),
         slow(Case(tensor=4, sequence=True, documents=True, recompute="full")),
         slow(Case(tensor=2, pipeline=2, sequence=True)),

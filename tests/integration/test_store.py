@@ -96,7 +96,7 @@ def poisoned(case: Case, poisoned_rank: int) -> dict[str, Any]:
         "skipped": [r.skipped for r in results],
         "losses": [r.loss for r in results],
         "weights": weights,
-        "skipped_by_deepspeed": model.store.skipped_steps,
+        "declined": model.store.skipped_steps,
     }
 
 
@@ -104,7 +104,7 @@ def poisoned(case: Case, poisoned_rank: int) -> dict[str, Any]:
 def test_one_rank_with_nan_stops_every_rank_for_one_step(poisoned_rank: int) -> None:
     for rank in run_ranks(8, poisoned, Case(tensor=2, pipeline=2, data=2), poisoned_rank):
         assert rank["skipped"] == [False, True, False]
-        assert rank["skipped_by_deepspeed"] == 0
+        assert rank["declined"] == 1
         first, second, third = rank["weights"]
         assert all(np.array_equal(first[name], second[name]) for name in first), "a weight moved"
         assert any(not np.array_equal(second[name], third[name]) for name in first), "the run did not go on"

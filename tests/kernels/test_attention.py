@@ -170,6 +170,16 @@ def test_dropout_acts_on_probabilities_and_those_returned_are_from_before(implem
 
 
 @everywhere
+def test_padded_queries_leave_the_masks_of_the_others(implementation):
+    t = tensors()
+    fewer = {**t, "query": t["query"][:, :, :3], "queries": t["queries"][:, :3], "mask": t["mask"][:, :, :3]}
+    options = {"dropout_p": 0.5, "dropout_seed": 5, "implementation": implementation}
+    expected = run(fewer, **options)[0]
+    assert torch.allclose(run(t, counted_queries=3, **options)[0][:, :, :3], expected, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(run(t, **options)[0][:, :, :3], expected), "masks do not depend on the number of queries"
+
+
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_are_float32(dtype, implementation):
     t = tensors(dtype)

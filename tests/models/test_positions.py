@@ -7,7 +7,6 @@ import torch
 
 from deberta_dist.kernels import RelativePositions
 from deberta_dist.models.positions import (
-    padded_targets,
     position_row_of_distance,
     relative_positions,
     visibility,
@@ -78,16 +77,3 @@ def test_masks():
     with pytest.raises(ValueError, match="attention_mask has shape"):
         visibility(torch.ones(1, 1, 3, 3))
 
-
-def test_targets_are_padded_to_the_largest_count():
-    is_target = torch.tensor([[False, True, False, True], [False, False, True, False], [False] * 4])
-    positions, slots = padded_targets(is_target)
-    assert positions.shape == (3, 2)
-    rows = torch.arange(3)[:, None].expand_as(positions).flatten()[slots]
-    chosen = torch.stack([rows, positions.flatten()[slots]], dim=1)
-    assert torch.equal(chosen, is_target.nonzero())
-
-
-def test_no_target_leaves_one_slot_and_selects_none():
-    positions, slots = padded_targets(torch.zeros(2, 4, dtype=torch.bool))
-    assert positions.shape == (2, 1) and slots.shape == (0,)

@@ -45,7 +45,10 @@ def _peaks_of_one_step(trainer: Trainer, batch: Batch, *, step: int) -> dict[str
 
     model.collect_gradients = look_and_collect
     with LiveBytes() as live:
-        trainer.step(batch, step=step, learning_rate=LEARNING_RATE)
+        # As copied to a device.
+        ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
+        here = Batch(input_ids=ids, attention_mask=mask, labels=batch.labels)
+        trainer.step(here, step=step, learning_rate=LEARNING_RATE)
     peaks["in_hand_over"] = live.peak
     model.collect_gradients = collect_gradients
     return peaks

@@ -162,6 +162,15 @@ def test_another_order_is_told(make_run: MakeRun, table: str, key: str, value: o
     assert [change.split(":")[0] for change in changed if change.startswith("order")] == ([told] if told else [])
 
 
+def test_keys_younger_than_a_checkpoint_had_their_defaults(make_run: MakeRun) -> None:
+    plan = check_plan(make_run(training={"attention": "portable"}), world_size=1)
+    data, before = open_data(plan), plan.config.model_dump(mode="json")
+    for key in ("attention", "vocabulary_chunks", "compile"):
+        del before["training"][key]
+    manifest = SimpleNamespace(run_config=before, precision="fp32", data_sha256=data.checksums())
+    assert changed_settings(plan, data, manifest=manifest) == ["training.attention: auto -> portable"]
+
+
 def test_more_held_out_sequences_than_there_are_means_all(make_run: MakeRun) -> None:
     plan = check_plan(make_run(evaluation={"num_sequences": 10**9}), world_size=1)
     validation = open_data(plan).validation

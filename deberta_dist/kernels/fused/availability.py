@@ -34,7 +34,17 @@ def unavailable_reason(
         needs_probabilities: the caller wants the attention probabilities.
         has_position_scores: the caller has made the products of keys and relative table.
     """
-    device = key_BNSH.device
+    if (reason := device_reason(key_BNSH.device)) is not None:
+        return reason
+    if needs_probabilities:
+        return "the fused attention never holds the probabilities that are asked for"
+    if has_position_scores:
+        return "the fused attention makes the products of keys and relative table itself; give it rel_query_NRH"
+    return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason()
+
+
+def device_reason(device: torch.device) -> str | None:
+    """Why a device cannot run kernels of this room, Triton aside."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the fused attention needs an NVIDIA GPU; the tensors are on {device}"
     if (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
@@ -42,11 +52,7 @@ def unavailable_reason(
             f"the fused attention needs compute capability {'.'.join(map(str, _LEAST_CAPABILITY))} or more; "
             f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
         )
-    if needs_probabilities:
-        return "the fused attention never holds the probabilities that are asked for"
-    if has_position_scores:
-        return "the fused attention makes the products of keys and relative table itself; give it rel_query_NRH"
-    return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason()
+    return None
 
 
 def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> str | None:

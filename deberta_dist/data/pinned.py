@@ -1,0 +1,44 @@
+"""Tensors of the host in one piece of pinned memory, so that one copy brings all of them to a GPU and nobody waits for it.
+
+A copy from ordinary memory makes the host wait until it is done, whatever it is asked for, and each copy costs a launch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes; whatever begins at a multiple of it can be seen as any dtype
+
+
+class PinnedTensors:
+    """Copies of tensors, one behind the other in pinned memory.
+
+    Args:
+        tensors: on the host.
+
+    Attributes:
+        tensors: the copies, like the originals.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._likes = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        self._sizes = sizes
+        self._whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        self.tensors = self._views(self._whole)
+        for copy, tensor in zip(self.tensors, tensors, strict=True):
+            copy.copy_(tensor)
+
+    def to(self, device: torch.device) -> list[Tensor]:
+        """The same tensors on a device; the host does not wait for them."""
+        return self._views(self._whole.to(device, non_blocking=True))
+
+    def _views(self, whole: Tensor) -> list[Tensor]:
+        parts = zip(whole.split(self._sizes), self._likes, strict=True)
+        return [part[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for part, (dtype, shape) in parts]
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the host on a device, by one copy that the host does not wait for."""
+    return list(tensors) if device.type == "cpu" else PinnedTensors(tensors).to(device)
