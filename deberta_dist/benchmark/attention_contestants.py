@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from deberta_dist.benchmark import peers
 from deberta_dist.benchmark.stopwatch import Contestant, saved_bytes
-from deberta_dist.kernels import RelativePositions, describe_choice, disentangled_attention
+from deberta_dist.kernels import RelativePositions, disentangled_attention, unavailable_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
@@ -108,7 +108,7 @@ class Case:
     def has_fused(self) -> bool:
         """Whether the fused implementation can run here."""
         key_BNSH = self.hidden_BSD.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
-        return describe_choice(key_BNSH, positions=self.positions, mask=None) == "fused"
+        return unavailable_reason(key_BNSH, positions=self.positions, mask=None) is None
 
     def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
         """This package's, by one implementation of the kernel."""

@@ -62,13 +62,20 @@ class PlainTraining:
     Args:
         model: Its weights are those of the passes.
         loss: Of one micro-batch; a scalar with a gradient.
+        products_add: The products of the backward pass add weights' gradients to the sums, as ours can and do in a run on a
+            GPU (``training/sharded_model.py``); by default autograd adds them.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], *, products_add: bool = False) -> None:
         self._loss = loss
         self._parameters = list(model.parameters())
         sum_in_float32(model)
         self._gradients = [parameter.grad for parameter in self._parameters]
+        self._products_add = products_add
+        if products_add:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = parameter.grad_dtype = None
+                parameter.main_grad = gradient
         self._masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.requires_grad_().grad = gradient
@@ -79,17 +86,27 @@ class PlainTraining:
         """Of the model."""
         return sum(parameter.numel() for parameter in self._parameters)
 
-    def passes(self) -> None:
-        """Forward and backward of one micro-batch; its gradients are added to those that are there."""
-        self._loss().backward()
+    def passes(self) -> Tensor:
+        """Forward and backward of one micro-batch, whose gradients are added to those that are there; returns its loss."""
+        loss = self._loss()
+        loss.backward()
+        if self._products_add:
+            left: dict[torch.dtype, list[nn.Parameter]] = {}
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    left.setdefault(parameter.grad.dtype, []).append(parameter)
+            for parameters in left.values():
+                torch._foreach_add_([p.main_grad for p in parameters], [p.grad for p in parameters])
+                for parameter in parameters:
+                    parameter.grad = None
+        return loss.detach()
 
     def step(self) -> Tensor:
         """A whole step of one micro-batch; returns its loss."""
         torch._foreach_zero_(self._gradients)
-        loss = self._loss()
-        loss.backward()
+        loss = self.passes()
         torch.nn.utils.clip_grad_norm_(self._masters, MAX_GRADIENT_NORM, foreach=True)
         self._optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, self._masters)
-        return loss.detach()
+        return loss

@@ -96,6 +96,7 @@ PARTS: Mapping[str, Part] = {
             _train_check("fp32"),
             _attention_check("float32", "fp32"),
             _train_check("bf16"),
+            Step("rows", f"{_CHECKS}:rows", 90, "dropout, residual and LayerNorm in one kernel equal the formula in float64"),
             _attention_check("float16", "fp16"),
             Step(
                 "tests",

@@ -143,6 +143,10 @@ class Problem:
         """What the formula makes of the same numbers in float64."""
         return self.run("reference", [x.double() for x in self.operands])
 
+    def agreement(self, implementation: str, exact: Sequence[Tensor]) -> "Agreement":
+        """How far an implementation is from that."""
+        return agreement(lambda: self.run(implementation), dict(zip(COMPARED, exact, strict=True)))
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -161,13 +165,13 @@ class Agreement:
     repeats: bool
 
 
-def agreement(problem: Problem, implementation: str, exact: Sequence[Tensor]) -> Agreement:
-    """Runs an implementation three times, first in memory full of NaN, and compares."""
+def agreement(run: Callable[[], list[Tensor]], exact: Mapping[str, Tensor]) -> Agreement:
+    """Runs something three times, first in memory full of NaN, and compares what it returns, in order."""
     with Poisoned():
-        found = problem.run(implementation)
-    again = [problem.run(implementation) for _ in range(2)]
+        found = run()
+    again = [run() for _ in range(2)]
     norms, largest = {}, []
-    for name, ours, theirs in zip(COMPARED, found, exact, strict=True):
+    for (name, theirs), ours in zip(exact.items(), found, strict=True):
         difference = ours.double() - theirs
         norms[name] = float(difference.norm() / theirs.norm())
         largest.append(float(difference.abs().max() / theirs.abs().max()))
@@ -177,5 +181,5 @@ def agreement(problem: Problem, implementation: str, exact: Sequence[Tensor]) ->
         norm_error=norms[worst],
         largest_error=max(largest, key=lambda error: (error != error, error)),
         worst=worst,
-        repeats=all(torch.equal(x, y) for run in again for x, y in zip(found, run, strict=True)),
+        repeats=all(torch.equal(x, y) for other in again for x, y in zip(found, other, strict=True)),
     )

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import torch
 
 from deberta_dist.benchmark import gpu_training
-from deberta_dist.benchmark.gpu_attention import FEATURES, Agreement, Problem, agreement, tolerance
+from deberta_dist.benchmark.gpu_attention import FEATURES, Agreement, Problem, tolerance
+from deberta_dist.benchmark.gpu_rows import RowsProblem
 from deberta_dist.benchmark.gpu_worker import Report, Setting
 from deberta_dist.benchmark.measure import ROOT, TRAINER_NEEDS, machine
 from deberta_dist.benchmark.stopwatch import Contestant, race
@@ -54,7 +55,7 @@ def device(setting: Setting, report: Report) -> None:
             "copy, read and written, TB/s": 2 * count / figures["copy"]["seconds"] / 1e12,
         },
     )
-    chosen = describe_attention(preset("v2-xxlarge"), dtype=torch.bfloat16, device=on)
+    chosen = describe_attention("auto", preset("v2-xxlarge"), dtype=torch.bfloat16, device=on)
     report.require("attention that models use", setting.rehearses or chosen.startswith("attention: fused"), chosen)
 
 
@@ -74,12 +75,26 @@ def attention(setting: Setting, report: Report, *, dtype: str) -> None:
             problem = Problem(shape, feature=feature, dtype=kind, device=on, **table)
             exact = problem.exact()
             for name in implementations:
-                found = agreement(problem, name, exact)
+                found = problem.agreement(name, exact)
                 rows[name][feature] = {"norm": found.norm_error, "largest": found.largest_error}
                 _check_agreement(report, f"{name}, {size}, {feature}", found, dtype=kind, repeats=name == "fused")
             del problem, exact
         for name, row in rows.items():
             report.row(f"errors of {name}, {size}", row)
+
+
+def rows(setting: Setting, report: Report) -> None:
+    """Dropout, residual and LayerNorm in one kernel beside the formula in float64."""
+    on = torch.device(setting.device)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        kind = str(dtype).removeprefix("torch.")
+        if setting.rehearses and (reason := _not_interpreted(dtype, multiplies=False)) is not None:
+            report.note(f"the kernels are not rehearsed with {kind}: {reason}")
+            continue
+        for shape in setting.sized(((16, 512, 1536), (3, 333, 768), (2, 77, 1024)), ((2, 5, 48),)):
+            found, case = RowsProblem(shape, dtype=dtype, device=on).agreement(), f"{kind}, {'x'.join(map(str, shape))}"
+            report.row(case, {"norm": found.norm_error, "largest": found.largest_error, "worst": found.worst})
+            _check_agreement(report, case, found, dtype=dtype, repeats=True)
 
 
 def _check_agreement(report: Report, case: str, found: Agreement, *, dtype: torch.dtype, repeats: bool) -> None:
@@ -93,11 +108,11 @@ def _check_agreement(report: Report, case: str, found: Agreement, *, dtype: torc
         report.note(f"{case}: runs are {told} in every bit")
 
 
-def _not_interpreted(dtype: torch.dtype) -> str | None:
-    """Why Triton's interpreter cannot run the fused kernels."""
+def _not_interpreted(dtype: torch.dtype, *, multiplies: bool = True) -> str | None:
+    """Why Triton's interpreter cannot run kernels, such as make products."""
     if (reason := triton_reason()) is not None:
         return reason
-    if dtype == torch.bfloat16:
+    if multiplies and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     version = importlib.metadata.version("triton")
     if tuple(int(part) for part in version.split(".")[:2]) < (3, 7):

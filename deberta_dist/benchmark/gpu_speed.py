@@ -19,9 +19,12 @@ from deberta_dist.benchmark.stopwatch import Contestant, differences, kernel_sec
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
+from deberta_dist.models.targets import find_targets
 from deberta_dist.planning.flops import device_peak_flops, forward_flops
 
-LARGE, BASE = "v2-xxlarge", "v3-base"
+# What training/sharded_model.py has; that module needs a configuration, and this one does not.
+DEVICES_WHOSE_PRODUCTS_ADD = ("cuda",)
+LARGE = "v2-xxlarge"
 MASK_PROBABILITY, DROPOUT = 0.15, 0.1
 FUSED, PORTABLE, NO_POSITIONS = "fused", "portable", "SDPA without positions"
 AGREEMENT = 0.05  # of bfloat16, as in ``layer``
@@ -136,7 +139,7 @@ def whole_model(setting: Setting, report: Report, *, compiles: bool) -> None:
     config, shape = setting.sized((preset(LARGE), (16, 512)), (preset("tiny-v2"), (2, 32)))
     model = random_masked_lm(config, device=on, dtype=setting.sized(torch.bfloat16, torch.float32))
     join_residuals(model, joins=compiles)
-    training = PlainTraining(model, _own_loss(model, shape, on))
+    training = _own_training(model, shape, on)
     _measure(setting, report, "compiled" if compiles else "plain", training, shape=shape, flops=_flops(config, shape))
 
 
@@ -183,7 +186,7 @@ def model_beside_peers(setting: Setting, report: Report, *, size: str, batch: in
     config = preset(name, max_position_embeddings=max(512, shape[1]))
     peer = setting.sized(size, "tiny")
     model = random_masked_lm(config, device=on, dtype=torch.bfloat16)
-    training = PlainTraining(model, _own_loss(model, shape, on))
+    training = _own_training(model, shape, on)
     ours = _measure(setting, report, "ours", training, shape=shape, flops=_flops(config, shape))
     del model, training
     _forget(on)
@@ -214,7 +217,7 @@ def launching(setting: Setting, report: Report) -> None:
     model = random_masked_lm(config, device=on, dtype=torch.bfloat16)
     seconds = {}
     for shape in setting.sized(((16, 512), (4, 512)), ((4, 32), (1, 32))):
-        training = PlainTraining(model, _own_loss(model, shape, on))
+        training = _own_training(model, shape, on)
         row = race({"passes": Contestant(training.passes)}, rounds=setting.sized(7, 1), warm_up=3, device=on)["passes"]
         seconds[shape] = row["seconds"]
         busy = sum(kernel_seconds(training.passes, on, rounds=setting.sized(3, 1)).values())
@@ -266,18 +269,18 @@ def _measure(
     return tokens / seconds
 
 
-def _own_loss(model: DebertaForMaskedLM, shape: tuple[int, int], on: torch.device) -> Callable[[], Tensor]:
-    """Of a model as it is trained, with dropout."""
+def _own_training(model: DebertaForMaskedLM, shape: tuple[int, int], on: torch.device) -> PlainTraining:
+    """Of a model as a run trains it: with dropout, targets found ahead, products that add on a GPU."""
     ids, labels = _tokens(model.config.vocab_size, shape, on)
-    mask, layers = torch.ones_like(ids), range(model.config.num_hidden_layers)
+    mask, layers, targets = torch.ones_like(ids), range(model.config.num_hidden_layers), find_targets(labels > 0, labels)
 
     def loss() -> Tensor:
-        [(loss_sum, _, num_targets)] = model.forward_stage(
-            None, input_ids=ids, attention_mask=mask, labels=labels, layers=layers, dropout_key=1
+        [(loss_sum, _, _)] = model.forward_stage(
+            None, input_ids=ids, attention_mask=mask, targets=targets, layers=layers, dropout_key=1
         )
-        return loss_sum / num_targets
+        return loss_sum / targets.num_targets
 
-    return loss
+    return PlainTraining(model, loss, products_add=on.type in DEVICES_WHOSE_PRODUCTS_ADD)
 
 
 def _peers_loss(model: Any, shape: tuple[int, int], on: torch.device) -> Callable[[], Tensor]:

@@ -119,7 +119,7 @@ class Runs:
             "losses": [result.loss for result in results],
             "norms": [result.grad_norm for result in results],
             "evaluations": evaluations,
-            "attention": describe_attention(config, dtype=self.dtype, device=self._device),
+            "attention": describe_attention("auto", config, dtype=self.dtype, device=self._device),
         }
         return found, {name: view.clone() for name, view in views.items()}
 

@@ -180,7 +180,7 @@ def test_memory_that_nobody_wrote_is_found() -> None:
             return context if implementation == "reference" else context + 0 * torch.empty(())
 
     problem = Forgetful((1, 1, 8), feature="plain", dtype=torch.float32, device=torch.device("cpu"), buckets=8)
-    found = gpu_attention.agreement(problem, "portable", problem.exact())
+    found = problem.agreement("portable", problem.exact())
     assert found.norm_error != found.norm_error and not found.repeats
     with gpu_attention.Poisoned():
         assert torch.empty(3).isnan().all() and torch.empty_like(torch.zeros(2, dtype=torch.int32)).tolist() == [0x55] * 2
