@@ -34,8 +34,9 @@ def device(setting: Setting, report: Report) -> None:
             "multiprocessors": properties.multi_processor_count,
             "memory, GB": properties.total_memory / 1e9,
             "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         }
+        if torch.distributed.is_nccl_available():
+            facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     report.row("machine", {"python": platform.python_version(), **facts})
     size, count = setting.sized(8192, 256), setting.sized(2**30, 2**20)
     # Random, not ones: multiplying those takes less power, and a GPU then keeps a higher clock.

@@ -187,6 +187,22 @@ def test_memory_that_nobody_wrote_is_found() -> None:
         assert torch.zeros(3).tolist() == [0, 0, 0]
 
 
+def test_products_that_add_train_as_autograd_does() -> None:
+    from deberta_dist.benchmark import device_models, random_batch
+    from deberta_dist.models.presets import preset
+
+    config, weights = preset("tiny-v2", num_hidden_layers=2), []
+    ids, labels = random_batch.masked_tokens((2, 24), vocab_size=config.vocab_size, num_targets=4, seed=1)
+    for products_add in (False, True):
+        model = device_models.random_masked_lm(config, device=torch.device("cpu"), dtype=torch.float32)
+        loss = lambda model=model: model(ids, labels=labels, dropout_key=3).loss  # noqa: E731
+        training = device_models.PlainTraining(model, loss, products_add=products_add)
+        first, *_, last = [float(training.step()) for _ in range(4)]
+        assert last < first
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert (weights[0] - weights[1]).norm() < 1e-5 * weights[0].norm()
+
+
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
