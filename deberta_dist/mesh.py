@@ -145,13 +145,73 @@ class Mesh:
 
     def new_subgroups(self, rank_sets: Sequence[tuple[int, ...]]) -> None:
         """Makes a group for each new set of global ranks. Collective: every rank passes the same sets in one order."""
-        for ranks in rank_sets:
-            if ranks in self._made:
-                continue
-            self._made.add(ranks)
-            group = dist.new_group(list(ranks))
-            if self.rank in ranks:
-                self.subgroups[ranks] = group
+        new = [ranks for ranks in dict.fromkeys(rank_sets) if ranks not in self._made]
+        self._made.update(new)
+        self.subgroups.update(_make_groups(new, rank=self.rank, device=self.device))
+
+    def broadcast_number(self, number: int) -> int:
+        """Rank 0's number, 64 bits, on every rank. Collective; the host waits for the device."""
+        value = torch.tensor([number], dtype=torch.int64, device=self.device)
+        dist.broadcast(value, src=0)
+        return int(value)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """A message over every group, in one order on all ranks. Collective; after the last group is made.
+
+        A library makes a communicator at its first message. In the middle of a step the first messages of two groups could
+        come in two orders on two ranks, and each wait for the other; here they come one after the other.
+        """
+        number = torch.zeros(1, device=self.device)
+        for group in (dist.group.WORLD, *self.groups.values(), *self.subgroups.values()):
+            dist.all_reduce(number, group=group)
+        # Neighbours of the pipeline, down and up: messages of two are another kind of communicator.
+        pipeline, ranks = self.groups["pipeline"], dist.get_process_group_ranks(self.groups["pipeline"])
+        here = ranks.index(self.rank)
+        for source, target in ((here - 1, here + 1), (here + 1, here - 1)):
+            messages = [
+                dist.P2POp(call, torch.zeros_like(number), ranks[peer], pipeline)
+                for call, peer in ((dist.irecv, source), (dist.isend, target))
+                if 0 <= peer < len(ranks)
+            ]
+            for work in dist.batch_isend_irecv(messages) if messages else ():
+                work.wait()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def disjoint_rounds(rank_sets: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Sets of ranks in as few rounds as they fit in one after the other, no rank twice in a round."""
+    rounds: list[list[tuple[int, ...]]] = []
+    for ranks in rank_sets:
+        fitting = (one for one in rounds if not set(ranks) & {rank for other in one for rank in other})
+        found = next(fitting, None)
+        if found is None:
+            rounds.append(found := [])
+        found.append(ranks)
+    return rounds
+
+
+def _make_groups(
+    rank_sets: Sequence[tuple[int, ...]], *, rank: int, device: torch.device
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """The groups that ``rank`` is in, of those of all sets, whose ranks ascend. Collective over the world.
+
+    NCCL splits the world once for all sets that have no rank in common; a group of its own for each would be a split of
+    the whole world for each. gloo, on which torch 2.11 to 2.14 cannot split, makes them one by one.
+    """
+    assert all(list(ranks) == sorted(ranks) for ranks in rank_sets)
+    found: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    if device.type == "cuda":
+        for disjoint in disjoint_rounds(rank_sets):
+            group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint])
+            found.update((ranks, group) for ranks in disjoint if rank in ranks)
+        return found
+    for ranks in rank_sets:
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            found[ranks] = group
+    return found
 
 
 def local_device(launch: Launch) -> torch.device:
@@ -209,13 +269,13 @@ def make_mesh(shape: MeshShape, *, device: torch.device) -> Mesh:
     )
     groups = {axis: device_mesh.get_group(axis) for axis in AXES}
     rank = dist.get_rank()
-    for data in range(shape.data):
-        ranks = [
+    models = [
+        tuple(
             shape.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
             for pipeline in range(shape.pipeline)
             for tensor in range(shape.tensor)
-        ]
-        group = dist.new_group(ranks)
-        if rank in ranks:
-            groups["model"] = group
+        )
+        for data in range(shape.data)
+    ]
+    (groups["model"],) = _make_groups(models, rank=rank, device=device).values()
     return Mesh(shape=shape, rank=rank, device=device, groups=groups)

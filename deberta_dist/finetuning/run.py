@@ -215,12 +215,11 @@ def _evaluate(tuner: FineTuner, best: Best, *, plan: TaskPlan, mesh: Mesh, log: 
     probabilities = tuner.predict(features, batch_size=plan.config.evaluation.batch_size)
     scores = metrics.score(features.split, decide(features.split, probabilities))
     # One rank decides: a last bit that differs on another must not mix the weights of two steps.
-    is_best = torch.tensor(int(metrics.task_score(scores) > best.score), device=mesh.device)
-    dist.broadcast(is_best, src=0)
+    is_best = bool(mesh.broadcast_number(int(metrics.task_score(scores) > best.score)))
     if is_best:
         best.step, best.score, best.metrics = step, metrics.task_score(scores), scores
         best.probabilities, best.shards = probabilities, tuner.model.store.copy_weights()
-    log.scores(step=step, scores=scores, is_best=bool(is_best))
+    log.scores(step=step, scores=scores, is_best=is_best)
 
 
 def _class_names(plan: TaskPlan) -> dict[str, Any]:

@@ -3,6 +3,13 @@
 The schedules are torch.distributed.pipelining's; we write none. Every stage reads the same micro-batch
 (mask, targets, dropout key) from the data itself, so only hidden states and their gradients travel. One
 stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
+
+Why no two ranks wait for each other for ever, though NCCL runs the messages of a communicator one batch after the other and
+a batch ends when all its messages have met theirs: a batch holds messages to be met by one batch of each neighbour. 1F1B
+pairs "send a state down, receive a gradient" on one rank with "send a gradient up, receive a state" on the next; GPipe's
+batches go one way; an interleaved schedule has one batch a time step, the same steps on all ranks, and what a batch sends
+the neighbour receives in the batch of the same step. So whoever waits, waits for a rank that is earlier in a schedule that
+has an end. ``tests/pipeline_parallel/test_message_order.py`` records the batches of real ranks and runs them so.
 """
 
 from collections.abc import Callable, Mapping, Sequence

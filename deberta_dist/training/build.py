@@ -151,6 +151,7 @@ def build_sharded_model(
         dtype=dtype,
     )
     make_tie_groups(layout.ties, mesh=mesh)
+    mesh.warm_up()
     ties = TiedWeights(layout.ties, mesh=mesh, shapes=shapes, dtype=dtype)
     return ShardedModel(model, store=store, ties=ties, device=mesh.device)
 

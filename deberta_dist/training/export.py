@@ -48,11 +48,12 @@ def gather_full_weights(
             if mesh.rank == source == 0:
                 slices.append(owned[name].to(torch.float32).cpu())
             elif mesh.rank == source:
-                dist.send(owned[name].to(mesh.device, torch.float32).contiguous(), dst=0)
+                # From host to host, where they are wanted: gloo carries them.
+                dist.send(owned[name].to("cpu", torch.float32).contiguous(), dst=0)
             elif mesh.rank == 0:
-                received = torch.empty(layout.local_shape(name), dtype=torch.float32, device=mesh.device)
+                received = torch.empty(layout.local_shape(name), dtype=torch.float32)
                 dist.recv(received, src=source)
-                slices.append(received.cpu())
+                slices.append(received)
         if mesh.rank == 0:
             assert len(slices) == (1 if plan.parameter_cut(name).dim is None else mesh.shape.tensor), name
             full[name] = join_slices(slices, name, full_shape=shape).contiguous()

@@ -105,8 +105,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         keep_tokenizer(data.tokenizer.path, directory)
 
     start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
-    checkpoint = share_checkpoint(found.reader, plan=plan)
     mesh = make_mesh(mesh_shape(plan.config), device=device)
+    checkpoint = share_checkpoint(found.reader, plan=plan, mesh=mesh)
     log = MetricsLog(
         directory,
         is_writer=mesh.rank == 0,

@@ -129,13 +129,12 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
         )
 
 
-def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan) -> CheckpointReader | None:
+def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan, mesh: Mesh) -> CheckpointReader | None:
     """Rank 0's choice on every rank. Collective."""
-    choice = [None if reader is None else reader.manifest.step]
-    dist.broadcast_object_list(choice, src=0)
-    if choice[0] is None or reader is not None:
+    step = mesh.broadcast_number(-1 if reader is None else reader.manifest.step)
+    if step < 0 or reader is not None:
         return reader
-    return CheckpointReader(checkpoint_directory(plan) / step_name(choice[0]))
+    return CheckpointReader(checkpoint_directory(plan) / step_name(step))
 
 
 def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[ShardState]:

@@ -64,9 +64,8 @@ class Checkpointing:
         self._plan, self._parts, self._mesh, self._log = plan, parts, mesh, log
         self._data, self._damaged = data, damaged
         self._writer = CheckpointWriter(checkpoint_directory(plan), rank=mesh.rank)
-        token = [f"{os.getpid():x}{time.time_ns():x}"]
-        dist.broadcast_object_list(token, src=0)
-        self._token: str = token[0]
+        # 63 bits of the time and the process, the same on all ranks: whose parts belong together.
+        self._token = f"{mesh.broadcast_number((os.getpid() << 40 ^ time.time_ns()) & (1 << 63) - 1):x}"
         # Where every slice lies follows from the layout: once, not in the pause of every save.
         self._tensors = self._tensor_table()
         self._pending: Manifest | None = None
@@ -106,7 +105,8 @@ class Checkpointing:
         if self._pending is None:
             return
         state = self._writer.wait() if wait else self._writer.state
-        counts = torch.tensor([state.status == "written", state.status == "failed"], device=self._mesh.device).int()
+        # On the host: the device goes on with the steps that are queued.
+        counts = torch.tensor([state.status == "written", state.status == "failed"]).int()
         dist.all_reduce(counts)
         written, failed = counts.tolist()
         if written + failed < self._mesh.shape.world_size:

@@ -62,6 +62,7 @@ class WeightStore:
             self._set_master_weights(shards)
         self._gathered: Any = None
         self._gradients: list[Tensor] = []
+        self._norm_dtype = torch.float64
         self.optimizer_steps = 0
         """Steps applied so far; skipped ones do not count."""
 
@@ -114,16 +115,18 @@ class WeightStore:
         self._gradients = []  # the loss holds them until the backward pass has taken each
         self._engine.backward(loss)
         norms = self._norms()
-        return torch.cat([torch.linalg.vector_norm(norms).reshape(1) / self._engine.optimizer.loss_scale, norms])
+        self._norm_dtype = norms.dtype
+        norm = torch.linalg.vector_norm(norms).reshape(1) / self._engine.optimizer.loss_scale
+        return torch.cat([norm, norms]).double()
 
     def _norms(self) -> Tensor:
-        """Norm of every flat gradient over all ranks, with the loss scale, float64 [F] on the device.
+        """Norm of every flat gradient over all ranks, with the loss scale, [F] on the device; float64, float32 of the host's.
 
         As DeepSpeed adds it up, but for the copy of the gradient in float64 that it makes: 8 bytes a weight.
         """
         optimizer = self._engine.optimizer
         if optimizer.offload_optimizer:  # of gradients on the host, which has waited for them
-            norms = torch.stack([torch.as_tensor(norm) for norm in optimizer._get_norm_groups()]).double()
+            norms = torch.stack([torch.as_tensor(norm) for norm in optimizer._get_norm_groups()])
             return torch.where(norms < 0, math.inf, norms).to(self._mesh.device)
         found = []
         for gradients in optimizer.averaged_gradients.values():
@@ -149,7 +152,7 @@ class WeightStore:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         is_finite = math.isfinite(norms[0])
-        known = [torch.tensor(norm, dtype=torch.float64) for norm in (norms[1:] if is_finite else [math.inf])]
+        known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (norms[1:] if is_finite else [math.inf])]
         # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device.
         with _replaced(optimizer, _get_norm_groups=lambda: known, has_overflow=lambda *_, **__: False):
             if hasattr(optimizer.loss_scaler, "raise_error_at_min_scale"):

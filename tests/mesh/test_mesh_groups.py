@@ -2,10 +2,11 @@
 
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from deberta_dist.mesh import Coordinate, Mesh, MeshShape, make_mesh, start_process_group
+from deberta_dist.mesh import Coordinate, Mesh, MeshShape, disjoint_rounds, make_mesh, start_process_group
 from tests.harness import run_ranks
 
 SHAPE = MeshShape(pipeline=2, data=2, tensor=2)
@@ -23,8 +24,10 @@ def look_around() -> dict[str, object]:
     device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
     mesh = make_mesh(SHAPE, device=device)
     mesh.new_subgroups(SUBGROUPS)
+    mesh.warm_up()
     return {
         "rank": mesh.rank,
+        "number of rank 0": mesh.broadcast_number((1 << 62) + 1 if mesh.rank == 0 else mesh.rank),
         "coordinate": mesh.coordinate,
         "groups": {axis: members(mesh, group) for axis, group in mesh.groups.items()},
         "subgroups": {ranks: members(mesh, group) for ranks, group in mesh.subgroups.items()},
@@ -42,6 +45,7 @@ def test_groups_of_eight_ranks() -> None:
     }
     for rank, seen in enumerate(found):
         assert seen["rank"] == rank
+        assert seen["number of rank 0"] == (1 << 62) + 1
         assert seen["coordinate"] == Coordinate(pipeline=rank // 4, data=rank // 2 % 2, tensor=rank % 2)
         assert seen["groups"].keys() == expected.keys()
         for axis, groups in expected.items():
@@ -50,3 +54,36 @@ def test_groups_of_eight_ranks() -> None:
         # Only the subgroups a rank is in, in the order their first member has in the tuple.
         mine = {ranks: (list(ranks), sum(10.0**r for r in ranks)) for ranks in SUBGROUPS if rank in ranks}
         assert seen["subgroups"] == mine
+
+
+@pytest.mark.parametrize("shape", [SHAPE, MeshShape(pipeline=4, data=8, tensor=2)])
+def test_a_gpu_splits_the_world_once_for_each_kind_of_group(monkeypatch: pytest.MonkeyPatch, shape: MeshShape) -> None:
+    """Recorded: NCCL alone can do it before torch 2.15."""
+    from deberta_dist import mesh as module
+
+    splits: list[list[list[int]]] = []
+    monkeypatch.setattr(module.dist, "split_group", lambda split_ranks: splits.append(split_ranks) or object())
+    mesh = Mesh(shape=shape, rank=0, device=torch.device("cuda", 0), groups={})
+
+    def ranks(places: list[tuple[int, int]], data: int) -> tuple[int, ...]:
+        return tuple(shape.rank(Coordinate(pipeline=p, data=data, tensor=t)) for p, t in places)
+
+    last, tensors = shape.pipeline - 1, range(shape.tensor)
+    everywhere = [[(p, t) for p in range(shape.pipeline) for t in tensors]]
+    ends = [[(0, t), (last, t)] for t in tensors]
+    stages = [[(p, t) for t in tensors] for p in range(shape.pipeline)]
+    kinds = [everywhere, ends, stages]
+    mesh.new_subgroups([ranks(places, data) for kind in kinds for places in kind for data in range(shape.data)])
+    assert len(splits) == len(kinds)
+    for split in splits:
+        members = [rank for group in split for rank in group]
+        assert len(members) == len(set(members)), "a rank twice in one split"
+    assert sum(map(len, splits)) == sum(map(len, kinds)) * shape.data
+    assert set(mesh.subgroups) == {ranks(places, 0) for places in (everywhere[0], ends[0], stages[0])}
+    mesh.new_subgroups([ranks(ends[0], 0)])
+    assert len(splits) == len(kinds), "made before"
+
+
+def test_rounds_have_no_rank_twice_and_keep_the_order() -> None:
+    assert disjoint_rounds([(0, 1), (2, 3), (1, 2), (4, 5), (0, 3)]) == [[(0, 1), (2, 3), (4, 5)], [(1, 2), (0, 3)]]
+    assert disjoint_rounds([]) == []
