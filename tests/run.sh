@@ -1,7 +1,7 @@
 #!/bin/sh
 # Sets up .venv like the demo and runs the tests in it.
 #   sh tests/run.sh                 everything but the slow ones
-#   sh tests/run.sh [pytest args]   e.g. -m slow, or tests/config -k batch
+#   sh tests/run.sh [pytest args]   e.g. -m slow, -m gpu, or tests/config -k batch
 #   sh tests/run.sh --with torch==2.11.0,triton==3.6.0 [pytest args]
 #                                   the rooms that depend on them most, with other versions than the pinned ones, in an
 #                                   environment of its own below .venvs (PYTHON=... chooses the interpreter)

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from deberta_dist.benchmark import peers
 from deberta_dist.benchmark.stopwatch import Contestant, saved_bytes
-from deberta_dist.kernels import RelativePositions, describe_choice, disentangled_attention
+from deberta_dist.kernels import RelativePositions, disentangled_attention, unavailable_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.models.presets import preset
-from deberta_dist.planning.activations import stage_activations
 
 HEAD_SIZE = 64
 Forward = Callable[[], Tensor]
@@ -109,7 +108,7 @@ class Case:
     def has_fused(self) -> bool:
         """Whether the fused implementation can run here."""
         key_BNSH = self.hidden_BSD.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
-        return describe_choice(key_BNSH, positions=self.positions, mask=None) == "fused"
+        return unavailable_reason(key_BNSH, positions=self.positions, mask=None) is None
 
     def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
         """This package's, by one implementation of the kernel."""
@@ -218,6 +217,8 @@ class Case:
 
 def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
     """What one layer of the 1.5B model keeps for one sequence of 512 tokens in bfloat16, counted on the meta device."""
+    from deberta_dist.planning.activations import stage_activations  # needs pydantic; the contestants do not
+
     config = preset("v2-xxlarge")
     found = {}
     for name, recompute in (("ours", "none"), ("ours, selective recomputation", "selective")):

@@ -19,6 +19,8 @@ from deberta_dist.errors import DebertaDistError
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
+TRAINER_NEEDS = ("deepspeed", "pydantic", "sentencepiece")
+"""Packages, by the names they are imported by, that the trainer needs and kernels and models do not."""
 PAGE_CACHE_CHUNK = 64 * 2**20
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 """Environment without which glibc gives large temporaries back at once, and whoever makes more of them pays page faults."""

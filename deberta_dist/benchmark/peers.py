@@ -10,8 +10,9 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 
 HUGGING_FACE, PUBLISHED, DISENTANGLED_FLASH = "Hugging Face", "published", "disentangled-flash"
+# What differs from transformers' own numbers, which are ModernBERT-base's. "tiny" is for rehearsals.
+MODERN_BERT: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "base": {},
+        "large": {"hidden_size": 1024, "intermediate_size": 2624, "num_hidden_layers": 28, "num_attention_heads": 16},
+        "tiny": {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+        },
+    }
+)
 # Imported at the top of the published package and used by nothing that is measured.
 _STUBS = {
     "ujson": (),
@@ -57,20 +73,53 @@ def hugging_face_layer(config: DebertaConfig) -> Callable[[], nn.Module]:
     return lambda: DebertaV2Layer(hugging_face_config(config))
 
 
-def hugging_face_masked_lm(config: DebertaConfig, state: dict[str, Tensor]) -> nn.Module:
-    """Their masked language model with our weights; it has no enhanced mask decoder, nor its table of positions."""
+def hugging_face_masked_lm(config: DebertaConfig, state: dict[str, Tensor] | None = None) -> nn.Module:
+    """Their masked language model; it has no enhanced mask decoder, nor its table of positions.
+
+    Args:
+        config: Of the model.
+        state: Our weights; by default their own random ones.
+    """
     from transformers import DebertaV2ForMaskedLM
 
     model = DebertaV2ForMaskedLM(hugging_face_config(config))
+    if state is None:
+        return model
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not {name for name in missing if "decoder" not in name}, missing
     assert all("position_embeddings" in name for name in unexpected), unexpected
     return model
 
 
-def has_disentangled_flash() -> bool:
+def modern_bert_masked_lm(size: str, *, is_global: bool) -> nn.Module:
+    """ModernBERT's masked language model with torch's attention; logits of the targets alone, as it was trained.
+
+    Args:
+        size: A key of `MODERN_BERT`.
+        is_global: Every token sees all others in every layer; else in every third, and 128 tokens around it in the rest.
+    """
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    every = {"global_attn_every_n_layers": 1} if is_global else {}
+    config = ModernBertConfig(**MODERN_BERT[size], **every, sparse_prediction=True, attn_implementation="sdpa")
+    return ModernBertForMaskedLM(config)
+
+
+def import_ahead() -> None:
+    """Loads transformers' models where they are installed: that takes seconds, and a GPU need not wait for it."""
+    if has_transformers():
+        importlib.import_module("transformers.models.deberta_v2.modeling_deberta_v2")
+        importlib.import_module("transformers.models.modernbert.modeling_modernbert")
+
+
+def has_transformers() -> bool:
     """Whether the package can be imported."""
-    return importlib.util.find_spec("disentangled_flash") is not None
+    return importlib.util.find_spec("transformers") is not None
+
+
+def has_disentangled_flash() -> bool:
+    """Whether the package, and transformers, which it takes its settings from, can be imported."""
+    return importlib.util.find_spec("disentangled_flash") is not None and has_transformers()
 
 
 def disentangled_flash_attention(config: DebertaConfig, device: torch.device) -> nn.Module:

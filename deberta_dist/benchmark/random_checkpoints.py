@@ -57,13 +57,13 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
     writers[0].commit(make_manifest(layout, shape=shape, step=1), keep_last=1)
 
 
-def make_manifest(layout: Layout, *, shape: MeshShape, step: int) -> Manifest:
+def make_manifest(layout: Layout, *, shape: MeshShape, step: int, optimizer_steps: int = 1) -> Manifest:
     """What a checkpoint of a layout says, the run's data left out."""
     layouts = flat_layouts(layout, data_parallel_size=shape.data)
     return Manifest(
         step=step,
         consumed_samples=step,
-        optimizer_steps=1,
+        optimizer_steps=optimizer_steps,
         seed=1,
         loss_scale=None,
         run_config={},

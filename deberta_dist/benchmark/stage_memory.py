@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deberta_dist.benchmark.device_models import fill_, sum_in_float32
 from deberta_dist.config import Data, Parallel
 from deberta_dist.kernels import portable
 from deberta_dist.models.config import DebertaConfig
@@ -78,10 +79,8 @@ def _real_model(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> De
     model = meta_model(local_config(stage.config, tensor_parallel_size=stage.tensor_parallel_size)).to(dtype)
     model.keep_layers(stage.layers)
     model.to_empty(device=device).train()
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.02)
-        parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+    fill_(model.named_parameters(), std=stage.config.initializer_range)
+    sum_in_float32(model)
     model.deberta.encoder.relative_positions(device)  # kept for all micro-batches
     return model
 

@@ -37,35 +37,54 @@ class Contestant:
             self.backward(result)
 
 
-def seconds(contestant: Contestant, device: torch.device) -> float:
-    """One run."""
+def seconds(contestant: Contestant, device: torch.device, *, repeats: int = 1) -> float:
+    """One run; the mean of several in a row, which a GPU can be given ahead, with ``repeats``."""
     contestant.prepare()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        contestant.run()
+        for _ in range(repeats):
+            contestant.run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000 / repeats
     begun = time.thread_time()
-    contestant.run()
-    return time.thread_time() - begun
+    for _ in range(repeats):
+        contestant.run()
+    return (time.thread_time() - begun) / repeats
 
 
 def race(
-    contestants: Mapping[str, Contestant], *, rounds: int, warm_up: int, device: torch.device
+    contestants: Mapping[str, Contestant], *, rounds: int, warm_up: int, device: torch.device, repeats: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Runs every contestant once per round; median, range and all times in seconds by name."""
+    """Runs every contestant ``repeats`` times per round; median, range and all times of one run in seconds by name."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warm_up + rounds):
         for name, contestant in contestants.items():
-            found = seconds(contestant, device)
+            found = seconds(contestant, device, repeats=repeats)
             if number >= warm_up:
                 times[name].append(found)
     return {
         name: {"seconds": statistics.median(values), "range": [min(values), max(values)], "rounds": values}
         for name, values in times.items()
     }
+
+
+def kernel_seconds(run: Callable[[], Any], device: torch.device, *, rounds: int = 3) -> dict[str, float]:
+    """Seconds of one run that each kernel takes on the device, by name, the longest first; operators on a CPU."""
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profile:
+        for _ in range(rounds):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    kind = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    # Launches are events as well, on the host.
+    where = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == where]
+    found = {event.key: getattr(event, kind) / 1e6 / rounds for event in events}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def saved_bytes(forward: Callable[[], Any], *, without: list[Tensor]) -> int:
@@ -83,22 +102,27 @@ def saved_bytes(forward: Callable[[], Any], *, without: list[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
 
 
+def differences(found: Mapping[str, list[Tensor]], *, oracle: str) -> dict[str, float]:
+    """Largest difference over largest value, the worst of all tensors, by name."""
+    return {
+        name: max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(tensors, found[oracle], strict=True))
+        for name, tensors in found.items()
+    }
+
+
 def require_agreement(
     found: Mapping[str, list[Tensor]], *, oracle: str, tolerance: float
 ) -> dict[str, float]:
-    """Largest difference over largest value, the worst of all tensors, by name.
+    """`differences`, if they are small.
 
     Raises:
         BenchmarkError: one is beyond the tolerance: speeds of different results are not compared.
     """
-    errors = {}
-    for name, tensors in found.items():
-        errors[name] = max(
-            ((x - y).abs().max() / y.abs().max()).item() for x, y in zip(tensors, found[oracle], strict=True)
-        )
-        if not errors[name] <= tolerance:
+    errors = differences(found, oracle=oracle)
+    for name, error in errors.items():
+        if not error <= tolerance:
             raise BenchmarkError(
-                f"{name} differs from {oracle} by {errors[name]:.1e} of the largest value; at most {tolerance:.0e} is "
+                f"{name} differs from {oracle} by {error:.1e} of the largest value; at most {tolerance:.0e} is "
                 "expected of float32"
             )
     return errors

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
     parser.add_argument("--compile", action="store_true", help="ours with training.compile")
+    help_text = "ours from other random weights, made on the device: the 1.5B's own take minutes. For ours alone"
+    parser.add_argument("--device-weights", action="store_true", help=help_text)
     parser.add_argument(
         "--contestants", default=",".join(TITLES), metavar="NAME,...", help="default: %(default)s"
     )
@@ -49,6 +51,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = arguments.contestants.split(",")
     if unknown := set(names) - TITLES.keys():
         raise ConfigError(f"--contestants: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
+    if arguments.device_weights and names != [OURS]:
+        raise ConfigError(f"--device-weights is for --contestants {OURS}: the others would start from other weights")
     layout_name = arguments.layout or f"1x1x{arguments.processes}"
     [layout] = parse_layouts(layout_name, processes=arguments.processes)
     plan = {

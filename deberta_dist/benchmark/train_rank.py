@@ -18,15 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_dist.benchmark import engines, peers
+from deberta_dist.benchmark.device_models import fill_
 from deberta_dist.benchmark.random_batch import masked_batch
 from deberta_dist.benchmark.train import HUGGING_FACE, OURS, SAME_MODEL
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
-from deberta_dist.mesh import make_mesh, start_process_group
+from deberta_dist.mesh import Mesh, make_mesh, start_process_group
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import device_peak_flops, forward_flops
-from deberta_dist.planning.layout import plan_layout
-from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.planning.layout import Layout, plan_layout
+from deberta_dist.training.build import build, mesh_shape, own_flat_layout
 from deberta_dist.training.trainer import Trainer
 
 SEED, LEARNING_RATE, MASK_PROBABILITY, WARM_UP_STEPS = 7, 1e-4, 0.15, 2
@@ -124,7 +125,9 @@ def ours(setting: Setting) -> Contestant:
     mesh = make_mesh(mesh_shape(config), device=setting.device)
     layout = plan_layout(setting.model_config, parallel=config.parallel, flops=flops(setting))
     json_config = setting.json_config(batch=data, micro_batch=1, accumulation=1)
-    parts = build(config, layout=layout, deepspeed_config=json_config, mesh=mesh)
+    shards = device_shards(layout, mesh=mesh) if plan["device_weights"] else None
+    parts = build(config, layout=layout, deepspeed_config=json_config, mesh=mesh, shards=shards)
+    del shards
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
 
     def batch(step: int) -> Batch:
@@ -134,6 +137,14 @@ def ours(setting: Setting) -> Contestant:
         loss=lambda: trainer.evaluate([batch(0)]).loss,
         step=lambda step: trainer.step(batch(step), step=step, learning_rate=LEARNING_RATE),
     )
+
+
+def device_shards(layout: Layout, *, mesh: Mesh) -> list[Tensor]:
+    """This rank's part of random weights that were made on its device."""
+    flats = own_flat_layout(layout, mesh=mesh)
+    whole = [torch.zeros(size, device=mesh.device) for size in flats.sizes]
+    fill_(flats.views(whole).items(), std=layout.config.initializer_range)
+    return [flat.view(mesh.shape.data, -1)[mesh.coordinate.data] for flat in whole]
 
 
 def deepspeed(setting: Setting, *, of_hugging_face: bool) -> Contestant:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.benchmark import peers, stopwatch
+from deberta_dist.benchmark.device_models import join_residuals
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import AttentionMemory, DisentangledSelfAttention, Layer
 from deberta_dist.models.positions import relative_positions
@@ -73,10 +74,15 @@ class WholeLayer:
             for name, parameter in ours.named_parameters():
                 parameter.copy_(normal(*parameter.shape, scale=0.04) + (1.0 if "LayerNorm.weight" in name else 0.0))
 
-    def contestants(self, official: Path | None) -> Mapping[str, Callable[[], Tensor]]:
-        """Forward passes."""
+    def own_contestants(self) -> Mapping[str, Callable[[], Tensor]]:
+        """Forward passes of ours, with and without positions."""
         without = self._add(NO_POSITIONS, Layer(self.config))
         without.attention.self.__class__ = WithoutPositions
+        return {name: self._forward(name) for name in self._layers}
+
+    def contestants(self, official: Path | None) -> Mapping[str, Callable[[], Tensor]]:
+        """Those, and the peers'."""
+        self.own_contestants()
         self._add(peers.HUGGING_FACE, peers.hugging_face_layer(self.config)())
         if official is not None:
             self._add(peers.PUBLISHED, peers.published_layer(official, self.config)())
@@ -96,6 +102,11 @@ class WholeLayer:
     def contestant(self, forward: Callable[[], Tensor]) -> stopwatch.Contestant:
         """With all gradients."""
         return stopwatch.Contestant(forward, lambda output: output.backward(self._gradient), self.clear)
+
+    def compile(self, *, joins: bool = True) -> None:
+        """Trains ours as ``training.compile`` does, or no more."""
+        for name in (OURS, NO_POSITIONS):
+            join_residuals(self._layers[name], joins=joins)
 
     @property
     def leaves(self) -> list[Tensor]:

@@ -30,3 +30,8 @@ def test_contestants_take_the_same_steps(layout: str, capsys: pytest.CaptureFixt
 def test_an_unknown_contestant_is_refused() -> None:
     with pytest.raises(ConfigError, match="theirs; there are ours, deepspeed, huggingface"):
         train.run(arguments("--contestants", "theirs"))
+
+
+def test_weights_made_on_the_device_are_for_ours_alone() -> None:
+    with pytest.raises(ConfigError, match="--device-weights is for --contestants ours: the others would start from other"):
+        train.run(arguments("--device-weights"))

@@ -192,7 +192,7 @@ def test_16_bit_factors(as_on_a_gpu, dtype, dropout_p, gathered):
         assert (ours.double() - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_multiplies_16_bit_factors_with_float32_sums(dtype):
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,112 @@
+"""Large models with random weights, made on the device that measures them, and the steps that train them.
+
+A run draws its initial weights on the CPU, one number after the other, so that every layout starts with the same ones:
+for the 1.5B that takes minutes. A benchmark needs numbers of the right size, and fast.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.initialisation import without_memory
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.models.residual import ResidualOutput
+
+MAX_GRADIENT_NORM = 1.0
+
+
+@torch.no_grad()
+def fill_(named: Iterable[tuple[str, Tensor]], *, std: float, seed: int = 0) -> None:
+    """Fills tensors by their published names where they lie: ones for LayerNorm weights, zeros for biases, else N(0, std)."""
+    generator: torch.Generator | None = None
+    for name, tensor in named:
+        if name.endswith("bias"):
+            tensor.zero_()
+        elif name.endswith("LayerNorm.weight"):
+            tensor.fill_(1.0)
+        else:
+            generator = generator or torch.Generator(tensor.device).manual_seed(seed)
+            tensor.normal_(0.0, std, generator=generator)
+
+
+def random_masked_lm(config: DebertaConfig, *, device: torch.device, dtype: torch.dtype) -> DebertaForMaskedLM:
+    """The model in training mode, its weights made on the device."""
+    with without_memory():
+        model = DebertaForMaskedLM(config)
+    model = model.to(dtype).to_empty(device=device).train()
+    fill_(model.named_parameters(), std=config.initializer_range)
+    return model
+
+
+def sum_in_float32(model: nn.Module) -> None:
+    """Gives every parameter a float32 gradient to add to, as a run's have."""
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def join_residuals(model: nn.Module, *, joins: bool = True) -> None:
+    """Trains a model as ``training.compile`` does, or no more."""
+    for module in model.modules():
+        if isinstance(module, ResidualOutput):
+            module.joined = joins
+
+
+class PlainTraining:
+    """Optimizer steps of any model in mixed precision, without DeepSpeed: the same for ours and for peers.
+
+    The weights of the passes are rounded copies of float32 masters; gradients are float32; AdamW behind clipping.
+
+    Args:
+        model: Its weights are those of the passes.
+        loss: Of one micro-batch; a scalar with a gradient.
+        products_add: The products of the backward pass add weights' gradients to the sums, as ours can and do in a run on a
+            GPU (``training/sharded_model.py``); by default autograd adds them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], *, products_add: bool = False) -> None:
+        self._loss = loss
+        self._parameters = list(model.parameters())
+        sum_in_float32(model)
+        self._gradients = [parameter.grad for parameter in self._parameters]
+        self._products_add = products_add
+        if products_add:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = parameter.grad_dtype = None
+                parameter.main_grad = gradient
+        self._masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.requires_grad_().grad = gradient
+        self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, eps=1e-6, fused=True)
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self._parameters)
+
+    def passes(self) -> Tensor:
+        """Forward and backward of one micro-batch, whose gradients are added to those that are there; returns its loss."""
+        loss = self._loss()
+        loss.backward()
+        if self._products_add:
+            left: dict[torch.dtype, list[nn.Parameter]] = {}
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    left.setdefault(parameter.grad.dtype, []).append(parameter)
+            for parameters in left.values():
+                torch._foreach_add_([p.main_grad for p in parameters], [p.grad for p in parameters])
+                for parameter in parameters:
+                    parameter.grad = None
+        return loss.detach()
+
+    def step(self) -> Tensor:
+        """A whole step of one micro-batch; returns its loss."""
+        torch._foreach_zero_(self._gradients)
+        loss = self.passes()
+        torch.nn.utils.clip_grad_norm_(self._masters, MAX_GRADIENT_NORM, foreach=True)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, self._masters)
+        return loss
