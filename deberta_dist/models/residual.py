@@ -59,19 +59,32 @@ class ResidualOutput(nn.Module):
 
     def _compiled(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None) -> Tensor:
         norm, dropout = self.LayerNorm, self.dropout
+        weight, bias = _NoLeaf.apply(norm.weight), _NoLeaf.apply(norm.bias)
         rows, of_residual = x.flatten(0, -2), residual.flatten(0, -2)
         if dropout.drops and dropout_key is not None and x.device.type == "cuda":
             numbers = dropout.row_numbers(x, width)
             low, high = row_words(len(rows), seed=dropout.seed(dropout_key), numbers=numbers, device=x.device)
             joined, limit = _joined(_hashed_residual_norm), (low, high, threshold(dropout.p), kept_share(dropout.p))
-            return joined(rows, of_residual, *limit, norm.weight, norm.bias, norm.eps).view(residual.shape)
+            return joined(rows, of_residual, *limit, weight, bias, norm.eps).view(residual.shape)
         drawn = None
         if dropout_key is None:
             rows = dropout(rows, None)
         elif dropout.drops:
             drawn = dropout.numbers(x, dropout_key, width=width).flatten(0, -2)
         joined, limit = _joined(_residual_norm), (drawn, dropout.limit, dropout.scale)
-        return joined(rows, of_residual, *limit, norm.weight, norm.bias, norm.eps).view(residual.shape)
+        return joined(rows, of_residual, *limit, weight, bias, norm.eps).view(residual.shape)
+
+
+class _NoLeaf(torch.autograd.Function):
+    """The same numbers: the compiler cannot take a leaf, or a view of one, whose gradient has another dtype than it."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor) -> Tensor:
+        return parameter.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def require_compiler(device_type: str) -> None:

@@ -125,9 +125,11 @@ def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
     assert abs(histories[0][0][0] - plain[0][0]) > 1e-4, "dropout was not on"
 
 
-@pytest.mark.parametrize("as_on_a_gpu", [False, True])
-def test_bf16_master_weights_follow_float32(as_on_a_gpu: bool) -> None:
-    case = Case(tensor=2, pipeline=2, data=2, precision="bf16", as_on_a_gpu=as_on_a_gpu)
+@pytest.mark.parametrize(
+    "options", [{}, {"as_on_a_gpu": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=str
+)
+def test_bf16_master_weights_follow_float32(options: dict[str, bool]) -> None:
+    case = Case(tensor=2, pipeline=2, data=2, precision="bf16", **options)
     expected = oracle(case.global_batch_size, case.model)
     found = run_ranks(case.world_size, train, case)
     # bf16 has 8 bits of mantissa: losses agree to their rounding, and so does the first norm.
