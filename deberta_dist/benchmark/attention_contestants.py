@@ -105,10 +105,10 @@ class Case:
         )
 
     @property
-    def has_fused(self) -> bool:
-        """Whether the fused implementation can run here."""
+    def no_fused_reason(self) -> str | None:
+        """Why the fused implementation cannot run here; None if it can."""
         key_BNSH = self.hidden_BSD.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
-        return unavailable_reason(key_BNSH, positions=self.positions, mask=None) is None
+        return unavailable_reason(key_BNSH, positions=self.positions, mask=None)
 
     def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
         """This package's, by one implementation of the kernel."""

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from deberta_dist.models.attention_choice import describe_attention, require_attention, set_attention
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.initialisation import without_memory
+from deberta_dist.models.joint_linear import add_gradients_
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.residual import ResidualOutput
 
@@ -38,6 +40,17 @@ def random_masked_lm(config: DebertaConfig, *, device: torch.device, dtype: torc
     model = model.to(dtype).to_empty(device=device).train()
     fill_(model.named_parameters(), std=config.initializer_range)
     return model
+
+
+def attend_by(wish: str, model: nn.Module, config: DebertaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes a model of ours attend as ``--attention`` asks, and prints who does it: a warning if a GPU does without the fused.
+
+    Raises:
+        ConfigError: the fused attention is asked for and cannot be had.
+    """
+    require_attention(wish, config, dtype=dtype, device=device, where="--attention")
+    set_attention(model, wish)
+    print(describe_attention(wish, config, dtype=dtype, device=device))
 
 
 def sum_in_float32(model: nn.Module) -> None:
@@ -91,14 +104,7 @@ class PlainTraining:
         loss = self._loss()
         loss.backward()
         if self._products_add:
-            left: dict[torch.dtype, list[nn.Parameter]] = {}
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    left.setdefault(parameter.grad.dtype, []).append(parameter)
-            for parameters in left.values():
-                torch._foreach_add_([p.main_grad for p in parameters], [p.grad for p in parameters])
-                for parameter in parameters:
-                    parameter.grad = None
+            add_gradients_(self._parameters)
         return loss.detach()
 
     def step(self) -> Tensor:

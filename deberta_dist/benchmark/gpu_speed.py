@@ -69,7 +69,7 @@ def _with_projections(
     case = attention_contestants.Case(
         batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype
     )
-    ours = FUSED if case.has_fused else PORTABLE
+    ours = FUSED if case.no_fused_reason is None else PORTABLE
     forward, seconds = case.ours(ours), {}
 
     def measure(name: str, forward: Callable[[], Tensor]) -> None:
@@ -156,6 +156,7 @@ def trainer(setting: Setting, report: Report) -> None:
         "length": setting.sized(512, 32),
         "recompute": "none",
         "compile": False,
+        "attention": "auto",
         "device_weights": True,
         "contestants": ["ours"],
         "rounds": setting.sized(4, 1),

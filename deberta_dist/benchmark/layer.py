@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from deberta_dist.benchmark.measure import add_model_arguments, machine
+from deberta_dist.benchmark.measure import add_attention_argument, add_model_arguments, machine
+from deberta_dist.errors import ConfigError
 
 FUSED, PORTABLE, RECOMPUTED, REFERENCE = "fused", "portable", "portable, recomputed", "reference"
 FLOOR, NO_POSITIONS = "products alone", "SDPA without positions"
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, batch_size=4)
     parser.add_argument("--heads", type=int, default=12, help="attention heads of 64")
     parser.add_argument("--dropout", type=float, default=0.1, help="of probabilities; the table has none")
+    add_attention_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -58,8 +60,12 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
         REFERENCE: case.ours("reference"),
         peers.HUGGING_FACE: case.hugging_face(),
     }
-    if case.has_fused:
+    if (reason := case.no_fused_reason) is None:
         forwards[FUSED] = case.ours("fused")
+    elif arguments.attention == FUSED:
+        raise ConfigError(f"--attention {FUSED} cannot be had: {reason}")
+    else:
+        print(f"{'warning' if device.type == 'cuda' else 'note'}: {FUSED} is not measured: {reason}")
     if peers.has_disentangled_flash():
         forwards[peers.DISENTANGLED_FLASH] = case.disentangled_flash()
     else:
@@ -98,6 +104,7 @@ def _run_whole(arguments: argparse.Namespace, *, device: Any, dtype: Any) -> dic
     import torch
 
     from deberta_dist.benchmark import peers, stopwatch, whole_layer
+    from deberta_dist.benchmark.device_models import attend_by
 
     layer = whole_layer.WholeLayer(
         heads=arguments.heads,
@@ -106,6 +113,7 @@ def _run_whole(arguments: argparse.Namespace, *, device: Any, dtype: Any) -> dic
         device=device,
         dtype=dtype,
     )
+    attend_by(arguments.attention, layer.ours, layer.config, dtype=dtype, device=device)
     forwards = layer.contestants(arguments.official)
     same = {name: layer.values(forward) for name, forward in forwards.items() if name != whole_layer.NO_POSITIONS}
     tolerance = TOLERANCE if dtype == torch.float32 else 0.05

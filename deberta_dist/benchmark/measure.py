@@ -26,6 +26,16 @@ STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHO
 """Environment without which glibc gives large temporaries back at once, and whoever makes more of them pays page faults."""
 
 
+def add_attention_argument(parser: argparse.ArgumentParser) -> None:
+    """Who computes our attention, as ``training.attention`` of a run says it."""
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "fused", "portable", "reference"),
+        default="auto",
+        help="who computes ours; any but auto is a must (default: %(default)s)",
+    )
+
+
 class BenchmarkError(DebertaDistError):
     """A contestant failed, or contestants that must agree do not."""
 

@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import Any
 
-from deberta_dist.benchmark.measure import Sample, describe, interleaved, machine, summary
+from deberta_dist.benchmark.measure import Sample, add_attention_argument, describe, interleaved, machine, summary
 
 PLAIN, SIFT = "plain step", "SiFT step"
 COUNT = 8 / 3
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences")
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    add_attention_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from torch import Tensor
 
+    from deberta_dist.benchmark.device_models import attend_by
     from deberta_dist.models.classification import DebertaForSequenceClassification
     from deberta_dist.models.presets import preset
     from deberta_dist.training.sift import Sift, SiftSettings
@@ -40,6 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device, dtype = (torch.device("cuda"), torch.bfloat16) if is_cuda else (torch.device("cpu"), torch.float32)
     config = preset(arguments.preset)
     model = DebertaForSequenceClassification(config).to(device, dtype).train()
+    attend_by(arguments.attention, model, config, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(1)
     shape = (arguments.batch_size, arguments.length)
     ids = torch.randint(5, config.vocab_size, shape, generator=generator).to(device)

@@ -11,7 +11,7 @@ For steady times on a CPU set MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRE
 import argparse
 from typing import Any
 
-from deberta_dist.benchmark.measure import add_model_arguments, machine
+from deberta_dist.benchmark.measure import add_attention_argument, add_model_arguments, machine
 
 OURS, FLOOR = "ours", "a large product"
 TOLERANCE = 1e-4  # of gradients of many layers, float32
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers; 12 is the whole v3-base")
     add_model_arguments(parser, batch_size=2)
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
+    add_attention_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from deberta_dist.benchmark import peers, stopwatch
+    from deberta_dist.benchmark.device_models import attend_by
     from deberta_dist.benchmark.step_contestants import Step
     from deberta_dist.models.presets import preset
 
@@ -39,6 +41,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = preset(arguments.preset, num_hidden_layers=arguments.layers)
     step = Step(config, shape=(arguments.batch_size, arguments.length), device=device, dtype=dtype)
     step.model.recompute = arguments.recompute
+    attend_by(arguments.attention, step.model, config, dtype=dtype, device=device)
     contestants = {OURS: step.ours(), peers.HUGGING_FACE: step.hugging_face()}
     if arguments.official is not None:
         contestants[peers.PUBLISHED] = step.published(arguments.official)

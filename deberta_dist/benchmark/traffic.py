@@ -23,10 +23,15 @@ COLLECTIVES = {
     "reduce_": "tie_collect",
 }
 NORMS = "deepspeed_norms"
-"""DeepSpeed's own all-reduces: gradient norm and overflow. The formula leaves them out."""
+"""DeepSpeed's own all-reduces: checks, the norm of an offloaded gradient. The formula leaves them out."""
 # Who asks tells all-reduces apart, and what is tensor-parallel: its group of all ranks may be the world's own group.
 TENSOR = "tensor"
-ALL_REDUCES = {"deberta_dist.tensor_parallel": TENSOR, "deberta_dist.training": "scalars", "deepspeed": NORMS}
+ALL_REDUCES = {
+    "deberta_dist.tensor_parallel": TENSOR,
+    "deberta_dist.training": "scalars",
+    "deberta_dist.zero": "scalars",
+    "deepspeed": NORMS,
+}
 # Received bytes are counted where they are sent.
 SILENT = ("recv_", "recv_any_source_", "barrier", "monitored_barrier_")
 

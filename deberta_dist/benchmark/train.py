@@ -10,7 +10,7 @@ import argparse
 import statistics
 from typing import Any
 
-from deberta_dist.benchmark.measure import BenchmarkError, machine
+from deberta_dist.benchmark.measure import BenchmarkError, add_attention_argument, machine
 from deberta_dist.benchmark.ranks import start_ranks
 from deberta_dist.benchmark.scale import parse_layouts
 from deberta_dist.errors import ConfigError
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens per sequence (default: %(default)s)")
     parser.add_argument("--recompute", default="none", help="activations that ours computes again")
     parser.add_argument("--compile", action="store_true", help="ours with training.compile")
+    add_attention_argument(parser)
     help_text = "ours from other random weights, made on the device: the 1.5B's own take minutes. For ours alone"
     parser.add_argument("--device-weights", action="store_true", help=help_text)
     parser.add_argument(
@@ -48,11 +49,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
+    from deberta_dist.models.attention_choice import require_attention
+    from deberta_dist.models.presets import preset
+
     names = arguments.contestants.split(",")
     if unknown := set(names) - TITLES.keys():
         raise ConfigError(f"--contestants: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
     if arguments.device_weights and names != [OURS]:
         raise ConfigError(f"--device-weights is for --contestants {OURS}: the others would start from other weights")
+    kind, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    wish = {"dtype": dtype, "device": torch.device(kind), "where": "--attention"}
+    require_attention(arguments.attention, preset(arguments.preset), **wish)
     layout_name = arguments.layout or f"1x1x{arguments.processes}"
     [layout] = parse_layouts(layout_name, processes=arguments.processes)
     plan = {
@@ -77,6 +84,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "loss": sum(rank["losses"][name] for rank in found) / len(found),
             "peak_bytes": max(rank["peak_bytes"][name] for rank in found),
         }
+    if OURS in names:
+        print(first["attention"])
     _require_equal_losses(figures, tolerance=TOLERANCE[first["device_type"]])
     tokens, peak_flops = first["tokens"], first["peak_flops"]
     title = (

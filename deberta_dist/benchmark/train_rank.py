@@ -24,6 +24,7 @@ from deberta_dist.benchmark.train import HUGGING_FACE, OURS, SAME_MODEL
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.mesh import Mesh, make_mesh, start_process_group
+from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import device_peak_flops, forward_flops
 from deberta_dist.planning.layout import Layout, plan_layout
@@ -112,6 +113,7 @@ def ours(setting: Setting) -> Contestant:
             seed=SEED,
             recompute=plan["recompute"],
             compile=plan["compile"],
+            attention=plan["attention"],
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(
@@ -216,6 +218,7 @@ def main(folder: Path) -> None:
                 seconds[name].append(time.monotonic() - begun)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found = {
+        "attention": describe_attention(plan["attention"], setting.model_config, dtype=setting.dtype, device=device),
         "losses": losses,
         "seconds": seconds,
         "peak_bytes": peaks,

@@ -74,6 +74,11 @@ class WholeLayer:
             for name, parameter in ours.named_parameters():
                 parameter.copy_(normal(*parameter.shape, scale=0.04) + (1.0 if "LayerNorm.weight" in name else 0.0))
 
+    @property
+    def ours(self) -> nn.Module:
+        """This package's layer."""
+        return self._layers[OURS]
+
     def own_contestants(self) -> Mapping[str, Callable[[], Tensor]]:
         """Forward passes of ours, with and without positions."""
         without = self._add(NO_POSITIONS, Layer(self.config))

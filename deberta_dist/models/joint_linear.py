@@ -14,7 +14,8 @@ An input that can be made again is not kept for the backward pass. Whoever makes
 Letters: D features in, E features out of one layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def main_grad(parameter: Tensor) -> Tensor | None:
 def is_asked_for(parameter: Tensor) -> bool:
     """Whether the backward pass that runs leads to the parameter: not where others' gradients alone are asked for."""
     return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+
+
+@torch.no_grad()
+def add_gradients_(parameters: Iterable[Tensor]) -> None:
+    """Adds what a backward pass has left to autograd, in ``.grad``, to every ``main_grad``, all of one dtype at once."""
+    left: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            left[parameter.grad.dtype].append(parameter)
+    for some in left.values():
+        torch._foreach_add_([parameter.main_grad for parameter in some], [parameter.grad for parameter in some])
+        for parameter in some:
+            parameter.grad = None
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -30,7 +30,7 @@ import torch
 
 from deberta_dist.config import RunConfig, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
-from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
+from deberta_dist.planning.layout import DTYPES, FLAT_GROUPS, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
 
 # float32 largest logit, float32 sum and target logit, int64 winner: per target.
@@ -66,7 +66,7 @@ class RankCommunication:
         tensor_halves: What of these four is all-gathers and reduce-scatters; the rest is all-reduces.
         pipeline_activations: Sent to later stages.
         pipeline_gradients: Sent to earlier stages.
-        scalars: Targets, tokens, losses and the agreement on finite gradients (DeepSpeed's norms not counted).
+        scalars: Targets, tokens, losses and the gradient's norm (of an offloaded gradient DeepSpeed's own, not counted).
     """
 
     zero_gather: int
@@ -160,7 +160,7 @@ def rank_communication(
         tensor_halves=is_sequence * (in_layers + in_embedding + joined),
         pipeline_activations=sum(index < last for index in stages) * hidden // shards,
         pipeline_gradients=sum(index > 0 for index in stages) * hidden // shards,
-        scalars=_scalars(config),
+        scalars=_scalars(config, deepspeed_config),
     )
 
 
@@ -196,8 +196,12 @@ def _target_bytes(
     return decoder, total * (layout.config.embedding_width * width + CROSS_ENTROPY_BYTES)
 
 
-def _scalars(config: RunConfig) -> int:
-    """The trainer's own: int64 targets and tokens over the data axis, float64 [4] over the world."""
+def _scalars(config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
+    """Int64 targets and tokens over the data axis, float64 [3] over the world, a float64 norm of every flat gradient over the
+    data axis and over the ranks that share the data.
+    """
     parallel = config.parallel
-    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
-    return 16 * (parallel.data_parallel_size > 1) + 32 * (world > 1)
+    replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    norms = 8 * len(FLAT_GROUPS) * (offload == "none")
+    return (16 + norms) * (replicas > 1) + 24 * (replicas * model > 1) + norms * (model > 1)

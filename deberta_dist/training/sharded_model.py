@@ -10,12 +10,12 @@ at once. On a CPU the view is ``.grad`` itself and autograd adds, product by pro
 another order, and runs go on to the same bits.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from deberta_dist.models.joint_linear import add_gradients_
 from deberta_dist.pipeline_parallel.ties import TiedWeights
 from deberta_dist.zero import WeightStore
 
@@ -62,19 +62,10 @@ class ShardedModel:
             elif with_gradients:
                 parameter.grad = gradients[name]
 
-    @torch.no_grad()
     def accumulate(self) -> None:
         """Adds what a backward pass has left in ``.grad`` to the sums of micro-batches; after each."""
-        if not self._products_add:
-            return
-        left: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
-        for parameter in self._parameters.values():
-            if parameter.grad is not None:
-                left[parameter.grad.dtype].append(parameter)
-        for parameters in left.values():
-            torch._foreach_add_([p.main_grad for p in parameters], [p.grad for p in parameters])
-            for parameter in parameters:
-                parameter.grad = None
+        if self._products_add:
+            add_gradients_(self._parameters.values())
 
     def collect_gradients(self) -> None:
         """Adds what borrowers accumulated to the owners' gradients."""
