@@ -191,7 +191,7 @@ def delta_kernel(
 def backward_kernel(
     query, key, value, c2p, p2c, row_of_distance, positions, query_ids, key_ids, keep_bits, context_gradient, lse, delta,
     value_gradient, score_gradient, transposed_gradient,
-    query_stride, key_stride, value_stride, score_stride, transposed_stride,
+    query_stride, key_stride, value_stride, value_gradient_stride, score_stride, transposed_stride,
     batch_size, num_heads, num_queries, num_keys, num_rows, scale_log2, inverse_scale, inverse_keep,
     HEAD_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HAS_C2P: tl.constexpr,
     HAS_P2C: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -250,9 +250,9 @@ def backward_kernel(
             mask=tl.trans(pair_inside),
         )
 
-    at = ((batch.to(tl.int64) * num_keys + key_at) * num_heads + head) * HEAD_SIZE
+    value_gradient += batch.to(tl.int64) * num_keys * value_gradient_stride + head * HEAD_SIZE
     tl.store(
-        value_gradient + at[:, None] + tl.arange(0, HEAD_SIZE)[None, :],
+        value_gradient + (key_at * value_gradient_stride)[:, None] + tl.arange(0, HEAD_SIZE)[None, :],
         (accumulator * inverse_keep).to(value_gradient.dtype.element_ty),
         mask=(keys < num_keys)[:, None],
     )

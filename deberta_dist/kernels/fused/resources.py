@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deberta_dist.kernels.fused.gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
 from deberta_dist.kernels.fused.tiles import TILES, Tile
 
@@ -55,7 +55,7 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
     """Compiles one kernel with every feature on: both position terms, document numbers, dropout.
 
     Args:
-        name: a field of `Tiles`, "end_sums", "delta" or "keep_bits"; sums and token gradients are those of keys.
+        name: a field of `Tiles`, "delta" or "keep_bits"; sums and token gradients are those of keys.
         tile: only the warps and stages matter to the last two.
         head_size: one of ``HEAD_SIZES``.
         dtype: "bf16", "fp16" or "fp32".
@@ -74,12 +74,6 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
                 "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns,
             },
         ),
-        "end_sums": (
-            end_sums_kernel,
-            {
-                "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_T": tile.columns,
-            },
-        ),
         "token_gradient": (
             token_gradient_kernel,
             {
@@ -94,7 +88,7 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
 def all_resources(*, head_size: int, dtype: str, capability: int) -> dict[str, Resources]:
     """`kernel_resources` of every kernel as it is shipped for these, by name."""
     tiles = TILES[head_size, 4 if dtype == "fp32" else 2, capability // 10]
-    shipped = {**tiles._asdict(), "end_sums": tiles.row_sums, "delta": _FIXED, "keep_bits": _FIXED}
+    shipped = {**tiles._asdict(), "delta": _FIXED, "keep_bits": _FIXED}
     return {
         name: kernel_resources(name, tile, head_size=head_size, dtype=dtype, capability=capability)
         for name, tile in shipped.items()
