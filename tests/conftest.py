@@ -1,6 +1,9 @@
 """Settings of all tests."""
 
+import importlib.metadata
+import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -10,3 +13,20 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read by Triton when it is first imported, whoever does it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _let_the_interpreter_count() -> None:
+    """Triton 3.6's interpreter asks int() of an array of one element, which numpy refuses from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+if importlib.util.find_spec("triton") is not None and importlib.metadata.version("triton").startswith("3.6."):
+    _let_the_interpreter_count()
