@@ -14,7 +14,6 @@ from deberta_dist.kernels.dropout import kept_share, signed, threshold
 from deberta_dist.kernels.fused.call import Call, Operands
 from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused.tiles import Tile
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
@@ -33,7 +32,7 @@ def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
         lse=lse_BNQ,
         BLOCK_Q=tile.rows,
         BLOCK_K=tile.columns,
-        **_launch_options(tile),
+        **tile.options,
     )
     return context_BQNH, lse_BNQ
 
@@ -75,7 +74,7 @@ def backward_of_scores(
         transposed_stride=transposed_gradient.shape[-1],
         BLOCK_Q=tile.columns,
         BLOCK_K=tile.rows,
-        **_launch_options(tile),
+        **tile.options,
     )
     return score_gradient, transposed_gradient
 
@@ -175,7 +174,7 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
         HAS_POSITIONS=has_positions,
         BLOCK_O=tile.rows,
         BLOCK_R=tile.columns,
-        **_launch_options(tile),
+        **tile.options,
     )
 
 
@@ -215,7 +214,7 @@ def token_gradient(
         BLOCK_O=tile.rows,
         BLOCK_T=tile.columns,
         PRECISION=_precision(),
-        **_launch_options(tile),
+        **tile.options,
     )
 
 
@@ -267,10 +266,6 @@ def rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
 
 def _multiple_of_8(number: int) -> int:
     return -(-number // 8) * 8
-
-
-def _launch_options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
 def _precision() -> str:
