@@ -14,10 +14,10 @@ from deberta_dist.kernels.dropout import kept_share, signed, threshold
 from deberta_dist.kernels.fused.call import Call, Operands
 from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
+from deberta_dist.kernels.fused.tiles import DELTA_BLOCK, KEEP_BLOCK
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
-_KEEP_BLOCK, _DELTA_BLOCK = 1024, 64
 
 
 def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
@@ -55,8 +55,8 @@ def backward_of_scores(
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
     delta_BNQ = torch.empty_like(lse_BNQ)
-    delta_kernel[triton.cdiv(num_queries, _DELTA_BLOCK), batch * heads](
-        context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=_DELTA_BLOCK
+    delta_kernel[triton.cdiv(num_queries, DELTA_BLOCK), batch * heads](
+        context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=DELTA_BLOCK
     )
     score_gradient = context_BQNH.new_empty(batch, heads, num_queries, _multiple_of_8(num_keys))
     transposed_gradient = context_BQNH.new_empty(batch, heads, num_keys, _multiple_of_8(num_queries))
@@ -123,7 +123,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: i
     batch, num_queries, heads, _ = query_BQNH.shape
     num_bytes = -(-key_BSNH.shape[1] // 8)
     bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
-    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, _KEEP_BLOCK), batch * heads](
+    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), batch * heads](
         bits,
         # Signed: every seed has the type of the one the kernel was compiled for.
         signed(seed, bits=32),
@@ -131,7 +131,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: i
         threshold(dropout_p),
         num_queries,
         num_bytes,
-        BLOCK=_KEEP_BLOCK,
+        BLOCK=KEEP_BLOCK,
     )
     return bits
 

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused.tiles import TILES, Tile
+from deberta_dist.kernels.fused.tiles import DELTA_BLOCK, KEEP_BLOCK, TILES, Tile
 
 _POINTERS = {
     "row_of_distance": "*i16",
@@ -69,8 +69,8 @@ def compiled_kernel(
     scores = {"HEAD_SIZE": head_size, **features, "HAS_POSITIONS": has_positions, "PRECISION": "ieee"}
     sums = {"HAS_POSITIONS": has_positions, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns}
     kernel, constants = {
-        "keep_bits": (keep_bits_kernel, {"BLOCK": 1024}),
-        "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": 64}),
+        "keep_bits": (keep_bits_kernel, {"BLOCK": KEEP_BLOCK}),
+        "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": DELTA_BLOCK}),
         "forward": (forward_kernel, {**scores, "BLOCK_Q": tile.rows, "BLOCK_K": tile.columns}),
         "backward": (backward_kernel, {**scores, "BLOCK_Q": tile.columns, "BLOCK_K": tile.rows}),
         "row_sums": (row_sums_kernel, {**sums, "OF_KEYS": True}),

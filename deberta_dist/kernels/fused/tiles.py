@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 
 HEAD_SIZES = (32, 64, 128)
+# Bytes and queries per program of the kernels that do not loop.
+KEEP_BLOCK, DELTA_BLOCK = 1024, 32
 
 
 class Tile(NamedTuple):
