@@ -1,6 +1,9 @@
 """Settings of all tests."""
 
+import importlib.metadata
+import importlib.util
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +23,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: sh tests/run.sh -m gpu"))
+
+
+def _let_the_interpreter_count() -> None:
+    """Triton 3.6's interpreter asks int() of an array of one element, which numpy refuses from 2.4 on."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_repair
+
+
+if importlib.util.find_spec("triton") is not None and importlib.metadata.version("triton").startswith("3.6."):
+    _let_the_interpreter_count()

@@ -1,6 +1,6 @@
 """What all implementations share: scale, precision of scores, products with the relative table.
 
-Letters: B batch, N heads here, S sequence, H head size, R rows of the relative table.
+Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the relative table.
 """
 
 import math
@@ -93,6 +93,22 @@ def refuse_second_derivative(implementation: str) -> None:
             f"the {implementation} attention was differentiated with create_graph=True and has no second derivative; "
             "give disentangled_attention implementation='reference'"
         )
+
+
+def empty_token_gradients(query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor) -> list[Tensor]:
+    """Uninitialised, laid out as the projections' outputs are, so that no one has to copy them: [B, S, N, H].
+
+    Those of one length and dtype are slices of one tensor, as the outputs of one product are.
+    """
+    operands = query_BNQH, key_BNSH, value_BNSH
+    is_like_keys = [(x.shape, x.dtype) == (key_BNSH.shape, key_BNSH.dtype) for x in operands]
+    batch, heads, length, head_size = key_BNSH.shape
+    parts = iter(key_BNSH.new_empty(batch, length, sum(is_like_keys), heads, head_size).unbind(2))
+    gradients = [
+        next(parts) if is_part else x.new_empty(x.transpose(1, 2).shape)
+        for x, is_part in zip(operands, is_like_keys, strict=True)
+    ]
+    return [gradient.transpose(1, 2) for gradient in gradients]
 
 
 def position_scores(content_BNSH: Tensor, table_NRH: Tensor, *, scale: float) -> Tensor:

@@ -6,14 +6,32 @@ Letters: B batch, Q queries, S keys, R rows of the relative table, M largest dis
 """
 
 import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Form = TypeVar("Form")
+
+
+class _Source:
+    """Something that implementations derive other forms from: once per object, however many layers share it."""
+
+    @functools.cached_property
+    def _derived(self) -> dict[Hashable, Any]:
+        return {}
+
+    def derived(self, name: Hashable, make: Callable[[], Form]) -> Form:
+        """What ``make`` returned when ``name`` was first asked for."""
+        if name not in self._derived:
+            self._derived[name] = make()
+        return self._derived[name]
+
 
 @dataclass(frozen=True, eq=False)
-class RelativePositions:
+class RelativePositions(_Source):
     """Row of the relative table for each pair of a query and a key, by their distance.
 
     Attributes:
@@ -46,7 +64,7 @@ class RelativePositions:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionMask:
+class AttentionMask(_Source):
     """Which query sees which key: those of its own segment, or any pairs.
 
     Attributes:

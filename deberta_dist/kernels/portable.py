@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
-from deberta_dist.kernels.operands import AttentionCall, as_factor, product_into, refuse_second_derivative, score_dtype
+from deberta_dist.kernels.operands import (
+    AttentionCall,
+    as_factor,
+    empty_token_gradients,
+    product_into,
+    refuse_second_derivative,
+    score_dtype,
+)
 from deberta_dist.kernels.position_terms import Chunk, position_terms
 
 # Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
@@ -75,7 +82,7 @@ class _PortableAttention(torch.autograd.Function):
         refuse_second_derivative("portable")
         *operands, kept_NBQS = ctx.saved_tensors
         work = _Work(*operands, ctx.call)
-        gradients = _token_gradients(*operands[:3])
+        gradients = empty_token_gradients(*operands[:3])
         for chunk in work.chunks():
             kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
             results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], kept=kept)
@@ -250,19 +257,6 @@ class _Work:
         if name not in self._workspaces:
             self._workspaces[name] = torch.empty(size, dtype=dtype, device=self._query.device)
         return self._workspaces[name][:size].view(shape)
-
-
-def _token_gradients(query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor) -> list[Tensor]:
-    """Uninitialised, laid out as the projections' outputs are, so that no one has to copy them: [B, S, N, H].
-
-    Of one length they are slices of one tensor, as the outputs of one product are.
-    """
-    operands = query_BNQH, key_BNSH, value_BNSH
-    if len({x.shape for x in operands}) > 1:
-        return [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2) for x in operands]
-    batch, heads, length, head_size = query_BNQH.shape
-    whole = query_BNQH.new_empty(batch, length, len(operands), heads, head_size)
-    return [part.transpose(1, 2) for part in whole.unbind(2)]
 
 
 def _product(left: Tensor, right: Tensor, *, scale: float = 1.0) -> Tensor:

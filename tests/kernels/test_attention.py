@@ -149,6 +149,17 @@ def test_segments_and_their_pairs_say_the_same():
     assert [mask.is_of_padding for mask in (segments, pairs, padding)] == [False, False, True]
 
 
+def test_other_forms_of_a_mask_are_made_once():
+    mask, calls = AttentionMask(key_segments_BS=torch.tensor([[True, False]])), []
+
+    def form(number: int) -> Tensor:
+        return mask.derived(number, lambda: calls.append(number) or mask.key_segments_BS * number)
+
+    assert form(2) is form(2) and form(3).tolist() == [[3, 0]]
+    assert calls == [2, 3]
+    assert mask.of_queries(torch.tensor([[0]])).derived(2, lambda: "another") == "another"
+
+
 @everywhere
 def test_position_scores_made_before_are_the_same_term(implementation):
     t = tensors()

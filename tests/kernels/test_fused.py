@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deberta_dist.kernels.dropout import dropped
+from deberta_dist.models.joint_linear import adjacent
 from tests.kernels.fused_cases import DEVICE, Case, random_case, values_and_gradients
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
@@ -178,6 +179,21 @@ def test_heads_inside_of_a_wider_projection_are_read_in_place():
     assert all(launch.token_rows(x).data_ptr() == x.data_ptr() for x in views)
     assert torch.equal(case.fused([*views, *case.operands[3:]]), case.fused())
     assert case.fused().transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("order", [(3, 4), (4, 3)])
+def test_gradients_lie_side_by_side_as_the_operands_do(order):
+    case = Case(batch=1, queries=5, keys=5, buckets=0, max_distance=8)
+    expected = values_and_gradients(case.fused, case.operands, case.gradient)[1:]
+    operands = list(case.operands)
+    for group in ((0, 1, 2), order):
+        wide = torch.cat([case.operands[number].transpose(-3, -2).flatten(-2) for number in group], dim=-1)
+        for number, part in zip(group, wide.chunk(len(group), dim=-1), strict=True):
+            operands[number] = part.unflatten(-1, (case.heads, case.head_size)).transpose(-3, -2).requires_grad_()
+    gradients = torch.autograd.grad(case.fused(operands), operands, case.gradient)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+    for group in ((0, 1, 2), order):
+        assert adjacent([gradients[number].transpose(-3, -2).flatten(-2) for number in group], dim=-1) is not None
 
 
 def test_nothing_of_the_size_of_the_scores_is_saved():

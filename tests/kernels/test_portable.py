@@ -13,6 +13,7 @@ from deberta_dist.kernels import (
     portable,
     position_scores,
 )
+from deberta_dist.models.joint_linear import adjacent
 
 H, R = 8, 11
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-2}
@@ -157,6 +158,9 @@ def test_operands_laid_out_by_tokens_as_projections_give_them():
     width = gradients[0].flatten(2).shape[-1]
     assert {x.flatten(2).stride() for x in gradients} == {(20 * 3 * width, 3 * width, 1)}
     assert len({x.untyped_storage().data_ptr() for x in gradients}) == 1
+    # Keys and values have a length of their own where queries are fewer.
+    query, key, value = (x.transpose(1, 2).flatten(2) for x in Problem(2, 3, 7, 20).run("portable")[1:4])
+    assert query.is_contiguous() and adjacent([key, value], dim=-1) is not None
 
 
 @pytest.fixture

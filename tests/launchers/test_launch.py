@@ -61,11 +61,12 @@ def test_refused(words: list[str]) -> None:
 
 
 def test_without_gpu_processes_and_environment_come_from_the_toml(start: Callable, called: Callable) -> None:
-    call = called(start("bash", BIG, "--run.directory", "a b'c", "--parallel.data_parallel_size=2"))
+    sizes = [f"--parallel.{axis}_parallel_size={size}" for axis, size in (("tensor", 2), ("pipeline", 4), ("data", 2))]
+    call = called(start("bash", BIG, "--run.directory", "a b'c", *sizes))
     flags, rest = call["argv"][:2], call["argv"][2:]
     assert flags[0].startswith("--master_port=")
     assert flags[1] == "--num_gpus=16"
-    assert rest == [BIG, "--run.directory", "a b'c", "--parallel.data_parallel_size=2"]
+    assert rest == [BIG, "--run.directory", "a b'c", *sizes]
     threads = max(1, (os.cpu_count() or 1) // 16)
     assert call["env"] == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 

@@ -55,6 +55,7 @@ def replaced(listener: Listener) -> Iterator[None]:
         start = _without_nccl(dist.init_process_group, listener)
         for module in (dist, dist.distributed_c10d):
             stack.enter_context(mock.patch.object(module, "init_process_group", start))
+            stack.enter_context(mock.patch.object(module, "split_group", _split_on_gloo))
         yield
 
 
@@ -202,3 +203,9 @@ def _without_nccl(start: Callable[..., Any], listener: Listener) -> Callable[...
         start("gloo", *args, **kwargs)
 
     return init_process_group
+
+
+def _split_on_gloo(*, split_ranks: list[list[int]]) -> dist.ProcessGroup | None:
+    """What NCCL does with the world at once: gloo makes the groups one by one."""
+    groups = {tuple(ranks): dist.new_group(ranks) for ranks in split_ranks}
+    return next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)

@@ -14,7 +14,7 @@ from deberta_dist.kernels.fused.call import Call
 from deberta_dist.kernels.fused.tables import PositionTables, order_of_positions, position_tables
 from deberta_dist.kernels.fused.tiles import tiles_of
 from deberta_dist.kernels.operands import AttentionCall
-from deberta_dist.kernels.places import AttentionMask
+from deberta_dist.kernels.places import AttentionMask, RelativePositions
 
 
 def fused_attention(
@@ -49,15 +49,14 @@ def fused_attention(
             raise ConfigError(reason)
     batch, _, num_queries, head_size = query_BNQH.shape
     num_keys = key_BNSH.shape[2]
-    queries = call.positions.query_positions_BQ
-    num_positions = num_queries if queries is None else num_keys
+    has_positions = call.positions.query_positions_BQ is not None
+    num_positions = num_keys if has_positions else num_queries
     table = rel_key_NRH if rel_key_NRH is not None else rel_query_NRH
     tables = positions = order = starts = None
     if table is not None:
         tables = _tables(call, num_positions=num_positions, num_keys=num_keys, table=table)
-        if queries is not None:
-            positions = queries.int().expand(batch, num_queries).contiguous()
-            order, starts = order_of_positions(positions, num_positions=num_keys)
+        if has_positions:
+            positions, order, starts = _ordered_positions(call.positions, batch=batch, num_keys=num_keys)
     query_ids, key_ids = _segments(call.mask, batch=batch)
     prepared = Call(
         tables=tables,
@@ -86,13 +85,33 @@ def _tables(call: AttentionCall, *, num_positions: int, num_keys: int, table: Te
     )
 
 
+def _ordered_positions(positions: RelativePositions, *, batch: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries' positions, int32 [B, Q], and `order_of_positions`; made once for all who share ``positions``."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        positions_BQ = _numbers(positions.query_positions_BQ, batch=batch)
+        return positions_BQ, *order_of_positions(positions_BQ, num_positions=num_keys)
+
+    return positions.derived(("fused", batch, num_keys), make)
+
+
 def _segments(mask: AttentionMask | None, *, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Numbers of queries and keys, int32 [B, Q] and [B, S]: those equal and not 0 see each other."""
+    """Numbers of queries and keys, int32 [B, Q] and [B, S]: those equal and not 0 see each other.
+
+    They are made once for all layers that share ``mask``.
+    """
     if mask is None:
         return None, None
-    keys = mask.key_segments_BS.int().expand(batch, -1).contiguous()
-    queries = mask.query_segments_BQ
-    return keys if queries is None else queries.int().expand(batch, -1).contiguous(), keys
+
+    def make() -> tuple[Tensor, Tensor]:
+        keys = _numbers(mask.key_segments_BS, batch=batch)
+        return keys if mask.query_segments_BQ is None else _numbers(mask.query_segments_BQ, batch=batch), keys
+
+    return mask.derived(("fused", batch), make)
+
+
+def _numbers(x_BT: Tensor, *, batch: int) -> Tensor:
+    return x_BT.int().expand(batch, -1).contiguous()
 
 
 def _check_places(query_BNQH: Tensor, key_BNSH: Tensor, call: AttentionCall) -> None:

@@ -16,6 +16,7 @@ from deberta_dist.kernels.fused.call import Call, Operands
 from deberta_dist.kernels.fused.launch import (
     attend,
     backward_of_scores,
+    empty_table_gradients,
     rows_that_occur,
     score_arguments,
     sum_rows,
@@ -23,7 +24,7 @@ from deberta_dist.kernels.fused.launch import (
     token_gradient,
     token_rows,
 )
-from deberta_dist.kernels.operands import refuse_second_derivative
+from deberta_dist.kernels.operands import empty_token_gradients, refuse_second_derivative
 
 
 class FusedAttention(torch.autograd.Function):
@@ -57,26 +58,42 @@ class FusedAttention(torch.autograd.Function):
         operands, call = Operands(*saved), ctx.call
         arguments = score_arguments(operands, call)
         gradient_BQNH = gradient_BNQH.transpose(1, 2).contiguous()
-        value_gradient_BSNH, score_gradient, transposed_gradient = backward_of_scores(
-            operands, call, arguments, context_BQNH=context_BQNH, gradient_BQNH=gradient_BQNH, lse_BNQ=lse_BNQ
+        query, key, value, rel_key, rel_query = operands
+        of_query, of_key, of_value = empty_token_gradients(*(x.transpose(1, 2) for x in (query, key, value)))
+        score_gradient, transposed_gradient = backward_of_scores(
+            operands,
+            call,
+            arguments,
+            context_BQNH=context_BQNH,
+            gradient_BQNH=gradient_BQNH,
+            lse_BNQ=lse_BNQ,
+            into_BSNH=of_value.transpose(1, 2),
         )
         # Each pair of products has done its work: its memory takes its gradient.
         c2p_gradient = p2c_gradient = None
-        if operands.rel_key is not None:
+        if rel_key is not None:
             c2p_gradient = arguments["c2p"]
             sum_rows(score_gradient, c2p_gradient, call, of_keys=False)
-        if operands.rel_query is not None:
+        if rel_query is not None:
             p2c_gradient = arguments["p2c"]
             sum_rows(transposed_gradient, p2c_gradient, call, of_keys=True)
-        query, key, _, rel_key, rel_query = operands
         needs_query, needs_key, _, needs_rel_key, needs_rel_query, _ = ctx.needs_input_grad
-        of_query = of_key = of_rel_key = of_rel_query = None
         if needs_query:
-            of_query = token_gradient(score_gradient, query, key, c2p_gradient, rel_key, call)
+            token_gradient(score_gradient, key, c2p_gradient, rel_key, call, into_BTNH=of_query.transpose(1, 2))
         if needs_key:
-            of_key = token_gradient(transposed_gradient, key, query, p2c_gradient, rel_query, call)
+            token_gradient(transposed_gradient, query, p2c_gradient, rel_query, call, into_BTNH=of_key.transpose(1, 2))
+        wanted = {"key": rel_key} if needs_rel_key else {}
+        wanted |= {"query": rel_query} if needs_rel_query else {}
+        of_tables = empty_table_gradients(wanted, call, table_rows=ctx.table_rows)
         if needs_rel_key:
-            of_rel_key = table_gradient(c2p_gradient, query, call, ctx.table_rows)
+            table_gradient(c2p_gradient, query, call, into_NRH=of_tables["key"])
         if needs_rel_query:
-            of_rel_query = table_gradient(p2c_gradient, key, call, ctx.table_rows)
-        return of_query, of_key, value_gradient_BSNH.transpose(1, 2), of_rel_key, of_rel_query, None
+            table_gradient(p2c_gradient, key, call, into_NRH=of_tables["query"])
+        return (
+            of_query if needs_query else None,
+            of_key if needs_key else None,
+            of_value,
+            of_tables.get("key"),
+            of_tables.get("query"),
+            None,
+        )

@@ -66,7 +66,8 @@ def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: 
         return f"{batch} sequences of {heads} heads; the fused attention takes {_MOST_HEADS} heads in all"
     if mask is not None and mask.pairs_BQS is not None:
         return "the fused attention takes a mask of segments, not one of [queries, keys]"
-    if falls(positions.host_rows):
+    # Once per object: every layer asks, and the cache of `falls` would hash all rows each time.
+    if positions.derived("falls", lambda: falls(positions.host_rows)):
         return "the fused attention sums neighbours that share a row; row_of_distance falls as the distance grows"
     return None
 

@@ -11,12 +11,14 @@ owners first: transposed, where the owners are keys.
 import triton
 import triton.language as tl
 
+from deberta_dist.kernels.fused.kernels import gathered
+
 
 @triton.jit
 def _range_of_row(
     owner_position, lowest, highest, order_starts, num_positions, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """Begin and end of the others at distances lowest .. highest; end <= begin if there are none."""
+    """Begin and end of the others at distances lowest .. highest, [I, J]; end <= begin if there are none."""
     if OF_KEYS:
         begin, end = owner_position + lowest, owner_position + highest + 1
     else:
@@ -24,7 +26,7 @@ def _range_of_row(
     begin = tl.minimum(tl.maximum(begin, 0), num_positions)
     end = tl.minimum(tl.maximum(end, 0), num_positions)
     if OF_KEYS and HAS_POSITIONS:
-        begin, end = tl.load(order_starts + begin), tl.load(order_starts + end)
+        begin, end = gathered(order_starts, begin), gathered(order_starts, end)
     return begin, end
 
 
@@ -32,21 +34,50 @@ def _range_of_row(
 def _gradients_at(
     score_gradient, owners, others, order, score_stride, inside, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """Score gradients of pairs, float32, 0 outside; ``owners`` and ``others`` broadcast against each other."""
+    """Score gradients of pairs [I, J], float32, 0 outside; neighbours in I are others of one owner."""
     if OF_KEYS and HAS_POSITIONS:
-        others = tl.load(order + others, mask=inside, other=0)
-    return tl.load(score_gradient + owners * score_stride + others, mask=inside, other=0.0).to(tl.float32)
+        others = gathered(order, others, inside, 0)
+    return gathered(score_gradient, owners * score_stride + others, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _owners_of_program(num_owners, positions, batch, BLOCK_O: tl.constexpr, HAS_POSITIONS: tl.constexpr):
-    """Owners of this program, which of them there are, and their positions."""
-    owners_here = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    owners = tl.minimum(owners_here, num_owners - 1)
-    position = owners
-    if HAS_POSITIONS:
-        position = tl.load(positions + batch * num_owners + owners)
-    return owners, owners_here < num_owners, position
+def _sums_of_rows(
+    score_gradient, rows, row_inside, owners, owner_inside, position, lowest_distance, highest_distance, order,
+    order_starts, score_stride, num_positions, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of rows and owners, [rows, owners]; the rows walk their ranges in step."""
+    lowest = tl.load(lowest_distance + rows, mask=row_inside, other=0)[:, None]
+    highest = tl.load(highest_distance + rows, mask=row_inside, other=-1)[:, None]
+    begin, end = _range_of_row(
+        position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS
+    )
+    length = tl.where(row_inside[:, None] & owner_inside[None, :], end - begin, 0)
+    total = tl.zeros([rows.shape[0], owners.shape[0]], tl.float32)
+    for step in range(0, tl.max(tl.max(length, 1), 0)):
+        total += _gradients_at(
+            score_gradient, owners[None, :], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
+        )
+    return total
+
+
+@triton.jit
+def _sums_of_one_row(
+    score_gradient, row, owners, owner_inside, position, lowest_distance, highest_distance, order,
+    order_starts, score_stride, num_positions, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row, [owners]; BLOCK pairs of its ranges at a time."""
+    lowest, highest = tl.load(lowest_distance + row), tl.load(highest_distance + row)
+    begin, end = _range_of_row(
+        position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS
+    )
+    length = tl.where(owner_inside[None, :], end - begin, 0)
+    total = tl.zeros([BLOCK, owners.shape[0]], tl.float32)
+    for start in range(0, tl.max(length), BLOCK):
+        step = start + tl.arange(0, BLOCK)[:, None]
+        total += _gradients_at(
+            score_gradient, owners[None, :], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
+        )
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -57,8 +88,8 @@ def row_sums_kernel(
 ):  # fmt: skip
     """sums[owner, r] = sum of the score gradients of the owner's pairs whose distance has row r; [N, B, owners, R].
 
-    The rows of a tile walk their ranges in step. Rows ``first_end`` and ``last_end`` are left to `end_sums_kernel`: they
-    hold every distance beyond the table's reach, and all rows of their tiles would wait for them.
+    The first two programs of a tile of owners take one row each, ``first_end`` and ``last_end``: they hold every
+    distance beyond the table's reach, and all rows of their tiles would wait for them.
     """
     batch = tl.program_id(2) // num_heads
     head = tl.program_id(2) % num_heads
@@ -66,63 +97,38 @@ def row_sums_kernel(
     sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     order += batch * num_queries
     order_starts += batch * (num_positions + 1)
-    owners, owner_inside, position = _owners_of_program(
-        num_owners, positions, batch, BLOCK_O, HAS_POSITIONS and not OF_KEYS
-    )
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_inside = (rows < num_rows) & (rows != first_end) & (rows != last_end)
-    lowest = tl.load(lowest_distance + rows, mask=row_inside, other=0)
-    highest = tl.load(highest_distance + rows, mask=row_inside, other=-1)
-    # Rows first: neighbouring threads take neighbouring rows, whose pairs are neighbours in memory.
-    begin, end = _range_of_row(
-        position[None, :], lowest[:, None], highest[:, None], order_starts, num_positions, OF_KEYS, HAS_POSITIONS
-    )
-    inside = row_inside[:, None] & owner_inside[None, :]
-    length = tl.where(inside, end - begin, 0)
-    total = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
-    for step in range(0, tl.max(tl.max(length, 1), 0)):
-        total += _gradients_at(
-            score_gradient, owners[None, :], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
-        )
-    tl.store(sums + (owners * num_rows)[None, :] + rows[:, None], total.to(sums.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def end_sums_kernel(
-    score_gradient, sums, lowest_distance, highest_distance, positions, order, order_starts,
-    score_stride, batch_size, num_heads, num_queries, num_owners, num_positions, num_rows, first_end, last_end,
-    OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """The two rows that `row_sums_kernel` leaves, their ranges taken in blocks."""
-    batch = tl.program_id(2) // num_heads
-    head = tl.program_id(2) % num_heads
-    score_gradient += tl.program_id(2).to(tl.int64) * num_owners * score_stride
-    sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
-    order += batch * num_queries
-    order_starts += batch * (num_positions + 1)
-    owners, owner_inside, position = _owners_of_program(
-        num_owners, positions, batch, BLOCK_O, HAS_POSITIONS and not OF_KEYS
-    )
-    row = tl.where(tl.program_id(1) == 0, first_end, last_end)
-    begin, end = _range_of_row(
-        position, tl.load(lowest_distance + row), tl.load(highest_distance + row),
-        order_starts, num_positions, OF_KEYS, HAS_POSITIONS,
-    )  # fmt: skip
-    length = tl.where(owner_inside, end - begin, 0)
-    total = tl.zeros([BLOCK_O], tl.float32)
-    for start in range(0, tl.max(length, 0), BLOCK_T):
-        step = start + tl.arange(0, BLOCK_T)
-        gradients = _gradients_at(
-            score_gradient, owners[:, None], begin[:, None] + step[None, :], order, score_stride,
-            step[None, :] < length[:, None], OF_KEYS, HAS_POSITIONS,
+    owners_here = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    owners = tl.minimum(owners_here, num_owners - 1)
+    owner_inside = owners_here < num_owners
+    position = owners
+    if HAS_POSITIONS and not OF_KEYS:
+        position = tl.load(positions + batch * num_owners + owners)
+    if tl.program_id(1) < 2:
+        row = tl.where(tl.program_id(1) == 0, first_end, last_end)
+        total = _sums_of_one_row(
+            score_gradient, row, owners, owner_inside, position, lowest_distance, highest_distance, order,
+            order_starts, score_stride, num_positions, OF_KEYS, HAS_POSITIONS, BLOCK_R,
         )  # fmt: skip
-        total += tl.sum(gradients, 1)
-    tl.store(sums + owners * num_rows + row, total.to(sums.dtype.element_ty), mask=owner_inside)
+        tl.store(sums + owners * num_rows + row, total.to(sums.dtype.element_ty), mask=owner_inside)
+    else:
+        rows = (tl.program_id(1) - 2) * BLOCK_R + tl.arange(0, BLOCK_R)
+        row_inside = (rows < num_rows) & (rows != first_end) & (rows != last_end)
+        totals = _sums_of_rows(
+            score_gradient, rows, row_inside, owners, owner_inside, position, lowest_distance, highest_distance, order,
+            order_starts, score_stride, num_positions, OF_KEYS, HAS_POSITIONS,
+        )  # fmt: skip
+        # Owners first, so that the store's eight rows per thread are not forced upon the loads above.
+        tl.store(
+            sums + (owners * num_rows)[:, None] + rows[None, :],
+            tl.trans(totals.to(sums.dtype.element_ty)),
+            mask=owner_inside[:, None] & row_inside[None, :],
+        )
 
 
 @triton.jit
 def token_gradient_kernel(
-    score_gradient, other, row_sums, table, gradient, score_stride, other_stride, table_head_stride, table_row_stride,
+    score_gradient, other, row_sums, table, gradient,
+    score_stride, other_stride, gradient_stride, table_head_stride, table_row_stride,
     batch_size, num_heads, num_owners, num_others, num_rows, scale,
     HAS_ROWS: tl.constexpr, HEAD_SIZE: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
@@ -159,9 +165,9 @@ def token_gradient_kernel(
             )
             accumulator += tl.dot(sums, tile, input_precision=PRECISION)
 
-    at = ((batch.to(tl.int64) * num_owners + owners) * num_heads + head) * HEAD_SIZE
+    gradient += batch.to(tl.int64) * num_owners * gradient_stride + head * HEAD_SIZE
     tl.store(
-        gradient + at[:, None] + head_channels[None, :],
+        gradient + (owners * gradient_stride)[:, None] + head_channels[None, :],
         (accumulator * scale).to(gradient.dtype.element_ty),
         mask=(owners_here < num_owners)[:, None],
     )

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from deberta_dist.kernels.dropout import kept_share, signed, threshold
 from deberta_dist.kernels.fused.call import Call, Operands
-from deberta_dist.kernels.fused.gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused.tiles import Tile
+from deberta_dist.kernels.fused.tiles import DELTA_BLOCK, KEEP_BLOCK
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 _LOG2_E = math.log2(math.e)
-_KEEP_BLOCK, _DELTA_BLOCK = 1024, 64
 
 
 def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
@@ -33,7 +32,7 @@ def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
         lse=lse_BNQ,
         BLOCK_Q=tile.rows,
         BLOCK_K=tile.columns,
-        **_launch_options(tile),
+        **tile.options,
     )
     return context_BQNH, lse_BNQ
 
@@ -46,8 +45,9 @@ def backward_of_scores(
     context_BQNH: Tensor,
     gradient_BQNH: Tensor,
     lse_BNQ: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the values, [B, S, N, H], and of the scores before the scale.
+    into_BSNH: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradient of the values into ``into_BSNH``; returns that of the scores before the scale.
 
     The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: what follows reads one by
     queries and one by keys, and a column is as many cache lines as it has elements.
@@ -55,28 +55,28 @@ def backward_of_scores(
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
     delta_BNQ = torch.empty_like(lse_BNQ)
-    delta_kernel[triton.cdiv(num_queries, _DELTA_BLOCK), batch * heads](
-        context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=_DELTA_BLOCK
+    delta_kernel[triton.cdiv(num_queries, DELTA_BLOCK), batch * heads](
+        context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=DELTA_BLOCK
     )
-    value_gradient = torch.empty_like(operands.value, memory_format=torch.contiguous_format)
-    score_gradient = value_gradient.new_empty(batch, heads, num_queries, _multiple_of_8(num_keys))
-    transposed_gradient = value_gradient.new_empty(batch, heads, num_keys, _multiple_of_8(num_queries))
+    score_gradient = context_BQNH.new_empty(batch, heads, num_queries, _multiple_of_8(num_keys))
+    transposed_gradient = context_BQNH.new_empty(batch, heads, num_keys, _multiple_of_8(num_queries))
     tile = call.tiles.backward
     backward_kernel[triton.cdiv(num_keys, tile.rows), batch * heads](
         **arguments,
         context_gradient=gradient_BQNH,
         lse=lse_BNQ,
         delta=delta_BNQ,
-        value_gradient=value_gradient,
+        value_gradient=into_BSNH,
         score_gradient=score_gradient,
         transposed_gradient=transposed_gradient,
+        value_gradient_stride=into_BSNH.stride(1),
         score_stride=score_gradient.shape[-1],
         transposed_stride=transposed_gradient.shape[-1],
         BLOCK_Q=tile.columns,
         BLOCK_K=tile.rows,
-        **_launch_options(tile),
+        **tile.options,
     )
-    return value_gradient, score_gradient, transposed_gradient
+    return score_gradient, transposed_gradient
 
 
 def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: i
     batch, num_queries, heads, _ = query_BQNH.shape
     num_bytes = -(-key_BSNH.shape[1] // 8)
     bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
-    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, _KEEP_BLOCK), batch * heads](
+    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), batch * heads](
         bits,
         # Signed: every seed has the type of the one the kernel was compiled for.
         signed(seed, bits=32),
@@ -131,7 +131,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: i
         threshold(dropout_p),
         num_queries,
         num_bytes,
-        BLOCK=_KEEP_BLOCK,
+        BLOCK=KEEP_BLOCK,
     )
     return bits
 
@@ -151,7 +151,9 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
     tile = call.tiles.row_sums
     has_positions = call.positions_BQ is not None
     num_queries = call.positions_BQ.shape[1] if has_positions else 0
-    arguments = (
+    # Two programs more than the rows need: one for each of the two longest ranges.
+    grid = triton.cdiv(owners, tile.rows), 2 + triton.cdiv(call.tables.num_rows, tile.columns), batch * heads
+    row_sums_kernel[grid](
         score_gradient,
         sums,
         call.tables.lowest_distance,
@@ -168,27 +170,26 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
         call.tables.num_rows,
         call.tables.first_end,
         call.tables.last_end,
+        OF_KEYS=of_keys,
+        HAS_POSITIONS=has_positions,
+        BLOCK_O=tile.rows,
+        BLOCK_R=tile.columns,
+        **tile.options,
     )
-    options = {"OF_KEYS": of_keys, "HAS_POSITIONS": has_positions, "BLOCK_O": tile.rows, **_launch_options(tile)}
-    blocks = triton.cdiv(owners, tile.rows)
-    row_sums_kernel[blocks, triton.cdiv(call.tables.num_rows, tile.columns), batch * heads](
-        *arguments, **options, BLOCK_R=tile.columns
-    )
-    end_sums_kernel[blocks, 2, batch * heads](*arguments, **options, BLOCK_T=tile.columns)
 
 
 def token_gradient(
     score_gradient: Tensor,
-    owner_BTNH: Tensor,
     other_BTNH: Tensor,
     products_gradient: Tensor | None,
     table_NRH: Tensor | None,
     call: Call,
-) -> Tensor:
-    """Gradient of the queries, or of the keys from the transposed scores' gradient, [B, N, T, H]."""
-    batch, num_owners, heads, head_size = owner_BTNH.shape
+    *,
+    into_BTNH: Tensor,
+) -> None:
+    """Writes the gradient of the queries, or of the keys from the transposed scores' gradient, into ``into_BTNH``."""
+    batch, num_owners, heads, head_size = into_BTNH.shape
     num_others = other_BTNH.shape[1]
-    gradient = torch.empty_like(owner_BTNH, memory_format=torch.contiguous_format)
     tile = call.tiles.token_gradient
     has_rows = products_gradient is not None
     token_gradient_kernel[triton.cdiv(num_owners, tile.rows), batch * heads](
@@ -196,9 +197,10 @@ def token_gradient(
         other_BTNH,
         products_gradient if has_rows else score_gradient,
         table_NRH if has_rows else other_BTNH,
-        gradient,
+        into_BTNH,
         score_gradient.shape[-1],
         other_BTNH.stride(1),
+        into_BTNH.stride(1),
         table_NRH.stride(0) if has_rows else 0,
         table_NRH.stride(1) if has_rows else 0,
         batch,
@@ -212,19 +214,30 @@ def token_gradient(
         BLOCK_O=tile.rows,
         BLOCK_T=tile.columns,
         PRECISION=_precision(),
-        **_launch_options(tile),
+        **tile.options,
     )
-    return gradient.transpose(1, 2)
 
 
-def table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, table_rows: int) -> Tensor:
-    """Gradient of the relative table, [N, table_rows, H]; the sum over the batch is inside the product."""
-    first, num_rows = call.tables.first_row, call.tables.num_rows
-    tokens_NTH = _by_head(tokens_BTNH)
-    gradient = tokens_NTH.new_zeros(len(tokens_NTH), table_rows, tokens_NTH.shape[-1])
-    rows = gradient[:, first : first + num_rows]
-    torch.baddbmm(rows, products_gradient.transpose(1, 2), tokens_NTH, beta=0, alpha=call.scale, out=rows)
-    return gradient
+def table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, *, into_NRH: Tensor) -> None:
+    """Writes the gradient of the rows that occur into ``into_NRH``; the sum over the batch is inside the product."""
+    rows = into_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]
+    products_NRT, tokens_NTH = products_gradient.transpose(1, 2), _by_head(tokens_BTNH)
+    torch.baddbmm(rows, products_NRT, tokens_NTH, beta=0, alpha=call.scale, out=rows)
+
+
+def empty_table_gradients(tables: dict[str, Tensor], call: Call, *, table_rows: int) -> dict[str, Tensor]:
+    """For each of ``tables`` [N, table_rows, H]: uninitialised where `table_gradient` writes, zero elsewhere.
+
+    They lie side by side, [table_rows, tables, N, H], in the order in which the tables lie in memory: if these are the
+    outputs of one product, nobody has to copy their gradients.
+    """
+    if not tables:
+        return {}
+    names = sorted(tables, key=lambda name: tables[name].storage_offset())
+    table_NRH = tables[names[0]]
+    shape = table_rows, len(names), table_NRH.shape[0], table_NRH.shape[2]
+    whole = table_NRH.new_empty(shape) if call.tables.num_rows == table_rows else table_NRH.new_zeros(shape)
+    return {name: part.transpose(0, 1) for name, part in zip(names, whole.unbind(1), strict=True)}
 
 
 def token_rows(x_BNTH: Tensor) -> Tensor:
@@ -253,10 +266,6 @@ def rows_that_occur(table_NRH: Tensor | None, call: Call) -> Tensor | None:
 
 def _multiple_of_8(number: int) -> int:
     return -(-number // 8) * 8
-
-
-def _launch_options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
 def _precision() -> str:

@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deberta_dist.kernels.fused.gradients import end_sums_kernel, row_sums_kernel, token_gradient_kernel
+from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
-from deberta_dist.kernels.fused.tiles import TILES, Tile
+from deberta_dist.kernels.fused.tiles import DELTA_BLOCK, KEEP_BLOCK, TILES, Tile
 
 _POINTERS = {
     "row_of_distance": "*i16",
@@ -51,35 +51,30 @@ class Resources(NamedTuple):
     shared_bytes: int
 
 
-def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capability: int) -> Resources:
-    """Compiles one kernel with every feature on: both position terms, document numbers, dropout.
+def compiled_kernel(
+    name: str, tile: Tile, *, head_size: int, dtype: str, capability: int, has_positions: bool = False
+) -> Any:
+    """What Triton makes of one kernel with every feature on: both position terms, document numbers, dropout.
 
     Args:
-        name: a field of `Tiles`, "end_sums", "delta" or "keep_bits"; sums and token gradients are those of keys.
-        tile: only the warps and stages matter to the last two.
+        name: a field of `Tiles`, of which sums and token gradients are those of keys, "row_sums_of_queries", "delta" or
+            "keep_bits".
+        tile: only its options matter to the last two.
         head_size: one of ``HEAD_SIZES``.
         dtype: "bf16", "fp16" or "fp32".
         capability: of the GPU: 80, 90.
+        has_positions: queries are anywhere.
     """
     features = dict.fromkeys(("HAS_C2P", "HAS_P2C", "HAS_IDS", "HAS_DROPOUT"), True)
-    scores = {"HEAD_SIZE": head_size, **features, "HAS_POSITIONS": False, "PRECISION": "ieee"}
+    scores = {"HEAD_SIZE": head_size, **features, "HAS_POSITIONS": has_positions, "PRECISION": "ieee"}
+    sums = {"HAS_POSITIONS": has_positions, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns}
     kernel, constants = {
-        "keep_bits": (keep_bits_kernel, {"BLOCK": 1024}),
-        "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": 64}),
+        "keep_bits": (keep_bits_kernel, {"BLOCK": KEEP_BLOCK}),
+        "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": DELTA_BLOCK}),
         "forward": (forward_kernel, {**scores, "BLOCK_Q": tile.rows, "BLOCK_K": tile.columns}),
         "backward": (backward_kernel, {**scores, "BLOCK_Q": tile.columns, "BLOCK_K": tile.rows}),
-        "row_sums": (
-            row_sums_kernel,
-            {
-                "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns,
-            },
-        ),
-        "end_sums": (
-            end_sums_kernel,
-            {
-                "OF_KEYS": True, "HAS_POSITIONS": False, "BLOCK_O": tile.rows, "BLOCK_T": tile.columns,
-            },
-        ),
+        "row_sums": (row_sums_kernel, {**sums, "OF_KEYS": True}),
+        "row_sums_of_queries": (row_sums_kernel, {**sums, "OF_KEYS": False}),
         "token_gradient": (
             token_gradient_kernel,
             {
@@ -88,17 +83,15 @@ def kernel_resources(name: str, tile: Tile, *, head_size: int, dtype: str, capab
             },
         ),
     }[name]  # fmt: skip
-    return _resources(_compiled(kernel, constants, dtype, tile, capability))
+    return _compiled(kernel, constants, dtype, tile, capability)
 
 
-def all_resources(*, head_size: int, dtype: str, capability: int) -> dict[str, Resources]:
-    """`kernel_resources` of every kernel as it is shipped for these, by name."""
+def compiled_kernels(*, head_size: int, dtype: str, capability: int, has_positions: bool = False) -> dict[str, Any]:
+    """`compiled_kernel` of every kernel as it is shipped for these, by name."""
     tiles = TILES[head_size, 4 if dtype == "fp32" else 2, capability // 10]
-    shipped = {**tiles._asdict(), "end_sums": tiles.row_sums, "delta": _FIXED, "keep_bits": _FIXED}
-    return {
-        name: kernel_resources(name, tile, head_size=head_size, dtype=dtype, capability=capability)
-        for name, tile in shipped.items()
-    }
+    shipped = {**tiles._asdict(), "row_sums_of_queries": tiles.row_sums, "delta": _FIXED, "keep_bits": _FIXED}
+    for_these = {"head_size": head_size, "dtype": dtype, "capability": capability, "has_positions": has_positions}
+    return {name: compiled_kernel(name, tile, **for_these) for name, tile in shipped.items()}
 
 
 def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, capability: int) -> Any:
@@ -116,11 +109,11 @@ def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, ca
         if kind != "constexpr" and (kind.startswith("*") or name in _MULTIPLES_OF_16 or name.endswith("_stride"))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options)
 
 
-def _resources(compiled: Any) -> Resources:
+def resources(compiled: Any) -> Resources:
+    """Of a `compiled_kernel`."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
