@@ -31,6 +31,7 @@ class Case:
     positions: Tensor | None = None
     dropout_p: float = 0.0
     dropout_seed: int = 0x9E3779B97F4A7C15
+    counted_queries: int | None = None
     dtype: torch.dtype = torch.float32
     seed: int = 0
     operands: list[Tensor] = field(init=False)
@@ -61,6 +62,7 @@ class Case:
             dropout_p=self.dropout_p,
             dropout_seed=self.dropout_seed,
             recompute=False,
+            counted_queries=self.counted_queries,
         )
         rel_key, rel_query = tables[0] if self.c2p else None, tables[-1] if self.p2c else None
         return fused_attention(query, key, value, rel_key, rel_query, call)
@@ -77,6 +79,7 @@ class Case:
             mask=self.mask(),
             dropout_p=self.dropout_p,
             dropout_seed=self.dropout_seed,
+            counted_queries=self.counted_queries,
             implementation=implementation,
         )[0]
 

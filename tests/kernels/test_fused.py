@@ -3,6 +3,8 @@
 Without a GPU the kernels run in Triton's interpreter, in small tiles so that every shape has several.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -52,6 +54,7 @@ CASES = {
     "fewer queries": Case(queries=9, keys=20),
     "fewer keys": Case(queries=20, keys=9),
     "decoder": Case(queries=5, positions=DECODED, dropout_p=0.25),
+    "decoder, padded queries": Case(queries=5, positions=DECODED, dropout_p=0.25, counted_queries=3),
     "decoder, documents": Case(queries=5, positions=DECODED, documents=DOCUMENTS, key_mask=KEY_MASK),
     "dropout": Case(dropout_p=0.1, documents=DOCUMENTS),
     "heads of 64": Case(head_size=64, batch=1),
@@ -133,12 +136,13 @@ def test_tiles_do_not_enter_the_dropout_mask(monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, 5 + 2**32, 2**63 + 12345, 2**64 - 1])
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.999])
-def test_the_dropped_are_those_of_every_implementation(p, seed):
+@pytest.mark.parametrize("counted", [33, 30])
+def test_the_dropped_are_those_of_every_implementation(p, seed, counted):
     case = Case(batch=3, queries=33, keys=45, dropout_p=p, dropout_seed=seed)
     query, key = (launch.token_rows(x) for x in case.operands[:2])
-    bits = launch.keep_bits(query, key, dropout_p=p, seed=seed)
-    kept = (bits[..., None] >> torch.arange(8, device=DEVICE)) & 1
-    expected = ~dropped(seed, p=p, shape=(3, 2, 33, 45), device=DEVICE)
+    call = mock.Mock(dropout_p=p, dropout_seed=seed, counted_queries=counted)
+    kept = (launch.keep_bits(query, key, call)[..., None] >> torch.arange(8, device=DEVICE)) & 1
+    expected = ~dropped(seed, p=p, shape=(3, 2, 33, 45), device=DEVICE, counted=counted)
     assert torch.equal(kept.flatten(3)[..., :45].bool(), expected)
 
 

@@ -30,6 +30,12 @@ for name, kernel in compiled_kernels(**json.loads(sys.argv[1])).items():
     found[name] = {"resources": resources(kernel)._asdict(), "reads": all_read}
 print(json.dumps(found))
 """
+_COMPILE_ROWS = """
+import json, sys
+from deberta_dist.kernels.fused.resources import compiled_row_kernels, resources
+kernels = compiled_row_kernels(**json.loads(sys.argv[1]))
+print(json.dumps({name: resources(kernel)._asdict() for name, kernel in kernels.items()}))
+"""
 # Everything that one call launches, compiled with the types and the sizes that it is launched with.
 _LAUNCH = """
 import torch
@@ -93,17 +99,32 @@ def compiled(*, capability: int, head_size: int = 64, dtype: str = "bf16", has_p
 def check(**options) -> None:
     kernels = compiled(**options)
     assert len(kernels) == 7
+    check_resources({name: kernel["resources"] for name, kernel in kernels.items()}, options["capability"])
+
+
+def check_resources(kernels: dict[str, dict[str, int]], capability: int) -> None:
     for name, kernel in kernels.items():
-        registers, stack_bytes, shared_bytes = kernel["resources"].values()
+        registers, stack_bytes, shared_bytes = kernel.values()
         assert stack_bytes == 0, f"{name} keeps {stack_bytes} bytes per thread in local memory"
         assert 16 <= registers <= LIGHT.get(name, 255), f"{name} takes {registers} registers"
-        limit = SHARED_BYTES[options["capability"]]
+        limit = SHARED_BYTES[capability]
         assert shared_bytes <= limit, f"{name} takes {shared_bytes} bytes of shared memory"
 
 
 @pytest.mark.parametrize(("capability", "has_positions"), [(80, False), (90, False), (90, True)])
 def test_heads_of_64_in_bfloat16_do_not_spill(capability, has_positions):
     check(capability=capability, has_positions=has_positions)
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype", "capability"), [(768, "fp32", 80), (1024, "bf16", 80), (1536, "bf16", 90), (4096, "fp32", 90)]
+)
+def test_kernels_on_rows_do_not_spill(columns, dtype, capability):
+    kernels = json.loads(
+        output_of(_COMPILE_ROWS, json.dumps({"columns": columns, "dtype": dtype, "capability": capability}))
+    )
+    assert len(kernels) == 3
+    check_resources(kernels, capability)
 
 
 @pytest.mark.parametrize(("capability", "has_positions"), [(80, False), (90, False), (90, True)])

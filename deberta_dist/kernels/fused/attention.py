@@ -70,6 +70,7 @@ def fused_attention(
         scale=call.scale,
         dropout_p=call.dropout_p,
         dropout_seed=call.dropout_seed,
+        counted_queries=num_queries if call.counted_queries is None else call.counted_queries,
         tiles=tiles_of(head_size, query_BNQH.dtype, query_BNQH.device),
     )
     return autograd.FusedAttention.apply(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, prepared)

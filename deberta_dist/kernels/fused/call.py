@@ -28,6 +28,7 @@ class Call:
         scale: of the scores.
         dropout_p: probability of dropping, 0 for none.
         dropout_seed: 64 bits.
+        counted_queries: what is dropped is as if there were so many queries; those behind them are padding.
         tiles: of the kernels.
     """
 
@@ -42,6 +43,7 @@ class Call:
     scale: float
     dropout_p: float
     dropout_seed: int
+    counted_queries: int
     tiles: Tiles
 
 

@@ -25,13 +25,18 @@ _GOLDEN, _FACTOR_30, _FACTOR_27 = (tl.constexpr(number) for number in (GOLDEN, *
 _COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in (COLUMN, FIRST, SECOND))
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
-def keep_bits_kernel(keep_bits, seed_low, seed_high, threshold, num_queries, num_bytes, BLOCK: tl.constexpr):
-    """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``; no size of a tile enters."""
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "counted_queries"])
+def keep_bits_kernel(
+    keep_bits, seed_low, seed_high, threshold, num_queries, counted_queries, num_bytes, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``; no size of a tile enters.
+
+    The words are those of ``counted_queries`` queries per head; queries behind them are padding.
+    """
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch_head = tl.program_id(1)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
-    row = batch_head.to(tl.int64) * num_queries + flat // num_bytes
+    row = batch_head.to(tl.int64) * counted_queries + flat // num_bytes
     state = (row + 1).to(tl.uint64) * _GOLDEN + seed
     state = (state ^ (state >> 30)) * _FACTOR_30
     state = (state ^ (state >> 27)) * _FACTOR_27

@@ -96,7 +96,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
         "positions": unused if call.positions_BQ is None else call.positions_BQ,
         "query_ids": unused if call.query_ids_BQ is None else call.query_ids_BQ,
         "key_ids": unused if call.key_ids_BS is None else call.key_ids_BS,
-        "keep_bits": keep_bits(query, key, dropout_p=call.dropout_p, seed=call.dropout_seed) if has_dropout else unused,
+        "keep_bits": keep_bits(query, key, call) if has_dropout else unused,
         "query_stride": query.stride(1),
         "key_stride": key.stride(1),
         "value_stride": value.stride(1),
@@ -118,7 +118,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
     }
 
 
-def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: int) -> Tensor:
+def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
     """Dropout's bits, uint8 [B, N, Q, ceil(S / 8)]: a sixteenth of what the scores' gradient takes in 16 bits."""
     batch, num_queries, heads, _ = query_BQNH.shape
     num_bytes = -(-key_BSNH.shape[1] // 8)
@@ -126,10 +126,11 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, *, dropout_p: float, seed: i
     keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), batch * heads](
         bits,
         # Signed: every seed has the type of the one the kernel was compiled for.
-        signed(seed, bits=32),
-        signed(seed >> 32, bits=32),
-        threshold(dropout_p),
+        signed(call.dropout_seed, bits=32),
+        signed(call.dropout_seed >> 32, bits=32),
+        threshold(call.dropout_p),
         num_queries,
+        call.counted_queries,
         num_bytes,
         BLOCK=KEEP_BLOCK,
     )

@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deberta_dist.kernels.fused import rows
 from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
 from deberta_dist.kernels.fused.tiles import DELTA_BLOCK, KEEP_BLOCK, TILES, Tile
@@ -23,16 +24,18 @@ _POINTERS = {
     "keep_bits": "*u8",
     "lse": "*fp32",
     "delta": "*fp32",
+    **dict.fromkeys(("mean", "rstd", "partial_sums"), "*fp32"),
     **dict.fromkeys(("positions", "order", "order_starts", "query_ids", "key_ids"), "*i32"),
     **dict.fromkeys(("lowest_distance", "highest_distance"), "*i32"),
 }
 _TENSORS = (
     "query", "key", "value", "c2p", "p2c", "context", "context_gradient", "value_gradient", "score_gradient",
     "transposed_gradient", "sums", "row_sums", "other", "table", "gradient",
+    "x", "bias", "residual", "weight", "norm_bias", "output", "x_gradient", "residual_gradient",
 )  # fmt: skip
-_FLOATS = ("scale_log2", "inverse_scale", "inverse_keep", "scale")
+_FLOATS = ("scale_log2", "inverse_scale", "inverse_keep", "scale", "eps")
 # As in a batch of sequences of 512: what Triton specialises on when it is launched.
-_MULTIPLES_OF_16 = ("num_queries", "num_keys", "num_rows", "num_owners", "num_others", "num_positions")
+_MULTIPLES_OF_16 = ("num_queries", "num_keys", "num_rows", "num_owners", "num_others", "num_positions", "num_columns")
 # delta and keep_bits have no tile to choose.
 _FIXED = Tile(64, 64, 4, 1)
 
@@ -83,7 +86,7 @@ def compiled_kernel(
             },
         ),
     }[name]  # fmt: skip
-    return _compiled(kernel, constants, dtype, tile, capability)
+    return _compiled(kernel, constants, dtype, tile.options, capability)
 
 
 def compiled_kernels(*, head_size: int, dtype: str, capability: int, has_positions: bool = False) -> dict[str, Any]:
@@ -94,7 +97,22 @@ def compiled_kernels(*, head_size: int, dtype: str, capability: int, has_positio
     return {name: compiled_kernel(name, tile, **for_these) for name, tile in shipped.items()}
 
 
-def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, capability: int) -> Any:
+def compiled_row_kernels(*, columns: int, dtype: str, capability: int) -> dict[str, Any]:
+    """The kernels of ``rows`` as they are launched on rows of so many columns, by name; with dropout."""
+    options = rows.options_of(columns)
+    block = {"BLOCK": options.pop("BLOCK")}
+    found = {
+        "dropout": (rows.dropout_kernel, block),
+        "residual_norm": (rows.residual_norm_kernel, {**block, "HAS_DROPOUT": True}),
+        "residual_norm_backward": (
+            rows.residual_norm_backward_kernel,
+            {**block, "HAS_DROPOUT": True, "ROWS": rows.ROWS_PER_PROGRAM},
+        ),
+    }
+    return {name: _compiled(kernel, constants, dtype, options, capability) for name, (kernel, constants) in found.items()}
+
+
+def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, options: dict[str, Any], capability: int) -> Any:
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -109,7 +127,7 @@ def _compiled(kernel: Any, constants: dict[str, Any], dtype: str, tile: Tile, ca
         if kind != "constexpr" and (kind.startswith("*") or name in _MULTIPLES_OF_16 or name.endswith("_stride"))
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=tile.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled: Any) -> Resources:

@@ -186,7 +186,7 @@ def dropout(x: Tensor, dropping: Dropping, *, inverse_keep: float) -> Tensor:
             inverse_keep,
             columns,
             *_numbers(dropping),
-            **_options(columns),
+            **options_of(columns),
         )
     return output
 
@@ -203,7 +203,7 @@ def residual_norm(
         residual_norm_kernel[(rows,)](
             x, bias, residual, weight, norm_bias, sums, output, mean, rstd,
             *_seed(dropping), threshold(dropping.p), inverse_keep, eps, columns, *_numbers(dropping),
-            HAS_DROPOUT=dropping.p > 0.0, **_options(columns),
+            HAS_DROPOUT=dropping.p > 0.0, **options_of(columns),
         )  # fmt: skip
     return output, sums, mean, rstd
 
@@ -223,7 +223,7 @@ def residual_norm_backward(
         residual_norm_backward_kernel[(programs,)](
             gradient, sums, weight, mean, rstd, x_gradient, residual_gradient, partial_sums,
             *_seed(dropping), threshold(dropping.p), inverse_keep, rows, columns, *_numbers(dropping),
-            HAS_DROPOUT=dropping.p > 0.0, ROWS=ROWS_PER_PROGRAM, **_options(columns),
+            HAS_DROPOUT=dropping.p > 0.0, ROWS=ROWS_PER_PROGRAM, **options_of(columns),
         )  # fmt: skip
     return x_gradient, residual_gradient, partial_sums.sum(dim=1)
 
@@ -237,6 +237,7 @@ def _numbers(dropping: Dropping) -> tuple[int, int, int]:
     return dropping.length, dropping.stride, dropping.offset
 
 
-def _options(columns: int) -> dict[str, Any]:
+def options_of(columns: int) -> dict[str, Any]:
+    """What the kernels on rows of so many columns are compiled with."""
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}
