@@ -53,7 +53,7 @@ class WeightStore:
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=store,
             optimizer=optimizer,
-            config=_with_torchs_linear(deepspeed_config, mesh.device),
+            config=_for_device(deepspeed_config, mesh.device),
             mpu=ModelParallelUnit(mesh),
         )
         self._parameters = list(store.parameters())
@@ -277,16 +277,17 @@ class WeightStore:
         return GatheredParameters(self._parameters, modifier_rank=modifier_rank)
 
 
-def _with_torchs_linear(deepspeed_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _for_device(deepspeed_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """DeepSpeed's JSON for a device.
 
     DeepSpeed puts a function of its own in the place of every linear layer of the process, for weights that it gathers
-    itself, which are not here. On a GPU that costs launches; on a CPU it stays, since runs go on to the same bits.
+    itself, which are not here. On a GPU that costs launches; on a CPU it stays, since runs go on to the same bits. Its
+    timer of throughput, which nobody reads, waits for a GPU twice a step.
     """
     if device.type == "cpu":
         return deepspeed_config
     zero = {"memory_efficient_linear": False, **deepspeed_config.get("zero_optimization", {})}
-    return {**deepspeed_config, "zero_optimization": zero}
+    return {**deepspeed_config, "zero_optimization": zero, "timers": {"throughput": {"enabled": False}}}
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from tests.pretend_device.device import PretendDevice
 from tests.pretend_device.record import Event, Events, Record
 from tests.pretend_device.zero_stand_in import deepspeed_on_device, replaced_deepspeed
 
-# The second of each: the first one also makes what is kept.
-STEP, EVALUATION = "step 1", "evaluation 1"
+# The last of each: the first one also makes what is kept.
+STEP, EVALUATION = "last step", "evaluation 1"
 
 COLUMNS = (
     "host waits per micro-batch",
@@ -66,7 +66,7 @@ class Run:
     """What a case did on one rank.
 
     Attributes:
-        record: All of it: "step N", "evaluation N", and "checkpoint", a checkpoint's copies.
+        record: All of it: "step N" and "last step", "evaluation N", and "checkpoint", a checkpoint's copies.
         history: Of every step, losses and the gradient norm.
         num_layers: Of the model.
         num_micro_batches: Of a step.
@@ -150,7 +150,7 @@ def _pretrain(case: Case, kernels: Mapping[str, Kernels]) -> Run:
         _mark_layers(device, model)
         for step in range(case.steps):
             batch = parallel_run.own_batch(case, step)
-            with device.phase(f"step {step}"):
+            with device.phase(STEP if step == case.steps - 1 else f"step {step}"):
                 result = trainer.step(batch, step=step, learning_rate=parallel_run.LEARNING_RATE)
             history.append((result.loss, result.grad_norm))
         for number in range(2):
@@ -191,7 +191,7 @@ def _fine_tune(case: fine_tuning.Case, directory: Path) -> Run:
         for step in range(case.steps):
             picks = order.micro_batches(step)
             batches = [(number, collate(features["train"], some, **ids)) for number, some in enumerate(picks)]
-            with device.phase(f"step {step}"):
+            with device.phase(STEP if step == case.steps - 1 else f"step {step}"):
                 result = tuner.step(batches, num_decisions=sum(map(len, picks)), step=step, learning_rate=1e-3)
             history.append((result.loss, result.sift_loss or 0.0, result.grad_norm))
         for number in range(2):

@@ -15,8 +15,8 @@ FUSED = Case("WSC", steps=2, sift=True, dropout=0.1, overrides=SIZES)
 PORTABLE = Case("WSC", steps=2, sift=True, overrides=SIZES)
 # By `small_runs.COLUMNS`: see test_steps.py. An evaluation is the predictions for a split, a checkpoint its weights.
 CASES = {
-    "SiFT, fused": (FUSED, (0, 1, 2, 2, 165, 1526, 0)),
-    "SiFT, portable": (PORTABLE, (0, 1, 2, 2, 360, 2800, 0)),
+    "SiFT, fused": (FUSED, (0, 1, 2, 2, 141, 1388, 0)),
+    "SiFT, portable": (PORTABLE, (0, 1, 2, 2, 323, 2444, 0)),
 }
 
 

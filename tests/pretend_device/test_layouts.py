@@ -10,10 +10,10 @@ from tests.pretend_device.small_runs import STEP, Case, Run, check, run_cases
 
 # By `small_runs.COLUMNS`, of the busier rank: see test_steps.py.
 CASES = {
-    "data 2": (Case(data=2), (0, 1, 1, 6, 57, 410, 0)),
-    "tensor 2": (Case(tensor=2), (0, 1, 1, 6, 61, 445, 0)),
-    "tensor 2, sequence": (Case(tensor=2, sequence=True), (0, 1, 1, 6, 68, 489, 0)),
-    "pipeline 2": (Case(pipeline=2, num_layers=4, micro_batches=3), (0, 1, 1, 6, 57, 892, 0)),
+    "data 2": (Case(data=2), (0, 1, 1, 6, 48, 375, 0)),
+    "tensor 2": (Case(tensor=2), (0, 1, 1, 6, 54, 416, 0)),
+    "tensor 2, sequence": (Case(tensor=2, sequence=True), (0, 1, 1, 6, 61, 460, 0)),
+    "pipeline 2": (Case(pipeline=2, num_layers=4, micro_batches=3), (0, 1, 1, 6, 49, 814, 0)),
 }
 EXACT = {
     name: Case(**layout, triton=False, dropout=0.0, precision="fp32", micro_batches=2)

@@ -15,13 +15,13 @@ PORTABLE = 16  # the size of head that it takes to have it
 # Upper bounds by `small_runs.COLUMNS`: host waits per micro-batch, step, evaluation and checkpoint; launches per layer, forward
 # and backward, and per step of one micro-batch; unpinned copies per step. pytest -rP prints what is measured.
 CASES = {
-    "fused": (Case(), (0, 1, 1, 6, 57, 410, 0)),
-    "fused, recompute selective": (Case(recompute="selective"), (0, 1, 1, 6, 57, 410, 0)),
-    "fused, recompute full": (Case(recompute="full"), (0, 1, 1, 6, 71, 482, 0)),
-    "fused, documents": (Case(documents=True), (0, 1, 1, 6, 57, 457, 0)),
-    "fused, vocabulary in chunks": (Case(vocabulary_chunks=4), (0, 1, 1, 6, 57, 552, 0)),
-    "fused, compiled": (Case(compile=True), (0, 1, 1, 6, 63, 434, 0)),
-    "fused, DeepSpeed": (Case(deepspeed=True), (0, 15, 2, 6, 57, 428, 6)),
+    "fused": (Case(), (0, 1, 1, 6, 48, 375, 0)),
+    "fused, recompute selective": (Case(recompute="selective"), (0, 1, 1, 6, 48, 375, 0)),
+    "fused, recompute full": (Case(recompute="full"), (0, 1, 1, 6, 61, 429, 0)),
+    "fused, documents": (Case(documents=True), (0, 1, 1, 6, 48, 422, 0)),
+    "fused, vocabulary in chunks": (Case(vocabulary_chunks=4), (0, 1, 1, 6, 48, 517, 0)),
+    "fused, compiled": (Case(compile=True), (0, 1, 1, 6, 54, 399, 0)),
+    "fused, DeepSpeed": (Case(deepspeed=True, steps=3), (0, 3, 2, 6, 48, 393, 0)),
     "portable": (Case(head_size=PORTABLE), (0, 1, 1, 6, 160, 796, 0)),
     "portable, recompute selective": (Case(head_size=PORTABLE, recompute="selective"), (0, 1, 1, 6, 205, 978, 0)),
     "portable, recompute full": (Case(head_size=PORTABLE, recompute="full"), (0, 1, 1, 6, 239, 1114, 0)),
@@ -75,7 +75,7 @@ def test_numbers_do_not_depend_on_who_compiles(runs: dict[str, Run]) -> None:
 
 
 def test_deepspeed_takes_the_steps_of_its_stand_in(runs: dict[str, Run]) -> None:
-    np.testing.assert_allclose(runs["fused, DeepSpeed"].history, runs["fused"].history, rtol=2e-3)
+    np.testing.assert_allclose(runs["fused, DeepSpeed"].history[:2], runs["fused"].history, rtol=2e-3)
 
 
 @pytest.mark.parametrize("attention", ["fused", "portable"])
