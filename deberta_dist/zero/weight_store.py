@@ -153,11 +153,20 @@ class WeightStore:
             group["lr"] = learning_rate
         is_finite = math.isfinite(norms[0])
         known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (norms[1:] if is_finite else [math.inf])]
-        # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device.
-        with _replaced(optimizer, _get_norm_groups=lambda: known, has_overflow=lambda *_, **__: False):
+        later = []
+        # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device. A loss scale that grows
+        # it would use at once, for gradients that were made with the one before.
+        with _replaced(
+            optimizer,
+            _get_norm_groups=lambda: known,
+            has_overflow=lambda *_, **__: False,
+            _update_scale=later.append,
+        ):
             if hasattr(optimizer.loss_scaler, "raise_error_at_min_scale"):
                 optimizer.loss_scaler.raise_error_at_min_scale = False  # the run's own count of skipped steps decides
             self._engine.step()
+        for has_overflow in later:
+            optimizer._update_scale(has_overflow)
         self.release()
         self.optimizer_steps += is_finite
 
