@@ -14,7 +14,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from deberta_dist.errors import ConfigError
 
@@ -128,6 +127,7 @@ class Mesh:
         rank: Global rank of this process.
         device: Where this rank computes.
         groups: Process group of this rank along each axis, and ``"model"``: all ranks that hold the same data.
+        timeout: What a message of a further group may take.
         subgroups: Further groups by their global ranks (see ``new_subgroups``).
     """
 
@@ -135,6 +135,7 @@ class Mesh:
     rank: int
     device: torch.device
     groups: dict[str, dist.ProcessGroup]
+    timeout: timedelta
     subgroups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     _made: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -147,7 +148,7 @@ class Mesh:
         """Makes a group for each new set of global ranks. Collective: every rank passes the same sets in one order."""
         new = [ranks for ranks in dict.fromkeys(rank_sets) if ranks not in self._made]
         self._made.update(new)
-        self.subgroups.update(_make_groups(new, rank=self.rank, device=self.device))
+        self.subgroups.update(_make_groups(new, rank=self.rank, device=self.device, timeout=self.timeout))
 
     def broadcast_number(self, number: int) -> int:
         """Rank 0's number, 64 bits, on every rank. Collective; the host waits for the device."""
@@ -165,17 +166,14 @@ class Mesh:
         number = torch.zeros(1, device=self.device)
         for group in (dist.group.WORLD, *self.groups.values(), *self.subgroups.values()):
             dist.all_reduce(number, group=group)
-        # Neighbours of the pipeline, down and up: messages of two are another kind of communicator.
+        # Down the pipeline and up: a message that goes one way alone may have a communicator of its two ranks.
         pipeline, ranks = self.groups["pipeline"], dist.get_process_group_ranks(self.groups["pipeline"])
         here = ranks.index(self.rank)
         for source, target in ((here - 1, here + 1), (here + 1, here - 1)):
-            messages = [
-                dist.P2POp(call, torch.zeros_like(number), ranks[peer], pipeline)
-                for call, peer in ((dist.irecv, source), (dist.isend, target))
-                if 0 <= peer < len(ranks)
-            ]
-            for work in dist.batch_isend_irecv(messages) if messages else ():
-                work.wait()
+            if 0 <= source < len(ranks):
+                dist.recv(number, ranks[source], pipeline)
+            if 0 <= target < len(ranks):
+                dist.send(number, ranks[target], pipeline)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -193,22 +191,25 @@ def disjoint_rounds(rank_sets: Sequence[tuple[int, ...]]) -> list[list[tuple[int
 
 
 def _make_groups(
-    rank_sets: Sequence[tuple[int, ...]], *, rank: int, device: torch.device
+    rank_sets: Sequence[tuple[int, ...]], *, rank: int, device: torch.device, timeout: timedelta
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
     """The groups that ``rank`` is in, of those of all sets, whose ranks ascend. Collective over the world.
 
     NCCL splits the world once for all sets that have no rank in common; a group of its own for each would be a split of
     the whole world for each. gloo, on which torch 2.11 to 2.14 cannot split, makes them one by one.
+    All ranks together are the world's own group. Others need a timeout of their own: the world's is not passed on.
     """
     assert all(list(ranks) == sorted(ranks) for ranks in rank_sets)
-    found: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    world = tuple(range(dist.get_world_size()))
+    found: dict[tuple[int, ...], dist.ProcessGroup] = {world: dist.group.WORLD} if world in rank_sets else {}
+    parts = [ranks for ranks in rank_sets if ranks != world]
     if device.type == "cuda":
-        for disjoint in disjoint_rounds(rank_sets):
-            group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint])
+        for disjoint in disjoint_rounds(parts):
+            group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint], timeout=timeout)
             found.update((ranks, group) for ranks in disjoint if rank in ranks)
         return found
-    for ranks in rank_sets:
-        group = dist.new_group(list(ranks))
+    for ranks in parts:
+        group = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             found[ranks] = group
     return found
@@ -243,6 +244,8 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
     device = local_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # A run that goes on is bit-equal: the convolution's weight gradient is with these algorithms alone.
+        torch.backends.cudnn.deterministic = True
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
@@ -261,21 +264,27 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
     return device
 
 
-def make_mesh(shape: MeshShape, *, device: torch.device) -> Mesh:
-    """Makes the groups of every axis. Collective over the world, whose size is ``shape.world_size``."""
+def make_mesh(shape: MeshShape, *, device: torch.device, timeout_minutes: float) -> Mesh:
+    """Makes the groups of every axis. Collective over the world, whose size is ``shape.world_size``.
+
+    Args:
+        shape: Sizes of the grid.
+        device: Of this rank.
+        timeout_minutes: What a message of a group may take; the world's is that of `start_process_group`.
+    """
     assert dist.get_world_size() == shape.world_size, "sizes are checked against the world before this"
-    device_mesh = init_device_mesh(
-        device.type, (shape.pipeline, shape.data, shape.tensor), mesh_dim_names=AXES
-    )
-    groups = {axis: device_mesh.get_group(axis) for axis in AXES}
-    rank = dist.get_rank()
-    models = [
-        tuple(
-            shape.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
-            for pipeline in range(shape.pipeline)
-            for tensor in range(shape.tensor)
-        )
-        for data in range(shape.data)
-    ]
-    (groups["model"],) = _make_groups(models, rank=rank, device=device).values()
-    return Mesh(shape=shape, rank=rank, device=device, groups=groups)
+    rank, timeout = dist.get_rank(), timedelta(minutes=timeout_minutes)
+    groups = {}
+    for name, varying in [*((axis, (axis,)) for axis in AXES), ("model", ("pipeline", "tensor"))]:
+        sets = _rank_sets(shape, varying)
+        (groups[name],) = _make_groups(sets, rank=rank, device=device, timeout=timeout).values()
+    return Mesh(shape=shape, rank=rank, device=device, groups=groups, timeout=timeout)
+
+
+def _rank_sets(shape: MeshShape, varying: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """The ranks that differ in the ``varying`` axes alone, a set for each place on the others."""
+    sets: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(shape.world_size):
+        place = shape.coordinate(rank)
+        sets.setdefault(tuple(getattr(place, axis) for axis in AXES if axis not in varying), []).append(rank)
+    return [tuple(ranks) for ranks in sets.values()]

@@ -92,7 +92,7 @@ class Runs:
             parallel=Parallel(data_parallel_size=1),
             run=Run(directory="unused", deepspeed="unused"),
         )
-        self._mesh = self._mesh or make_mesh(mesh_shape(run), device=self._device)
+        self._mesh = self._mesh or make_mesh(mesh_shape(run), device=self._device, timeout_minutes=run.run.timeout_minutes)
         flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=MICRO_BATCH_SIZE, mask_probability=0.15)
         layout = plan_layout(config, parallel=run.parallel, flops=flops)
         weights = None if shards is None else [shard.weight for shard in shards]

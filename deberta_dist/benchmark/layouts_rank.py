@@ -129,7 +129,7 @@ def batch_of(plan: Plan, sequences: int) -> Batch:
 def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch.device) -> list[tuple[float, float]]:
     """(seconds, processor seconds of this process) of each step of a layout, built as training builds it. Collective."""
     plan = plan_of(Case(tensor, pipeline, data))
-    mesh = make_mesh(mesh_shape(plan.config), device=device)
+    mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
     parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
     batch, times = batch_of(plan, GLOBAL_BATCH // data), []

@@ -134,7 +134,7 @@ def _timed(work: Callable[[], Any]) -> Sample:
 def main(folder: Path, preset_name: str, rounds: int) -> None:
     """Saves in turn and writes what was found."""
     device = start_process_group(timeout_minutes=10, init_method=f"file://{folder}/meeting")
-    mesh = make_mesh(SHAPE, device=device)
+    mesh = make_mesh(SHAPE, device=device, timeout_minutes=10)
     flops = forward_flops(preset(preset_name), max_seq_length=128, micro_batch_size=1, mask_probability=0.15)
     layout = plan_layout(preset(preset_name), parallel=Parallel(data_parallel_size=1), flops=flops)
     state = State(layout, mesh=mesh, folder=folder)

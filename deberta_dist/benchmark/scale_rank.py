@@ -143,7 +143,7 @@ def own_batch(case: Case, *, step: int, replica: int) -> Batch:
 def count_ours(case: Case, *, device: torch.device) -> Counted:
     """Builds a layout, as training does, and counts one step of it. Collective."""
     config, json_config = run_config(case), deepspeed_config(case)
-    mesh = make_mesh(mesh_shape(config), device=device)
+    mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     parts = build(config, layout=layout_of(case), deepspeed_config=json_config, mesh=mesh)
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
 

@@ -124,7 +124,7 @@ def ours(setting: Setting) -> Contestant:
         ),
         run=Run(directory="unused", deepspeed="unused"),
     )
-    mesh = make_mesh(mesh_shape(config), device=setting.device)
+    mesh = make_mesh(mesh_shape(config), device=setting.device, timeout_minutes=config.run.timeout_minutes)
     layout = plan_layout(setting.model_config, parallel=config.parallel, flops=flops(setting))
     json_config = setting.json_config(batch=data, micro_batch=1, accumulation=1)
     shards = device_shards(layout, mesh=mesh) if plan["device_weights"] else None

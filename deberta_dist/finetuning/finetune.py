@@ -106,7 +106,7 @@ def _run_all(
         for folder in folders:
             folder.begin()  # whoever works on one of them is found before the ranks meet
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
-    mesh = make_mesh(mesh_shape(config), device=device)
+    mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     from_mnli: StartingPoint | None = None
     for (plan, seed), folder in zip(left, folders, strict=True):
         through_mnli = _through_mnli(plan, arguments)

@@ -105,7 +105,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         keep_tokenizer(data.tokenizer.path, directory)
 
     start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
-    mesh = make_mesh(mesh_shape(plan.config), device=device)
+    mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
     checkpoint = share_checkpoint(found.reader, plan=plan, mesh=mesh)
     log = MetricsLog(
         directory,

@@ -119,7 +119,7 @@ class Case:
 def make_tuner(plan: TaskPlan, start: StartingPoint) -> tuple[FineTuner, Mesh]:
     """Everything a rank builds, from the process group on."""
     device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
-    mesh = make_mesh(mesh_shape(plan.config), device=device)
+    mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=3)
     load = start.reader(plan.layout.full_shapes, labels=plan.labels, seed=7)
     model = build_sharded_model(
         meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task)),

@@ -183,7 +183,7 @@ def make_trainer(case: Case) -> Trainer:
         model_config, max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15
     )
     layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
-    mesh = make_mesh(mesh_shape(config), device=device)
+    mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=3)
     parts = build(config, layout=layout, deepspeed_config=deepspeed_settings(case), mesh=mesh)
     return Trainer(parts, mesh=mesh, seed=SEED)
 

@@ -22,7 +22,7 @@ def members(mesh: Mesh, group: dist.ProcessGroup) -> tuple[list[int], float]:
 
 def look_around() -> dict[str, object]:
     device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
-    mesh = make_mesh(SHAPE, device=device)
+    mesh = make_mesh(SHAPE, device=device, timeout_minutes=1)
     mesh.new_subgroups(SUBGROUPS)
     mesh.warm_up()
     return {
@@ -31,6 +31,10 @@ def look_around() -> dict[str, object]:
         "coordinate": mesh.coordinate,
         "groups": {axis: members(mesh, group) for axis, group in mesh.groups.items()},
         "subgroups": {ranks: members(mesh, group) for ranks, group in mesh.subgroups.items()},
+        "timeouts": {
+            group._get_backend(device).options._timeout.total_seconds()
+            for group in (dist.group.WORLD, *mesh.groups.values(), *mesh.subgroups.values())
+        },
     }
 
 
@@ -47,6 +51,7 @@ def test_groups_of_eight_ranks() -> None:
         assert seen["rank"] == rank
         assert seen["number of rank 0"] == (1 << 62) + 1
         assert seen["coordinate"] == Coordinate(pipeline=rank // 4, data=rank // 2 % 2, tensor=rank % 2)
+        assert seen["timeouts"] == {60.0}
         assert seen["groups"].keys() == expected.keys()
         for axis, groups in expected.items():
             (mine,) = [group for group in groups if rank in group]
@@ -62,8 +67,14 @@ def test_a_gpu_splits_the_world_once_for_each_kind_of_group(monkeypatch: pytest.
     from deberta_dist import mesh as module
 
     splits: list[list[list[int]]] = []
-    monkeypatch.setattr(module.dist, "split_group", lambda split_ranks: splits.append(split_ranks) or object())
-    mesh = Mesh(shape=shape, rank=0, device=torch.device("cuda", 0), groups={})
+    monkeypatch.setattr(module.dist, "split_group", lambda split_ranks, timeout: splits.append(split_ranks) or object())
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: shape.world_size)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    mesh = make_mesh(shape, device=torch.device("cuda", 0), timeout_minutes=1)
+    assert [{len(ranks) for ranks in split} for split in splits] == [
+        {shape.pipeline}, {shape.data}, {shape.tensor}, {shape.pipeline * shape.tensor}
+    ]  # fmt: skip
+    splits.clear()
 
     def ranks(places: list[tuple[int, int]], data: int) -> tuple[int, ...]:
         return tuple(shape.rank(Coordinate(pipeline=p, data=data, tensor=t)) for p, t in places)

@@ -6,6 +6,7 @@ torch.cuda's functions talk to the driver through C functions that a CPU build d
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, Protocol
 from unittest import mock
 
@@ -205,7 +206,7 @@ def _without_nccl(start: Callable[..., Any], listener: Listener) -> Callable[...
     return init_process_group
 
 
-def _split_on_gloo(*, split_ranks: list[list[int]]) -> dist.ProcessGroup | None:
+def _split_on_gloo(*, split_ranks: list[list[int]], timeout: timedelta) -> dist.ProcessGroup | None:
     """What NCCL does with the world at once: gloo makes the groups one by one."""
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in split_ranks}
+    groups = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in split_ranks}
     return next((group for ranks, group in groups.items() if dist.get_rank() in ranks), None)

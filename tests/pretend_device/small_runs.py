@@ -204,7 +204,7 @@ def _fine_tune(case: fine_tuning.Case, directory: Path) -> Run:
 
 @contextlib.contextmanager
 def _triton(is_there: bool) -> Iterator[None]:
-    with contextlib.nullcontext() if is_there else mock.patch.object(availability, "_triton_version", lambda: None):
+    with contextlib.nullcontext() if is_there else mock.patch.object(availability, "triton_version", lambda: None):
         yield
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +121,7 @@ def test_every_held_out_sequence_counts_once(make_run: MakeRun, data_parallel_si
     for start in range(0, count, 8):
         for rank in range(data_parallel_size):
             shape = MeshShape(data=data_parallel_size)
-            mesh = Mesh(shape=shape, rank=rank, device=torch.device("cpu"), groups={})
+            mesh = Mesh(shape=shape, rank=rank, device=torch.device("cpu"), groups={}, timeout=timedelta(minutes=1))
             batch = own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count)
             assert batch.input_ids.shape == (8 // data_parallel_size, 32), "every rank runs the same shapes"
             rows.append(batch.labels)
