@@ -1,6 +1,5 @@
 """The correctness steps of the GPU measurements: rates, attention beside float64, the tests, training beside a CPU."""
 
-import importlib.metadata
 import importlib.util
 import platform
 import subprocess
@@ -18,7 +17,7 @@ from deberta_dist.benchmark.gpu_rows import RowsProblem
 from deberta_dist.benchmark.gpu_worker import Report, Setting
 from deberta_dist.benchmark.measure import ROOT, TRAINER_NEEDS, machine
 from deberta_dist.benchmark.stopwatch import Contestant, race
-from deberta_dist.kernels.fused.availability import triton_reason
+from deberta_dist.kernels.fused.availability import triton_reason, triton_version
 from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.presets import preset
 
@@ -115,7 +114,7 @@ def _not_interpreted(dtype: torch.dtype, *, multiplies: bool = True) -> str | No
         return reason
     if multiplies and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
-    version = importlib.metadata.version("triton")
+    version = triton_version()
     if tuple(int(part) for part in version.split(".")[:2]) < (3, 7):
         return f"the interpreter of Triton {version} needs an older numpy than there is"
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, words_of_rows
-from deberta_dist.kernels.fused.availability import DTYPES, device_reason, triton_reason
+from deberta_dist.kernels.fused.availability import DTYPES, compiler_reason, device_reason, triton_reason
 
 MOST_COLUMNS = 16384
 
@@ -91,7 +91,7 @@ def row_words(num_rows: int, *, seed: int, numbers: RowNumbers, device: torch.de
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return device_reason(device) is None and triton_reason() is None
+    return device_reason(device) is None and triton_reason() is None and compiler_reason() is None
 
 
 class _RowDropout(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.dropout import COLUMN, FIRST, SECOND, kept_share, signed, threshold
+from deberta_dist.kernels.fused.availability import compiler_reason
 from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
@@ -99,6 +100,8 @@ def require_compiler(device_type: str) -> None:
             raise ConfigError(f"training.compile = true needs a C++ compiler on a CPU; there is none of {', '.join(compilers)}")
     elif importlib.util.find_spec("triton") is None:
         raise ConfigError("training.compile = true needs Triton on this device: pip install triton")
+    elif (reason := compiler_reason()) is not None:
+        raise ConfigError(f"training.compile = true cannot be had: {reason}")
 
 
 def _residual_norm(

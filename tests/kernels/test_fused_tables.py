@@ -1,5 +1,7 @@
 """The tables of the fused attention, what it refuses, and where it says that it can run; none of it needs Triton."""
 
+import importlib.metadata
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +9,12 @@ import torch
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import AttentionMask, RelativePositions, disentangled_attention, prefers_position_scores
-from deberta_dist.kernels.fused import fused_attention, unavailable_reason
+from deberta_dist.kernels.fused import availability, fused_attention, unavailable_reason
 from deberta_dist.kernels.fused.tables import order_of_positions, position_tables
 from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.kernels.rows import fuses_rows
 from deberta_dist.models.positions import position_row_of_distance, relative_positions
+from deberta_dist.models.residual import require_compiler
 
 CPU = torch.device("cpu")
 ROWS = position_row_of_distance(4, 8)
@@ -81,7 +85,7 @@ def alike(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
     [
         (alike(2, 2, 5, 32, dtype=torch.float64), "given torch.float64"),
         (alike(2, 2, 5, 48), "heads of 32, 64, 128; given 48"),
-        (alike(40000, 2, 5, 32), "takes 65535 heads in all"),
+        (alike(70000, 2, 5, 32), "takes at most 65535 of each"),
         ({"key": torch.zeros(2, 1, 5, 32)}, r"key_BNSH is torch.float32 \(2, 1, 5, 32\).*expected.*\(2, 2, 5, 32\)"),
         ({"value": TOKENS.half()}, "value_BNSH is torch.float16"),
         ({"rel_key": torch.zeros(3, 8, 32)}, r"rel_key_NRH is.*\(3, 8, 32\).*expected.*\(2, 8, 32\)"),
@@ -126,7 +130,7 @@ def reason_on_a_gpu(*, dtype=torch.float16, shape=(2, 2, 5, 64), positions=POSIT
 )
 def test_reasons_on_a_gpu(monkeypatch, changes, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: "3.6.0")
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability.triton_version", lambda: "3.6.0")
     reason = reason_on_a_gpu(**changes)
     assert (reason is None) if expected is None else (expected in reason)
 
@@ -136,7 +140,44 @@ def test_older_gpus_and_other_triton_are_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert reason_on_a_gpu() == "the fused attention needs compute capability 8.0 or more; V100 has 7.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: None)
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability.triton_version", lambda: None)
     assert "pip install 'deberta_dist[triton]'" in reason_on_a_gpu()
-    monkeypatch.setattr("deberta_dist.kernels.fused.availability._triton_version", lambda: "3.1.0")
+    monkeypatch.setattr("deberta_dist.kernels.fused.availability.triton_version", lambda: "3.1.0")
     assert "needs Triton 3.6 or newer; installed is 3.1.0" in reason_on_a_gpu()
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """What is found of this machine is kept; not beyond this test."""
+    functions = availability.triton_version, availability.compiler_reason
+    for function in functions:
+        function.cache_clear()
+    yield
+    for function in functions:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_vendors_triton_goes_by_another_name(monkeypatch):
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.6.0+git9844da95.nv26.2")
+    assert availability.triton_reason() is None
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_no_compiler_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(availability, "triton_version", lambda: "3.6.0")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    assert "needs a C compiler" in reason_on_a_gpu()
+    assert not fuses_rows(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 8)))
+    with pytest.raises(ConfigError, match="training.compile = true cannot be had: Triton needs a C compiler"):
+        require_compiler("cuda")
+    monkeypatch.setenv("CC", "/opt/cc")
+    availability.compiler_reason.cache_clear()
+    assert reason_on_a_gpu() is None

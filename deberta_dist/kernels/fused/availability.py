@@ -3,6 +3,8 @@
 import functools
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from deberta_dist.kernels.places import AttentionMask, RelativePositions
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 _LEAST_TRITON = (3, 6)
-_MOST_HEADS = 65535  # programs along the second and third dimension of a CUDA grid
+_MOST = 65535  # programs along the second and third dimension of a CUDA grid
 
 
 def unavailable_reason(
@@ -40,7 +42,7 @@ def unavailable_reason(
         return "the fused attention never holds the probabilities that are asked for"
     if has_position_scores:
         return "the fused attention makes the products of keys and relative table itself; give it rel_query_NRH"
-    return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason()
+    return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason() or compiler_reason()
 
 
 def device_reason(device: torch.device) -> str | None:
@@ -62,8 +64,8 @@ def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: 
         return f"the fused attention takes {', '.join(map(str, DTYPES))}; given {key_BNSH.dtype}"
     if head_size not in HEAD_SIZES:
         return f"the fused attention takes heads of {', '.join(map(str, HEAD_SIZES))}; given {head_size}"
-    if batch * heads > _MOST_HEADS:
-        return f"{batch} sequences of {heads} heads; the fused attention takes {_MOST_HEADS} heads in all"
+    if max(batch, heads) > _MOST:
+        return f"{batch} sequences of {heads} heads; the fused attention takes at most {_MOST} of each"
     if mask is not None and mask.pairs_BQS is not None:
         return "the fused attention takes a mask of segments, not one of [queries, keys]"
     # Once per object: every layer asks, and the cache of `falls` would hash all rows each time.
@@ -74,7 +76,7 @@ def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: 
 
 def triton_reason() -> str | None:
     """Why Triton cannot be used."""
-    version = _triton_version()
+    version = triton_version()
     if version is None:
         return "the fused attention needs Triton: pip install 'deberta_dist[triton]'"
     if tuple(int(part) for part in version.split(".")[:2]) < _LEAST_TRITON:
@@ -83,6 +85,19 @@ def triton_reason() -> str | None:
 
 
 @functools.cache
-def _triton_version() -> str | None:
-    """Read from disk, and asked for by every call."""
-    return None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")
+def compiler_reason() -> str | None:
+    """Why Triton could not start on a GPU: it builds a part of itself there, with a C compiler."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "Triton needs a C compiler on a GPU: install gcc or clang, or set CC"
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Asked for by every call. Vendors' builds are installed under other names, of which none is known here."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return importlib.import_module("triton").__version__

@@ -91,27 +91,30 @@ def row_sums_kernel(
     The first two programs of a tile of owners take one row each, ``first_end`` and ``last_end``: they hold every
     distance beyond the table's reach, and all rows of their tiles would wait for them.
     """
-    batch = tl.program_id(2) // num_heads
-    head = tl.program_id(2) % num_heads
-    score_gradient += tl.program_id(2).to(tl.int64) * num_owners * score_stride
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
+    num_tiles = tl.cdiv(num_owners, BLOCK_O)
+    tile = tl.program_id(0) % num_tiles
+    tile_of_rows = tl.program_id(0) // num_tiles
+    score_gradient += (batch.to(tl.int64) * num_heads + head) * num_owners * score_stride
     sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     order += batch * num_queries
     order_starts += batch * (num_positions + 1)
-    owners_here = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    owners_here = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     owners = tl.minimum(owners_here, num_owners - 1)
     owner_inside = owners_here < num_owners
     position = owners
     if HAS_POSITIONS and not OF_KEYS:
         position = tl.load(positions + batch * num_owners + owners)
-    if tl.program_id(1) < 2:
-        row = tl.where(tl.program_id(1) == 0, first_end, last_end)
+    if tile_of_rows < 2:
+        row = tl.where(tile_of_rows == 0, first_end, last_end)
         total = _sums_of_one_row(
             score_gradient, row, owners, owner_inside, position, lowest_distance, highest_distance, order,
             order_starts, score_stride, num_positions, OF_KEYS, HAS_POSITIONS, BLOCK_R,
         )  # fmt: skip
         tl.store(sums + owners * num_rows + row, total.to(sums.dtype.element_ty), mask=owner_inside)
     else:
-        rows = (tl.program_id(1) - 2) * BLOCK_R + tl.arange(0, BLOCK_R)
+        rows = (tile_of_rows - 2) * BLOCK_R + tl.arange(0, BLOCK_R)
         row_inside = (rows < num_rows) & (rows != first_end) & (rows != last_end)
         totals = _sums_of_rows(
             score_gradient, rows, row_inside, owners, owner_inside, position, lowest_distance, highest_distance, order,
@@ -134,10 +137,10 @@ def token_gradient_kernel(
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale (dScore K + sums Kr), or dK = scale (dScore^T Q + sums Qr); one program per tile of owners."""
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
     head_channels = tl.arange(0, HEAD_SIZE)
-    score_gradient += tl.program_id(1).to(tl.int64) * num_owners * score_stride
+    score_gradient += (batch.to(tl.int64) * num_heads + head) * num_owners * score_stride
     other += batch.to(tl.int64) * num_others * other_stride + head * HEAD_SIZE
     row_sums += (head.to(tl.int64) * batch_size + batch) * num_owners * num_rows
     table += head * table_head_stride

@@ -5,7 +5,7 @@ that occur and read here by pointer, at the row of each pair's distance. Keeping
 spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they leave half precision's range;
 scores are in units of log2, ``scale_log2`` = scale log2(e).
 
-Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
+A program's second and third number are its head and its batch. Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
 No kernel uses atomics, so two runs agree in every bit. ``launch`` starts all of them.
 
 Layouts: tokens [B, T, N, H] with the stride of a token given; c2p [N, B, Q, R]; p2c [N, B, S, R]; lse, delta [B, N, Q];
@@ -27,16 +27,16 @@ _COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "counted_queries"])
 def keep_bits_kernel(
-    keep_bits, seed_low, seed_high, threshold, num_queries, counted_queries, num_bytes, BLOCK: tl.constexpr
+    keep_bits, seed_low, seed_high, threshold, num_heads, num_queries, counted_queries, num_bytes, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One bit per pair: whether dropout keeps it, by the words of ``kernels.dropout``; no size of a tile enters.
 
     The words are those of ``counted_queries`` queries per head; queries behind them are padding.
     """
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    batch_head = tl.program_id(1)
+    batch_head = tl.program_id(2).to(tl.int64) * num_heads + tl.program_id(1)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
-    row = batch_head.to(tl.int64) * counted_queries + flat // num_bytes
+    row = batch_head * counted_queries + flat // num_bytes
     state = (row + 1).to(tl.uint64) * _GOLDEN + seed
     state = (state ^ (state >> 30)) * _FACTOR_30
     state = (state ^ (state >> 27)) * _FACTOR_27
@@ -50,7 +50,7 @@ def keep_bits_kernel(
         word = (word ^ (word >> 15)) * _SECOND
         byte |= ((word >> 1) >= threshold).to(tl.int32) << bit
     size = num_queries * num_bytes
-    tl.store(keep_bits + batch_head.to(tl.int64) * size + flat, byte.to(tl.uint8), mask=flat < size)
+    tl.store(keep_bits + batch_head * size + flat, byte.to(tl.uint8), mask=flat < size)
 
 
 @triton.jit
@@ -122,9 +122,9 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """context = dropout(softmax(scores)) V and lse, the rows' log2-sum-exp2; one program per tile of queries."""
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    batch_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
+    batch_head = batch.to(tl.int64) * num_heads + head
     head_batch = head.to(tl.int64) * batch_size + batch
     queries_here = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     queries = tl.minimum(queries_here, num_queries - 1)
@@ -181,15 +181,15 @@ def delta_kernel(
     context, context_gradient, delta, num_heads, num_queries, HEAD_SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """delta_i = context_i . its gradient = sum_j P_ij dP_ij, with dropout or without; both inputs [B, Q, N, H]."""
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
     queries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = queries < num_queries
     at = ((batch.to(tl.int64) * num_queries + queries) * num_heads + head) * HEAD_SIZE
     offsets = at[:, None] + tl.arange(0, HEAD_SIZE)[None, :]
     product = tl.load(context + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
     product *= tl.load(context_gradient + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-    tl.store(delta + tl.program_id(1).to(tl.int64) * num_queries + queries, tl.sum(product, 1), mask=inside)
+    tl.store(delta + (batch.to(tl.int64) * num_heads + head) * num_queries + queries, tl.sum(product, 1), mask=inside)
 
 
 @triton.jit
@@ -203,9 +203,9 @@ def backward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = dropout(P)^T dO and dScore = P (dP - delta), before the scale and also transposed; programs own keys."""
-    batch = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
-    batch_head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2)
+    head = tl.program_id(1)
+    batch_head = batch.to(tl.int64) * num_heads + head
     head_batch = head.to(tl.int64) * batch_size + batch
     keys = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     key_at = tl.minimum(keys, num_keys - 1)

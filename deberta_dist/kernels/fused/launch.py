@@ -26,7 +26,7 @@ def attend(operands: Operands, call: Call) -> tuple[Tensor, Tensor]:
     context_BQNH = torch.empty_like(operands.query, memory_format=torch.contiguous_format)
     lse_BNQ = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=context_BQNH.device)
     tile = call.tiles.forward
-    forward_kernel[triton.cdiv(num_queries, tile.rows), batch * heads](
+    forward_kernel[triton.cdiv(num_queries, tile.rows), heads, batch](
         **score_arguments(operands, call),
         context=context_BQNH,
         lse=lse_BNQ,
@@ -55,13 +55,13 @@ def backward_of_scores(
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
     delta_BNQ = torch.empty_like(lse_BNQ)
-    delta_kernel[triton.cdiv(num_queries, DELTA_BLOCK), batch * heads](
+    delta_kernel[triton.cdiv(num_queries, DELTA_BLOCK), heads, batch](
         context_BQNH, gradient_BQNH, delta_BNQ, heads, num_queries, HEAD_SIZE=head_size, BLOCK=DELTA_BLOCK
     )
     score_gradient = context_BQNH.new_empty(batch, heads, num_queries, _multiple_of_8(num_keys))
     transposed_gradient = context_BQNH.new_empty(batch, heads, num_keys, _multiple_of_8(num_queries))
     tile = call.tiles.backward
-    backward_kernel[triton.cdiv(num_keys, tile.rows), batch * heads](
+    backward_kernel[triton.cdiv(num_keys, tile.rows), heads, batch](
         **arguments,
         context_gradient=gradient_BQNH,
         lse=lse_BNQ,
@@ -123,12 +123,13 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
     batch, num_queries, heads, _ = query_BQNH.shape
     num_bytes = -(-key_BSNH.shape[1] // 8)
     bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
-    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), batch * heads](
+    keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), heads, batch](
         bits,
         # Signed: every seed has the type of the one the kernel was compiled for.
         signed(call.dropout_seed, bits=32),
         signed(call.dropout_seed >> 32, bits=32),
         threshold(call.dropout_p),
+        heads,
         num_queries,
         call.counted_queries,
         num_bytes,
@@ -153,7 +154,7 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
     has_positions = call.positions_BQ is not None
     num_queries = call.positions_BQ.shape[1] if has_positions else 0
     # Two programs more than the rows need: one for each of the two longest ranges.
-    grid = triton.cdiv(owners, tile.rows), 2 + triton.cdiv(call.tables.num_rows, tile.columns), batch * heads
+    grid = triton.cdiv(owners, tile.rows) * (2 + triton.cdiv(call.tables.num_rows, tile.columns)), heads, batch
     row_sums_kernel[grid](
         score_gradient,
         sums,
@@ -193,7 +194,7 @@ def token_gradient(
     num_others = other_BTNH.shape[1]
     tile = call.tiles.token_gradient
     has_rows = products_gradient is not None
-    token_gradient_kernel[triton.cdiv(num_owners, tile.rows), batch * heads](
+    token_gradient_kernel[triton.cdiv(num_owners, tile.rows), heads, batch](
         score_gradient,
         other_BTNH,
         products_gradient if has_rows else score_gradient,
