@@ -53,11 +53,15 @@ def attend_by(wish: str, model: nn.Module, config: DebertaConfig, *, dtype: torc
     print(describe_attention(wish, config, dtype=dtype, device=device))
 
 
-def sum_in_float32(model: nn.Module) -> None:
-    """Gives every parameter a float32 gradient to add to, as a run's have."""
+def sum_in_float32(model: nn.Module, *, products_add: bool = False) -> None:
+    """Gives every parameter a float32 gradient to add to, as a run's have; see `PlainTraining`."""
     for parameter in model.parameters():
-        parameter.grad_dtype = torch.float32
-        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        gradient = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_dtype = None if products_add else torch.float32
+        if products_add:
+            parameter.main_grad = gradient
+        else:
+            parameter.grad = gradient
 
 
 def join_residuals(model: nn.Module, *, joins: bool = True) -> None:
@@ -82,13 +86,9 @@ class PlainTraining:
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], *, products_add: bool = False) -> None:
         self._loss = loss
         self._parameters = list(model.parameters())
-        sum_in_float32(model)
-        self._gradients = [parameter.grad for parameter in self._parameters]
+        sum_in_float32(model, products_add=products_add)
+        self._gradients = [p.main_grad if products_add else p.grad for p in self._parameters]
         self._products_add = products_add
-        if products_add:
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-                parameter.grad = parameter.grad_dtype = None
-                parameter.main_grad = gradient
         self._masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
         for master, gradient in zip(self._masters, self._gradients, strict=True):
             master.requires_grad_().grad = gradient

@@ -12,11 +12,14 @@ from deberta_dist.benchmark.device_models import fill_, sum_in_float32
 from deberta_dist.config import Data, Parallel
 from deberta_dist.kernels import portable
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.joint_linear import add_gradients_
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
+from deberta_dist.models.targets import find_targets
 from deberta_dist.planning.activations import LiveBytes, local_config, stage_activations
 from deberta_dist.planning.flops import forward_flops
 from deberta_dist.planning.layout import meta_model, plan_layout
+from deberta_dist.training.sharded_model import DEVICES_WHOSE_PRODUCTS_ADD
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def _real_model(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> De
     model.keep_layers(stage.layers)
     model.to_empty(device=device).train()
     fill_(model.named_parameters(), std=stage.config.initializer_range)
-    sum_in_float32(model)
+    sum_in_float32(model, products_add=device.type in DEVICES_WHOSE_PRODUCTS_ADD)
     model.deberta.encoder.relative_positions(device)  # kept for all micro-batches
     return model
 
@@ -89,10 +92,12 @@ def _passes(
     model: DebertaForMaskedLM, stage: Stage, *, shape: tuple[int, int], targets: int
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """Forward and backward of one micro-batch; its inputs are there already."""
-    like = next(model.parameters())
+    parameters = list(model.parameters())
+    like = parameters[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, model.config.vocab_size, shape, generator=generator).to(like.device)
-    labels = torch.where(torch.arange(shape[1], device=like.device) < targets, ids, 0)
+    ids = torch.randint(5, model.config.vocab_size, shape, generator=generator)
+    is_target = (torch.arange(shape[1]) < targets).expand(shape)
+    found, ids = find_targets(is_target, ids).to(like.device), ids.to(like.device)
     mask = torch.ones_like(ids)
     mask[:, -1] = 0  # without padding a CPU leaves the mask out
     received, gradient = (
@@ -102,7 +107,7 @@ def _passes(
     def forward() -> Tensor:
         hidden: Tensor | None = None if stage.layers.start == 0 else received.detach().requires_grad_()
         return model.forward_stage(
-            hidden, input_ids=ids, attention_mask=mask, labels=labels, layers=stage.layers, dropout_key=1
+            hidden, input_ids=ids, attention_mask=mask, targets=found, layers=stage.layers, dropout_key=1
         )
 
     def backward(output: Tensor) -> None:
@@ -110,6 +115,8 @@ def _passes(
             output[0, 0].backward()
         else:
             output.backward(gradient)
+        if like.device.type in DEVICES_WHOSE_PRODUCTS_ADD:
+            add_gradients_(parameters)
 
     return forward, backward
 

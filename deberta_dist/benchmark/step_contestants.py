@@ -10,6 +10,7 @@ from deberta_dist.benchmark import peers
 from deberta_dist.benchmark.stopwatch import Contestant
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.models.targets import find_targets
 from deberta_dist.planning.flops import forward_flops
 
 OURS = "ours"
@@ -41,13 +42,14 @@ class Step:
         is_target = torch.rand(shape, generator=generator) < 0.15
         is_target[:, 1] = True
         self._ids, self._mask = ids.to(device), torch.ones_like(ids).to(device)
-        self._labels = torch.where(is_target, ids, 0).to(device)
+        labels = torch.where(is_target, ids, 0)
+        self._labels, self._targets = labels.to(device), find_targets(is_target, labels).to(device)
         self._config, self._device, self._dtype = config, device, dtype
         self.model = DebertaForMaskedLM(config, seed=1).to(device, dtype).train()
         self._models: dict[str, nn.Module] = {OURS: self.model}
 
     def ours(self) -> Contestant:
-        """This package's model, in the way that it is trained in."""
+        """This package's model as it is trained: the last layer for targets alone, which the loader has found."""
         return self._contestant(self.model, lambda: self._own_loss(dropout_key=1))
 
     def hugging_face(self) -> Contestant:
@@ -109,7 +111,7 @@ class Step:
 
     def tensors(self, name: str) -> list[Tensor]:
         """What is there whether or not there will be a backward pass."""
-        return [self._ids, self._mask, self._labels, *self._models[name].parameters()]
+        return [self._ids, self._mask, self._labels, *self._targets.tensors(), *self._models[name].parameters()]
 
     def _add(self, name: str, model: nn.Module) -> nn.Module:
         self._models[name] = model.to(self._device, self._dtype).train()
@@ -120,7 +122,7 @@ class Step:
             None,
             input_ids=self._ids,
             attention_mask=self._mask,
-            labels=self._labels,
+            targets=self._targets,
             layers=range(self._config.num_hidden_layers),
             dropout_key=dropout_key,
         )[0]

@@ -30,8 +30,8 @@ from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE, Timeline, order
 from deberta_dist.planning.plan import Plan
 
 # Bytes that pass through memory per element, reads and writes.
-# Gradients: zeroed 4; |g| 8 and its maximum 4; scaled 8; the norm in float64 4 + 8 + 8 of a shard.
-ZEROED, CHECKED_AND_SCALED, NORM_OF_SHARD = FLOAT32, 5 * FLOAT32, 5 * FLOAT32
+# Gradients: zeroed 4; read to be scaled and rounded 4; the norm in float64 4 + 8 + 8 of a shard.
+ZEROED, SCALED, NORM_OF_SHARD = FLOAT32, FLOAT32, 5 * FLOAT32
 # Adam, of a shard: reads gradient, master weight and two moments, writes the last three; the gradient in float32 before.
 ADAM = 7 * FLOAT32 + 2 * FLOAT32
 
@@ -226,7 +226,7 @@ def around_pipeline(plan: Plan, machine: Machine) -> tuple[float, float]:
         collects.append(
             sum(_tie_seconds("reduce", tie.elements * FLOAT32, tie, plan, machine) for tie in ties if tie.is_sum)
         )
-        passed = owned * (CHECKED_AND_SCALED + 2 * width) + shard * NORM_OF_SHARD
+        passed = owned * (SCALED + 2 * width) + shard * NORM_OF_SHARD
         if offload:
             adam = shard * (2 * width / machine.host_bandwidth + ADAM / machine.host_memory_bandwidth)
         else:

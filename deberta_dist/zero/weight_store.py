@@ -16,6 +16,7 @@ from deberta_dist.flat_layout import FlatLayout, ShardState
 from deberta_dist.mesh import Mesh
 from deberta_dist.zero.flat_module import FlatModule, ModelParallelUnit
 
+_NORM_OF = 1 << 24  # elements
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -122,7 +123,8 @@ class WeightStore:
     def _norms(self) -> Tensor:
         """Norm of every flat gradient over all ranks, with the loss scale, [F] on the device; float64, float32 of the host's.
 
-        As DeepSpeed adds it up, but for the copy of the gradient in float64 that it makes: 8 bytes a weight.
+        As DeepSpeed adds it up, but on a GPU in pieces: what it copies in float64 is the whole gradient, 8 bytes a
+        weight.
         """
         optimizer = self._engine.optimizer
         if optimizer.offload_optimizer:  # of gradients on the host, which has waited for them
@@ -130,7 +132,9 @@ class WeightStore:
             return torch.where(norms < 0, math.inf, norms).to(self._mesh.device)
         found = []
         for gradients in optimizer.averaged_gradients.values():
-            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradients]
+            # On a CPU in one piece: another order of sums would move runs that go on.
+            most = _NORM_OF if self._mesh.device.type == "cuda" else max(1, *map(Tensor.numel, gradients))
+            norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for part in gradients for one in part.split(most)]
             square = torch.stack(norms).square().sum()
             for group in (self._mesh.groups["data"], self._mesh.groups["model"]):
                 if dist.get_world_size(group) > 1:
