@@ -18,7 +18,7 @@ def gpu(monkeypatch):
     """As on a GPU with a Triton of this version; tensors stay on the CPU."""
 
     def pretend(triton: str | None) -> None:
-        monkeypatch.setattr(availability, "_triton_version", lambda: triton)
+        monkeypatch.setattr(availability, "triton_version", lambda: triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, device="meta", **options))
