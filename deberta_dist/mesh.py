@@ -197,18 +197,16 @@ def _make_groups(
 
     NCCL splits the world once for all sets that have no rank in common; a group of its own for each would be a split of
     the whole world for each. gloo, on which torch 2.11 to 2.14 cannot split, makes them one by one.
-    All ranks together are the world's own group. Others need a timeout of their own: the world's is not passed on.
+    Each needs a timeout: the world's is not passed on.
     """
     assert all(list(ranks) == sorted(ranks) for ranks in rank_sets)
-    world = tuple(range(dist.get_world_size()))
-    found: dict[tuple[int, ...], dist.ProcessGroup] = {world: dist.group.WORLD} if world in rank_sets else {}
-    parts = [ranks for ranks in rank_sets if ranks != world]
+    found: dict[tuple[int, ...], dist.ProcessGroup] = {}
     if device.type == "cuda":
-        for disjoint in disjoint_rounds(parts):
+        for disjoint in disjoint_rounds(rank_sets):
             group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint], timeout=timeout)
             found.update((ranks, group) for ranks in disjoint if rank in ranks)
         return found
-    for ranks in parts:
+    for ranks in rank_sets:
         group = dist.new_group(list(ranks), timeout=timeout)
         if rank in ranks:
             found[ranks] = group
@@ -277,7 +275,10 @@ def make_mesh(shape: MeshShape, *, device: torch.device, timeout_minutes: float)
     groups = {}
     for name, varying in [*((axis, (axis,)) for axis in AXES), ("model", ("pipeline", "tensor"))]:
         sets = _rank_sets(shape, varying)
-        (groups[name],) = _make_groups(sets, rank=rank, device=device, timeout=timeout).values()
+        if name in AXES and len(sets) == 1:
+            groups[name] = dist.group.WORLD  # a second communicator of everyone would be a waste
+        else:
+            (groups[name],) = _make_groups(sets, rank=rank, device=device, timeout=timeout).values()
     return Mesh(shape=shape, rank=rank, device=device, groups=groups, timeout=timeout)
 
 

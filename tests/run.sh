@@ -18,7 +18,7 @@ if [ "${1:-}" = --with ]; then
     interpreter=$("${PYTHON:-python3}" -c 'import sys; print("python-%d.%d" % sys.version_info[:2])')
     VENV="$root/.venvs/$(echo "$with" | tr ',' '_' | sed 's/==/-/g')_$interpreter"
     export VENV
-    echo "run.sh: the tests run in $VENV: 3 GB on disk with PyTorch's CPU build, 8 GB with the CUDA build"
+    echo "run.sh: the tests run in $VENV: 3 GB on disk with PyTorch's CPU build, 6 GB with the CUDA build"
     sh launchers/setup_env.sh --with "$with" test
     python="$VENV/bin/python"
     if [ $# -eq 0 ]; then

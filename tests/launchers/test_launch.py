@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -220,3 +221,16 @@ def test_requirements_satisfy_the_ranges() -> None:
     assert set(pins) == set(ranges)
     assert [name for name, version in pins.items() if version not in ranges[name]] == []
     assert "apex" not in pins  # the package of that name on the index is a web toolkit
+
+
+def test_the_pythons_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: "
+    versions = [text.removeprefix(prefix) for text in project["classifiers"] if text.startswith(prefix)]
+    assert project["requires-python"] == f">={versions[0]}"
+    setup = (ROOT / "launchers" / "setup_env.sh").read_text()
+    assert f"Python >= {versions[0]}" in setup
+    assert f"sys.version_info < ({versions[0].replace('.', ', ')})" in setup
+    assert re.findall(r" python(3\.\d+)", setup) == versions[::-1]
+    told = re.findall(r"^\| (3\.\d+) +\|", (ROOT / "docs" / "versions.md").read_text(), re.MULTILINE)
+    assert told == versions
