@@ -56,8 +56,11 @@ def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    [["deepspeed", "--num_gpus", "8", DEMO], ["bash", DEMO]],
-    ids=["deepspeed", "bash"],
+    [
+        pytest.param(["deepspeed", "--num_gpus", "8", DEMO], id="deepspeed"),
+        # What differs, the number of processes and their environment, is in tests/launchers.
+        pytest.param(["bash", DEMO], id="bash", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

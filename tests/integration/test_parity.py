@@ -126,7 +126,7 @@ def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"as_on_a_gpu": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=str
+    "options", [{}, *(pytest.param({name: True}, marks=pytest.mark.slow) for name in ("as_on_a_gpu", "compile"))], ids=str
 )
 def test_bf16_master_weights_follow_float32(options: dict[str, bool]) -> None:
     case = Case(tensor=2, pipeline=2, data=2, precision="bf16", **options)

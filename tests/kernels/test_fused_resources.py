@@ -117,7 +117,13 @@ def test_heads_of_64_in_bfloat16_do_not_spill(capability, has_positions):
 
 
 @pytest.mark.parametrize(
-    ("columns", "dtype", "capability"), [(768, "fp32", 80), (1024, "bf16", 80), (1536, "bf16", 90), (4096, "fp32", 90)]
+    ("columns", "dtype", "capability"),
+    [
+        (768, "fp32", 80),
+        (1536, "bf16", 90),
+        pytest.param(1024, "bf16", 80, marks=pytest.mark.slow),
+        pytest.param(4096, "fp32", 90, marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_on_rows_do_not_spill(columns, dtype, capability):
     kernels = json.loads(
