@@ -18,11 +18,7 @@ Letters: B batch, N heads, Q queries, S keys, H head size, R rows of the relativ
 import triton
 import triton.language as tl
 
-from deberta_dist.kernels.dropout import COLUMN, FACTORS, FIRST, GOLDEN, SECOND, signed
-
-# A kernel reads no other globals. 32-bit ones signed, for arithmetic in two's complement.
-_GOLDEN, _FACTOR_30, _FACTOR_27 = (tl.constexpr(number) for number in (GOLDEN, *FACTORS))
-_COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in (COLUMN, FIRST, SECOND))
+from deberta_dist.kernels.fused.words import keeps, words_of_row
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "counted_queries"])
@@ -35,20 +31,11 @@ def keep_bits_kernel(
     """
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     batch_head = tl.program_id(2).to(tl.int64) * num_heads + tl.program_id(1)
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
     row = batch_head * counted_queries + flat // num_bytes
-    state = (row + 1).to(tl.uint64) * _GOLDEN + seed
-    state = (state ^ (state >> 30)) * _FACTOR_30
-    state = (state ^ (state >> 27)) * _FACTOR_27
-    state ^= state >> 31
-    low = state.to(tl.uint32).to(tl.int32, bitcast=True)
-    high = (state >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
+    low, high = words_of_row(row, seed_low, seed_high)
     byte = flat * 0
     for bit in tl.static_range(8):
-        word = low + (flat % num_bytes * 8 + bit) * _COLUMN
-        word = (word ^ (word >> 16)) * _FIRST + high
-        word = (word ^ (word >> 15)) * _SECOND
-        byte |= ((word >> 1) >= threshold).to(tl.int32) << bit
+        byte |= keeps(low, high, flat % num_bytes * 8 + bit, threshold).to(tl.int32) << bit
     size = num_queries * num_bytes
     tl.store(keep_bits + batch_head * size + flat, byte.to(tl.uint8), mask=flat < size)
 

@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deberta_dist.kernels.dropout import COLUMN, FACTORS, FIRST, GOLDEN, SECOND, signed, threshold
-
-_GOLDEN, _FACTOR_30, _FACTOR_27 = (tl.constexpr(number) for number in (GOLDEN, *FACTORS))
-_COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in (COLUMN, FIRST, SECOND))
+from deberta_dist.kernels.dropout import signed, threshold
+from deberta_dist.kernels.fused.words import keeps, words_of_row
 
 ROWS_PER_PROGRAM = 16
 """Of the backward pass: fewer mean more partial sums to add up, more leave multiprocessors without work."""
@@ -46,24 +44,14 @@ class Dropping(NamedTuple):
 def _words_of_row(row, seed_low, seed_high, length, stride, offset):
     """The two 32-bit words of a row."""
     number = (row // length).to(tl.int64) * stride + row % length + offset
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
-    state = (number + 1).to(tl.uint64) * _GOLDEN + seed
-    state = (state ^ (state >> 30)) * _FACTOR_30
-    state = (state ^ (state >> 27)) * _FACTOR_27
-    state ^= state >> 31
-    low = state.to(tl.uint32).to(tl.int32, bitcast=True)
-    high = (state >> 32).to(tl.uint32).to(tl.int32, bitcast=True)
-    return low, high
+    return words_of_row(number, seed_low, seed_high)
 
 
 @triton.jit
 def _kept(row, columns, seed_low, seed_high, threshold, length, stride, offset):
     """Whether each column of a row is kept."""
     low, high = _words_of_row(row, seed_low, seed_high, length, stride, offset)
-    word = low + columns * _COLUMN
-    word = (word ^ (word >> 16)) * _FIRST + high
-    word = (word ^ (word >> 15)) * _SECOND
-    return (word >> 1) >= threshold
+    return keeps(low, high, columns, threshold)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
