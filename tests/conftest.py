@@ -1,7 +1,5 @@
 """Settings of all tests."""
 
-import importlib.metadata
-import importlib.util
 import os
 from typing import Any
 
@@ -15,6 +13,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Read by Triton when it is first imported, whoever does it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from deberta_dist.kernels.fused.availability import triton_version  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,5 +38,5 @@ def _let_the_interpreter_count() -> None:
     interpreter._patch_lang_tensor = patch_and_repair
 
 
-if importlib.util.find_spec("triton") is not None and importlib.metadata.version("triton").startswith("3.6."):
+if (triton_version() or "").startswith("3.6."):
     _let_the_interpreter_count()

@@ -1,7 +1,6 @@
 """What the tests of this directory share: the built library, and how many kernels a compiled function is."""
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from deberta_dist.kernels.dropout import kept_share, threshold
+from deberta_dist.kernels.fused.availability import triton_version
 from deberta_dist.models.residual import _hashed_residual_norm, _residual_norm
 from tests.harness import run_ranks
 from tests.pretend_device.build import CACHE, build
@@ -30,7 +30,7 @@ def residual_kernels() -> dict[str, Kernels]:
 
     Counted once for a version of it, of torch and of Triton.
     """
-    words = [torch.__version__, importlib.metadata.version("triton")]
+    words = [torch.__version__, triton_version()]
     words += map(inspect.getsource, (_hashed_residual_norm, _residual_norm, count_kernels, _count, _arguments))
     path = CACHE / f"kernels-{hashlib.sha256(''.join(words).encode()).hexdigest()[:16]}.json"
     if not path.exists():
