@@ -209,6 +209,10 @@ def main() -> int:
     # Torch comes in here: a wrong flag is said before.
     from deberta_dist.planning import layout_report as report
     from deberta_dist.planning.search import Space, restricted, search
+    from deberta_dist.training.preview import preview_model
+    from deberta_dist.training.vocabulary import resolve_vocabulary
+
+    config = resolve_vocabulary(config)
 
     space = restricted(
         Space(deepspeed=jsons),
@@ -229,6 +233,8 @@ def main() -> int:
         if not found.choices:
             raise ConfigError(report.nothing_fits(found, processes=processes, limit=limit))
         rows.append((processes, found))
+    for line in preview_model(rows[0][1].choices[0].plan):
+        print(line, file=sys.stderr)
     if arguments.scaling:
         print(report.scaling(config, rows, machine=machine, prices=prices))
         return 0

@@ -30,6 +30,10 @@ class Model(Section):
 
     Any further key is a field of the published ``config.json`` (``hidden_size``, ``num_hidden_layers``,
     ...). This room does not know those fields; the models room checks names and values.
+
+    ``vocab_size`` (rows of the word embeddings) may also be ``"auto"``: the rows of ``training.init`` where that is given,
+    else the tokens of ``data.tokenizer`` rounded up to a multiple of 128. So it is with a ``preset`` and no ``vocab_size``,
+    except that a preset's own number stays where the tokenizer fills it (the released 128,001 tokens in 128,100 rows).
     """
 
     model_config = ConfigDict(extra="allow")

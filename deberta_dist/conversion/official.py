@@ -7,6 +7,7 @@ Source: microsoft/DeBERTa DeBERTa/deberta/cache_utils.py and DeBERTa/apps/tasks/
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +21,16 @@ from deberta_dist.models.config import DebertaConfig
 WEIGHTS_NAME = "pytorch_model.bin"
 GENERATOR_NAME = "pytorch_model.generator.bin"
 CONFIG_NAME = "model_config.json"
+GENERATORS_HEAD = (
+    "a discriminator with a masked language modelling head: the head was trained by the generator, not on this encoder; to "
+    f"predict words, convert the generator ({GENERATOR_NAME})"
+)
+"""The warning of a v3 discriminator; whoever leaves the head unused need not repeat it."""
+
+
+def is_discriminator(names: Iterable[str]) -> bool:
+    """Whether published names are those of a discriminator of replaced tokens."""
+    return any(name.startswith("mask_predictions.") for name in names)
 
 
 def merge_shared_embeddings(reading: Reading) -> None:
@@ -55,12 +66,8 @@ def merge_shared_embeddings(reading: Reading) -> None:
                 f"{difference} is there and {table} is not: the discriminator's table is the generator's plus this "
                 f"difference, so put the generator beside it as {GENERATOR_NAME}"
             )
-    if any(name.startswith("mask_predictions.") for name in reading.weights):
-        if any(name.startswith("lm_predictions.") for name in reading.weights):
-            reading.warnings.append(
-                "a discriminator with a masked language modelling head: the head was trained by the generator, not on "
-                f"this encoder; to predict words, convert the generator ({GENERATOR_NAME})"
-            )
+    if is_discriminator(reading.weights) and any(name.startswith("lm_predictions.") for name in reading.weights):
+        reading.warnings.append(GENERATORS_HEAD)
 
 
 def separate_fused(reading: Reading) -> None:

@@ -36,6 +36,28 @@ class Batch:
     document_ids: torch.Tensor | None = None
 
 
+ROWS_MULTIPLE = 128
+"""A vocabulary that follows from a tokenizer is a multiple of this: whole tiles of the products with it."""
+_MANY_UNUSED = 0.05  # share of the rows that no token uses from which on it is worth a word
+
+
+def rows_for(num_tokens: int) -> int:
+    """Rows of the word embeddings for so many tokens, whatever the layout: rounded up to ``ROWS_MULTIPLE``."""
+    return -(-num_tokens // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def unused_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """One sentence where many of a model's rows belong to no token of its tokenizer, None otherwise."""
+    unused, fitting = vocab_size - tokenizer.num_tokens, rows_for(tokenizer.num_tokens)
+    if vocab_size <= fitting or unused < _MANY_UNUSED * vocab_size:
+        return None
+    return (
+        f"model.vocab_size = {vocab_size}, but {tokenizer.path} has {tokenizer.num_tokens} tokens ([MASK] included): "
+        f"{unused:,} rows ({unused / vocab_size:.0%}) of the word embeddings and of the logits belong to none and cost memory "
+        f'and time; model.vocab_size = "auto" makes {fitting}'
+    )
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a model whose vocabulary is smaller than the tokenizer's.
 
@@ -48,8 +70,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if vocab_size < tokenizer.num_tokens:
         raise DataError(
-            f"vocab_size = {vocab_size} of the model is less than the {tokenizer.num_tokens} tokens of "
-            f"{tokenizer.path} ([MASK] included): raise it to at least that"
+            f"model.vocab_size = {vocab_size} is less than the {tokenizer.num_tokens} tokens of {tokenizer.path} ([MASK] "
+            f'included): raise it to at least that; "auto" makes {rows_for(tokenizer.num_tokens)}'
         )
 
 

@@ -13,6 +13,7 @@ from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
 from deberta_dist.conversion.carry import find_tokenizer
 from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.official import GENERATORS_HEAD
 from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.data.tokenizer import Tokenizer
@@ -125,7 +126,9 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> 
         raise ConfigError(f"--init {path}: {why.rstrip('.')}")
     names = _label_names(published.labels)
     unused = [name for name in published.weights if not name.startswith(("deberta.", "pooler.", "classifier."))]
-    notes = [*published.reading.warnings, *([f"not used: {shorten(unused)}"] if unused else [])]
+    # Whose head predicts words does not matter to a classifier.
+    notes = [f"warning: {text}" for text in published.reading.warnings if text != GENERATORS_HEAD]
+    notes += [f"not used: {shorten(unused)}"] if unused else []
     return StartingPoint(path, source.description, published.config, published.weights, names, found, tuple(notes))
 
 

@@ -1,9 +1,9 @@
 """Held-out text: which rows, what loss, and what a predictor without context would reach."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
+from deberta_dist.config.write import replace_text
 from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.sources import BlendedData
@@ -11,6 +11,7 @@ from deberta_dist.data.unigram import blended_counts, unigram_loss
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.inputs import RunData
+from deberta_dist.training.length import write_numbers
 from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
@@ -77,6 +78,6 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         "  weights/               config.json and model.safetensors, published names, float32\n"
         "  run_config.toml, deepspeed.json   everything this run was started with"
     )
-    (directory / "result.txt").write_text(text + "\n", encoding="utf-8")
-    (directory / "result.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    replace_text(directory / "result.txt", text + "\n")
+    write_numbers(directory, numbers, steps=plan.config.training.max_steps)
     return text

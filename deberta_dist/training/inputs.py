@@ -1,6 +1,6 @@
 """What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.official import GENERATOR_NAME, GENERATORS_HEAD, is_discriminator
 from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.buckets import BucketedData
@@ -91,7 +92,7 @@ class InitialWeights:
 
     Attributes:
         read: Full float32 tensor of a published name.
-        notes: What a user should know, one line each.
+        notes: What it is, and what a user has to know as ``warning: ...``; one line each.
     """
 
     read: Callable[[str], Tensor]
@@ -145,12 +146,12 @@ def _require_targets(validation: MaskedLMData, *, count: int) -> None:
     )
 
 
-def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> InitialWeights | None:
+def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bool) -> InitialWeights | None:
     """Opens ``training.init``; None where a run starts from random weights.
 
     Args:
         plan: The run.
-        tokenizer_sha256: Of its tokenizer.
+        tokenizer_sha256: Of its tokenizer; None, in a dry run, where that is not there yet.
         verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
 
     Raises:
@@ -170,7 +171,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
     sha256 = source.tokenizer_sha256
     if sha256 is None and not source.is_file and files.has(source.directory, SPM_NAME):
         sha256 = Tokenizer(source.directory / SPM_NAME).sha256
-    if sha256 not in (None, tokenizer_sha256):
+    if tokenizer_sha256 is not None and sha256 not in (None, tokenizer_sha256):
         raise ConfigError(
             f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
             f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
@@ -180,14 +181,13 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
     shapes = plan.layout.full_shapes
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
     if missing:
-        raise CheckpointError(
-            f"{where} ({source.description}) lacks {shorten(missing)}: pre-training goes on from a masked language "
-            "model, not from a backbone or a classifier"
+        cure = (
+            f"the masked language model of a v3 release is its generator, {GENERATOR_NAME}"
+            if is_discriminator(model.weights)
+            else "pre-training goes on from a masked language model, not from a backbone or a classifier"
         )
-    notes = [f"starts from {path} ({source.description})", *model.reading.warnings]
-    notes += [f"{name} is not in it and starts at random" for name in model.lacking]
-    if unused := [name for name in model.weights if name not in shapes]:
-        notes.append(f"not used: {shorten(unused)}")
+        raise CheckpointError(f"{where} ({source.description}) lacks {shorten(missing)}: {cure}")
+    notes = [f"starts from {path} ({source.description})", *_warnings(model, shapes=shapes)]
 
     def read(name: str) -> Tensor:
         if name in model.weights:
@@ -195,3 +195,22 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
         return initial_tensor(name, shapes[name], seed=plan.config.training.seed, std=config.initializer_range)
 
     return InitialWeights(read=read, notes=tuple(notes))
+
+
+def _warnings(model: Published, *, shapes: Container[str]) -> list[str]:
+    """What a masked language model that starts from these weights does not take from them, or takes from elsewhere."""
+    found = [text for text in model.reading.warnings if text != GENERATORS_HEAD]
+    if is_discriminator(model.weights):
+        found.append(
+            "training.init is a v3 discriminator: its encoder was trained to tell replaced tokens from real ones and never to "
+            "predict words, and its masked language modelling head is the generator's, trained on another encoder: the loss "
+            f"starts far above that of a trained model. A masked language model of the release is its generator, {GENERATOR_NAME}"
+        )
+    found += [
+        f"training.init has no {name} (Hugging Face's classes do not save it): it starts at random, and the enhanced mask "
+        "decoder adds it to every state that it decodes"
+        for name in model.lacking
+    ]
+    if unused := [name for name in model.weights if name not in shapes]:
+        found.append(f"training.init: {shorten(unused)}: masked language modelling does not use them")
+    return [f"warning: {text}" for text in found]

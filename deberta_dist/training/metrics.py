@@ -123,14 +123,35 @@ class MetricsLog:
         if self._file is not None and self._file.tell():
             self._write({"resumed_from_step": 0})
 
-    def resumed(self, *, step: int, path: Path, changed: list[str], position: Position) -> None:
-        """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start."""
-        self._write({"resumed_from_step": step, "checkpoint": path.name, "changed": changed, "position": position})
+    def resumed(
+        self,
+        *,
+        step: int,
+        path: Path,
+        changed: list[str],
+        position: Position,
+        learning_rates: tuple[float, float] | None = None,
+    ) -> None:
+        """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start.
+
+        Args:
+            step: Of the checkpoint.
+            path: Where it is.
+            changed: Settings that differ from the checkpoint's.
+            position: Where it stands in each source.
+            learning_rates: Of the checkpoint's last step and of the next, where the schedule has changed.
+        """
+        record = {"resumed_from_step": step, "checkpoint": path.name, "changed": changed, "position": position}
+        if learning_rates is not None:
+            record |= {"lr_before": learning_rates[0], "lr_after": learning_rates[1]}
+        self._write(record)
         self.say(f"continues from {path} (step {step})")
         for name, place in position.items():
             self.say(f"  {name}: epoch {place['epoch']}, sample {place['index']:,} of {place['num_samples']:,}")
         for line in changed:
             self.say(f"  changed since: {line}")
+        if learning_rates is not None:
+            self.say(describe_learning_rates(step, learning_rates))
 
     def say(self, text: str) -> None:
         """Prints one line (rank 0 only)."""
@@ -170,6 +191,11 @@ class MetricsLog:
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
             f"{padded}{mfu} | left {left}"
         )
+
+
+def describe_learning_rates(step: int, rates: tuple[float, float]) -> str:
+    """One line on a schedule that changes behind ``step``."""
+    return f"  learning rate: {rates[0]:.3e} in step {step}, {rates[1]:.3e} in step {step + 1} by the schedule from here on"
 
 
 def _drop_torn_line(file: BinaryIO) -> None:

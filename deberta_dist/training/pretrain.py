@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
+from deberta_dist.data.loader import unused_rows
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.lock import RunLock
@@ -35,8 +36,10 @@ from deberta_dist.training.entry import parse_arguments, start
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
 from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
 from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
+from deberta_dist.training.length import WEIGHTS_NAME, keep_earlier_weights, learning_rates, refuse_finished
 from deberta_dist.training.lr_schedule import learning_rate
 from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.preview import preview_start
 from deberta_dist.training.resume import (
     Found,
     changed_settings,
@@ -49,6 +52,7 @@ from deberta_dist.training.resume import (
 from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
+from deberta_dist.training.vocabulary import resolve_vocabulary
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -73,14 +77,16 @@ def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
 
 def _run(launcher: Path, arguments: Sequence[str]) -> None:
     parsed = parse_arguments(arguments)
-    config = load_config(launcher.with_suffix(".toml"), parsed.overrides)
+    config = resolve_vocabulary(load_config(launcher.with_suffix(".toml"), parsed.overrides))
     launch = discover_launch()
     if parsed.dry_run:
         if launch.rank == 0:
             plan = check_plan(config, world_size=parsed.world_size or smallest_world_size(config))
-            print(describe(plan), end="")
+            start_lines = preview_start(plan)
+            print("\n".join([describe(plan), *start_lines] if start_lines else [describe(plan)]).rstrip("\n"))
         return
     plan = check_plan(config, world_size=launch.world_size)
+    refuse_finished(plan)
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
         raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
     training, device = plan.config.training, local_device(launch)
@@ -116,6 +122,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     log.say(headline(plan, device))
     log.say(describe_attention(training.attention, plan.model_config, **attention))
     log.say(describe_reading(plan.config, data.train.mixture))
+    if unused := unused_rows(data.tokenizer, plan.model_config.vocab_size):
+        log.say(f"warning: {unused}")
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
     # They keep files open, and with them the space of checkpoints that are removed meanwhile.
@@ -127,11 +135,13 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
 
     weights = gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh)
     if mesh.rank == 0:
+        if earlier := keep_earlier_weights(directory):
+            log.say(f"the weights of the earlier result are kept in {earlier}")
         write_weights(
             weights,
             config=plan.model_config.to_dict(),
             tokenizer=data.tokenizer.path,
-            directory=directory / "weights",
+            directory=directory / WEIGHTS_NAME,
         )
     dist.barrier()
     dist.destroy_process_group()
@@ -162,6 +172,7 @@ def make_parts(
             path=checkpoint.directory,
             changed=changed_settings(plan, data, manifest=manifest),
             position=data.position(manifest.consumed_samples),
+            learning_rates=learning_rates(plan, manifest),
         )
         return parts
     log.starts_over()

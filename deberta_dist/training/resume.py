@@ -21,6 +21,7 @@ from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED
 from deberta_dist.training.build import TrainingParts, own_flat_layout
 from deberta_dist.training.inputs import RunData
+from deberta_dist.training.length import RESULT_NAME, continue_finished, refuse_finished
 from deberta_dist.training.metrics import METRICS_NAME
 
 # What decides which samples a text has, and which comes when.
@@ -60,36 +61,74 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
         CheckpointError: there are checkpoints, and none is whole.
     """
     run, directory, resume = Path(plan.config.run.directory), checkpoint_directory(plan), plan.config.checkpoint.resume
-    if (run / "result.json").exists():
-        raise ConfigError(
-            f"run.directory = {run} holds a finished run (result.json is there); nothing is overwritten: move it "
-            "away or give another --run.directory"
-        )
+    finished_steps = refuse_finished(plan)
     sweep(directory, lock=lock, on_remove=_warn)
+    refuse_to_begin(plan)
     if resume == "never":
-        if (run / METRICS_NAME).exists() or checkpoints(directory):
-            raise ConfigError(
-                f"run.directory = {run} holds a run already (its metrics or checkpoints are there) and "
-                'checkpoint.resume is "never": move it away or give another --run.directory'
-            )
         return Found(None)
     damaged: list[Path] = []
     reader = newest_complete(directory, on_skip=_warn, on_damaged=damaged.append)
+    check_checkpoint(reader, plan=plan, tokenizer_sha256=data.tokenizer.sha256, data=data)
+    if reader is not None and finished_steps is not None:
+        continue_finished(run, steps=finished_steps)
+    return Found(reader, frozenset(damaged))
+
+
+def refuse_to_begin(plan: Plan) -> None:
+    """Refuses a run directory that holds a run where the run must not continue one.
+
+    Raises:
+        ConfigError: it does.
+    """
+    run = Path(plan.config.run.directory)
+    if plan.config.checkpoint.resume == "never" and (
+        (run / METRICS_NAME).exists() or checkpoints(checkpoint_directory(plan))
+    ):
+        raise ConfigError(
+            f"run.directory = {run} holds a run already (its metrics or checkpoints are there) and "
+            'checkpoint.resume is "never": move it away or give another --run.directory'
+        )
+
+
+def check_checkpoint(
+    reader: CheckpointReader | None, *, plan: Plan, tokenizer_sha256: str | None, data: RunData | None
+) -> None:
+    """Refuses what the run cannot continue from. The dry run asks as well, with what of the run's files is there.
+
+    Args:
+        reader: The newest checkpoint, None where there is none.
+        plan: The run.
+        tokenizer_sha256: None where the tokenizer is not there yet.
+        data: None where not all texts are there yet.
+
+    Raises:
+        ConfigError: it has to continue and cannot, or the checkpoint is of another model, tokenizer or blend, or
+            has more steps than the run.
+        CheckpointError: its tensors are not those of its configuration.
+    """
+    run, directory = Path(plan.config.run.directory), checkpoint_directory(plan)
     if reader is None:
-        if resume == "required":
+        if (run / RESULT_NAME).exists():
+            raise ConfigError(
+                f"run.directory = {run} holds a finished run ({RESULT_NAME} is there) and no checkpoint to continue it from: "
+                "move it away or give another --run.directory"
+            )
+        if plan.config.checkpoint.resume == "required":
             raise ConfigError(f'checkpoint.resume = "required", and there is no checkpoint in {directory}')
-        return Found(None)
+        return
     compatible(
-        reader.manifest, model_config=plan.model_config.to_dict(), tokenizer_sha256=data.tokenizer.sha256
+        reader.manifest,
+        model_config=plan.model_config.to_dict(),
+        tokenizer_sha256=tokenizer_sha256 or reader.manifest.tokenizer_sha256,
     )
     same_tensors(reader.manifest, plan.layout.full_shapes, where=reader.directory)
-    _same_sources(reader, plan=plan, data=data)
+    if data is not None:
+        _same_sources(reader, plan=plan, data=data)
     if reader.manifest.step > plan.config.training.max_steps:
         raise ConfigError(
             f"training.max_steps = {plan.config.training.max_steps} is less than the {reader.manifest.step} steps of "
-            f"{reader.directory}"
+            f"{reader.directory}: give at least as many, or another --run.directory"
         )
-    return Found(reader, frozenset(damaged))
 
 
 def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> None:
@@ -155,12 +194,12 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
     new = _flat(plan.config.model_dump(mode="json"))
     # A key that is younger than the checkpoint had its default then.
     old = {**default_values(), **_flat(manifest.run_config)}
-    # Paths: what is behind them is compared instead.
+    # Paths: what is behind them is compared instead. So is the model, whose vocabulary may be written in two ways.
     ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources", "data.index_directory")
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(ignored)
+        if old.get(key) != new.get(key) and not key.startswith(ignored) and key != "model.vocab_size"
     ]
     if any(old.get(key) != new.get(key) for key in _ORDER_KEYS):
         changed.append(
