@@ -13,10 +13,14 @@ TEXT = Path(__file__).parents[2] / "launchers" / "demo_text"
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with spm.model, and train.tokens and valid.tokens of the held-out demo text, other.tokens of half."""
+    """A directory with spm.model, and train.tokens and valid.tokens of the held-out demo text, other.tokens of half.
+
+    And other.model, a tokenizer with more pieces.
+    """
     directory = tmp_path_factory.mktemp("corpus")
     inputs = [TEXT / "valid.jsonl"]
     train_tokenizer(read_texts(inputs), directory / "spm.model", vocab_size=1000)
+    train_tokenizer(read_texts(inputs), directory / "other.model", vocab_size=1100)
     tokenizer = Tokenizer(directory / "spm.model")
     for name in ("train", "valid"):
         write_token_file(inputs, directory / f"{name}.tokens", tokenizer=tokenizer)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from deberta_dist.conversion.convert import convert
+from deberta_dist.errors import ConfigError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.training import pretrain
 from tests.harness import run_ranks
@@ -194,6 +195,67 @@ def test_another_model_is_refused(corpus: Path, tmp_path: Path, whole_run) -> No
         run(corpus, continued, (1, 1, 1), model__intermediate_size=128)
 
 
+LONGER = 9
+
+
+def pretrain_rank_in_one_go(arguments: list[str], port: int) -> None:
+    """A run of the larger length whose first steps have the learning rates of the shorter one."""
+    of_length = pretrain.learning_rate
+    pretrain.learning_rate = lambda step, **schedule: of_length(
+        step, **{**schedule, **({"max_steps": STEPS} if step < STEPS else {})}
+    )
+    pretrain_rank(arguments, port)
+
+
+def test_a_finished_run_continues_to_a_larger_length(corpus: Path, tmp_path: Path, whole_run) -> None:
+    """Bit-equal to one process that is never interrupted and sets these learning rates; killed on the way as well."""
+    whole, changes = whole_run((1, 1, 1), DROPOUT), {**dict(DROPOUT), "training__max_steps": LONGER}
+    continued, once, killed = tmp_path / "continued", tmp_path / "once", tmp_path / "killed"
+    shutil.copytree(whole, continued)
+    run(corpus, continued, (1, 1, 1), **changes)
+    settings = settings_of(corpus, once, (1, 1, 1)) | {k.replace("__", "."): v for k, v in changes.items()}
+    run_ranks(1, pretrain_rank_in_one_go, [f"--{k}={v}" for k, v in settings.items()], free_port())
+    assert history(continued) == history(once) and len(history(once)) == LONGER - SAVED
+    expected, found = weights(once), weights(continued)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+    text = (continued / "metrics.jsonl").read_text()
+    assert text.startswith((whole / "metrics.jsonl").read_text())
+    (record,) = [json.loads(line) for line in text.splitlines() if "resumed_from_step" in line]
+    assert record["changed"] == [f"training.max_steps: {STEPS} -> {LONGER}"]
+    rates = [step["lr"] for step in map(json.loads, text.splitlines()) if "loss" in step]
+    assert (record["lr_before"], record["lr_after"]) == (rates[STEPS - 1], rates[STEPS])
+    result = json.loads((continued / "result.json").read_text())
+    assert result["steps"] == LONGER and result["earlier"] == [json.loads((whole / "result.json").read_text())]
+    assert result["loss"] == json.loads((once / "result.json").read_text())["loss"]
+    kept = load_file(continued / f"weights-step-{STEPS:08d}" / "model.safetensors")
+    assert all(np.array_equal(kept[name], value) for name, value in weights(whole).items())
+    assert f"max_steps = {LONGER}\n" in (continued / "run_config.toml").read_text()
+
+    shutil.copytree(whole, killed)
+    shutil.copytree(continued / "checkpoints" / "step-00000008", killed / "checkpoints" / "step-00000008")
+    run(corpus, killed, (1, 1, 1), **changes)
+    assert history(killed)[-1] == history(once)[-1]
+    assert all(np.array_equal(weights(killed)[name], expected[name]) for name in expected)
+    assert json.loads((killed / "result.json").read_text()) == result
+    for steps, message in ((LONGER, "holds a finished run"), (STEPS, f"less than the {LONGER} steps")):
+        words = [f"--{k}={v}" for k, v in (settings | {"run.directory": killed, "training.max_steps": steps}).items()]
+        for more in ([], ["--dry-run"]):
+            with pytest.raises(ConfigError, match=message):  # in this process: before any group
+                pretrain._run(ROOT / "launchers" / "pretrain_demo.sh", [*words, *more])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("writer", "reader"), [((1, 1, 1), (2, 2, 2)), ((2, 2, 2), (1, 1, 2))], ids=str)
+def test_a_finished_run_continues_on_another_layout(
+    corpus: Path, tmp_path: Path, whole_run, writer: Layout, reader: Layout
+) -> None:
+    for directory, layout in ((tmp_path / "same", writer), (tmp_path / "other", reader)):
+        shutil.copytree(whole_run(writer), directory)
+        run(corpus, directory, layout, training__max_steps=LONGER)
+    np.testing.assert_allclose(history(tmp_path / "other"), history(tmp_path / "same"), rtol=1e-5)
+
+
 BARELY = {"optimizer__learning_rate": 1e-12, "training__max_steps": 1, "schedule__warmup_steps": 0}
 
 
@@ -238,8 +300,14 @@ def test_what_weights_lack_starts_at_random_or_is_refused(corpus: Path, tmp_path
 def test_an_interrupted_run_does_not_need_what_it_started_from(corpus: Path, tmp_path: Path, whole_run) -> None:
     whole = whole_run((1, 1, 1))
     continued = interrupted(whole, tmp_path / "run")
-    run(corpus, continued, (1, 1, 1), training__init=tmp_path / "gone")
+    # Nor does "auto": the checkpoint has its 1003 rows.
+    run(corpus, continued, (1, 1, 1), training__init=tmp_path / "gone", model__vocab_size="auto")
     assert history(continued) == history(whole)
+    assert "\nvocab_size = 1003\n" in (continued / "run_config.toml").read_text()
+    settings = settings_of(corpus, continued, (1, 1, 1)) | {"model.vocab_size": "auto", "training.max_steps": LONGER}
+    words = [f"--{key}={value}" for key, value in (settings | {"data.tokenizer": corpus / "other.model"}).items()]
+    with pytest.raises(ConfigError, match="data.tokenizer has sha256 .* another vocabulary"):
+        pretrain._run(ROOT / "launchers" / "pretrain_demo.sh", [*words, "--dry-run"])
     # The run keeps its tokenizer for conversions.
     assert (continued / "spm.model").read_bytes() == (corpus / "spm.model").read_bytes()
 
@@ -268,6 +336,11 @@ def test_a_start_without_a_checkpoint_begins_again_and_says_so(corpus: Path, tmp
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    run(corpus, directory, (1, 1, 1), training__max_steps=2)
+    run(corpus, directory, (1, 1, 1), training__max_steps=2, model__vocab_size="auto")
+    config = json.loads((directory / "weights" / "config.json").read_text())
+    manifest = json.loads((directory / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    numbers = [config["vocab_size"], manifest["model_config"]["vocab_size"], manifest["run_config"]["model"]["vocab_size"]]
+    assert numbers == [1024] * 3 and len(weights(directory)[WORDS]) == 1024
+    assert "\nvocab_size = 1024\n" in (directory / "run_config.toml").read_text()
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("step", line) for line in lines[:3]] == [1, {"resumed_from_step": 0}, 1]
