@@ -6,6 +6,7 @@ they meet through a file, and a rank that dies or hangs ends the test with its t
 
 import multiprocessing as mp
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -49,6 +50,13 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                 process.kill()
             for process in ranks:
                 process.join()
+
+
+def free_port() -> int:
+    """A port for ranks that meet as a launcher's do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _collect(ranks: list[mp.Process], receivers: list[Connection], deadline: float) -> list[Any]:

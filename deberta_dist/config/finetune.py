@@ -94,6 +94,9 @@ class FineTuneRun(Run):
 
     keep_weights: bool = True
     """Write the best weights of every task and seed (float32, published names)."""
+    keep_state: bool = True
+    """With keep_weights, also the last weights and their moments, from which a run of more epochs continues: three times
+    the size of the weights."""
 
 
 class FineTuneConfig(Section):

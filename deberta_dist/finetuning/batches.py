@@ -127,6 +127,8 @@ class TrainingOrder:
         micro_batch_size: Decisions per micro-batch.
         max_choices: Candidates per query of ReCoRD.
         seed: Decides order and candidates.
+        done: Steps and decisions of a shorter run that goes on. Its last step may have been a part of one: the next begins
+            behind it, so that no row is left out or read twice.
     """
 
     def __init__(
@@ -138,18 +140,21 @@ class TrainingOrder:
         micro_batch_size: int,
         max_choices: int,
         seed: int,
+        done: tuple[int, int] = (0, 0),
     ) -> None:
         # A query whose answer is no entity has nothing to learn from.
         self._examples = [example for example in features.examples if example.gold]
         self._batch, self._micro_batch = global_batch_size, micro_batch_size
         self._max_choices, self._seed = max_choices, seed
         self.num_decisions = max(1, round(epochs * len(self._examples)))
-        self.num_steps = math.ceil(self.num_decisions / global_batch_size)
+        self._first_step, self._first_decision = done
+        self.num_steps = self._first_step + max(0, math.ceil((self.num_decisions - self._first_decision) / global_batch_size))
         self.steps_per_epoch = math.ceil(len(self._examples) / global_batch_size)
 
     def micro_batches(self, step: int) -> list[list[tuple[Example, Sequence[int]]]]:
-        """All micro-batches of a step, each decision with the choices to compare."""
-        positions = range(step * self._batch, min((step + 1) * self._batch, self.num_decisions))
+        """All micro-batches of a step that is not done yet, each decision with the choices to compare."""
+        begin = self._first_decision + (step - self._first_step) * self._batch
+        positions = range(begin, min(begin + self._batch, self.num_decisions))
         picks = [self._pick(position) for position in positions]
         return [picks[start : start + self._micro_batch] for start in range(0, len(picks), self._micro_batch)]
 

@@ -5,7 +5,9 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
+from deberta_dist.finetuning.state import Earlier, open_earlier
 from deberta_dist.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.models.attention_choice import require_attention
 from deberta_dist.planning.layout import DTYPES
@@ -52,7 +55,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     world_size = (parsed.world_size or 0) if parsed.dry_run else launch.world_size
     plans = make_plans(parsed, toml=launcher.with_suffix(".toml"), start=start, world_size=world_size)
     if parsed.dry_run:
-        print(describe(plans, start=start))
+        left = _unfinished(plans, parsed, start=start, verify=False)
+        print("\n".join([describe(plans, start=start), *_continuations(left)]))
         return
     if any(precision(plan.deepspeed) == "fp16" for plan in plans) and not torch.cuda.is_available():
         raise ConfigError(
@@ -67,11 +71,9 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
             device=device,
             where=f"{plan.config.source}: training.attention",
         )
-    if (plans[0].config.run.directory / CHECKPOINTS_NAME).exists():
-        raise ConfigError(f"run.directory = {plans[0].config.run.directory} holds a pre-training run: name another one")
-    left = _unfinished(plans, parsed, start=start)
+    left = _unfinished(plans, parsed, start=start, verify=launch.rank == 0)
     if launch.rank == 0:
-        print(describe(plans, start=start), flush=True)
+        print("\n".join([describe(plans, start=start), *_continuations(left)]), flush=True)
     if left:
         _run_all(left, parsed, start=start, plans=plans)
     if launch.rank == 0:
@@ -82,44 +84,66 @@ def _through_mnli(plan: TaskPlan, arguments: Arguments) -> bool:
     return arguments.intermediate and plan.starts_from_intermediate
 
 
-def _folder(plan: TaskPlan, seed: int) -> TaskFolder:
-    return TaskFolder(plan.config.run.directory, plan.task, seed)
+@dataclass(frozen=True)
+class _Job:
+    """A task with a seed that is left to do, and the shorter run that it continues."""
+
+    plan: TaskPlan
+    seed: int
+    folder: TaskFolder
+    made_from: dict[str, Any]
+    earlier: Earlier | None
 
 
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint) -> list[tuple[TaskPlan, int]]:
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_Job]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
+    directory = plans[0].config.run.directory
+    if (directory / CHECKPOINTS_NAME).exists():
+        raise ConfigError(f"run.directory = {directory} holds a pre-training run: name another one")
+    left = []
+    for plan in plans:
+        made_from = identity(plan, start=start, intermediate=_through_mnli(plan, arguments))
+        for seed in plan.seeds:
+            folder = TaskFolder(directory, plan.task, seed)
+            if not folder.is_done(made_from):
+                earlier = open_earlier(folder, made_from, plan=plan, verify=verify)
+                left.append(_Job(plan, seed, folder, made_from, earlier))
+    return left
+
+
+def _continuations(left: Sequence[_Job]) -> list[str]:
+    """One line for each run that continues a shorter one."""
     return [
-        (plan, seed)
-        for plan in plans
-        for seed in plan.seeds
-        if not _folder(plan, seed).is_done(identity(plan, start=start, intermediate=_through_mnli(plan, arguments)))
+        f"{job.plan.task.name}, seed {job.seed}: continues {job.folder.final} ({job.earlier.epochs:g} epochs, "
+        f"{job.earlier.done[0]} steps)"
+        for job in left
+        if job.earlier is not None
     ]
 
 
-def _run_all(
-    left: Sequence[tuple[TaskPlan, int]], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]
-) -> None:
+def _run_all(left: Sequence[_Job], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
-    is_writer = discover_launch().rank == 0
-    folders = [_folder(plan, seed) for plan, seed in left]
-    if is_writer:
-        for folder in folders:
-            folder.begin()  # whoever works on one of them is found before the ranks meet
+    if discover_launch().rank == 0:
+        for job in left:
+            # Whoever works on one of them is found before the ranks meet.
+            job.folder.begin(earlier=None if job.earlier is None else job.earlier.run)
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     from_mnli: StartingPoint | None = None
-    for (plan, seed), folder in zip(left, folders, strict=True):
-        through_mnli = _through_mnli(plan, arguments)
+    for job in left:
+        through_mnli = _through_mnli(job.plan, arguments)
         if through_mnli and from_mnli is None:
             mnli = next(plan for plan in plans if plan.task is MNLI)
-            from_mnli = open_starting_point(_folder(mnli, mnli.seeds[0]).weights, tokenizer=None, verify=False)
+            weights = TaskFolder(config.run.directory, MNLI, mnli.seeds[0]).weights
+            from_mnli = open_starting_point(weights, tokenizer=None, verify=False)
         run_task(
-            plan,
-            seed,
+            job.plan,
+            job.seed,
             start=from_mnli if through_mnli else start,
             mesh=mesh,
-            folder=folder,
-            made_from=identity(plan, start=start, intermediate=through_mnli),
+            folder=job.folder,
+            made_from=job.made_from,
+            earlier=job.earlier,
         )
     dist.destroy_process_group()
 

@@ -2,12 +2,14 @@
 
     val.jsonl, test.jsonl   probabilities (``tasks/predictions.py``); MNLI has no test.jsonl
     weights/                best weights: config.json, model.safetensors (float32, published names), spm.model
+    state/                  last weights and their moments, from which a run of more epochs continues
     metrics.jsonl           one JSON object per step and evaluation
     run_config.toml, deepspeed.json
     run.json                what made it: start, settings, data, scores; written last
 
 The diagnostics of the RTE model lie beside it, ``RUN/seed-42/AX-b/test.jsonl``. While a run goes on it writes to
-``.TASK.unfinished``, which the next start throws away.
+``.TASK.unfinished``, which the next start throws away. A run that continued a shorter one leaves that as ``TASK.epochs-2/``,
+its diagnostics in it and its state gone.
 """
 
 import json
@@ -23,6 +25,8 @@ from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_
 from deberta_dist.tasks.registry import TASKS, Task
 
 IDENTITY = "made_from"
+EARLIER = "earlier"
+STATE_NAME = "state"
 
 
 class TaskFolder:
@@ -52,10 +56,18 @@ class TaskFolder:
         Args:
             identity: What the run would be made from.
 
+        Returns:
+            False also where the run would be longer than the one that is there, and otherwise the same.
+
         Raises:
             ConfigError: it holds another run, or something else; or a diagnostic's folder does, which would be replaced.
         """
         if not os.path.lexists(self.final):
+            if aside := next((path for path in self.seed_directory.glob(f"{self.task.name}.epochs-*/{STATE_NAME}")), None):
+                raise ConfigError(
+                    f"{aside.parent} is there without {self.final}: a start ended while it was about to be replaced; rename it to "
+                    f"{self.final} and start again"
+                )
             # A start that was killed in its last moment leaves diagnostics as well, and its own unfinished folder.
             foreign = [path for path in self._diagnostics() if os.path.lexists(path) and not self.unfinished.exists()]
             if foreign:
@@ -64,27 +76,46 @@ class TaskFolder:
                     "run.directory"
                 )
             return False
-        try:
-            there = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))[IDENTITY]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.final} is no finished run: move it away or name another run.directory") from None
+        there = self._read_run()[IDENTITY]
         for split in ("val", "test") if self.task.name in TASKS else ("val",):
             if not predictions_file(self.seed_directory, self.task, split).is_file():
                 raise ConfigError(f"{self.final} has lost its {split}.jsonl: move it away and start again")
         here = json.loads(json.dumps(identity))
-        if changed := _differences(there, here):
+        changed = _differences(there, here)
+        if changed and _is_longer(there, here):
+            return False
+        if changed:
             shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
-            raise ConfigError(f"{self.final} was made otherwise ({shown}): move it away or name another run.directory")
+            more = "more epochs than it had would continue it; " if _is_longer(here, there) else ""
+            raise ConfigError(f"{self.final} was made otherwise ({shown}): {more}move it away or name another run.directory")
         return True
 
-    def begin(self) -> None:
+    def shorter_run(self, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """``run.json`` of a finished run of fewer epochs and otherwise just this one; None where there is none."""
+        if not os.path.lexists(self.final):
+            return None
+        run = self._read_run()
+        return run if _is_longer(run[IDENTITY], json.loads(json.dumps(identity))) else None
+
+    def _read_run(self) -> Mapping[str, Any]:
+        try:
+            run = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))
+            run[IDENTITY]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(f"{self.final} is no finished run: move it away or name another run.directory") from None
+        return run
+
+    def begin(self, *, earlier: Mapping[str, Any] | None = None) -> None:
         """Takes the folder for this process and clears what an unfinished run left.
+
+        Args:
+            earlier: ``run.json`` of the run that this one continues.
 
         Raises:
             ConfigError: another run works there, or has just finished it; or it cannot be written.
         """
         self._lock = RunLock(self.unfinished)
-        if os.path.lexists(self.final):
+        if os.path.lexists(self.final) and (earlier is None or self._read_run() != earlier):
             shutil.rmtree(self.unfinished)
             raise ConfigError(f"{self.final} has just been finished by another run: start the same command again")
         for path in self.unfinished.iterdir():
@@ -106,20 +137,39 @@ class TaskFolder:
             beside = self.seed_directory / f".{name}.unfinished"
             shutil.rmtree(beside, ignore_errors=True)
             write_predictions(beside / "test.jsonl", probabilities)
+            if self.final.exists() and (self.seed_directory / name).exists():  # the answers of the run that this one continues
+                shutil.copytree(self.seed_directory / name, self.final / name, dirs_exist_ok=True)
             # An earlier start may have ended between this and the task's own folder.
             shutil.rmtree(predictions_file(self.seed_directory, task, "test").parent, ignore_errors=True)
             os.rename(beside, self.seed_directory / name)
         text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False)
         (self.unfinished / run_file(self.seed_directory, self.task.name).name).write_text(text + "\n", encoding="utf-8")
         assert self._lock is not None
+        aside = None
+        if self.final.exists():
+            epochs = self._read_run()[IDENTITY]["settings"]["training"]["epochs"]
+            aside = self.seed_directory / f"{self.task.name}.epochs-{epochs:.12g}"
+            os.rename(self.final, aside)
         # Held until the name is given: whoever takes the folder clears it.
         os.rename(self.unfinished, self.final)
+        if aside is not None:
+            shutil.rmtree(aside / STATE_NAME)
         (self.final / LOCK_NAME).unlink()
         self._lock.release()
 
     def _diagnostics(self) -> list[Path]:
         """Folders of the tasks that this one's model answers."""
         return [self.seed_directory / task.name for task in TASKS.values() if task.answered_by == self.task.name]
+
+
+def _is_longer(there: Any, here: Any) -> bool:
+    """Whether ``here`` has more epochs than ``there`` and nothing else differs."""
+    try:
+        before, after = (identity["settings"]["training"]["epochs"] for identity in (there, here))
+        changed = _differences(there, here)
+        return len(changed) == 1 and changed[0].startswith("settings.training.epochs ") and before < after
+    except (KeyError, TypeError):
+        return False
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

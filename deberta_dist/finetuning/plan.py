@@ -78,8 +78,8 @@ class TaskPlan:
         settings = self.config.sift.model_dump()
         return SiftSettings(**settings) if settings.pop("enabled") else None
 
-    def order(self, seed: int) -> TrainingOrder:
-        """The rows of every step."""
+    def order(self, seed: int, *, done: tuple[int, int] = (0, 0)) -> TrainingOrder:
+        """The rows of every step; ``done`` are steps and decisions of a shorter run that goes on."""
         training = self.config.training
         return TrainingOrder(
             self.features["train"],
@@ -88,6 +88,7 @@ class TaskPlan:
             micro_batch_size=training.micro_batch_size,
             max_choices=self.config.data.max_train_choices,
             seed=seed,
+            done=done,
         )
 
 

@@ -1,5 +1,6 @@
 """One task with one seed: train, evaluate while training, keep the best weights, predict."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,24 +10,27 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.config import precision, write_resolved
+from deberta_dist.conversion.source import open_source
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, TrainingOrder, collate, dealt
 from deberta_dist.finetuning.finetuner import FineTuner
-from deberta_dist.finetuning.folder import IDENTITY, TaskFolder
+from deberta_dist.finetuning.folder import EARLIER, IDENTITY, TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan
 from deberta_dist.finetuning.starting_point import StartingPoint
+from deberta_dist.finetuning.state import Earlier, write_state
 from deberta_dist.mesh import Mesh
 from deberta_dist.models.attention_choice import describe_attention, set_attention
-from deberta_dist.planning.layout import DTYPES, meta_classifier
+from deberta_dist.planning.layout import DTYPES, Layout, meta_classifier
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.encoding import has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI
-from deberta_dist.tasks.predictions import Probabilities, decide
-from deberta_dist.training.build import build_sharded_model, shards_of
+from deberta_dist.tasks.predictions import Probabilities, decide, read_predictions
+from deberta_dist.training.build import build_sharded_model, own_flat_layout, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights
 from deberta_dist.training.lr_schedule import learning_rate
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.metrics import METRICS_NAME, MetricsLog, StepMetrics
+from deberta_dist.training.resume import load_state
 
 # Steps in a row that no rank could take before the run gives up.
 MAX_SKIPPED_IN_A_ROW = 20
@@ -42,7 +46,7 @@ class Best:
         score: Task score, percent; below all before the first.
         metrics: Of the task, percent.
         probabilities: For the validation split.
-        shards: This rank's weights then, float32 on the host.
+        shards: This rank's weights then, float32 on the host; empty while it is that of an earlier run.
     """
 
     step: int = 0
@@ -77,7 +81,16 @@ def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dic
     }
 
 
-def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, folder: TaskFolder, made_from: Any) -> None:
+def run_task(
+    plan: TaskPlan,
+    seed: int,
+    *,
+    start: StartingPoint,
+    mesh: Mesh,
+    folder: TaskFolder,
+    made_from: Any,
+    earlier: Earlier | None = None,
+) -> None:
     """Fine-tunes and fills the folder. Collective.
 
     Args:
@@ -87,19 +100,24 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
         mesh: The grid.
         folder: Begun by rank 0.
         made_from: See ``identity``.
+        earlier: A shorter run that this one continues.
 
     Raises:
         DivergedError: gradients stayed non-finite, or answers are.
     """
-    order = plan.order(seed)
+    done = (0, 0) if earlier is None else earlier.done
+    order = plan.order(seed, done=done)
     is_writer = mesh.rank == 0
+    if is_writer and earlier is not None:
+        shutil.copyfile(earlier.folder / METRICS_NAME, folder.unfinished / METRICS_NAME)
     log = MetricsLog(
         folder.unfinished,
         is_writer=is_writer,
         max_steps=order.num_steps,
         print_every=plan.config.training.log_every_steps,
     )
-    log.say(f"{plan.task.name}, seed {seed}: {start.origin(plan.labels)}")
+    if earlier is None:
+        log.say(f"{plan.task.name}, seed {seed}: {start.origin(plan.labels)}")
     attention, dtype = plan.config.training.attention, DTYPES[precision(plan.deepspeed)]
     log.say(describe_attention(attention, plan.model_config, dtype=dtype, device=mesh.device))
     if is_writer:
@@ -108,23 +126,46 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
     model = meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task))
     model.recompute = plan.config.training.recompute
     set_attention(model, attention)
+    if earlier is None:
+        load = start.reader(layout.full_shapes, labels=plan.labels, seed=seed)
+        shards = shards_of(layout, mesh=mesh, load=load)
+    else:
+        states = earlier.reader.read_shards(
+            own_flat_layout(layout, mesh=mesh), shape=mesh.shape, coordinate=mesh.coordinate
+        )
+        shards = [state.weight for state in states]
     sharded = build_sharded_model(
         model,
         layout=layout,
         optimizer=plan.config.optimizer,
         deepspeed_config=plan.deepspeed,
         mesh=mesh,
-        shards=shards_of(layout, mesh=mesh, load=start.reader(layout.full_shapes, labels=plan.labels, seed=seed)),
+        shards=shards,
     )
+    best = Best()
+    if earlier is not None:
+        load_state(sharded, states, manifest=earlier.reader.manifest)
+        del states
+        best = _best_of(earlier)
+        log.resumed(
+            step=done[0],
+            path=earlier.reader.directory,
+            changed=[f"training.epochs: {earlier.epochs:g} -> {plan.config.training.epochs:g}"],
+            position={},
+            learning_rates=earlier.learning_rates(plan, num_steps=order.num_steps),
+        )
+    del shards
     tokenizer = start.tokenizer
     tuner = FineTuner(
         sharded, mesh=mesh, sift=plan.sift, seed=seed, pad_id=tokenizer.pad_id, sep_id=tokenizer.sep_id
     )
     started = time.monotonic()
-    best = _train(tuner, plan=plan, order=order, mesh=mesh, log=log)
+    _train(tuner, best, plan=plan, order=order, done=done, mesh=mesh, log=log)
     train_seconds = time.monotonic() - started
 
-    sharded.store.load_weights(best.shards)
+    keeps_state = plan.config.run.keep_weights and plan.config.run.keep_state
+    last = sharded.store.copy_shards() if keeps_state else []
+    sharded.store.load_weights(best.shards or _weights_of(earlier, layout=layout, mesh=mesh))
     batch_size = plan.config.evaluation.batch_size
     predictions = {"val": best.probabilities}
     if "test" in plan.features:
@@ -141,6 +182,20 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
             config = {**plan.model_config.to_dict(), **_class_names(plan)}
             write_weights(full, config=config, tokenizer=tokenizer.path, directory=folder.unfinished / "weights")
         del full
+    if keeps_state:
+        problem = write_state(
+            sharded,
+            last,
+            plan=plan,
+            seed=seed,
+            done=(order.num_steps, order.num_decisions),
+            tokenizer_sha256=tokenizer.sha256,
+            mesh=mesh,
+            folder=folder,
+        )
+        if problem is not None:
+            print(f"warning: rank {mesh.rank}: {problem}; a run of more epochs cannot continue from here", flush=True)
+    del last
     log.close()
     if is_writer:
         run = {
@@ -154,16 +209,33 @@ def run_task(plan: TaskPlan, seed: int, *, start: StartingPoint, mesh: Mesh, fol
             "recipe": str(plan.recipe),
             IDENTITY: made_from,
         }
+        if earlier is not None:
+            run[EARLIER] = earlier.told()
         folder.finish(run, diagnostics)
         print(f"{folder.final}: validation score {best.score:.2f} after step {best.step} of {order.num_steps}", flush=True)
     sharded.store.close()
     dist.barrier()
 
 
-def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh, log: MetricsLog) -> Best:
+def _best_of(earlier: Earlier) -> Best:
+    run = earlier.run
+    probabilities = read_predictions(earlier.folder / "val.jsonl")
+    return Best(step=run["best_step"], score=run["score"], metrics=run["metrics"], probabilities=probabilities)
+
+
+def _weights_of(earlier: Earlier, *, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:
+    """This rank's part of an earlier run's best weights."""
+    weights = open_source(earlier.folder / "weights", verify=False).weights
+    return shards_of(layout, mesh=mesh, load=lambda name: weights[name].read().float())
+
+
+def _train(
+    tuner: FineTuner, best: Best, *, plan: TaskPlan, order: TrainingOrder, done: tuple[int, int], mesh: Mesh, log: MetricsLog
+) -> None:
+    """The steps that are left; ``best`` is replaced where they are better."""
     optimizer, train = plan.config.optimizer, plan.features["train"]
     every = max(1, round(order.steps_per_epoch / plan.config.evaluation.per_epoch))
-    best, skipped_in_a_row, consumed = Best(), 0, 0
+    skipped_in_a_row, (first_step, consumed) = 0, done
 
     def make_batches(step: int) -> tuple[int, list[tuple[int, TaskBatch]]]:
         all_of_it = order.micro_batches(step)
@@ -172,8 +244,8 @@ def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh
         batches = [(i, collate(train, all_of_it[i], **ids).ahead_of(mesh.device)) for i in own]
         return sum(map(len, all_of_it)), batches
 
-    with Prefetcher(make_batches, start=0, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:
-        for step, (count, batches) in enumerate(prefetched):
+    with Prefetcher(make_batches, start=first_step, depth=_BATCHES_AHEAD, stop=order.num_steps) as prefetched:
+        for step, (count, batches) in enumerate(prefetched, start=first_step):
             started = time.monotonic()
             lr = learning_rate(
                 step,
@@ -206,7 +278,6 @@ def _train(tuner: FineTuner, *, plan: TaskPlan, order: TrainingOrder, mesh: Mesh
                 )
             if step + 1 == order.num_steps or (step + 1) % every == 0:
                 _evaluate(tuner, best, plan=plan, mesh=mesh, log=log, step=step + 1)
-    return best
 
 
 def _evaluate(tuner: FineTuner, best: Best, *, plan: TaskPlan, mesh: Mesh, log: MetricsLog, step: int) -> None:

@@ -166,7 +166,7 @@ def make_parts(
     if checkpoint is not None:
         shards, manifest = read_shards(checkpoint, plan=plan, mesh=mesh), checkpoint.manifest
         parts = make(shards=[shard.weight for shard in shards])
-        load_state(parts, shards, manifest=manifest)
+        load_state(parts.sharded_model, shards, manifest=manifest)
         log.resumed(
             step=manifest.step,
             path=checkpoint.directory,

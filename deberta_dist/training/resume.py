@@ -19,10 +19,11 @@ from deberta_dist.lock import RunLock
 from deberta_dist.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED
-from deberta_dist.training.build import TrainingParts, own_flat_layout
+from deberta_dist.training.build import own_flat_layout
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.length import RESULT_NAME, continue_finished, refuse_finished
 from deberta_dist.training.metrics import METRICS_NAME
+from deberta_dist.training.sharded_model import ShardedModel
 
 # What decides which samples a text has, and which comes when.
 _ORDER_KEYS = ("training.seed", "data.max_seq_length", "data.document_boundaries", "data.bucket_lengths")
@@ -182,9 +183,9 @@ def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[Sha
     return reader.read_shards(layout, shape=mesh.shape, coordinate=mesh.coordinate)
 
 
-def load_state(parts: TrainingParts, shards: Sequence[ShardState], *, manifest: Manifest) -> None:
-    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the parts were built."""
-    store = parts.sharded_model.store
+def load_state(model: ShardedModel, shards: Sequence[ShardState], *, manifest: Manifest) -> None:
+    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the model was built."""
+    store = model.store
     store.load_moments(shards, optimizer_steps=manifest.optimizer_steps)
     store.load_loss_scale_state(manifest.loss_scale)
 

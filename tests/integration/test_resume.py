@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.training import pretrain
-from tests.harness import run_ranks
+from tests.harness import free_port, run_ranks
 from tests.integration.parallel_run import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +30,6 @@ def pretrain_rank(arguments: list[str], port: int) -> None:
     """What a launcher's Python half does on one rank."""
     os.environ["MASTER_PORT"] = str(port)
     pretrain._run(ROOT / "launchers" / "pretrain_demo.sh", arguments)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def settings_of(corpus: Path, directory: Path, layout: Layout) -> dict[str, object]:
