@@ -47,8 +47,8 @@ class Data(Section):
     index_directory: File | None = None
     """Where dynamic batching keeps its list of sequences; by default beside the corpus."""
     masking: Literal["official", "uniform"] = "official"
-    """``official``: the released sampling, which masks less towards the end of a sequence. ``uniform``: the same
-    n-grams of whole words, without that bias."""
+    """``official``: the released sampling, which masks less towards the end of a sequence; its share of targets holds at any
+    length, where the released code never masks more than 80. ``uniform``: the same n-grams of whole words, without that bias."""
     mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens to predict."""
     max_ngram: Count = 3

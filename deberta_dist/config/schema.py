@@ -68,7 +68,7 @@ class Training(Section):
     num_micro_batches: Count | Auto = AUTO
     """Micro-batches per optimizer step of each pipeline."""
     max_steps: Count
-    """Optimizer steps; the learning rate reaches 0 here."""
+    """Optimizer steps; the learning rate reaches 0 here. A finished run that is started again with more continues."""
     seed: CountOrNone = 42
     """Decides initial weights, order of the data, masks and dropout."""
     recompute: Literal["none", "full", "selective"] = "none"

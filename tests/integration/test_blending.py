@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from deberta_dist.training import pretrain
-from tests.harness import run_ranks
-from tests.harness import free_port
+from tests.harness import free_port, run_ranks
 from tests.integration.test_resume import ROOT, SAVED, STEPS, history, interrupted, settings_of
 
 SOURCES = {"data.sources.half.proportion": 0.3, "data.sources.all.proportion": 0.7}
