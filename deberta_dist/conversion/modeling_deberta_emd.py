@@ -42,11 +42,16 @@ class _Encoder(v2.DebertaV2Encoder):
 class _EnhancedMaskDecoder:
     """What both classes have in common, beside one of transformers'."""
 
+    # So that `save_pretrained` writes this file along; not every 5.x notes it where it has a class of the same name.
+    _auto_class = "AutoModelForMaskedLM"
+
     def __init__(self, config):
         super().__init__(config)
         self.decodes = getattr(config, "masked_lm_decoder", None) == "emd"
         if self.decodes:
             self._add_decoder(config)
+            # Some 5.x tie a weight of this head that does not exist.
+            self._tied_weights_keys = {}
             self.post_init()
 
     def _add_decoder(self, config):

@@ -27,7 +27,7 @@ def training_facts(manifest: Manifest, *, run: Path) -> dict[str, str]:
     length = _number(config, "data", "max_seq_length")
     if length:
         tokens = manifest.consumed_samples * length
-        facts["tokens read"] = f"{tokens:,} in sequences of {length:,}, special tokens and padding included"
+        facts["tokens read"] = f"{tokens:,} in sequences of up to {length:,}, special tokens and padding included"
     if batch := _number(config, "training", "global_batch_size"):
         facts["batch"] = f"{batch:,} sequences" + (f", {batch * length:,} tokens" if length else "")
     if rate := _number(config, "optimizer", "learning_rate"):

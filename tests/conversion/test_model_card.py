@@ -90,7 +90,7 @@ def test_numbers_of_the_run(tmp_path: Path) -> None:
     text = (tmp_path / "hf/README.md").read_text()
     for words in (
         "| steps | 100 of 100, of which 1 were skipped",
-        "| tokens read | 102,400 in sequences of 128",
+        "| tokens read | 102,400 in sequences of up to 128",
         "| batch | 32 sequences, 4,096 tokens |",
         "| learning rate | 0.004 at its highest, after 50 steps of warm-up |",
         "| masking | 15% of the tokens, spans of up to 3 words |",
