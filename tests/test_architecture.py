@@ -50,7 +50,15 @@ DOORS = {
     "zstandard": (f"{PACKAGE}/corpus/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
-    "transformers": ("tools/fill_mask.py", f"{PACKAGE}/benchmark/peers.py"),
+    # The file of code is not imported here: it is copied beside weights.
+    "transformers": (
+        "tools/fill_mask.py",
+        f"{PACKAGE}/benchmark/peers.py",
+        f"{PACKAGE}/conversion/modeling_deberta_emd.py",
+    ),
+    "onnx": (f"{PACKAGE}/conversion/onnx_files.py",),
+    "onnxscript": (f"{PACKAGE}/conversion/onnx_files.py",),
+    "onnxruntime": (f"{PACKAGE}/conversion/onnx_files.py",),
     "disentangled_flash": (f"{PACKAGE}/benchmark/peers.py",),
     "scipy": (f"{PACKAGE}/tasks/significance.py",),
     "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),

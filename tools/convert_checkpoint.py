@@ -3,6 +3,7 @@
 
     tools/convert_checkpoint.py runs/demo hf/ --to huggingface --tokenizer spm.model
     tools/convert_checkpoint.py deberta-v2-xxlarge/ start/ --to deberta_dist
+    tools/convert_checkpoint.py runs/demo program/ --to onnx
 """
 
 import argparse
@@ -24,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
-    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist"), help="format")
+    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist", "onnx"), help="format")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
     )
@@ -38,6 +39,23 @@ def parse_arguments() -> argparse.Namespace:
         help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
     )
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
+    parser.add_argument(
+        "--with-code",
+        action="store_true",
+        help="huggingface: also write the code with which transformers decodes masks as DeBERTa does (trust_remote_code)",
+    )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="huggingface: for the model card, as the hub names it (mit, apache-2.0, ...) or 'other:NAME[,LINK]'",
+    )
+    parser.add_argument(
+        "--language",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="huggingface: for the model card (en, de, ...); may be given again",
+    )
     parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET, and the report")
     return parser.parse_args()
 
@@ -75,6 +93,9 @@ def main() -> int:
         allow_unmapped=arguments.allow_unmapped,
         tokenizer_path=arguments.tokenizer,
         force=arguments.force,
+        with_code=arguments.with_code,
+        license_name=arguments.license,
+        languages=arguments.language,
     )
     if arguments.report is not None:
         temporary = arguments.report.with_name(f".{arguments.report.name}.{os.getpid()}")

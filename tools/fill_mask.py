@@ -29,8 +29,13 @@ def parse_arguments() -> argparse.Namespace:
         "--library",
         choices=("deberta_dist", "transformers"),
         default="deberta_dist",
-        help="whose model: ours, with the enhanced mask decoder, or Hugging Face's, which has none (a directory that "
-        "convert_checkpoint.py --to huggingface has made)",
+        help="whose model: ours, with the enhanced mask decoder, or Hugging Face's (a directory that convert_checkpoint.py "
+        "--to huggingface has made), which has none but in code beside the weights (--with-code there)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --library transformers: run the code that lies with the checkpoint",
     )
     return parser.parse_args()
 
@@ -66,10 +71,19 @@ def theirs(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
         raise ConfigError("--library transformers: it is not installed (pip install transformers)") from None
     import torch
 
+    trusts = arguments.trust_remote_code
+    config = arguments.checkpoint / "config.json"
+    if not trusts and config.is_file() and b'"auto_map"' in config.read_bytes():
+        print(
+            f"warning: {arguments.checkpoint} has code of its own, which does not run: the guesses are those of transformers' "
+            "own class (--trust-remote-code runs it)",
+            file=sys.stderr,
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = transformers.AutoModelForMaskedLM.from_pretrained(arguments.checkpoint).eval()
+    # False, not None: that would ask, or run code where transformers has no class of its own.
+    model = transformers.AutoModelForMaskedLM.from_pretrained(arguments.checkpoint, trust_remote_code=trusts).eval()
     inputs = tokenizer(arguments.text, return_tensors="pt")
     with torch.inference_mode():
         logits = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id]
@@ -87,6 +101,8 @@ def best(logits, *, top: int) -> list[tuple[list[int], list[float]]]:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
+    if arguments.trust_remote_code and arguments.library != "transformers":
+        raise ConfigError("--trust-remote-code is for --library transformers; this package runs no code of a checkpoint")
     if MASK not in arguments.text:
         raise DataError(f"the text has no {MASK} to fill: {arguments.text[:80]!r}")
     guesses = ours(arguments) if arguments.library == "deberta_dist" else theirs(arguments)

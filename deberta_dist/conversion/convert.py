@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.conversion import fused, huggingface, official, published
+from deberta_dist.conversion import custom_code, fused, hub, huggingface, official, onnx_files, published
+from deberta_dist.conversion.build import build_model
 from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
 from deberta_dist.conversion.meeting import Published, to_published
 from deberta_dist.conversion.model_card import model_card
@@ -20,33 +21,14 @@ from deberta_dist.conversion.output import (
 from deberta_dist.conversion.report import dtype_names, make_report
 from deberta_dist.conversion.safetensors_files import write_safetensors
 from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
 from deberta_dist.errors import ConfigError
 
-TARGETS = ("huggingface", "official", "deberta_dist")
+TARGETS = ("huggingface", "official", "deberta_dist", "onnx")
 MAX_SHARD_BYTES = 5 * 10**9
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is to be written.
-
-    Attributes:
-        weights: By the target's own keys.
-        config_name: Name of the configuration file.
-        config: Its contents.
-        lost: Keys that the target has no place for.
-        architecture: Hugging Face class, empty for other targets.
-        why_class: Reason for it.
-    """
-
-    weights: Weights
-    config_name: str
-    config: Mapping[str, Any]
-    lost: Sequence[Dropped] = ()
-    architecture: str = ""
-    why_class: str = ""
 
 
 def convert(
@@ -59,7 +41,11 @@ def convert(
     allow_unmapped: Sequence[str] = (),
     tokenizer_path: Path | None = None,
     force: bool = False,
+    with_code: bool = False,
+    license_name: str | None = None,
+    languages: Sequence[str] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_inline_bytes: int = onnx_files.MAX_INLINE_BYTES,
 ) -> dict[str, Any]:
     """Converts a checkpoint.
 
@@ -72,7 +58,11 @@ def convert(
         allow_unmapped: fnmatch patterns of keys that may be left out without another reason.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
+        with_code: Hugging Face only: with a masked language model, also write the code of its enhanced mask decoder.
+        license_name: Hugging Face only: see `hub.license_fields`.
+        languages: Hugging Face only: see `hub.language_codes`.
         max_shard_bytes: Hugging Face only: start another file before one grows beyond this.
+        max_inline_bytes: ONNX only: weights of more lie in a file beside the program.
 
     Returns:
         The report, which also lies in the directory.
@@ -87,6 +77,14 @@ def convert(
     require_free(target_path, force=force)
     if is_fused and to == "deberta_dist":
         raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
+    if to != "huggingface" and (with_code or license_name is not None or languages):
+        raise ConfigError(f"--with-code, --license and --language are for the target huggingface, not for {to}")
+    for_hub = {} if license_name is None else hub.license_fields(license_name)
+    for_hub |= {"language": hub.language_codes(languages)} if languages else {}
+    if to == "onnx":
+        if is_fused:
+            raise ConfigError("--fused is for the targets official and huggingface; a program has no names to choose")
+        onnx_files.require_exporter()
     source = open_source(source_path)
     require_apart(source.path if source.is_file else source.directory, target_path)
     model = to_published(source, allow_unmapped=allow_unmapped)
@@ -98,26 +96,25 @@ def convert(
         weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
         model = dataclasses.replace(model, weights=weights)
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
-    target = _TARGET_OF[to](model, is_fused)
+    limits = {"huggingface": max_shard_bytes, "onnx": max_inline_bytes}
+    target = _TARGET_OF[to](model, is_fused, limits.get(to))
+    if with_code:
+        target = custom_code.with_code(target, model, where=source_path)
 
-    num_bytes = sum(weight.num_bytes for weight in target.weights.values())
-    with new_directory(target_path, force=force, num_bytes=num_bytes) as output:
+    with new_directory(target_path, force=force, num_bytes=target.num_bytes) as output:
         output.write_text(target.config_name, json.dumps(target.config, indent=2) + "\n")
-        if to == "official":
-            output.write(official.WEIGHTS_NAME, lambda file: write_torch_file(file, target.weights))
-        else:
-            _write_shards(output, target.weights, max_bytes=max_shard_bytes if to == "huggingface" else None)
+        notes = target.write(output)
         result = write_tokenizer(
             output,
             source,
             tokenizer=tokenizer,
             message=message,
-            for_huggingface=to == "huggingface",
+            for_huggingface=to in ("huggingface", "onnx"),
             is_given=tokenizer_path is not None,
             max_length=model.config.max_position_embeddings,
         )
         if to == "huggingface":
-            output.write_text("README.md", _card(source, model, target, result))
+            output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
         report = make_report(
             source,
             model,
@@ -127,7 +124,7 @@ def convert(
             target_format=f"{to} ({target.architecture})" if target.architecture else to,
             details={
                 "tokenizer": dataclasses.asdict(result),
-                "warnings": _warnings(model, target, result, is_rounded=is_rounded),
+                "warnings": [*_warnings(model, target, result, is_rounded=is_rounded), *notes],
                 "files": dict(output.files),
             },
         )
@@ -135,7 +132,7 @@ def convert(
     return report
 
 
-def _huggingface(model: Published, is_fused: bool) -> Target:
+def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
     kind, why = huggingface.model_type(model.weights, config=model.config, is_fused=is_fused)
     architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
     weights = huggingface.to_huggingface(model.weights, config=model.config, kind=kind)
@@ -149,6 +146,8 @@ def _huggingface(model: Published, is_fused: bool) -> Target:
     )
     return Target(
         weights=weights,
+        write=lambda output: _write_shards(output, weights, max_bytes=max_bytes),
+        num_bytes=_num_bytes(weights),
         config_name=huggingface.CONFIG_NAME,
         config=config,
         lost=_lost(model.weights) if kind == huggingface.V1 else (),
@@ -157,28 +156,67 @@ def _huggingface(model: Published, is_fused: bool) -> Target:
     )
 
 
-def _official(model: Published, is_fused: bool) -> Target:
+def _official(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+    weights = official.to_official(model.weights, config=model.config, is_fused=is_fused)
+
+    def write(output: OutputDirectory) -> list[str]:
+        output.write(official.WEIGHTS_NAME, lambda file: write_torch_file(file, weights))
+        return []
+
     return Target(
-        weights=official.to_official(model.weights, config=model.config, is_fused=is_fused),
+        weights=weights,
+        write=write,
+        num_bytes=_num_bytes(weights),
         config_name=official.CONFIG_NAME,
         config={**official.to_config(model.config), **model.labels},
         lost=_lost(model.weights) if is_fused else (),
     )
 
 
-def _published(model: Published, is_fused: bool) -> Target:
+def _published(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
     return Target(
         weights=model.weights,
+        write=lambda output: _write_shards(output, model.weights, max_bytes=max_bytes),
+        num_bytes=_num_bytes(model.weights),
         config_name=published.CONFIG_NAME,
         config=published.to_config(model.config, labels=model.labels),
     )
 
 
-_TARGET_OF = {"huggingface": _huggingface, "official": _official, "deberta_dist": _published}
+def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+    onnx_files.require_dtype([weight.dtype for weight in model.weights.values()])
+    built, names = build_model(model, where="the source")
+    program = onnx_files.export(built, config=model.config)
+    kind = huggingface.V2 if huggingface.needs_v2(model.config) else huggingface.V1
+    architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
+    return Target(
+        weights={name: model.weights[name] for name in names},
+        write=lambda output: [onnx_files.write(output, program, max_inline_bytes=max_bytes)],
+        num_bytes=program.num_bytes,
+        config_name=huggingface.CONFIG_NAME,
+        # For runtimes that choose a tokenizer and a task by it.
+        config=huggingface.to_config(
+            model.config,
+            kind=kind,
+            architecture=architecture,
+            dtype=_main_dtype(model.weights),
+            labels=model.labels,
+            num_labels=model.num_labels,
+        ),
+        lost=[Dropped(name, "the program does not compute with it") for name in model.weights if name not in names],
+        architecture=f"{', '.join(program.inputs)} -> {', '.join(program.outputs)}; opset {onnx_files.OPSET}",
+    )
+
+
+_TARGET_OF = {"huggingface": _huggingface, "official": _official, "deberta_dist": _published, "onnx": _onnx}
 
 
 def _lost(weights: Weights) -> list[Dropped]:
     return [Dropped(key, "zero, and the fused form has no place for it") for key in fused.lost_biases(weights)]
+
+
+def _num_bytes(weights: Weights) -> int:
+    return sum(weight.num_bytes for weight in weights.values())
 
 
 def _main_dtype(weights: Weights) -> str:
@@ -189,7 +227,7 @@ def _main_dtype(weights: Weights) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int | None) -> None:
+def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int | None) -> list[str]:
     """``model.safetensors``, or several files with an index beyond ``max_bytes``."""
     shards: list[Weights] = [{}]
     size = 0
@@ -201,18 +239,20 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
         size += weight.num_bytes
     if len(shards) == 1:
         output.write(huggingface.WEIGHTS_NAME, lambda file: write_safetensors(file, weights))
-        return
+        return []
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         output.write(file_name, lambda file, shard=shard: write_safetensors(file, shard))
         weight_map.update(dict.fromkeys(shard, file_name))
-    total = sum(weight.num_bytes for weight in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": _num_bytes(weights)}, "weight_map": weight_map}
     output.write_text(huggingface.WEIGHTS_NAME + ".index.json", json.dumps(index, indent=1) + "\n")
+    return []
 
 
-def _card(source: Source, model: Published, target: Target, tokenizer: TokenizerResult) -> str:
+def _card(
+    source: Source, model: Published, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]
+) -> str:
     return model_card(
         source,
         model,
@@ -221,6 +261,8 @@ def _card(source: Source, model: Published, target: Target, tokenizer: Tokenizer
         why_class=target.why_class,
         tokenizer=tokenizer.message,
         has_tokenizer="tokenizer.json" in tokenizer.files,
+        has_code="auto_map" in target.config,
+        for_hub=for_hub,
     )
 
 

@@ -121,12 +121,17 @@ def model_type(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> tu
             "masked language modelling head cannot be that narrow"
         )
     require_square_output(config, target="huggingface")
-    if not is_fused and (config.share_att_key or config.position_buckets >= 1):
+    if not is_fused and needs_v2(config):
         return V2, ""
     reasons = fused.obstacles(weights, config=config)
     if is_fused or not reasons:
         return V1, "v1 without key biases: the classes with fused projections"
     return V2, f"v1 computed by the v2 classes, because the v1 classes would lose something: {reasons[0]}"
+
+
+def needs_v2(config: DebertaConfig) -> bool:
+    """Whether the model is none of the first generation."""
+    return config.share_att_key or config.position_buckets >= 1
 
 
 def to_huggingface(weights: Weights, *, config: DebertaConfig, kind: str) -> Weights:

@@ -1,10 +1,23 @@
 """The README.md of a Hugging Face directory: where the weights come from, and what their classes do not use."""
 
+from collections.abc import Mapping, Sequence
+
+from deberta_dist.conversion import hub
 from deberta_dist.conversion.meeting import Published
 from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.training_facts import training_facts
 from deberta_dist.conversion.weights import POSITION_TABLE
 
 _DIVIDER = "\n\n"
+_CODE_TEXT = """`modeling_deberta_emd.py` holds DeBERTa's enhanced mask decoder for transformers 5.x, and nothing else is needed:
+
+```python
+from transformers import pipeline
+
+fill = pipeline("fill-mask", model="PATH OR NAME OF THIS DIRECTORY", trust_remote_code=True)
+```
+
+Without `trust_remote_code` the class of the same name in transformers computes other logits."""
 
 
 def model_card(
@@ -16,6 +29,8 @@ def model_card(
     why_class: str,
     tokenizer: str,
     has_tokenizer: bool,
+    has_code: bool = False,
+    for_hub: Mapping[str, str | Sequence[str]],
 ) -> str:
     """The text of the card.
 
@@ -27,18 +42,29 @@ def model_card(
         why_class: Reason for the pair of classes; may be empty.
         tokenizer: What was done about the tokenizer.
         has_tokenizer: Whether ``tokenizer.json`` is there.
+        has_code: Whether the code of the enhanced mask decoder is there.
+        for_hub: Licence and languages, as fields of `hub.front_matter`.
     """
     config = published.config
     origin = f"Converted by `tools/convert_checkpoint.py` of deberta_dist from: {source.description}"
     parts = [
-        "---\nlibrary_name: transformers\ntags:\n- deberta\n---",
+        hub.front_matter(
+            {
+                **for_hub,
+                "library_name": "transformers",
+                "pipeline_tag": hub.pipeline_tag(architecture),
+                "tags": ["deberta"],
+            }
+        ),
         f"# {architecture}",
         f"{origin}. Numbers are {dtype}. {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}."
         + (f" {why_class}." if why_class else ""),
         "`conversion_report.json` tells what became of every key and has the SHA-256 of every file.",
+        *(["## Masked language modelling", _CODE_TEXT] if has_code else []),
+        *_training(source),
         "## What these classes do not use, and why it is in the file",
-        "\n".join(_unused(published, architecture=architecture)),
+        "\n".join(_unused(published, architecture=architecture, has_code=has_code)),
         "## Tokenizer",
         tokenizer
         + (
@@ -51,14 +77,23 @@ def model_card(
     return _DIVIDER.join(parts) + "\n"
 
 
-def _unused(published: Published, *, architecture: str) -> list[str]:
+def _training(source: Source) -> list[str]:
+    if source.manifest is None:
+        return []
+    # checkpoints/step-N/ of a run's directory.
+    facts = training_facts(source.manifest, run=source.directory.parent.parent)
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    return ["## Training", "\n".join(["| | |", "|---|---|", *rows])]
+
+
+def _unused(published: Published, *, architecture: str, has_code: bool) -> list[str]:
     config, names = published.config, published.weights
     found = []
     if POSITION_TABLE in names and not config.position_biased_input:
         found.append(
             "- `deberta.embeddings.position_embeddings.weight`: absolute positions, added by DeBERTa's enhanced mask "
-            "decoder after the encoder. Hugging Face has no such decoder: it ignores the table, and drops it when it "
-            "saves. It stays here because the masked language modelling head was trained with it, so that pre-training "
+            "decoder after the encoder. Hugging Face's own classes have no such decoder: they ignore the table, and drop "
+            "it when they save. It stays here because the masked language modelling head was trained with it, so that pre-training "
             "can go on from this file."
         )
     if any(name.startswith("lm_predictions.") for name in names):
@@ -68,6 +103,8 @@ def _unused(published: Published, *, architecture: str) -> list[str]:
             + (
                 ""
                 if config.position_biased_input
+                else " Without the code beside it its logits are others: the enhanced mask decoder is missing there."
+                if has_code
                 else " Its logits differ from DeBERTa's own there, because the enhanced mask decoder is missing: "
                 "do not judge the model by them, and do not continue pre-training with that class."
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.checkpoint.manifest import MANIFEST_NAME
+from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.conversion import files, huggingface, native, official, published
 from deberta_dist.conversion.rules import Format
 from deberta_dist.conversion.safetensors_files import read_safetensors
@@ -45,6 +45,7 @@ class Source:
         tokenizer_hints: Where that model may be.
         warnings: What a user should know.
         layout: Parallel sizes that wrote a run's checkpoint.
+        manifest: Of a run's checkpoint.
         verify: Compares every byte of a run's checkpoint with its checksums; raises CheckpointError.
     """
 
@@ -61,6 +62,7 @@ class Source:
     tokenizer_hints: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
     layout: Mapping[str, Any] | None = None
+    manifest: Manifest | None = None
     verify: Callable[[], None] | None = None
 
 
@@ -196,5 +198,6 @@ def _native(path: Path, *, verify: bool) -> Source:
         tokenizer_hints=hints,
         warnings=tuple(checkpoint.warnings),
         layout=vars(manifest.layout),
+        manifest=manifest,
         verify=checkpoint.verify,
     )

@@ -1,5 +1,10 @@
-"""Who computes an attention: the one place that decides it."""
+"""Who computes an attention: the one place that decides it.
 
+A program that `torch.export` makes holds the formula itself: the other implementations cut their work by the sizes they
+see, and would fix them.
+"""
+
+import torch
 from torch import Tensor
 
 from deberta_dist.kernels.fused import unavailable_reason
@@ -29,6 +34,8 @@ def chosen_implementation(
         raise ValueError(f"implementation = {asked!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if return_probabilities and asked == "portable":
         raise ValueError("the portable implementation returns no probabilities; the reference does")
+    if torch.compiler.is_exporting():
+        return "reference"
     if asked in ("reference", "portable"):
         return asked
     *rest, p2c_BNSR = operands
@@ -61,6 +68,8 @@ def prefers_position_scores(
 
     The fused attention keeps no products of that size: it makes them for each call.
     """
+    if torch.compiler.is_exporting():
+        return True
     if implementation is not None:
         return implementation != "fused"
     return unavailable_reason(key_BNSH, positions=positions, mask=mask) is not None

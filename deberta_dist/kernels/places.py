@@ -102,7 +102,10 @@ class AttentionMask(_Source):
         Bool [B or 1, S - |offset|]. Queries and keys are the same tokens; |offset| is below S.
         """
         if self.pairs_BQS is not None:
-            return self.pairs_BQS.diagonal(offset, dim1=1, dim2=2)
+            # Cut first: the length of a diagonal beside the main one is a case distinction to a program of any length.
+            length = self.pairs_BQS.shape[1] - abs(offset)
+            rows = self.pairs_BQS.narrow(1, max(-offset, 0), length)
+            return rows.narrow(2, max(offset, 0), length).diagonal(dim1=1, dim2=2)
         length = self.key_segments_BS.shape[1] - abs(offset)
         queries = self.key_segments_BS.narrow(1, max(-offset, 0), length)
         keys = self.key_segments_BS.narrow(1, max(offset, 0), length)

@@ -78,6 +78,8 @@ def residual_norm(
 
 def fuses_rows(x: Tensor) -> bool:
     """Whether there are kernels for rows like those of ``x``."""
+    if torch.compiler.is_exporting():
+        return False
     return _has_kernels(x.device) and x.dtype in DTYPES and x.shape[-1] <= MOST_COLUMNS
 
 

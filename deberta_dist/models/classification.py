@@ -45,6 +45,9 @@ class ClassificationOutput:
     hidden_BD: Tensor | None = None
 
 
+torch.export.register_dataclass(ClassificationOutput)
+
+
 class _WithBackbone(nn.Module):
     """The part that both heads share."""
 

@@ -5,6 +5,7 @@ Letters: B batch, D hidden, S sequence.
 Source: microsoft/DeBERTa DeBERTa/deberta/bert.py@4d7fe0bd.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,7 +74,8 @@ class ConvLayer(nn.Module):
         local = self.conv.bias[:, None]
         for tap in range(taps):
             offset = tap - (taps - 1) // 2
-            if abs(offset) >= mask.seen().shape[-1]:
+            # A program of any length cannot ask; it is made for as many tokens as taps at least.
+            if not torch.compiler.is_exporting() and abs(offset) >= mask.seen().shape[-1]:
                 continue
             product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
             if offset:

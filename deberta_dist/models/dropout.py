@@ -109,7 +109,13 @@ class Dropout(nn.Module):
         return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
 
     def seed(self, key: int | None) -> int:
-        """64 bits that decide this dropout's mask; ``key`` None draws them from torch's global generator."""
+        """64 bits that decide this dropout's mask; ``key`` None draws them from torch's global generator.
+
+        Raises:
+            ValueError: a program is exported, whose masks would be the same in every call.
+        """
+        if torch.compiler.is_exporting():
+            raise ValueError("a program with dropout cannot be exported: call model.eval() first")
         if key is None:
             return int(torch.randint(2**63 - 1, ()))
         return mix_key(key, self.site, self.shard)

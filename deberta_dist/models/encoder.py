@@ -170,6 +170,9 @@ class DebertaOutput:
     attentions: tuple[Tensor, ...] | None = None
 
 
+torch.export.register_dataclass(DebertaOutput)
+
+
 class DebertaModel(nn.Module):
     """The backbone of every generation.
 
@@ -271,7 +274,12 @@ class DebertaModel(nn.Module):
         )
 
     def require_positions(self, length: int, *, added: bool) -> None:
-        """Refuses a sequence for which absolute positions are added but missing; on a GPU the look-up would abort."""
+        """Refuses a sequence for which absolute positions are added but missing; on a GPU the look-up would abort.
+
+        A program that is exported does not: the comparison would narrow the lengths it may be exported for.
+        """
+        if torch.compiler.is_exporting():
+            return
         if added and length > self.config.max_position_embeddings:
             raise ValueError(
                 f"a sequence of {length} tokens needs as many absolute positions; max_position_embeddings = "

@@ -42,6 +42,9 @@ class MaskedLMOutput:
     logits: Tensor
 
 
+torch.export.register_dataclass(MaskedLMOutput)
+
+
 class DebertaForMaskedLM(nn.Module):
     """Masked language model of every generation.
 
@@ -88,43 +91,77 @@ class DebertaForMaskedLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         dropout_key: int | None = None,
     ) -> MaskedLMOutput:
         """Loss and logits of the targets; without labels, logits of every real token.
 
+        A program that is exported decodes every place and chooses rows at its end; it has no loss.
+
         Args:
             input_ids: int64 [B, S].
             attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
             labels: int64 [B, S], 0 where nothing is to be predicted.
+            token_type_ids: see `DebertaModel.forward`.
             position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1, or what ``document_ids`` say.
             document_ids: int [B, S], number of the document that each token belongs to, ascending from 1, and 0 for
                 padding. Documents do not see each other, and each has the absolute positions 0, 1, ...
             dropout_key: determines all dropout masks of the call; absent: torch's random state does.
 
         Raises:
-            ValueError: more tokens than absolute positions, or ``document_ids`` and ``attention_mask`` of two shapes.
+            ValueError: more tokens than absolute positions, ``document_ids`` and ``attention_mask`` of two shapes, or
+                labels of a program that is exported.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
-        targets = find_targets(mask.seen() if labels is None else labels > 0, labels)
+        exporting = torch.compiler.is_exporting()
+        if exporting and labels is not None:
+            raise ValueError("a masked language model is exported without labels: the program has logits and no loss")
+        is_target_BS = mask.seen() if labels is None else labels > 0
+        targets = None if exporting else find_targets(is_target_BS, labels)
         table = self._shared_table()
         hidden_PD = self._run(
             None,
             input_ids=input_ids,
             mask=mask,
+            token_type_ids=token_type_ids,
             position_ids=document_positions if position_ids is None else position_ids,
             targets=targets,
             layers=range(self.config.num_hidden_layers),
             dropout_key=dropout_key,
             table=table,
         )
+        if exporting:
+            hidden_PD = hidden_PD[is_target_BS]
         logits_PV = self.lm_predictions.lm_head(hidden_PD, word_embeddings_VW=table.weight_VW)
         if labels is None:
             return MaskedLMOutput(loss=None, logits=logits_PV)
         loss_P, _ = self.cross_entropy(logits_PV, targets.ids_P)
         return MaskedLMOutput(loss=loss_P.sum() / max(loss_P.numel(), 1), logits=logits_PV)
+
+    def token_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits of every place, padding included, [B, S, V]: their shape follows from the inputs' shapes alone.
+
+        Arguments and errors as of `forward`.
+        """
+        mask, _ = within_documents(torch.ones_like(input_ids) if attention_mask is None else attention_mask, None)
+        table = self._shared_table()
+        hidden_BSD = self._run(
+            None,
+            input_ids=input_ids,
+            mask=mask,
+            token_type_ids=token_type_ids,
+            position_ids=None,
+            targets=None,
+            layers=range(self.config.num_hidden_layers),
+            dropout_key=None,
+            table=table,
+        )
+        return self.lm_predictions.lm_head(hidden_BSD, word_embeddings_VW=table.weight_VW)
 
     def forward_stage(
         self,
@@ -221,11 +258,17 @@ class DebertaForMaskedLM(nn.Module):
         layers: range,
         dropout_key: int | None,
         table: SharedTable | None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``; of the targets alone, [P, D], if the last is among them."""
+        """Hidden states [B, S, D] after ``layers``; of ``targets`` alone, [P, D], if the last is among them."""
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
-                input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key, table=table
+                input_ids,
+                mask=mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                dropout_key=dropout_key,
+                table=table,
             )
         rel_RD = self.deberta.encoder.relative_table()
         is_last = layers.stop == self.config.num_hidden_layers
@@ -240,7 +283,7 @@ class DebertaForMaskedLM(nn.Module):
         if is_last:
             hidden_BSD = self.whole_sequence(hidden_BSD)
         if decodes:
-            return self._decode_targets(
+            return self._decode(
                 hidden_BSD,
                 rel_RD,
                 mask=mask,
@@ -248,31 +291,43 @@ class DebertaForMaskedLM(nn.Module):
                 targets=targets,
                 dropout_key=dropout_key,
             )
-        return hidden_BSD.flatten(0, 1).index_select(0, targets.tokens_P) if is_last else hidden_BSD
+        if not is_last or targets is None:
+            return hidden_BSD
+        return hidden_BSD.flatten(0, 1).index_select(0, targets.tokens_P)
 
-    def _decode_targets(
+    def _decode(
         self,
         hidden_BSD: Tensor,
         rel_RD: Tensor,
         *,
         mask: AttentionMask,
         position_ids: Tensor | None,
-        targets: Targets,
+        targets: Targets | None,
         dropout_key: int | None,
     ) -> Tensor:
-        """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h). Targets only, [P, D]."""
+        """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h).
+
+        Targets only, [P, D]; without them every place, [B, S, D].
+        """
         length = hidden_BSD.shape[1]
         self.deberta.require_positions(length, added=True)
         encoder = self.deberta.encoder
-        positions_BT = targets.positions_BT
-        absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
-        relative = dataclasses.replace(encoder.relative_positions(hidden_BSD.device), query_positions_BQ=positions_BT)
-        mask = mask.of_queries(positions_BT)
+        relative = encoder.relative_positions(hidden_BSD.device)
+        if targets is None:
+            places = torch.arange(length, device=hidden_BSD.device)[None]
+            absolute_BT = places if position_ids is None else position_ids
+        else:
+            positions_BT = targets.positions_BT
+            absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
+            relative = dataclasses.replace(relative, query_positions_BQ=positions_BT)
+            mask = mask.of_queries(positions_BT)
         layer_key = child_key(dropout_key, encoder.num_layers)
 
         def decode(hidden_BSD: Tensor, table_RD: Tensor) -> Tensor:
-            gather = positions_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[-1])
-            queries_BTD = hidden_BSD.gather(1, gather) + self.deberta.embeddings.absolute_positions(absolute_BT)
+            queries_BTD = hidden_BSD
+            if targets is not None:
+                queries_BTD = hidden_BSD.gather(1, positions_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[-1]))
+            queries_BTD = queries_BTD + self.deberta.embeddings.absolute_positions(absolute_BT)
             return encoder.layer[-1].decode(
                 queries_BTD,
                 hidden_BSD=hidden_BSD,
@@ -282,13 +337,13 @@ class DebertaForMaskedLM(nn.Module):
                 mask=mask,
                 dropout_key=layer_key,
                 recompute_mode=self.recompute,
-                width=targets.width,
+                width=None if targets is None else targets.width,
             )
 
         decoded_BTD = call_with_recompute(
             decode, hidden_BSD, rel_RD, recompute=self.recompute == "full", dropout_key=dropout_key, owner=self
         )
-        return decoded_BTD.flatten(0, 1).index_select(0, targets.slots_P)
+        return decoded_BTD if targets is None else decoded_BTD.flatten(0, 1).index_select(0, targets.slots_P)
 
     def _shared_table(self) -> SharedTable:
         return SharedTable(self.deberta.embeddings.word_embeddings.weight)

@@ -42,9 +42,15 @@ def position_row_of_distance(num_buckets: int, max_distance: int) -> tuple[int, 
     return tuple(row(distance) for distance in distances)
 
 
-@functools.lru_cache(maxsize=32)
 def relative_positions(*, num_buckets: int, max_distance: int, device: torch.device) -> RelativePositions:
     """Rows of the relative table for queries and keys that are both counted from 0."""
+    # What is made while a program is exported stands for a number of that program, and serves nobody else.
+    make = _relative_positions.__wrapped__ if torch.compiler.is_exporting() else _relative_positions
+    return make(num_buckets, max_distance, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _relative_positions(num_buckets: int, max_distance: int, device: torch.device) -> RelativePositions:
     # Made in inference mode it could not serve the training step that finds it here.
     with torch.inference_mode(False):
         rows = position_row_of_distance(num_buckets, max_distance)

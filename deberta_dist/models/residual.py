@@ -42,7 +42,7 @@ class ResidualOutput(nn.Module):
         """[B, T, D]; ``width`` as of `Dropout.forward`."""
         norm, dropout = self.LayerNorm, self.dropout
         draws = dropout.drops and dropout_key is None
-        if self.joined:
+        if self.joined and not torch.compiler.is_exporting():
             return self._compiled(self.dense(x), residual, dropout_key=dropout_key, width=width)
         if draws or not fuses_rows(x):
             return norm(dropout(self.dense(x), dropout_key, width=width) + residual)

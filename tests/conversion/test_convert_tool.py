@@ -60,7 +60,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     made = call(TOOL, "target", "back", "--to", "deberta_dist", cwd=tmp_path)
     assert made.returncode == 0 and "Microsoft's published form, fused projections of v1" in made.stdout
     assert call(TOOL, "--help", cwd=tmp_path).returncode == 0
-    assert call(TOOL, "target", "x", "--to", "onnx", cwd=tmp_path).returncode == 2
+    assert call(TOOL, "target", "x", "--to", "tensorflow", cwd=tmp_path).returncode == 2
 
 
 def test_force_replaces_a_conversion_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""What a conversion is to write: the answer of every target to the same questions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deberta_dist.conversion.output import OutputDirectory
+from deberta_dist.conversion.weights import Dropped, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is to be written.
+
+    Attributes:
+        weights: By the target's own keys.
+        write: Writes them; returns what a user should know.
+        num_bytes: About what they take.
+        config_name: Name of the configuration file.
+        config: Its contents.
+        lost: Keys that the target has no place for.
+        architecture: Hugging Face class; of a program its inputs and outputs; empty for other targets.
+        why_class: Reason for it.
+    """
+
+    weights: Weights
+    write: Callable[[OutputDirectory], list[str]]
+    num_bytes: int
+    config_name: str
+    config: Mapping[str, Any]
+    lost: Sequence[Dropped] = ()
+    architecture: str = ""
+    why_class: str = ""
