@@ -20,10 +20,13 @@ MASK = "[MASK]"
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
+    from deberta_dist.conversion.options import add_options
+
     parser = argparse.ArgumentParser(description="Fill the masks of a text.")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, weights of any form")
     parser.add_argument("text", metavar="TEXT", help=f"with {MASK} where a piece is to be guessed")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the checkpoint)")
+    add_options(parser, dtype_help="number format to compute in (default: what the checkpoint has)")
     parser.add_argument("--top", type=int, default=5, help="guesses per mask (default: 5)")
     parser.add_argument(
         "--library",
@@ -42,7 +45,9 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     from deberta_dist.conversion.load import load_masked_lm
     from deberta_dist.data.tokenizer import Tokenizer
 
-    model, tokenizer = load_masked_lm(arguments.checkpoint)
+    model, tokenizer = load_masked_lm(
+        arguments.checkpoint, dtype=arguments.dtype, allow_unmapped=arguments.allow_unmapped, prefix=arguments.prefix
+    )
     if arguments.tokenizer is not None:
         tokenizer = Tokenizer(arguments.tokenizer)
     if tokenizer is None:

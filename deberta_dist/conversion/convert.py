@@ -8,8 +8,9 @@ from typing import Any
 
 from deberta_dist.conversion import fused, huggingface, official, published
 from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
-from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.meeting import Published, as_asked, to_published
 from deberta_dist.conversion.model_card import model_card
+from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.output import (
     REPORT_NAME,
     OutputDirectory,
@@ -57,6 +58,7 @@ def convert(
     dtype: str | None = None,
     is_fused: bool = False,
     allow_unmapped: Sequence[str] = (),
+    prefix: str | None = None,
     tokenizer_path: Path | None = None,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -69,7 +71,8 @@ def convert(
         to: One of ``TARGETS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has.
         is_fused: Write the fused projections of v1.
-        allow_unmapped: fnmatch patterns of keys that may be left out without another reason.
+        allow_unmapped: See `options.ReadOptions`.
+        prefix: Likewise.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
         max_shard_bytes: Hugging Face only: start another file before one grows beyond this.
@@ -87,16 +90,16 @@ def convert(
     require_free(target_path, force=force)
     if is_fused and to == "deberta_dist":
         raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
-    source = open_source(source_path)
+    # Rounding comes last here, so that the report can tell what the source has.
+    options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)
-    model = to_published(source, allow_unmapped=allow_unmapped)
+    model = to_published(source)
     if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     source_dtype = dtype_names(model.weights)
-    if dtype is not None:
-        weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
-        model = dataclasses.replace(model, weights=weights)
+    model = as_asked(model, dataclasses.replace(options, dtype=dtype))
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
     target = _TARGET_OF[to](model, is_fused)
 

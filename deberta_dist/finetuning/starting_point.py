@@ -13,6 +13,7 @@ from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
 from deberta_dist.conversion.carry import find_tokenizer
 from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
 from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.data.tokenizer import Tokenizer
@@ -94,13 +95,16 @@ class StartingPoint:
         return torch.tensor([there.index(label.lower()) for label in labels])
 
 
-def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> StartingPoint:
+def open_starting_point(
+    path: Path, *, tokenizer: Path | None, verify: bool, options: ReadOptions = AS_IT_IS
+) -> StartingPoint:
     """Opens a checkpoint of any form, before any process group exists.
 
     Args:
         path: A run's checkpoint or its weights, released weights, a Hugging Face directory.
         tokenizer: A SentencePiece model given by the user; by default the one that lies with the checkpoint.
         verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
+        options: What the user says about it.
 
     Raises:
         ConfigError: there is no tokenizer, or the path is a run, whose newest checkpoint may change.
@@ -111,7 +115,7 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> 
             f"--init {path} is a run, whose newest checkpoint may change while ranks look: name its weights/ or one of "
             "its checkpoints"
         )
-    source = open_source(path, verify=verify)
+    source = open_source(path, verify=verify, options=options)
     published = to_published(source)
     own = source.directory / SPM_NAME
     if tokenizer is not None and not source.is_file and files.has(source.directory, SPM_NAME):

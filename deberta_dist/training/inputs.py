@@ -11,6 +11,7 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
 from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.buckets import BucketedData
@@ -19,7 +20,7 @@ from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.errors import ConfigError, DataError, DebertaDistError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED, open_sources
@@ -166,7 +167,13 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             f"{where} is a run, whose newest checkpoint may change while ranks look: name one of its checkpoints, "
             f"{path / CHECKPOINTS_NAME}/step-..., or its weights/"
         )
-    source = open_source(path, verify=verify)
+    training = plan.config.training
+    options = ReadOptions(allow_unmapped=training.init_allow_unmapped, prefix=training.init_prefix)
+    try:
+        source = open_source(path, verify=verify, options=options)
+        model = to_published(source)
+    except DebertaDistError as error:
+        raise type(error)(f"{where}: {_in_toml(str(error))}") from error
     sha256 = source.tokenizer_sha256
     if sha256 is None and not source.is_file and files.has(source.directory, SPM_NAME):
         sha256 = Tokenizer(source.directory / SPM_NAME).sha256
@@ -175,7 +182,6 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
             f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
         )
-    model = to_published(source)
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
@@ -185,6 +191,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             "model, not from a backbone or a classifier"
         )
     notes = [f"starts from {path} ({source.description})", *model.reading.warnings]
+    notes += [f"left out of it: {dropped.key} ({dropped.why})" for dropped in model.reading.dropped if "allow" in dropped.why]
     notes += [f"{name} is not in it and starts at random" for name in model.lacking]
     if unused := [name for name in model.weights if name not in shapes]:
         notes.append(f"not used: {shorten(unused)}")
@@ -195,3 +202,8 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
         return initial_tensor(name, shapes[name], seed=plan.config.training.seed, std=config.initializer_range)
 
     return InitialWeights(read=read, notes=tuple(notes))
+
+
+def _in_toml(message: str) -> str:
+    """A message about a checkpoint with the keys of a run instead of the tools' options."""
+    return message.replace("--allow-unmapped", "training.init_allow_unmapped").replace("--prefix", "training.init_prefix")
