@@ -8,6 +8,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # A checkout works without being installed.
@@ -45,9 +46,13 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     from deberta_dist.conversion.load import load_masked_lm
     from deberta_dist.data.tokenizer import Tokenizer
 
-    model, tokenizer = load_masked_lm(
-        arguments.checkpoint, dtype=arguments.dtype, allow_unmapped=arguments.allow_unmapped, prefix=arguments.prefix
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model, tokenizer = load_masked_lm(
+            arguments.checkpoint, dtype=arguments.dtype, allow_unmapped=arguments.allow_unmapped, prefix=arguments.prefix
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
     if arguments.tokenizer is not None:
         tokenizer = Tokenizer(arguments.tokenizer)
     if tokenizer is None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deberta_dist.conversion import fused, huggingface, official, published
-from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
+from deberta_dist.conversion.carry import TokenizerResult, write_tokenizer
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
 from deberta_dist.conversion.meeting import Published, as_asked, to_published
 from deberta_dist.conversion.model_card import model_card
 from deberta_dist.conversion.options import ReadOptions
@@ -115,9 +117,9 @@ def convert(
             source,
             tokenizer=tokenizer,
             message=message,
-            for_huggingface=to == "huggingface",
+            model_type=str(target.config["model_type"]) if to == "huggingface" else "",
             is_given=tokenizer_path is not None,
-            max_length=model.config.max_position_embeddings,
+            config=model.config,
         )
         if to == "huggingface":
             output.write_text("README.md", _card(source, model, target, result))
@@ -130,7 +132,7 @@ def convert(
             target_format=f"{to} ({target.architecture})" if target.architecture else to,
             details={
                 "tokenizer": dataclasses.asdict(result),
-                "warnings": _warnings(model, target, result, is_rounded=is_rounded),
+                "warnings": [*_warnings(model, target, result, is_rounded=is_rounded), *_left_behind(source, result)],
                 "files": dict(output.files),
             },
         )
@@ -225,6 +227,17 @@ def _card(source: Source, model: Published, target: Target, tokenizer: Tokenizer
         tokenizer=tokenizer.message,
         has_tokenizer="tokenizer.json" in tokenizer.files,
     )
+
+
+def _left_behind(source: Source, tokenizer: TokenizerResult) -> list[str]:
+    """What else lies in a source's directory: it may be part of a pipeline of another library."""
+    if source.is_file or source.layout is not None:
+        return []
+    read = re.compile(r"\..*|README\.md|conversion_report\.json|(model_|generator_)?config\.json|.*\.(safetensors|bin|index\.json)")
+    own = {*tokenizer.files, *tokenizer_names(source)}
+    entries = sorted(path for path in source.directory.iterdir() if path.name not in own and (path.is_dir() or not read.fullmatch(path.name)))
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in entries]
+    return [f"not carried, since no part of the model or its tokenizer: {shorten(names, most=10)}"] if names else []
 
 
 def _warnings(model: Published, target: Target, tokenizer: TokenizerResult, *, is_rounded: bool) -> list[str]:

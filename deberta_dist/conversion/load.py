@@ -1,10 +1,11 @@
 """A model in memory out of a checkpoint of any form: for scripts, notebooks and tools, on one device."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.carry import find_tokenizer
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
 from deberta_dist.conversion.meeting import as_asked, to_published
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import open_source
@@ -43,4 +44,6 @@ def load_masked_lm(
     state = {name: found.weights[name].read() for name in names}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
+    for note in unread_settings(source):
+        warnings.warn(note, stacklevel=2)
     return model.eval(), tokenizer

@@ -11,7 +11,7 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files, huggingface, native, official, published
 from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
-from deberta_dist.conversion.rules import Format
+from deberta_dist.conversion.rules import Format, allowed_by
 from deberta_dist.conversion.safetensors_files import read_safetensors
 from deberta_dist.conversion.torch_files import TorchFile
 from deberta_dist.conversion.weights import Weights, shorten
@@ -26,8 +26,10 @@ _WEIGHTS_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CONFIG_NAMES = ("config.json", "model_config.json")
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+CONFIG_NAMES = ("config.json", "model_config.json")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_QUANTISED = ("quantization_config", "compression_config")
+_TAKEN = "the model is taken for the DeBERTa that the other keys describe"
 _ADAPTER_NAME = "adapter_config.json"
 _GENERATOR_CONFIG_NAME = "generator_config.json"
 
@@ -97,8 +99,8 @@ def open_source(path: Path, *, verify: bool = True, options: ReadOptions = AS_IT
                 "merge_and_unload() and save the result"
             )
         if not names:
-            there = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
-            names = [p.name for p in there if p.suffix in _SUFFIXES[:2]] or [p.name for p in there]
+            there = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            names = [p.name for p in there if p.suffix in SUFFIXES[:2]] or [p.name for p in there]
             if len(names) != 1:
                 raise CheckpointError(
                     f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
@@ -115,7 +117,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
     weights = unwrap(weights, prefix=options.prefix, where=weights_file)
     require_whole(weights, where=weights_file)
     is_generator = "generator" in weights_file.name
-    config_names = [name for name in _CONFIG_NAMES if files.has(directory, name)]
+    config_names = [name for name in CONFIG_NAMES if files.has(directory, name)]
     if is_generator and files.has(directory, _GENERATOR_CONFIG_NAME):
         config_names = [_GENERATOR_CONFIG_NAME]
     if config_names:
@@ -124,10 +126,16 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
         raw = embedded
     else:
         raise CheckpointError(
-            f"{directory} has no {' or '.join(_CONFIG_NAMES)}: the sizes of the model are unknown; put the file of the model "
+            f"{directory} has no {' or '.join(CONFIG_NAMES)}: the sizes of the model are unknown; put the file of the model "
             f"that was trained beside {weights_file.name}"
         )
     raw = official.model_config(raw, is_generator=is_generator)
+    for key in _QUANTISED:
+        if raw.get(key) is not None and allowed_by(key, options.allow_unmapped) is None:
+            raise CheckpointError(
+                f"{directory / config_names[0] if config_names else weights_file} has {key}: the weights are quantised, which is "
+                "not undone here; load the model with the library that made it, call dequantize() and save the result"
+            )
     fmt, description = _recognise(raw, weights, weights_file)
     traits = [
         *(["fused projections of v1"] if any(key.endswith(".in_proj.weight") for key in weights) else []),
@@ -146,7 +154,10 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
         weights=weights,
         open_generator=lambda: _generator(directory),
         options=options,
-        warnings=(f"{weights_file.name} also holds {shorten(others)}: not part of the model, not read",) if others else (),
+        warnings=(
+            *([f"{weights_file.name} also holds {shorten(others)}: not part of the model, not read"] if others else []),
+            *([f"the configuration names code of its own (auto_map), which is never run: {_TAKEN}"] if raw.get("auto_map") else []),
+        ),
     )
 
 
@@ -193,10 +204,10 @@ def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]
 def _read_weights_file(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     if path.suffix == ".safetensors":
         return read_safetensors(path), None, []
-    if path.suffix in _SUFFIXES:
+    if path.suffix in SUFFIXES:
         file = TorchFile(path)
         return file.weights, file.config, [str(key) for key in file.others]
-    raise CheckpointError(f"{path} is neither .safetensors nor .bin (or {', '.join(_SUFFIXES[2:])}): its kind is not known")
+    raise CheckpointError(f"{path} is neither .safetensors nor .bin (or {', '.join(SUFFIXES[2:])}): its kind is not known")
 
 
 def _native(path: Path, *, verify: bool) -> Source:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
-from deberta_dist.conversion.carry import find_tokenizer
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, own_spm, unread_settings
 from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
-from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
+from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
@@ -117,8 +117,8 @@ def open_starting_point(
         )
     source = open_source(path, verify=verify, options=options)
     published = to_published(source)
-    own = source.directory / SPM_NAME
-    if tokenizer is not None and not source.is_file and files.has(source.directory, SPM_NAME):
+    own = own_spm(source)
+    if tokenizer is not None and not source.is_file and own is not None:
         given, there = Tokenizer(tokenizer).sha256, Tokenizer(own).sha256
         if given != there:
             raise DataError(
@@ -129,7 +129,7 @@ def open_starting_point(
         raise ConfigError(f"--init {path}: {why.rstrip('.')}")
     names = _label_names(published.labels)
     unused = [name for name in published.weights if not name.startswith(("deberta.", "pooler.", "classifier."))]
-    notes = [*published.reading.warnings, *([f"not used: {shorten(unused)}"] if unused else [])]
+    notes = [*published.reading.warnings, *unread_settings(source), *([f"not used: {shorten(unused)}"] if unused else [])]
     return StartingPoint(path, source.description, published.config, published.weights, names, found, tuple(notes))
 
 

@@ -10,9 +10,10 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
+from deberta_dist.conversion.find_tokenizer import own_spm, unread_settings
 from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.options import ReadOptions
-from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
+from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
@@ -175,8 +176,8 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
     except DebertaDistError as error:
         raise type(error)(f"{where}: {_in_toml(str(error))}") from error
     sha256 = source.tokenizer_sha256
-    if sha256 is None and not source.is_file and files.has(source.directory, SPM_NAME):
-        sha256 = Tokenizer(source.directory / SPM_NAME).sha256
+    if sha256 is None and not source.is_file and (own := own_spm(source)) is not None:
+        sha256 = Tokenizer(own).sha256
     if sha256 not in (None, tokenizer_sha256):
         raise ConfigError(
             f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
@@ -191,6 +192,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             "model, not from a backbone or a classifier"
         )
     notes = [f"starts from {path} ({source.description})", *model.reading.warnings]
+    notes += unread_settings(source)
     notes += [f"left out of it: {dropped.key} ({dropped.why})" for dropped in model.reading.dropped if "allow" in dropped.why]
     notes += [f"{name} is not in it and starts at random" for name in model.lacking]
     if unused := [name for name in model.weights if name not in shapes]:
