@@ -7,6 +7,7 @@ any other exception is a fault of ours and keeps its traceback.
 
 import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -64,6 +65,9 @@ def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
 
     @functools.wraps(main)
     def wrapped() -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A pipe of another encoding than UTF-8, as on Windows, is no reason to end in the middle of a result.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main()
         except DebertaDistError as error:

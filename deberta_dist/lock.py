@@ -1,11 +1,10 @@
 """One process per directory that is being written: a second one is refused and told who has it.
 
 Two runs on one run directory would sweep each other's half-written checkpoints away; two preparations of one corpus would
-remove each other's parts.
+remove each other's parts. The only door to filelock, of which the native locks are used alone: the system releases them
+with the process, however it dies, while a file that merely exists would stay.
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -14,9 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from filelock import lock_descriptor
+
+from deberta_dist.disk import open_file, read_at, write_at
 from deberta_dist.errors import ConfigError
 
 LOCK_NAME = ".lock"
+# Windows locks byte 0 against reading too: who has the lock stands behind it.
+_HOLDER_OFFSET = 1
 
 
 class RunLock:
@@ -35,33 +39,34 @@ class RunLock:
         path = self.directory / LOCK_NAME
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise ConfigError(
                 f"{key} = {self.directory} cannot be written to ({error.strerror}): name another one"
             ) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = lock_descriptor(self._file, blocking=False)
         except OSError as error:
-            holder = os.read(self._file, 4096).decode("utf-8", "replace").strip()
             os.close(self._file)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ConfigError(
-                    f"{key} = {self.directory} is in use by another run ({holder or 'which has just started'}): "
-                    "stop that one, or name another directory"
-                ) from error
             raise ConfigError(
                 f"{key} = {self.directory} is on a file system without locks ({error.strerror}): name one "
                 "that two runs cannot use at once unnoticed"
             ) from error
+        if not is_ours:
+            holder = _holder(self._file)
+            os.close(self._file)
+            raise ConfigError(
+                f"{key} = {self.directory} is in use by another run ({holder or 'which has just started'}): "
+                "stop that one, or name another directory"
+            )
         holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, (json.dumps(holder) + "\n").encode("utf-8"), 0)
+            os.ftruncate(self._file, _HOLDER_OFFSET)
+            write_at(self._file, (json.dumps(holder) + "\n").encode("utf-8"), _HOLDER_OFFSET)
         except OSError as error:
             os.close(self._file)
             raise ConfigError(
@@ -73,7 +78,7 @@ class RunLock:
         """Gives the directory free. The file stays: removing it could remove the next holder's."""
         if self.is_held:
             self.is_held = False
-            os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, _HOLDER_OFFSET)
             os.close(self._file)
 
     def __enter__(self) -> Self:
@@ -83,3 +88,16 @@ class RunLock:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def _holder(file: int) -> str:
+    return read_at(file, 4096, _HOLDER_OFFSET).decode("utf-8", "replace").strip("\0 \n")
+
+
+def wait_for_lock(file: int) -> None:
+    """Waits until no other process has locked an open file; closing the file unlocks it.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
+    lock_descriptor(file)

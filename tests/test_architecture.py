@@ -26,7 +26,7 @@ FLOORS = (
     ("models", "mesh", "flat_layout", "tasks", "corpus"),
     ("kernels", "data"),
     ("config", "lock"),
-    ("errors",),
+    ("errors", "disk"),
 )
 # Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and
 # the model side know nothing of each other, and data knows no configuration.
@@ -46,6 +46,7 @@ DOORS = {
     "deepspeed": (f"{PACKAGE}/zero/",),
     "sentencepiece": (f"{PACKAGE}/data/tokenizer.py", f"{PACKAGE}/benchmark/raw_encoding.py"),
     "mpi4py": (f"{PACKAGE}/preparation/ranks.py",),
+    "filelock": (f"{PACKAGE}/lock.py",),
     "pyarrow": (f"{PACKAGE}/corpus/parquet.py",),
     "zstandard": (f"{PACKAGE}/corpus/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),

@@ -22,22 +22,15 @@ from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
+    from deberta_dist.conversion.options import add_options
+
     parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
     parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist", "onnx"), help="format")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
-    )
+    add_options(parser, dtype_help="number format (default: what the source has)")
     parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
     parser.add_argument("--report", type=Path, help="also write the key report here")
-    parser.add_argument(
-        "--allow-unmapped",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
-    )
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
     parser.add_argument(
         "--with-code",
@@ -91,6 +84,7 @@ def main() -> int:
         dtype=arguments.dtype,
         is_fused=arguments.fused,
         allow_unmapped=arguments.allow_unmapped,
+        prefix=arguments.prefix,
         tokenizer_path=arguments.tokenizer,
         force=arguments.force,
         with_code=arguments.with_code,

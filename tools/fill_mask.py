@@ -8,6 +8,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 # A checkout works without being installed.
@@ -20,10 +21,13 @@ MASK = "[MASK]"
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
+    from deberta_dist.conversion.options import add_options
+
     parser = argparse.ArgumentParser(description="Fill the masks of a text.")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, weights of any form")
     parser.add_argument("text", metavar="TEXT", help=f"with {MASK} where a piece is to be guessed")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the checkpoint)")
+    add_options(parser, dtype_help="number format to compute in (default: what the checkpoint has)")
     parser.add_argument("--top", type=int, default=5, help="guesses per mask (default: 5)")
     parser.add_argument(
         "--library",
@@ -47,7 +51,13 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     from deberta_dist.conversion.load import load_masked_lm
     from deberta_dist.data.tokenizer import Tokenizer
 
-    model, tokenizer = load_masked_lm(arguments.checkpoint)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model, tokenizer = load_masked_lm(
+            arguments.checkpoint, dtype=arguments.dtype, allow_unmapped=arguments.allow_unmapped, prefix=arguments.prefix
+        )
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
     if arguments.tokenizer is not None:
         tokenizer = Tokenizer(arguments.tokenizer)
     if tokenizer is None:

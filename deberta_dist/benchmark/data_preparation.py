@@ -15,6 +15,7 @@ from typing import Any
 
 from deberta_dist.benchmark.data_inputs import DataInputs
 from deberta_dist.benchmark.measure import ROOT, BenchmarkError, Contestant, Sample, interleaved, run_command, summary
+from deberta_dist.disk import num_usable_cores
 
 RAW, OURS = "raw sentencepiece", "prepare_corpus.py"
 CORPUS_BYTES = 160e9  # of the paper
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     Raises:
         BenchmarkError: a process failed, or the two disagree on the number of tokens.
     """
-    cores = arguments.cores or len(os.sched_getaffinity(0))
+    cores = arguments.cores or num_usable_cores()
     text = inputs.directory / "text.jsonl"
     num_bytes = write_text(text, source=inputs.text, num_bytes=int(arguments.megabytes * 1e6))
     tokens: dict[str, int] = {}

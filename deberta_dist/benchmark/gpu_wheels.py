@@ -17,7 +17,7 @@ DEEPSPEED = "deepspeed"
 # What the steps import beside torch, Triton and numpy, found by leaving out one after the other. DeepSpeed asks for ninja and
 # py-cpuinfo as well, and uses them where it compiles, which it does not here.
 WITH_THEIR_NEEDS = ("pydantic",)
-ALONE = ("einops", "hjson", "msgpack", "packaging", "psutil", "sentencepiece", "tqdm", "disentangled-flash")
+ALONE = ("einops", "filelock", "hjson", "msgpack", "packaging", "psutil", "sentencepiece", "tqdm", "disentangled-flash")
 # pip takes only the tags it is given, and some wheels carry old ones alone.
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64",
               "manylinux_2_12_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64")  # fmt: skip

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deberta_dist.disk import num_usable_cores
 from deberta_dist.errors import DebertaDistError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +132,7 @@ def machine() -> dict[str, Any]:
         pass
     return {
         "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -12,6 +12,7 @@ from pathlib import Path
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import LATEST_NAME, checkpoints, step_name, step_of
 from deberta_dist.checkpoint.reader import CheckpointReader
+from deberta_dist.disk import open_file, sync_directory
 from deberta_dist.errors import ConfigError
 from deberta_dist.lock import RunLock
 
@@ -25,7 +26,7 @@ def temporary_directory(directory: Path, *, step: int, token: str) -> Path:
 
 def write_and_sync(path: Path, content: bytes) -> None:
     """Writes a small file and forces it to disk. Raises OSError."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    file = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         rest = memoryview(content)
         while rest:
@@ -33,15 +34,6 @@ def write_and_sync(path: Path, content: bytes) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def sync_directory(path: Path) -> None:
-    """Forces a directory's entries to disk. Raises OSError."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def put_in_place(temporary: Path, final: Path, *, token: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import FileEntry
+from deberta_dist.disk import open_file
 from deberta_dist.flat_layout import ShardState
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -68,7 +69,7 @@ def write_shard_file(path: Path, shards: Sequence[ShardState]) -> FileEntry:
         OSError: it cannot be written. What was written stays.
     """
     digest, size = hashlib.sha256(), 0
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    file = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         buffers = [file_header(shards)]
         for shard in shards:

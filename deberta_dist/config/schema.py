@@ -20,6 +20,7 @@ from deberta_dist.config.section import (
     File,
     Layers,
     NotNegative,
+    Patterns,
     Positive,
     Section,
 )
@@ -87,8 +88,19 @@ class Training(Section):
     """Weights to start from instead of random ones, head and decoder included: a directory that
     ``tools/convert_checkpoint.py --to deberta_dist`` made, or anything it can read. Not looked at by a run that
     continues from a checkpoint of its own."""
+    init_allow_unmapped: Patterns = ()
+    """Keys of ``init`` that nothing explains and that may be left out: patterns as in file names, ``["student.*"]``."""
+    init_prefix: str | None = None
+    """What stands before the model's own names in ``init``; by default nothing, or wrappers that are known."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
+
+    @model_validator(mode="after")
+    def _how_to_read_init(self) -> Self:
+        for key in ("init_allow_unmapped", "init_prefix"):
+            if getattr(self, key) and self.init is None:
+                raise ValueError(f"training.{key} = {getattr(self, key)!r} is of no use without training.init")
+        return self
 
 
 class Optimizer(Section):

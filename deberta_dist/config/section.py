@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 File = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Layers = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
 Lengths = Annotated[tuple[Annotated[int, Field(ge=3)], ...], Field(strict=False, min_length=1)]
 

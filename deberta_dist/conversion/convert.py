@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deberta_dist.conversion import custom_code, fused, hub, huggingface, official, onnx_files, published
 from deberta_dist.conversion.build import build_model
-from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
-from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.carry import TokenizerResult, write_tokenizer
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
+from deberta_dist.conversion.meeting import Published, as_asked, to_published
 from deberta_dist.conversion.model_card import model_card
+from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.output import (
     REPORT_NAME,
     OutputDirectory,
@@ -39,6 +42,7 @@ def convert(
     dtype: str | None = None,
     is_fused: bool = False,
     allow_unmapped: Sequence[str] = (),
+    prefix: str | None = None,
     tokenizer_path: Path | None = None,
     force: bool = False,
     with_code: bool = False,
@@ -55,7 +59,8 @@ def convert(
         to: One of ``TARGETS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has.
         is_fused: Write the fused projections of v1.
-        allow_unmapped: fnmatch patterns of keys that may be left out without another reason.
+        allow_unmapped: See `options.ReadOptions`.
+        prefix: Likewise.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
         with_code: Hugging Face only: with a masked language model, also write the code of its enhanced mask decoder.
@@ -85,16 +90,16 @@ def convert(
         if is_fused:
             raise ConfigError("--fused is for the targets official and huggingface; a program has no names to choose")
         onnx_files.require_exporter()
-    source = open_source(source_path)
+    # Rounding comes last here, so that the report can tell what the source has.
+    options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)
-    model = to_published(source, allow_unmapped=allow_unmapped)
+    model = to_published(source)
     if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     source_dtype = dtype_names(model.weights)
-    if dtype is not None:
-        weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
-        model = dataclasses.replace(model, weights=weights)
+    model = as_asked(model, dataclasses.replace(options, dtype=dtype))
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
     limits = {"huggingface": max_shard_bytes, "onnx": max_inline_bytes}
     target = _TARGET_OF[to](model, is_fused, limits.get(to))
@@ -109,9 +114,9 @@ def convert(
             source,
             tokenizer=tokenizer,
             message=message,
-            for_huggingface=to in ("huggingface", "onnx"),
+            model_type=str(target.config["model_type"]) if to in ("huggingface", "onnx") else "",
             is_given=tokenizer_path is not None,
-            max_length=model.config.max_position_embeddings,
+            config=model.config,
         )
         if to == "huggingface":
             output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
@@ -124,7 +129,11 @@ def convert(
             target_format=f"{to} ({target.architecture})" if target.architecture else to,
             details={
                 "tokenizer": dataclasses.asdict(result),
-                "warnings": [*_warnings(model, target, result, is_rounded=is_rounded), *notes],
+                "warnings": [
+                    *_warnings(model, target, result, is_rounded=is_rounded),
+                    *_left_behind(source, result),
+                    *notes,
+                ],
                 "files": dict(output.files),
             },
         )
@@ -264,6 +273,17 @@ def _card(
         has_code="auto_map" in target.config,
         for_hub=for_hub,
     )
+
+
+def _left_behind(source: Source, tokenizer: TokenizerResult) -> list[str]:
+    """What else lies in a source's directory: it may be part of a pipeline of another library."""
+    if source.is_file or source.layout is not None:
+        return []
+    read = re.compile(r"\..*|README\.md|conversion_report\.json|(model_|generator_)?config\.json|.*\.(safetensors|bin|index\.json)")
+    own = {*tokenizer.files, *tokenizer_names(source)}
+    entries = sorted(path for path in source.directory.iterdir() if path.name not in own and (path.is_dir() or not read.fullmatch(path.name)))
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in entries]
+    return [f"not carried, since no part of the model or its tokenizer: {shorten(names, most=10)}"] if names else []
 
 
 def _warnings(model: Published, target: Target, tokenizer: TokenizerResult, *, is_rounded: bool) -> list[str]:

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.compatible import computation
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import files
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.meeting import as_asked, to_published
+from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
 from deberta_dist.conversion.output import REPORT_NAME, hash_of
 from deberta_dist.conversion.report import num_parameters
 from deberta_dist.conversion.source import Source, open_source
 from deberta_dist.conversion.weights import Weight, Weights
-from deberta_dist.errors import DebertaDistError
+from deberta_dist.errors import ConfigError, DebertaDistError
 
 _GROUPS = (
     (r"deberta\.embeddings\.word_embeddings\..*", "word embeddings"),
@@ -35,16 +37,17 @@ _GROUPS = (
 _CHUNK = 1 << 22
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, options: ReadOptions = AS_IT_IS) -> dict[str, Any]:
     """What is at ``path``, as JSON.
 
     Args:
         path: See `source.open_source`.
+        options: What the user says about it.
 
     Raises:
         DebertaDistError: nothing that can be opened.
     """
-    source = open_source(path, verify=False)
+    source = open_source(path, verify=False, options=options)
     weights, config, problems = _published_or_own(source, is_resolved=False)
     groups: dict[str, int] = {}
     for name, weight in weights.items():
@@ -71,19 +74,22 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def difference(path: Path, other: Path) -> dict[str, Any]:
+def difference(path: Path, other: Path, options: ReadOptions = AS_IT_IS) -> dict[str, Any]:
     """How two checkpoints differ, by published names where both have them, as JSON.
 
     Args:
         path: See `source.open_source`.
         other: Likewise.
+        options: What the user says about them: patterns for both, the prefix for those that have it.
 
     Returns:
         ``only_here``, ``only_there``: names. ``shapes``, ``dtypes``: name -> what both have. ``config``: field -> the
         two values. ``values``: name -> largest absolute difference, of tensors whose numbers are not all equal; text
         where it is no finite number. ``equal``: how many tensors are equal bit for bit.
     """
-    sources = [open_source(p, verify=False) for p in (path, other)]
+    sources = [_open(p, options) for p in (path, other)]
+    if options.prefix is not None and not any(source.options.prefix for source in sources):
+        raise ConfigError(f"--prefix {options.prefix}: no key of {path} and of {other} begins with it")
     (a, here, _), (b, there, _) = (_published_or_own(source, is_resolved=True) for source in sources)
     common = [name for name in a if name in b]
     found: dict[str, Any] = {
@@ -142,6 +148,16 @@ def differs(found: Mapping[str, Any]) -> bool:
     return any(found[key] for key in ("only_here", "only_there", "shapes", "dtypes", "values", "config"))
 
 
+def _open(path: Path, options: ReadOptions) -> Source:
+    """One of two checkpoints, of which only the other may have the prefix."""
+    try:
+        return open_source(path, verify=False, options=options)
+    except ConfigError:
+        if options.prefix is None:
+            raise
+        return open_source(path, verify=False, options=replace(options, prefix=None))
+
+
 def _published_or_own(source: Source, *, is_resolved: bool) -> tuple[Weights, dict[str, Any], list[str]]:
     """Weights and configuration as published; as they stand in the file, with the reason, where they make no model.
 
@@ -150,7 +166,7 @@ def _published_or_own(source: Source, *, is_resolved: bool) -> tuple[Weights, di
         is_resolved: Fields that are absent and mean something else's value have that value.
     """
     try:
-        model = to_published(source)
+        model = as_asked(to_published(source), source.options)
     except DebertaDistError as error:
         return source.weights, dict(source.config), [str(error)]
     config = {**model.config.to_dict(), **computation(model.config)} if is_resolved else model.config.to_dict()

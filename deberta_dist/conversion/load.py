@@ -1,10 +1,13 @@
 """A model in memory out of a checkpoint of any form: for scripts, notebooks and tools, on one device."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.carry import find_tokenizer
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
+from deberta_dist.conversion.meeting import as_asked, to_published
+from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.tokenizer import Tokenizer
@@ -12,21 +15,27 @@ from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 
-def load_masked_lm(path: str | Path) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
+def load_masked_lm(
+    path: str | Path, *, dtype: str | None = None, allow_unmapped: Sequence[str] = (), prefix: str | None = None
+) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
     """The masked language model of a checkpoint, in evaluation mode, with its enhanced mask decoder.
 
     Args:
         path: A run, one of its checkpoints or its ``weights/``; released weights; a Hugging Face directory.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps what the checkpoint has.
+        allow_unmapped: Patterns of keys that nothing explains and that may be left out, as in file names.
+        prefix: What stands before the model's names in the file; None: nothing, or wrappers that are known.
 
     Returns:
-        The model in the checkpoint's number format, and the SentencePiece model that lies with it, if one does.
+        The model in that number format, and the SentencePiece model that lies with it, if one does.
 
     Raises:
-        ConfigError: the configuration is refused.
+        ConfigError: the configuration or an option is refused.
         DataError: the checkpoint is refused, or is not a whole masked language model.
     """
-    source = open_source(Path(path))
-    found = to_published(source)
+    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    source = open_source(Path(path), options=options)
+    found = as_asked(to_published(source), options)
     with without_memory():
         model = DebertaForMaskedLM(found.config)
     names = [name for name, _ in model.named_parameters()]
@@ -35,4 +44,6 @@ def load_masked_lm(path: str | Path) -> tuple[DebertaForMaskedLM, Tokenizer | No
     state = {name: found.weights[name].read() for name in names}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
+    for note in unread_settings(source):
+        warnings.warn(note, stacklevel=2)
     return model.eval(), tokenizer

@@ -1,13 +1,15 @@
 """Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deberta_dist.conversion import huggingface
+from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.rules import Reading, allowed_by, apply, renamed, require_known
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.weights import (
+    DTYPES,
     POSITION_TABLE,
     Dropped,
     Weights,
@@ -42,17 +44,17 @@ class Published:
     lacking: list[str]
 
 
-def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Published:
-    """Applies a format's rules and checks that the result is a model.
+def to_published(source: Source) -> Published:
+    """Applies a format's rules and checks that the result is a model; ``allow_unmapped`` is the source's.
 
     Args:
         source: A recognised checkpoint.
-        allow_unmapped: fnmatch patterns of keys, of weights or of the configuration, that may be left out.
 
     Raises:
         ConfigError: the configuration is refused.
         CheckpointError: keys are unexplained or missing, or shapes differ.
     """
+    allow_unmapped = source.options.allow_unmapped
     is_huggingface = source.format is huggingface.FORMAT
     raw = huggingface.with_defaults(dict(source.config)) if is_huggingface else dict(source.config)
     known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, "pooling"}
@@ -95,6 +97,14 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
         reading=reading,
         lacking=[name for name in may_lack if name not in weights],
     )
+
+
+def as_asked(model: Published, options: ReadOptions) -> Published:
+    """A model in the number format that its reader asks for, rounded as it is read."""
+    if options.dtype is None:
+        return model
+    dtype = DTYPES[options.dtype]
+    return replace(model, weights={name: weight.as_dtype(dtype, name=name) for name, weight in model.weights.items()})
 
 
 def _num_labels(weights: Weights, labels: Mapping[str, Any]) -> int | None:

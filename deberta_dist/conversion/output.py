@@ -18,6 +18,7 @@ from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.conversion.files import read_json
 from deberta_dist.conversion.weights import shorten
+from deberta_dist.disk import may_be_alive, sync_directory
 from deberta_dist.errors import ConfigError
 
 REPORT_NAME = "conversion_report.json"
@@ -100,7 +101,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     """A directory that gets its name when the block ends without error; an error removes it.
 
     A killed conversion leaves ``.NAME.converting-HOST-PID``; the next one to the same target on the same host
-    removes it. Killed between the two renames of ``force``, it leaves what was replaced under that name with
+    removes it (on Windows it stays). Killed between the two renames of ``force``, it leaves what was replaced under that name with
     ``.old`` at its end, which nothing removes.
 
     Args:
@@ -131,7 +132,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
         # None: a bar on a terminal, nothing in a file or a pipe.
         with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, leave=False) as progress:
             yield OutputDirectory(temporary, progress=progress)
-        _sync(temporary)
+        sync_directory(temporary)
         _publish(temporary, target, force=force)
     except OSError as error:
         raise CheckpointWriteError(f"{target} is not written ({error.strerror or error})") from error
@@ -176,7 +177,7 @@ def _publish(temporary: Path, target: Path, *, force: bool) -> None:
         if os.path.lexists(target):
             os.rename(target, aside)
         os.rename(temporary, target)
-        _sync(target.parent)
+        sync_directory(target.parent)
     except BaseException:  # a signal as well: between the two renames the old one must not be lost
         if not os.path.lexists(target) and os.path.lexists(aside):
             os.rename(aside, target)
@@ -190,26 +191,8 @@ def _sweep(target: Path, *, host: str) -> None:
     mine = re.compile(_MINE.format(name=re.escape(target.name), host=re.escape(host)))
     for path in target.parent.iterdir():
         match = mine.fullmatch(path.name)
-        if match and not _is_alive(int(match[1])):
+        if match and not may_be_alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(directory: Path) -> None:
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def require_apart(source: Path, target: Path) -> None:

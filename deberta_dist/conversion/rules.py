@@ -104,7 +104,8 @@ def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
             name = changed
         if name in found:
             raise CheckpointError(f"keys {printable(found[name].origin[0])} and {printable(key)} are both {printable(name)}")
-        found[name] = replace(weight, why="; ".join(reasons)) if reasons else weight
+        why = "; ".join([*([weight.why] if weight.why else []), *reasons])
+        found[name] = replace(weight, why=why) if reasons else weight
     return found
 
 
@@ -119,7 +120,9 @@ def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmappe
     """
     for key in list(reading.weights):
         (name,) = renamed({key: reading.weights[key]}, fmt.renames)
-        pattern = allowed_by(key, allow_unmapped)
+        # The key as the file has it, or without the names of wrappers before it.
+        keys = (key, *reading.weights[key].origin)
+        pattern = next((found for found in (allowed_by(k, allow_unmapped) for k in keys) if found is not None), None)
         explained = name in known or any(re.fullmatch(consumed, name) for consumed in fmt.consumed)
         if pattern is not None and not explained:
             reading.drop(key, why=f"--allow-unmapped {pattern}")

@@ -1,5 +1,6 @@
 """Recognises a checkpoint and opens it: which format, which files, which configuration."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.conversion import files, huggingface, native, official, published
-from deberta_dist.conversion.rules import Format
+from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
+from deberta_dist.conversion.rules import Format, allowed_by
 from deberta_dist.conversion.safetensors_files import read_safetensors
 from deberta_dist.conversion.torch_files import TorchFile
 from deberta_dist.conversion.weights import Weights, shorten
-from deberta_dist.errors import printable
+from deberta_dist.conversion.wrappers import require_whole, unwrap
+from deberta_dist.errors import ConfigError, printable
 
 SPM_NAME = "spm.model"
 # In the order in which Hugging Face's classes look for them.
@@ -23,7 +26,11 @@ _WEIGHTS_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CONFIG_NAMES = ("config.json", "model_config.json")
+CONFIG_NAMES = ("config.json", "model_config.json")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_QUANTISED = ("quantization_config", "compression_config")
+_TAKEN = "the model is taken for the DeBERTa that the other keys describe"
+_ADAPTER_NAME = "adapter_config.json"
 _GENERATOR_CONFIG_NAME = "generator_config.json"
 
 
@@ -38,7 +45,8 @@ class Source:
         description: What was recognised, for the user.
         format: How its keys lead to published names.
         config: Its model configuration as it stands in the file.
-        weights: By the file's own keys.
+        weights: By the file's own keys, without names of wrappers before them; each knows its key.
+        options: What the user says about it.
         open_generator: Weights of a generator file beside a discriminator by its own keys, empty where none is.
         step: Step of a run's checkpoint.
         tokenizer_sha256: Of the SentencePiece model that a run used.
@@ -56,6 +64,7 @@ class Source:
     format: Format
     config: Mapping[str, Any]
     weights: Weights
+    options: ReadOptions = AS_IT_IS
     open_generator: Callable[[], Weights] = dict
     step: int | None = None
     tokenizer_sha256: str | None = None
@@ -66,39 +75,51 @@ class Source:
     verify: Callable[[], None] | None = None
 
 
-def open_source(path: Path, *, verify: bool = True) -> Source:
+def open_source(path: Path, *, verify: bool = True, options: ReadOptions = AS_IT_IS) -> Source:
     """Recognises ``path``.
 
     Args:
         path: A directory or a file.
         verify: For a run's own checkpoint, compare every byte with its checksums first.
+        options: What the user says about it.
 
     Raises:
         CheckpointError: nothing that is known, or damaged.
+        ConfigError: no key begins with the prefix that the user gave.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if path.is_dir():
         names = [name for name in _WEIGHTS_NAMES if files.has(path, name)]
         if not names and is_run(path):
-            return _native(path, verify=verify)
+            if options.prefix:
+                raise ConfigError(f"--prefix {options.prefix}: {path} is a run, whose names have none")
+            return dataclasses.replace(_native(path, verify=verify), options=options)
+        if files.has(path, _ADAPTER_NAME) and not names:
+            raise CheckpointError(
+                f"{path} is an adapter of PEFT ({_ADAPTER_NAME}) and not a model: load it on its base model, call "
+                "merge_and_unload() and save the result"
+            )
         if not names:
-            names = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin"))
+            there = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            names = [p.name for p in there if p.suffix in SUFFIXES[:2]] or [p.name for p in there]
             if len(names) != 1:
                 raise CheckpointError(
                     f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
                     f"nor {' nor '.join(_WEIGHTS_NAMES)}" + (f"; of {shorten(names)} name one" if names else "")
                 )
-        return _from_files(path, path, files.inside(path, names[0]))
-    return _from_files(path, path.parent, path)
+        return _from_files(path, path, files.inside(path, names[0]), options=options)
+    return _from_files(path, path.parent, path, options=options)
 
 
-def _from_files(path: Path, directory: Path, weights_file: Path) -> Source:
-    weights, embedded = _read_weights(weights_file)
+def _from_files(path: Path, directory: Path, weights_file: Path, *, options: ReadOptions) -> Source:
+    weights, embedded, others = _read_weights(weights_file)
     if odd := [key for key in weights if not key.isprintable()]:
         raise CheckpointError(f"{weights_file} has keys that cannot be printed: {shorten(odd)}")
+    weights = unwrap(weights, prefix=options.prefix, where=weights_file)
+    require_whole(weights, where=weights_file)
     is_generator = "generator" in weights_file.name
-    config_names = [name for name in _CONFIG_NAMES if files.has(directory, name)]
+    config_names = [name for name in CONFIG_NAMES if files.has(directory, name)]
     if is_generator and files.has(directory, _GENERATOR_CONFIG_NAME):
         config_names = [_GENERATOR_CONFIG_NAME]
     if config_names:
@@ -106,8 +127,17 @@ def _from_files(path: Path, directory: Path, weights_file: Path) -> Source:
     elif embedded is not None:
         raw = embedded
     else:
-        raise CheckpointError(f"{directory} has no {' or '.join(_CONFIG_NAMES)}: the sizes of the model are unknown")
+        raise CheckpointError(
+            f"{directory} has no {' or '.join(CONFIG_NAMES)}: the sizes of the model are unknown; put the file of the model "
+            f"that was trained beside {weights_file.name}"
+        )
     raw = official.model_config(raw, is_generator=is_generator)
+    for key in _QUANTISED:
+        if raw.get(key) is not None and allowed_by(key, options.allow_unmapped) is None:
+            raise CheckpointError(
+                f"{directory / config_names[0] if config_names else weights_file} has {key}: the weights are quantised, which is "
+                "not undone here; load the model with the library that made it, call dequantize() and save the result"
+            )
     fmt, description = _recognise(raw, weights, weights_file)
     traits = [
         *(["fused projections of v1"] if any(key.endswith(".in_proj.weight") for key in weights) else []),
@@ -125,6 +155,11 @@ def _from_files(path: Path, directory: Path, weights_file: Path) -> Source:
         config=raw,
         weights=weights,
         open_generator=lambda: _generator(directory),
+        options=options,
+        warnings=(
+            *([f"{weights_file.name} also holds {shorten(others)}: not part of the model, not read"] if others else []),
+            *([f"the configuration names code of its own (auto_map), which is never run: {_TAKEN}"] if raw.get("auto_map") else []),
+        ),
     )
 
 
@@ -136,7 +171,8 @@ def is_run(path: Path) -> bool:
 def _generator(directory: Path) -> Weights:
     if not files.has(directory, official.GENERATOR_NAME):
         return {}
-    return TorchFile(files.inside(directory, official.GENERATOR_NAME)).weights
+    path = files.inside(directory, official.GENERATOR_NAME)
+    return unwrap(TorchFile(path).weights, prefix=None, where=path)
 
 
 def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> tuple[Format, str]:
@@ -150,11 +186,12 @@ def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> 
     return published.FORMAT, "deberta_dist weights with published names"
 
 
-def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None]:
+def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]]:
+    """Weights, the configuration among them, and what else a file holds."""
     if path.name.endswith(".index.json"):
         weights: Weights = {}
         for name, keys in files.indexed_files(path).items():
-            part, _ = _read_weights_file(path.parent / name)
+            part, _, _ = _read_weights_file(path.parent / name)
             absent = [key for key in keys if key not in part]
             if absent:
                 raise CheckpointError(f"{path.parent / name} lacks {shorten(absent)}, which {path.name} says it holds")
@@ -162,17 +199,17 @@ def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None]:
                 raise CheckpointError(f"{path.parent / name} has {shorten(twice)} once more, which another file has")
             # What the index does not name is in the checkpoint all the same, and has to be explained.
             weights.update(part)
-        return weights, None
+        return weights, None, []
     return _read_weights_file(path)
 
 
-def _read_weights_file(path: Path) -> tuple[Weights, dict[str, Any] | None]:
+def _read_weights_file(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     if path.suffix == ".safetensors":
-        return read_safetensors(path), None
-    if path.suffix in (".bin", ".pt"):
+        return read_safetensors(path), None, []
+    if path.suffix in SUFFIXES:
         file = TorchFile(path)
-        return file.weights, file.config
-    raise CheckpointError(f"{path} is neither .safetensors nor .bin: its kind is not known")
+        return file.weights, file.config, [str(key) for key in file.others]
+    raise CheckpointError(f"{path} is neither .safetensors nor .bin (or {', '.join(SUFFIXES[2:])}): its kind is not known")
 
 
 def _native(path: Path, *, verify: bool) -> Source:

@@ -8,12 +8,20 @@ rules in it, and a class is named that takes the file as it is.
 import base64
 import importlib.util
 import json
+import string
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from deberta_dist.conversion.tokenizer_names import CONFIG_NAME, JSON_NAME, SPECIAL_NAME
+from deberta_dist.conversion.tokenizer_settings import ROLES, AddedToken, TokenizerSettings
 from deberta_dist.data.sentencepiece_model import BYTE, CONTROL, UNIGRAM, USER_DEFINED, SentencePieceModel, parse_model
-from deberta_dist.data.tokenizer import MASK_PIECE, SPECIAL_PIECES, WORD_START, Tokenizer
+from deberta_dist.data.tokenizer import SPECIAL_PIECES, WORD_START, Tokenizer
 from deberta_dist.errors import DataError
+
+AS_TRAINED = TokenizerSettings()
+"""What a SentencePiece model alone means."""
 
 PROBE = (
     "ﬁne oﬃce waﬄe",
@@ -40,59 +48,61 @@ PROBE = (
 MASK_PROBE = "a [MASK] b"
 
 
-def build_tokenizer_json(model: SentencePieceModel, *, mask_id: int) -> dict[str, Any]:
+def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings = AS_TRAINED) -> dict[str, Any]:
     """The contents of ``tokenizer.json``.
 
     Args:
         model: A unigram model whose pieces 0 to 3 are ``[PAD] [CLS] [SEP] [UNK]``.
-        mask_id: Id of ``[MASK]``, the first after the pieces.
+        settings: What is done to text beside it, and the tokens that are added. By default ``[MASK]`` alone is, with the
+            first id after the pieces.
 
     Raises:
         DataError: the model does what this form cannot say.
     """
     if model.model_type != UNIGRAM or model.suffix_whitespace:
         raise DataError("tokenizer.json can only be written for unigram models that put spaces before words")
-    special = {**{piece: i for i, piece in enumerate(SPECIAL_PIECES)}, MASK_PIECE: mask_id}
-    own = {piece.text: i for i, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED}
-    normalizers: list[dict[str, Any]] = []
+    own = {
+        i: AddedToken(content=piece.text, special=False)
+        for i, piece in enumerate(model.pieces)
+        if piece.kind == USER_DEFINED
+    }
+    added = dict(sorted({**own, **settings.with_ids([piece.text for piece in model.pieces])}.items()))
+    ids = {token.content: number for number, token in added.items()}
+    normalizers: list[dict[str, Any]] = [{"type": "Lowercase"}] if settings.do_lower_case else []
     if model.charsmap:
         encoded = base64.b64encode(model.charsmap).decode("ascii")
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if model.remove_extra_whitespaces:
         normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        normalizers.append({"type": "Strip", "strip_left": True, "strip_right": True})
-    scheme = "always" if model.add_dummy_prefix else "never"
+        # A space in front is all that tells a new word behind an added token, where no other is put there.
+        normalizers.append({"type": "Strip", "strip_left": settings.add_prefix_space, "strip_right": True})
+    scheme = ("always" if settings.add_prefix_space else "first") if model.add_dummy_prefix else "never"
     spaces = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": scheme, "split": True}
-    cls, sep = _token("[CLS]", 0), _token("[SEP]", 0)
+    words: dict[str, Any] = spaces
+    if settings.split_by_punct:
+        words = {"type": "Sequence", "pretokenizers": [{"type": "Punctuation", "behavior": "Isolated"}, spaces]}
+    cls, sep = settings.roles["cls_token"].content, settings.roles["sep_token"].content
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(piece, number, is_special=True) for piece, number in special.items()]
-        + [_added(piece, number, is_special=False) for piece, number in own.items()],
+        "added_tokens": [{"id": number, **asdict(token)} for number, token in added.items()],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": spaces,
+        "pre_tokenizer": words,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [cls, _text("A", 0), sep],
-            "pair": [cls, _text("A", 0), sep, _text("B", 1), _token("[SEP]", 1)],
-            "special_tokens": {
-                piece: {"id": piece, "ids": [special[piece]], "tokens": [piece]} for piece in ("[CLS]", "[SEP]")
-            },
+            "single": [_token(cls, 0), _text("A", 0), _token(sep, 0)],
+            "pair": [_token(cls, 0), _text("A", 0), _token(sep, 0), _text("B", 1), _token(sep, 1)],
+            "special_tokens": {piece: {"id": piece, "ids": [ids[piece]], "tokens": [piece]} for piece in (cls, sep)},
         },
         "decoder": _BYTE_DECODER if model.byte_fallback else spaces,
         "model": {
             "type": "Unigram",
-            "unk_id": special["[UNK]"],
+            "unk_id": SPECIAL_PIECES.index("[UNK]"),
             "vocab": [[piece.text, piece.score] for piece in model.pieces],
             "byte_fallback": model.byte_fallback,
         },
     }
-
-
-def _added(piece: str, number: int, *, is_special: bool) -> dict[str, Any]:
-    spaces = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": number, "content": piece, "special": is_special, **spaces}
 
 
 _BYTE_DECODER = {
@@ -106,38 +116,34 @@ _BYTE_DECODER = {
 }
 
 
-def tokenizer_texts(tokenizer: Tokenizer, *, max_length: int) -> dict[str, str]:
+def tokenizer_texts(tokenizer: Tokenizer, settings: TokenizerSettings, *, max_length: int) -> dict[str, str]:
     """Name -> text of the tokenizer files beside ``spm.model``.
 
     Args:
         tokenizer: The SentencePiece model.
-        max_length: Longest text that the model can take, tokens.
+        settings: What the source says beside it.
+        max_length: Longest text that the model can take, tokens; unless the settings say another.
 
     Raises:
         DataError: see `build_tokenizer_json`.
     """
-    content = build_tokenizer_json(parse_model(tokenizer.path.read_bytes()), mask_id=tokenizer.mask_id)
-    special = {
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "bos_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "eos_token": "[SEP]",
-        "unk_token": "[UNK]",
-        "mask_token": MASK_PIECE,
-    }
-    settings = {
+    content = build_tokenizer_json(parse_model(tokenizer.path.read_bytes()), settings)
+    special: dict[str, Any] = {role: settings.roles[role].content for role in ROLES}
+    if settings.extra:
+        special["extra_special_tokens"] = [token.content for token in settings.extra]
+    config = {
         # Takes tokenizer.json as it is; their class for DeBERTa puts another normaliser in its place.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        **settings.kept,
         **special,
     }
     return {
-        "tokenizer.json": json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        JSON_NAME: json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n",
+        CONFIG_NAME: json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        SPECIAL_NAME: json.dumps(special, indent=2, ensure_ascii=False) + "\n",
     }
 
 
@@ -149,8 +155,10 @@ def probe(tokenizer: Tokenizer) -> list[str]:
     return [*PROBE, *(f"a {text} b" for text in some.values())]
 
 
-def compare(tokenizer_json: str, *, tokenizer: Tokenizer, texts: Sequence[str]) -> list[str] | None:
-    """Texts that the exported tokenizer splits differently from SentencePiece.
+def compare(
+    tokenizer_json: str, *, tokenizer: Tokenizer, texts: Sequence[str], settings: TokenizerSettings = AS_TRAINED
+) -> list[str] | None:
+    """Texts that the exported tokenizer splits differently from SentencePiece under the source's settings.
 
     Returns:
         None where the ``tokenizers`` library is not installed and nothing was compared.
@@ -166,7 +174,44 @@ def compare(tokenizer_json: str, *, tokenizer: Tokenizer, texts: Sequence[str]) 
         exported = Exported.from_str(tokenizer_json)
     except Exception as error:  # the library has no narrower one
         raise DataError(f"tokenizer.json is not understood ({error})") from error
-    return [text for text in texts if exported.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)]
+
+    def ids(text: str) -> list[int]:
+        return exported.encode(text, add_special_tokens=False).ids
+
+    different = [text for text in texts if ids(text) != expected_ids(text, tokenizer=tokenizer, settings=settings)]
+    for number, token in settings.with_ids(tokenizer.pieces(range(tokenizer.num_tokens - 1))).items():
+        text = f"a {token.content} b"
+        if number >= tokenizer.mask_id and text not in texts and ids(text).count(number) != 1:
+            different.append(text)
+    return different
+
+
+def expected_ids(text: str, *, tokenizer: Tokenizer, settings: TokenizerSettings) -> list[int]:
+    """Ids of a text without added tokens: SentencePiece's, after what the settings say is done to the text."""
+    if settings.do_lower_case:
+        # One by one, as the tokenizers library does: a whole word's would end in another sigma.
+        text = "".join(character.lower() for character in text)
+    if not settings.split_by_punct:
+        return tokenizer.encode(text)
+    pieces = tokenizer.pieces(range(tokenizer.num_tokens))
+    space = pieces.index(WORD_START) if WORD_START in pieces else tokenizer.unk_id
+    found: list[int] = []
+    for word in _split_by_punctuation(tokenizer.normalise(text)):
+        # Their class leaves a piece for a space before punctuation.
+        found += tokenizer.encode(word) + [space] * word.endswith(" ")
+    return found
+
+
+def _split_by_punctuation(text: str) -> list[str]:
+    """Punctuation characters, each alone, and what lies between them."""
+    words = [""]
+    for character in text:
+        is_punctuation = character in string.punctuation or unicodedata.category(character).startswith("P")
+        if is_punctuation:
+            words += [character, ""]
+        else:
+            words[-1] += character
+    return [word for word in words if word]
 
 
 def _token(piece: str, type_id: int) -> dict[str, Any]:

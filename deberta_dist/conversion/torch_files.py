@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -24,11 +25,16 @@ from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.safetensors_files import write_tensor
 from deberta_dist.conversion.weights import Weight, Weights
+from deberta_dist.conversion.wrappers import tensors_in
 from deberta_dist.errors import printable
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64
 _POINTER = b"version https://git-lfs"
+_ASKED_FOR = re.compile(
+    r"GLOBAL ([\w.]+)|safe_globals`,? but got <class '([\w.]+)'|unrecognized function (?:<[\w ]+? )?'?([\w.]+)"
+)
+_ADVICE = re.compile(r"weights_only|torch\.load|safe_globals|you trust|the source of the checkpoint", re.IGNORECASE)
 _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -42,6 +48,7 @@ class TorchFile:
     Attributes:
         weights: Its tensors, unread.
         config: The published code's ``config`` entry, if there is one; otherwise None.
+        others: Entries beside the model in a training checkpoint, such as the optimizer's state.
         is_streamed: Whether tensors are read one by one. Files from before torch 1.6 are read whole.
     """
 
@@ -58,7 +65,11 @@ class TorchFile:
         self._bytes_read = 0
         self.config: dict[str, Any] | None = None
         self.weights: Weights = {}
-        state = self._mapped()
+        whole = self._mapped()
+        self._way, state = tensors_in(whole, where=path)
+        self.others = [key for key in whole if key not in (*self._way, "config")] if self._way else []
+        if self._way and isinstance(whole.get("config"), dict):
+            self.config = self._plain(whole["config"])
         if self.is_streamed:
             self._require_records(state)
         for key, value in state.items():
@@ -132,7 +143,10 @@ class TorchFile:
         return self._state
 
     def _read(self, key: str) -> Tensor:
-        value = self._mapped()[key]
+        state = self._mapped()
+        for entry in self._way:
+            state = state[entry]
+        value = state[key]
         self._bytes_read += value.numel() * value.element_size()
         return value.detach().contiguous()
 
@@ -157,11 +171,24 @@ def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _reason(error: Exception) -> str:
+    """Why torch did not read a file, without its advice to read it unsafely."""
     text = str(error)
-    if "Unsupported global" in text:
-        asked = text.partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        return "its pickle asks for code to be run" + (f" ({asked})" if asked else "") + ", which is never done here"
-    return f"it is damaged or not a file of torch.save ({text.splitlines()[0][:200] if text else type(error).__name__})"
+    if "TorchScript" in text:
+        return "it is a program of TorchScript (torch.jit.save): save the state_dict() of the model instead"
+    if asked := _ASKED_FOR.search(text):
+        return (
+            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which is never done here: where the file is trusted, "
+            "load it with the code that made it and save the state_dict() alone"
+        )
+    # Sentences of advice stand around the reason; the reason alone says what was found.
+    found = (text.partition("WeightsUnpickler error:")[2] or text).replace("Weights only load failed.", "")
+    lines = [line.strip() for line in found.splitlines() if line.strip() and not _ADVICE.search(line)]
+    if any("DTensor" in line for line in lines):
+        return (
+            "its tensors are parts of a distributed run (DTensor): save the full state dictionary, for example "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
+        )
+    return f"it is damaged or not a file of torch.save ({printable(lines[0]) if lines else type(error).__name__})"
 
 
 def write_torch_file(file: BinaryIO, weights: Mapping[str, Weight]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.conversion.options import DTYPE_NAMES
 from deberta_dist.errors import ConfigError, printable
 from deberta_dist.models.classification import Pooler, ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
@@ -22,7 +23,7 @@ POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
 WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
 PART = 1 << 20
 """Numbers in one part of a tensor: small enough that a buffer for it is not asked of the system each time."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 class InParts:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from deberta_dist.disk import sync_directory
 from deberta_dist.errors import NO_ROOM, DataError
 
 
@@ -103,8 +104,4 @@ def _publish(temporary: Path, path: Path) -> None:
         # File systems without hard links: the gap between look and rename is the best there is.
         refuse_existing(path)
         os.rename(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_directory(path.parent)

@@ -9,7 +9,6 @@ Layout of ``<corpus>.<lengths>.<checksum>.pieces``, little-endian::
 of the buckets alone, so it is made by whoever needs it first and serves every later run. ``buckets.py`` draws from it.
 """
 
-import fcntl
 import json
 import os
 import weakref
@@ -22,7 +21,9 @@ import numpy as np
 
 from deberta_dist.data.new_file import new_file
 from deberta_dist.data.token_corpus import TokenCorpus
+from deberta_dist.disk import open_file, read_at
 from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.lock import wait_for_lock
 
 FORMAT = "deberta_dist pieces 1"
 HEADER_BYTES = 4096
@@ -143,7 +144,7 @@ class PieceList:
         """
         places = HEADER_BYTES + (self._first_entry[bucket] + numbers) * ENTRY.itemsize
         try:
-            data = b"".join(os.pread(self._file, ENTRY.itemsize, place) for place in places.tolist())
+            data = b"".join(read_at(self._file, ENTRY.itemsize, place) for place in places.tolist())
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror})") from error
         if len(data) < numbers.size * ENTRY.itemsize:
@@ -188,7 +189,7 @@ def open_pieces(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path 
 def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> PieceList | None:
     """The list at a path; None where there is none, or one that is not whole or of another text."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_file(path, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -196,7 +197,7 @@ def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> PieceList 
     pieces = None
     try:
         # Of a directory there is nothing to read: it is refused as any other foreign thing.
-        checksum, sizes = _header(b"" if path.is_dir() else os.pread(file, HEADER_BYTES, 0), path)
+        checksum, sizes = _header(b"" if path.is_dir() else read_at(file, HEADER_BYTES, 0), path)
         expected = HEADER_BYTES + sum(sizes.num_pieces) * ENTRY.itemsize
         is_of_corpus = (checksum, sum(sizes.num_tokens)) == (corpus.checksum, corpus.num_tokens)
         if is_of_corpus and sizes.lengths == tuple(lengths) and os.fstat(file).st_size == expected:
@@ -252,12 +253,12 @@ def _alone(path: Path) -> Iterator[None]:
     """Waits until no other process is making the same list. The lock's file stays: others may be waiting on it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = open_file(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ConfigError(f"{path} cannot be made ({error.strerror}): {_ELSEWHERE}") from error
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file)
         except OSError as error:
             raise ConfigError(f"{path} is on a file system without locks ({error.strerror}): {_ELSEWHERE}") from error
         yield

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.disk import open_file, read_at
 from deberta_dist.errors import DataError
 
 MAGIC = b"DDTOKENS"
@@ -101,7 +102,7 @@ class TokenFile:
                 f"{path} is {kind}: {size:,} bytes, expected {expected:,} for {self.num_tokens:,} tokens "
                 f"in {self.num_documents:,} documents; {_AGAIN}"
             )
-        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = open_file(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         ends = [int(self.read_offsets(place, place + 1)[0]) for place in (0, self.num_documents)]
         if ends != [0, self.num_tokens]:
@@ -135,9 +136,9 @@ class TokenFile:
         """Items ``start`` to ``stop`` - 1 of the array at byte ``begin``."""
         num_bytes, offset = (stop - start) * dtype.itemsize, begin + start * dtype.itemsize
         try:
-            data = os.pread(self._file, num_bytes, offset)
+            data = read_at(self._file, num_bytes, offset)
             # A call may give less than there is.
-            while len(data) < num_bytes and (more := os.pread(self._file, num_bytes - len(data), offset + len(data))):
+            while len(data) < num_bytes and (more := read_at(self._file, num_bytes - len(data), offset + len(data))):
                 data += more
         except OSError as error:
             raise DataError(f"{self.path} cannot be read at byte {offset} ({error.strerror})") from error

@@ -198,6 +198,10 @@ class Tokenizer:
         """As ``encode``, int32 [T], without a Python number per token; ``is_clean`` if ``clean_text`` made the text."""
         return self._processor.encode(text if is_clean else clean_text(text), return_type="numpy")
 
+    def normalise(self, text: str) -> str:
+        """A text as the model's rules rewrite it before it is split, with spaces between words and none around them."""
+        return self._processor.normalize(clean_text(text)).replace(WORD_START, " ").strip()
+
     def surfaces(self, text: str) -> list[str]:
         """What each id of ``encode(text)`` stands for in the normalised text, ``[UNK]`` as well.
 

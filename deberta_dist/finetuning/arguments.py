@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from deberta_dist.conversion.options import ReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
@@ -24,6 +25,8 @@ USAGE = """Fine-tunes a DeBERTa on SuperGLUE.
 --data DIR            the official v2 release: its folder, or combined.zip
 --init CHECKPOINT     a run's weights/, released weights, a Hugging Face directory
 --tokenizer FILE      spm.model, where none lies with the checkpoint
+--prefix PREFIX       what stands before the model's own names in the checkpoint
+--allow-unmapped PATTERN  keys of the checkpoint that may be left out; may be given again
 --recipe FILE         recipes by task; by default finetune_recipes/ has one for the model's size
 --intermediate MNLI   train on MNLI first; recipes say which tasks start from that model
 --mnli DIR            GLUE's MNLI/ (default: MNLI/ in --data)
@@ -44,6 +47,7 @@ class Arguments:
     data: Path
     init: Path
     tokenizer: Path | None
+    read_options: ReadOptions
     recipe: Path | None
     mnli: Path | None
     intermediate: bool
@@ -69,6 +73,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         parser.add_argument(name, type=Path, required=True)
     for name in ("--tokenizer", "--recipe", "--mnli"):
         parser.add_argument(name, type=Path)
+    add_options(parser, dtype_help=None)
     parser.add_argument("--intermediate", choices=[MNLI.name])
     parser.add_argument("--sift", action="store_true")
     parser.add_argument("--seeds")
@@ -89,6 +94,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         data=known.data,
         init=known.init,
         tokenizer=known.tokenizer,
+        read_options=options_of(known),
         recipe=known.recipe,
         mnli=known.mnli,
         intermediate=known.intermediate is not None,

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
-from deberta_dist.conversion.carry import find_tokenizer
+from deberta_dist.conversion.find_tokenizer import find_tokenizer, own_spm, unread_settings
 from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD
-from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
+from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
+from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
@@ -95,13 +96,16 @@ class StartingPoint:
         return torch.tensor([there.index(label.lower()) for label in labels])
 
 
-def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> StartingPoint:
+def open_starting_point(
+    path: Path, *, tokenizer: Path | None, verify: bool, options: ReadOptions = AS_IT_IS
+) -> StartingPoint:
     """Opens a checkpoint of any form, before any process group exists.
 
     Args:
         path: A run's checkpoint or its weights, released weights, a Hugging Face directory.
         tokenizer: A SentencePiece model given by the user; by default the one that lies with the checkpoint.
         verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
+        options: What the user says about it.
 
     Raises:
         ConfigError: there is no tokenizer, or the path is a run, whose newest checkpoint may change.
@@ -112,10 +116,10 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> 
             f"--init {path} is a run, whose newest checkpoint may change while ranks look: name its weights/ or one of "
             "its checkpoints"
         )
-    source = open_source(path, verify=verify)
+    source = open_source(path, verify=verify, options=options)
     published = to_published(source)
-    own = source.directory / SPM_NAME
-    if tokenizer is not None and not source.is_file and files.has(source.directory, SPM_NAME):
+    own = own_spm(source)
+    if tokenizer is not None and not source.is_file and own is not None:
         given, there = Tokenizer(tokenizer).sha256, Tokenizer(own).sha256
         if given != there:
             raise DataError(
@@ -127,7 +131,8 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> 
     names = _label_names(published.labels)
     unused = [name for name in published.weights if not name.startswith(("deberta.", "pooler.", "classifier."))]
     # Whose head predicts words does not matter to a classifier.
-    notes = [f"warning: {text}" for text in published.reading.warnings if text != GENERATORS_HEAD]
+    warnings = [text for text in published.reading.warnings if text != GENERATORS_HEAD]
+    notes = [f"warning: {text}" for text in (*warnings, *unread_settings(source))]
     notes += [f"not used: {shorten(unused)}"] if unused else []
     return StartingPoint(path, source.description, published.config, published.weights, names, found, tuple(notes))
 

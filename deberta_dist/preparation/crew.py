@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from deberta_dist.disk import open_file, write_at
 from deberta_dist.errors import DebertaDistError, UnfinishedError
 from deberta_dist.preparation.publish import making
 
@@ -46,14 +47,14 @@ class Worker:
         self._totals = [0, 0, 0]
         self._path = directory / f"{_PROGRESS_NAME}{name}"
         with making(self._path):
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+            self._file = open_file(self._path, os.O_WRONLY | os.O_CREAT)
 
     def claim(self, unit: str) -> bool:
         """Whether a unit is this worker's."""
         path = self.directory / f"claim-{unit}"
         try:
             with making(path):
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+                os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         return True
@@ -63,7 +64,7 @@ class Worker:
         for place, more in enumerate((num_bytes, num_tokens, input_bytes)):
             self._totals[place] += more
         with making(self._path):
-            os.pwrite(self._file, _PROGRESS.pack(*self._totals), 0)
+            write_at(self._file, _PROGRESS.pack(*self._totals), 0)
 
     def close(self) -> None:
         """Closes its file: NFS does not remove a directory with open files in it."""
@@ -145,9 +146,11 @@ class Crew:
         # Not fork: MPI libraries do not survive it.
         context = multiprocessing.get_context("spawn")
         # Workers inherit that SIGINT is blocked: a terminal interrupts them too, and this process is to end them. The
-        # tracker comes first, for its start would lift the block.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # tracker comes first, for its start would lift the block. Windows has neither.
+        can_block = hasattr(signal, "pthread_sigmask")
+        if can_block:
+            resource_tracker.ensure_running()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for number in range(num_workers):
                 ours, theirs = context.Pipe()
@@ -157,7 +160,8 @@ class Crew:
                 theirs.close()
                 self._members.append((process, ours))
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, task: Task) -> None:
         """Works until no unit of a task is left to claim; those of other ranks may still be at theirs.

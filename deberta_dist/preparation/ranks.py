@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from deberta_dist.disk import num_usable_cores
 from deberta_dist.errors import ConfigError
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Ranks:
         """What to tell a user whose mpirun has bound this rank to fewer cores than its workers could use; else None."""
         if not self.is_started_by_mpi():
             return None
-        bound, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+        bound, present = num_usable_cores(), os.cpu_count() or 1
         if bound >= min(num_workers, present):
             return None
         return (

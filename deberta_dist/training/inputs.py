@@ -10,9 +10,11 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
+from deberta_dist.conversion.find_tokenizer import own_spm, unread_settings
 from deberta_dist.conversion.meeting import Published, to_published
 from deberta_dist.conversion.official import GENERATOR_NAME, GENERATORS_HEAD, is_discriminator
-from deberta_dist.conversion.source import SPM_NAME, is_run, open_source
+from deberta_dist.conversion.options import ReadOptions
+from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
@@ -20,7 +22,7 @@ from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.errors import ConfigError, DataError, DebertaDistError
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED, open_sources
@@ -167,16 +169,21 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
             f"{where} is a run, whose newest checkpoint may change while ranks look: name one of its checkpoints, "
             f"{path / CHECKPOINTS_NAME}/step-..., or its weights/"
         )
-    source = open_source(path, verify=verify)
+    training = plan.config.training
+    options = ReadOptions(allow_unmapped=training.init_allow_unmapped, prefix=training.init_prefix)
+    try:
+        source = open_source(path, verify=verify, options=options)
+        model = to_published(source)
+    except DebertaDistError as error:
+        raise type(error)(f"{where}: {_in_toml(str(error))}") from error
     sha256 = source.tokenizer_sha256
-    if sha256 is None and not source.is_file and files.has(source.directory, SPM_NAME):
-        sha256 = Tokenizer(source.directory / SPM_NAME).sha256
+    if sha256 is None and not source.is_file and (own := own_spm(source)) is not None:
+        sha256 = Tokenizer(own).sha256
     if tokenizer_sha256 is not None and sha256 not in (None, tokenizer_sha256):
         raise ConfigError(
             f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
             f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
         )
-    model = to_published(source)
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
@@ -188,6 +195,8 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
         )
         raise CheckpointError(f"{where} ({source.description}) lacks {shorten(missing)}: {cure}")
     notes = [f"starts from {path} ({source.description})", *_warnings(model, shapes=shapes)]
+    notes += [f"warning: {text}" for text in unread_settings(source)]
+    notes += [f"left out of it: {dropped.key} ({dropped.why})" for dropped in model.reading.dropped if "allow" in dropped.why]
 
     def read(name: str) -> Tensor:
         if name in model.weights:
@@ -214,3 +223,8 @@ def _warnings(model: Published, *, shapes: Container[str]) -> list[str]:
     if unused := [name for name in model.weights if name not in shapes]:
         found.append(f"training.init: {shorten(unused)}: masked language modelling does not use them")
     return [f"warning: {text}" for text in found]
+
+
+def _in_toml(message: str) -> str:
+    """A message about a checkpoint with the keys of a run instead of the tools' options."""
+    return message.replace("--allow-unmapped", "training.init_allow_unmapped").replace("--prefix", "training.init_prefix")

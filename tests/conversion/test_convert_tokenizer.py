@@ -8,7 +8,7 @@ import sentencepiece
 import transformers
 
 from deberta_dist.conversion import tokenizer_files
-from deberta_dist.conversion.carry import SPM_NAME
+from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.tokenizer_files import PROBE, build_tokenizer_json, compare
 from deberta_dist.data.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, parse_model
@@ -134,7 +134,7 @@ def test_what_tokenizer_json_cannot_say_is_told(texts: list[str], tmp_path: Path
 
 
 def test_the_probe_finds_a_missing_normaliser(spm: Path) -> None:
-    content = build_tokenizer_json(parse_model(spm.read_bytes()), mask_id=500)
+    content = build_tokenizer_json(parse_model(spm.read_bytes()))
     content["normalizer"]["normalizers"] = [{"type": "NFC"}]
     assert len(compare(json.dumps(content), tokenizer=Tokenizer(spm), texts=PROBE) or []) >= 5
 

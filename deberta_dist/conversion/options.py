@@ -1,0 +1,62 @@
+"""How a checkpoint is to be read: the same options in every entry (the tools, training, fine-tuning, Python)."""
+
+import argparse
+from dataclasses import dataclass
+
+from deberta_dist.errors import ConfigError
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user says about a checkpoint that it does not say itself.
+
+    Attributes:
+        allow_unmapped: fnmatch patterns of keys, of weights or of the configuration, that may be left out.
+        prefix: What stands before the model's names; None: nothing, or wrappers that are known.
+        dtype: One of ``DTYPE_NAMES`` to round to; None keeps what the file has. Training and fine-tuning have no use
+            for it: they start from float32, whatever the file has.
+
+    Raises:
+        ConfigError: no such ``dtype``.
+    """
+
+    allow_unmapped: tuple[str, ...] = ()
+    prefix: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPE_NAMES):
+            raise ConfigError(f"dtype = {self.dtype!r} is none of {', '.join(DTYPE_NAMES)}")
+
+
+AS_IT_IS = ReadOptions()
+
+
+def add_options(parser: argparse.ArgumentParser, *, dtype_help: str | None) -> None:
+    """Adds them to a command line; ``dtype_help`` None leaves --dtype out."""
+    if dtype_help is not None:
+        parser.add_argument("--dtype", choices=DTYPE_NAMES, help=dtype_help)
+    parser.add_argument(
+        "--allow-unmapped",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="PREFIX",
+        help="what stands before the model's own names in the file, such as 'student.' (default: none, or the known "
+        "wrappers: module., _orig_mod., model., encoder., backbone., base_model., ...)",
+    )
+
+
+def options_of(arguments: argparse.Namespace) -> ReadOptions:
+    """The options of a command line that has them. Raises ConfigError."""
+    return ReadOptions(
+        allow_unmapped=tuple(arguments.allow_unmapped),
+        prefix=arguments.prefix,
+        dtype=getattr(arguments, "dtype", None),
+    )
