@@ -37,6 +37,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PATTERN",
         help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
     )
+    parser.add_argument(
+        "--decoder",
+        choices=("emd", "plain"),
+        help="how a masked language model was trained to decode, where the checkpoint does not say: with DeBERTa's enhanced "
+        "mask decoder, or plainly, as Hugging Face's classes do",
+    )
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
     parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET, and the report")
     return parser.parse_args()
@@ -73,6 +79,7 @@ def main() -> int:
         dtype=arguments.dtype,
         is_fused=arguments.fused,
         allow_unmapped=arguments.allow_unmapped,
+        decoder=arguments.decoder,
         tokenizer_path=arguments.tokenizer,
         force=arguments.force,
     )

@@ -24,12 +24,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, weights of any form")
     parser.add_argument("text", metavar="TEXT", help=f"with {MASK} where a piece is to be guessed")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the checkpoint)")
+    parser.add_argument(
+        "--decoder",
+        choices=("emd", "plain"),
+        help="how the model was trained to decode, where the checkpoint does not say: with the enhanced mask decoder, or "
+        "plainly, as Hugging Face's classes do",
+    )
     parser.add_argument("--top", type=int, default=5, help="guesses per mask (default: 5)")
     parser.add_argument(
         "--library",
         choices=("deberta_dist", "transformers"),
         default="deberta_dist",
-        help="whose model: ours, with the enhanced mask decoder, or Hugging Face's, which has none (a directory that "
+        help="whose model: ours, with the decoder it was trained with, or Hugging Face's, which has the plain one alone (a directory that "
         "convert_checkpoint.py --to huggingface has made)",
     )
     return parser.parse_args()
@@ -42,7 +48,7 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     from deberta_dist.conversion.load import load_masked_lm
     from deberta_dist.data.tokenizer import Tokenizer
 
-    model, tokenizer = load_masked_lm(arguments.checkpoint)
+    model, tokenizer = load_masked_lm(arguments.checkpoint, decoder=arguments.decoder)
     if arguments.tokenizer is not None:
         tokenizer = Tokenizer(arguments.tokenizer)
     if tokenizer is None:
@@ -89,6 +95,8 @@ def main() -> int:
     arguments = parse_arguments()
     if MASK not in arguments.text:
         raise DataError(f"the text has no {MASK} to fill: {arguments.text[:80]!r}")
+    if arguments.decoder is not None and arguments.library != "deberta_dist":
+        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has the plain one alone")
     guesses = ours(arguments) if arguments.library == "deberta_dist" else theirs(arguments)
     for number, mask in enumerate(guesses, start=1):
         words = "  ".join(f"{piece.replace(chr(0x2581), ' ').strip() or repr(piece)} {score:.1%}" for piece, score in mask)

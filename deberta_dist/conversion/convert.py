@@ -8,7 +8,7 @@ from typing import Any
 
 from deberta_dist.conversion import fused, huggingface, official, published
 from deberta_dist.conversion.carry import TokenizerResult, find_tokenizer, write_tokenizer
-from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.meeting import Published, require_decoder, to_published
 from deberta_dist.conversion.model_card import model_card
 from deberta_dist.conversion.output import (
     REPORT_NAME,
@@ -23,6 +23,7 @@ from deberta_dist.conversion.source import Source, open_source
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.heads import LABELLED
 
 TARGETS = ("huggingface", "official", "deberta_dist")
 MAX_SHARD_BYTES = 5 * 10**9
@@ -57,6 +58,7 @@ def convert(
     dtype: str | None = None,
     is_fused: bool = False,
     allow_unmapped: Sequence[str] = (),
+    decoder: str | None = None,
     tokenizer_path: Path | None = None,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -70,6 +72,7 @@ def convert(
         dtype: A key of ``weights.DTYPES``; None keeps what the source has.
         is_fused: Write the fused projections of v1.
         allow_unmapped: fnmatch patterns of keys that may be left out without another reason.
+        decoder: "emd" or "plain": how a masked language model decodes that does not say so itself.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
         max_shard_bytes: Hugging Face only: start another file before one grows beyond this.
@@ -89,7 +92,9 @@ def convert(
         raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
     source = open_source(source_path)
     require_apart(source.path if source.is_file else source.directory, target_path)
-    model = to_published(source, allow_unmapped=allow_unmapped)
+    model = to_published(source, allow_unmapped=allow_unmapped, decoder=decoder)
+    if to != "huggingface":
+        require_decoder(model, where=source_path)
     if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
@@ -136,16 +141,26 @@ def convert(
 
 
 def _huggingface(model: Published, is_fused: bool) -> Target:
-    kind, why = huggingface.model_type(model.weights, config=model.config, is_fused=is_fused)
-    architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
-    weights = huggingface.to_huggingface(model.weights, config=model.config, kind=kind)
+    kind, why = huggingface.model_type(model.weights, config=model.config, head=model.head, is_fused=is_fused)
+    architecture = huggingface.class_name(model.weights, kind=kind, head=model.head)
+    is_masked_lm = model.decoder is not None
+    # The head that the newer class has is as wide as the hidden states. The older one is trained without the enhanced
+    # mask decoder.
+    is_legacy = is_masked_lm and (
+        model.config.embedding_width != model.config.hidden_size or (model.is_legacy and model.decoder != "emd")
+    )
+    weights = huggingface.to_huggingface(
+        model.weights, config=model.config, kind=kind, architecture=architecture, is_legacy=is_legacy
+    )
     config = huggingface.to_config(
         model.config,
         kind=kind,
         architecture=architecture,
         dtype=_main_dtype(weights),
         labels=model.labels,
-        num_labels=model.num_labels,
+        num_labels=model.num_labels if model.head in LABELLED else None,
+        decoder=model.decoder if model.knows_decoder else None,
+        is_legacy=is_legacy,
     )
     return Target(
         weights=weights,
@@ -158,10 +173,20 @@ def _huggingface(model: Published, is_fused: bool) -> Target:
 
 
 def _official(model: Published, is_fused: bool) -> Target:
+    if model.head in ("token", "span"):
+        raise ConfigError(
+            f"the published code has no model with this head ({huggingface.SUFFIXES[model.head]}): convert to huggingface "
+            "or deberta_dist"
+        )
+    if model.decoder == "plain" and not model.config.position_biased_input:
+        raise ConfigError(
+            "the published code decodes with the enhanced mask decoder where position_biased_input is false, and this "
+            "masked language model was trained without it: convert to huggingface or deberta_dist"
+        )
     return Target(
         weights=official.to_official(model.weights, config=model.config, is_fused=is_fused),
         config_name=official.CONFIG_NAME,
-        config={**official.to_config(model.config), **model.labels},
+        config={**official.to_config(model.config), **model.head_config},
         lost=_lost(model.weights) if is_fused else (),
     )
 
@@ -170,7 +195,7 @@ def _published(model: Published, is_fused: bool) -> Target:
     return Target(
         weights=model.weights,
         config_name=published.CONFIG_NAME,
-        config=published.to_config(model.config, labels=model.labels),
+        config=published.to_config(model.config, head=model.head_config),
     )
 
 

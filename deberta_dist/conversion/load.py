@@ -4,35 +4,69 @@ from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.carry import find_tokenizer
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.meeting import require_decoder, to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.models.classification import ModelWithBackbone
+from deberta_dist.models.heads import LABELLED, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 
-def load_masked_lm(path: str | Path) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
-    """The masked language model of a checkpoint, in evaluation mode, with its enhanced mask decoder.
+def load_masked_lm(path: str | Path, *, decoder: str | None = None) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
+    """The masked language model of a checkpoint, in evaluation mode, with the decoder that it was trained with.
 
     Args:
         path: A run, one of its checkpoints or its ``weights/``; released weights; a Hugging Face directory.
+        decoder: "emd" or "plain", where the checkpoint does not say it: one that Hugging Face's classes have written.
 
     Returns:
         The model in the checkpoint's number format, and the SentencePiece model that lies with it, if one does.
 
     Raises:
-        ConfigError: the configuration is refused.
+        ConfigError: the configuration is refused, or does not say how to decode.
         DataError: the checkpoint is refused, or is not a whole masked language model.
     """
     source = open_source(Path(path))
-    found = to_published(source)
+    found = to_published(source, decoder=decoder)
+    require_decoder(found, where=path)
     with without_memory():
         model = DebertaForMaskedLM(found.config)
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
         raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
     state = {name: found.weights[name].read() for name in names}
+    model.load_state_dict(state, strict=True, assign=True)
+    tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
+    return model.eval(), tokenizer
+
+
+def load_with_head(path: str | Path) -> tuple[ModelWithBackbone, Tokenizer | None]:
+    """The model of a checkpoint with a head of fine-tuning (`models.heads`), in evaluation mode.
+
+    Args:
+        path: A fine-tuned model's ``weights/``; a Hugging Face directory; files of the published code.
+
+    Returns:
+        The model in the checkpoint's number format, and the SentencePiece model that lies with it, if one does.
+
+    Raises:
+        ConfigError: the configuration is refused.
+        DataError: the checkpoint is refused, or has no such head.
+    """
+    source = open_source(Path(path))
+    found = to_published(source)
+    if not found.head:
+        raise CheckpointError(f"{path} ({source.description}) has no head of fine-tuning")
+    with without_memory():
+        model = model_with_head(
+            found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None
+        )
+    if not found.config.position_biased_input:
+        # Only masked language modelling uses the table, and most files lack it.
+        model.deberta.embeddings.position_embeddings = None
+    state = {name: found.weights[name].read() for name, _ in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     return model.eval(), tokenizer

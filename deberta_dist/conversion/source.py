@@ -112,6 +112,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path) -> Source:
         *(["discriminator of v3"] if any(key.startswith("mask_predictions.") for key in weights) else []),
         *(["generator of v3"] if is_generator else []),
         *(["classifier"] if any(key.startswith("classifier.") for key in weights) else []),
+        *(["question answering"] if any(key.startswith("qa_outputs.") for key in weights) else []),
         *(["prefix bert."] if any(key.startswith("bert.") for key in weights) else []),
     ]
     return Source(
@@ -138,7 +139,13 @@ def _generator(directory: Path) -> Weights:
 
 
 def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> tuple[Format, str]:
-    if "model_type" in raw or "architectures" in raw or any(key.startswith("cls.predictions.") for key in weights):
+    # Ours and the published code's name a class at most, and the row of padding by another word.
+    is_foreign = "padding_idx" not in raw or not raw.keys().isdisjoint({"pad_token_id", "transformers_version"})
+    if (
+        "model_type" in raw
+        or ("architectures" in raw and is_foreign)
+        or any(key.startswith("cls.predictions.") for key in weights)
+    ):
         # Microsoft's releases on the hub have Hugging Face's configuration and Microsoft's keys; this reads both.
         listed = raw.get("architectures")
         name = printable(str(listed[0])) if isinstance(listed, list) and listed else "without a class"

@@ -176,6 +176,9 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
         )
     model = to_published(source)
+    is_told = not model.knows_decoder
+    if is_told:
+        model = to_published(source, decoder="emd" if config.uses_enhanced_mask_decoder else "plain")
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
@@ -185,6 +188,8 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str, verify: bool) -> 
             "model, not from a backbone or a classifier"
         )
     notes = [f"starts from {path} ({source.description})", *model.reading.warnings]
+    if is_told:
+        notes.append(f"it does not say how it was trained to decode: {model.decoder}, as model.decoder says")
     notes += [f"{name} is not in it and starts at random" for name in model.lacking]
     if unused := [name for name in model.weights if name not in shapes]:
         notes.append(f"not used: {shorten(unused)}")
