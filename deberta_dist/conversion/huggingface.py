@@ -12,12 +12,12 @@ import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import fused, official
-from deberta_dist.conversion.defaults import UNREAD, V1, V2, column
 from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.rules import Drop, Format, Reading, Rename
 from deberta_dist.conversion.weights import WORD_TABLE, Dropped, Weight, Weights, require_square_output
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.defaults import V1, V2, filled_in
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -86,27 +86,7 @@ def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[s
         ConfigError: it is of another kind of model, or of one that is not built here.
     """
     kind = raw.get("model_type") or _kind_of(raw, keys)
-    if kind not in (V1, V2):
-        raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
-    if raw.get("talking_head") and kind == V1:
-        raise ConfigError("config.json has talking_head = true: attention that mixes heads is not built here")
-    defaults = column(kind)
-    unread = [key for key in raw if key == "talking_head" or defaults.get(key) == UNREAD]
-    # A field that takes its value from others is absent here, and null means the same to them.
-    found = {key: value for key, value in defaults.items() if value is not None and value != UNREAD}
-    found |= {key: value for key, value in raw.items() if value is not None and key not in unread}
-    found.pop("talking_head", None)
-    # Widths that say what absent ones mean: `to_config` writes them for other readers.
-    width, heads = found["hidden_size"], found["num_attention_heads"]
-    if type(width) is type(heads) is int and found.get("attention_head_size", 0) * heads == width:
-        found.pop("attention_head_size", None)
-    if found.get("embedding_size") == width:
-        found.pop("embedding_size")
-    if found["relative_attention"] is True and not found.get("pos_att_type"):
-        raise ConfigError(
-            "config.json has no pos_att_type: to Hugging Face's classes that is attention without c2p and p2c terms, "
-            "which is not built here"
-        )
+    found, unread = filled_in(raw, kind=kind)
     return found, [Dropped(f"config: {key}", f"the {kind} classes do not read it") for key in unread]
 
 

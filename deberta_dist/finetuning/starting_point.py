@@ -123,8 +123,9 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool) -> 
     found, why = find_tokenizer(source, given=tokenizer, config=published.config)
     if found is None:
         raise ConfigError(f"--init {path}: {why.rstrip('.')}")
-    names = _label_names(published.labels)
-    unused = [name for name in published.weights if not name.startswith(("deberta.", "pooler.", "classifier."))]
+    names = _label_names(published.labels) if published.head in ("sequence", "choice") else ()
+    used = ("deberta.", "pooler.", *(["classifier."] if published.head != "token" else []))
+    unused = [name for name in published.weights if not name.startswith(used)]
     notes = [*published.reading.warnings, *([f"not used: {shorten(unused)}"] if unused else [])]
     return StartingPoint(path, source.description, published.config, published.weights, names, found, tuple(notes))
 

@@ -262,7 +262,8 @@ def _position_terms(published: Any) -> tuple[str, ...]:
         )
     _require(
         bool(terms) and set(terms) <= set(POSITION_TERMS) and len(set(terms)) == len(terms),
-        f"pos_att_type = {published!r} must name c2p, p2c or both, once each",
+        f"pos_att_type = {published!r} must name c2p, p2c or both, once each"
+        + ("" if terms else "; absent from a file of Hugging Face's classes it means neither, which is not built here"),
     )
     return terms
 

@@ -1,7 +1,7 @@
 """What a field means that a configuration file lacks: what the library that reads the file takes it to mean.
 
-Three libraries read DeBERTa's files, and their defaults differ. `DebertaConfig` has the published code's; for files of
-Hugging Face's classes `huggingface.with_defaults` fills in theirs from here.
+The published code and Hugging Face's two pairs of classes read DeBERTa's files, and their defaults differ.
+`DebertaConfig` has the published code's; whoever reads a file of Hugging Face's fills in theirs by `filled_in` first.
 
 Source: microsoft/DeBERTa DeBERTa/deberta/config.py and the ``getattr`` of bert.py, disentangled_attention.py and
 pooling.py@4d7fe0bd; huggingface/transformers v5.23.0 configuration_deberta.py, configuration_deberta_v2.py and the
@@ -11,6 +11,8 @@ pooling.py@4d7fe0bd; huggingface/transformers v5.23.0 configuration_deberta.py, 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+
+from deberta_dist.errors import ConfigError
 
 V1, V2 = "deberta", "deberta-v2"
 REQUIRED, UNREAD = "(required)", "(not read)"
@@ -79,6 +81,39 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "_name_or_path": "where it was loaded from",
     }
 )
+
+
+def filled_in(raw: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
+    """A configuration as Hugging Face's classes understand it, and the fields in it at which they do not look.
+
+    Args:
+        raw: As it stands in the file.
+        kind: Pair of classes, `V1` or `V2`.
+
+    Returns:
+        For `DebertaConfig.from_dict`; and names of fields that are left out.
+
+    Raises:
+        ConfigError: it is of another kind of model, or of one that is not built here.
+    """
+    if kind not in (V1, V2):
+        raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
+    if raw.get("talking_head") and kind == V1:
+        raise ConfigError("config.json has talking_head = true: attention that mixes heads is not built here")
+    defaults = column(kind)
+    unread = [key for key in raw if key == "talking_head" or defaults.get(key) == UNREAD]
+    # A field that takes its value from others is absent here, and null means the same to them.
+    found = {key: value for key, value in defaults.items() if value is not None and value != UNREAD}
+    found |= {key: value for key, value in raw.items() if value is not None and key not in unread}
+    found.pop("talking_head", None)
+    found.setdefault("pos_att_type", [])
+    # Widths that say what absent ones mean are written for other readers.
+    width, heads = found["hidden_size"], found["num_attention_heads"]
+    if type(width) is type(heads) is int and found.get("attention_head_size", 0) * heads == width:
+        found.pop("attention_head_size", None)
+    if found.get("embedding_size") == width:
+        found.pop("embedding_size")
+    return found, unread
 
 
 def column(kind: str) -> dict[str, Any]:
