@@ -9,10 +9,14 @@ from typing import Any
 _HOMES = {
     "DebertaConfig": "deberta_dist.models.config",
     "DebertaForMaskedLM": "deberta_dist.models.masked_lm",
+    "DebertaForMultipleChoice": "deberta_dist.models.heads",
+    "DebertaForQuestionAnswering": "deberta_dist.models.heads",
     "DebertaForReplacedTokenDetection": "deberta_dist.models.classification",
     "DebertaForSequenceClassification": "deberta_dist.models.classification",
+    "DebertaForTokenClassification": "deberta_dist.models.heads",
     "DebertaModel": "deberta_dist.models.encoder",
     "load_masked_lm": "deberta_dist.conversion.load",
+    "load_with_head": "deberta_dist.conversion.load",
     "preset": "deberta_dist.models.presets",
 }
 

@@ -27,14 +27,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, weights of any form")
     parser.add_argument("text", metavar="TEXT", help=f"with {MASK} where a piece is to be guessed")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the checkpoint)")
-    add_options(parser, dtype_help="number format to compute in (default: what the checkpoint has)")
+    add_options(parser, dtype_help="number format to compute in (default: what the checkpoint has)", decodes=True)
     parser.add_argument("--top", type=int, default=5, help="guesses per mask (default: 5)")
     parser.add_argument(
         "--library",
         choices=("deberta_dist", "transformers"),
         default="deberta_dist",
-        help="whose model: ours, with the enhanced mask decoder, or Hugging Face's (a directory that convert_checkpoint.py "
-        "--to huggingface has made), which has none but in code beside the weights (--with-code there)",
+        help="whose model: ours, with the decoder it was trained with, or Hugging Face's (a directory that convert_checkpoint.py "
+        "--to huggingface has made), which has the plain one alone but for code beside the weights (--with-code there)",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -54,7 +54,11 @@ def ours(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         model, tokenizer = load_masked_lm(
-            arguments.checkpoint, dtype=arguments.dtype, allow_unmapped=arguments.allow_unmapped, prefix=arguments.prefix
+            arguments.checkpoint,
+            dtype=arguments.dtype,
+            allow_unmapped=arguments.allow_unmapped,
+            prefix=arguments.prefix,
+            decoder=arguments.decoder,
         )
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
@@ -115,6 +119,8 @@ def main() -> int:
         raise ConfigError("--trust-remote-code is for --library transformers; this package runs no code of a checkpoint")
     if MASK not in arguments.text:
         raise DataError(f"the text has no {MASK} to fill: {arguments.text[:80]!r}")
+    if arguments.decoder is not None and arguments.library != "deberta_dist":
+        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has the plain one alone")
     guesses = ours(arguments) if arguments.library == "deberta_dist" else theirs(arguments)
     for number, mask in enumerate(guesses, start=1):
         words = "  ".join(f"{piece.replace(chr(0x2581), ' ').strip() or repr(piece)} {score:.1%}" for piece, score in mask)

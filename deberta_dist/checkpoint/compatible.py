@@ -87,4 +87,5 @@ def computation(config: DebertaConfig) -> dict[str, Any]:
         "conv_groups": config.conv_groups if config.conv_kernel_size > 0 else None,
         "conv_act": config.conv_act if config.conv_kernel_size > 0 else None,
         "pos_att_type": "|".join(sorted(config.pos_att_type)),
+        "decoder": "emd" if config.uses_enhanced_mask_decoder else "plain",
     }

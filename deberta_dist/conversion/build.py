@@ -1,35 +1,15 @@
 """A model in memory out of published weights: for targets that hold a program and not only numbers."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.huggingface import MULTIPLE_CHOICE
 from deberta_dist.conversion.meeting import Published
 from deberta_dist.conversion.weights import shorten
-from deberta_dist.models.classification import (
-    ClassificationOutput,
-    DebertaForReplacedTokenDetection,
-    DebertaForSequenceClassification,
-)
+from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.heads import LABELLED, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-
-
-class MultipleChoice(nn.Module):
-    """A score for each of several texts, [B, C] of inputs [B, C, S], by a classifier of one row."""
-
-    def __init__(self, classifier: DebertaForSequenceClassification) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, *, token_type_ids: Tensor | None = None
-    ) -> ClassificationOutput:
-        """Logits [B, C]."""
-        types = None if token_type_ids is None else token_type_ids.flatten(0, 1)
-        rows = self.classifier(input_ids.flatten(0, 1), attention_mask.flatten(0, 1), token_type_ids=types)
-        return ClassificationOutput(loss=None, logits=rows.logits.view(input_ids.shape[:2]))
 
 
 def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str]]:
@@ -49,7 +29,7 @@ def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str
         model = _empty(found)
     prefix = "deberta." if isinstance(model, DebertaModel) else ""
     names = {name: prefix + name for name, _ in model.named_parameters()}
-    if isinstance(model, (DebertaModel, DebertaForSequenceClassification, DebertaForReplacedTokenDetection)):
+    if not isinstance(model, DebertaForMaskedLM):
         # Absolute positions of a decoder that this model does not have.
         names = {name: key for name, key in names.items() if key in found.weights or key not in found.lacking}
     if missing := [key for key in names.values() if key not in found.weights]:
@@ -57,14 +37,13 @@ def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str
     state = {name: found.weights[key].read() for name, key in names.items()}
     model.load_state_dict(state, strict=len(names) == len(list(model.parameters())), assign=True)
     model.eval().requires_grad_(False)
-    is_choice = isinstance(model, DebertaForSequenceClassification) and found.listed_class.endswith(MULTIPLE_CHOICE)
-    return (MultipleChoice(model) if is_choice else model), list(names.values())
+    return model, list(names.values())
 
 
 def _empty(found: Published) -> nn.Module:
+    if found.head:
+        return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
     heads = {name.split(".")[0] for name in found.weights}
-    if "classifier" in heads:
-        return DebertaForSequenceClassification(found.config, num_labels=found.num_labels or 1)
     if "lm_predictions" in heads:
         return DebertaForMaskedLM(found.config)
     if "mask_predictions" in heads:

@@ -11,7 +11,7 @@ from deberta_dist.conversion import custom_code, fused, hub, huggingface, offici
 from deberta_dist.conversion.build import build_model
 from deberta_dist.conversion.carry import TokenizerResult, write_tokenizer
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
-from deberta_dist.conversion.meeting import Published, as_asked, to_published
+from deberta_dist.conversion.meeting import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.model_card import model_card
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.output import (
@@ -28,6 +28,7 @@ from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.heads import LABELLED
 
 TARGETS = ("huggingface", "official", "deberta_dist", "onnx")
 MAX_SHARD_BYTES = 5 * 10**9
@@ -43,6 +44,7 @@ def convert(
     is_fused: bool = False,
     allow_unmapped: Sequence[str] = (),
     prefix: str | None = None,
+    decoder: str | None = None,
     tokenizer_path: Path | None = None,
     force: bool = False,
     with_code: bool = False,
@@ -61,6 +63,7 @@ def convert(
         is_fused: Write the fused projections of v1.
         allow_unmapped: See `options.ReadOptions`.
         prefix: Likewise.
+        decoder: Likewise.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
         with_code: Hugging Face only: with a masked language model, also write the code of its enhanced mask decoder.
@@ -91,10 +94,12 @@ def convert(
             raise ConfigError("--fused is for the targets official and huggingface; a program has no names to choose")
         onnx_files.require_exporter()
     # Rounding comes last here, so that the report can tell what the source has.
-    options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)
     model = to_published(source)
+    if to != "huggingface":
+        require_decoder(model, where=source_path)
     if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
@@ -142,16 +147,26 @@ def convert(
 
 
 def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
-    kind, why = huggingface.model_type(model.weights, config=model.config, is_fused=is_fused)
-    architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
-    weights = huggingface.to_huggingface(model.weights, config=model.config, kind=kind)
+    kind, why = huggingface.model_type(model.weights, config=model.config, head=model.head, is_fused=is_fused)
+    architecture = huggingface.class_name(model.weights, kind=kind, head=model.head)
+    is_masked_lm = model.decoder is not None
+    # The head that the newer class has is as wide as the hidden states. The older one is trained without the enhanced
+    # mask decoder.
+    is_legacy = is_masked_lm and (
+        model.config.embedding_width != model.config.hidden_size or (model.is_legacy and model.decoder != "emd")
+    )
+    weights = huggingface.to_huggingface(
+        model.weights, config=model.config, kind=kind, architecture=architecture, is_legacy=is_legacy
+    )
     config = huggingface.to_config(
         model.config,
         kind=kind,
         architecture=architecture,
         dtype=_main_dtype(weights),
         labels=model.labels,
-        num_labels=model.num_labels,
+        num_labels=model.num_labels if model.head in LABELLED else None,
+        decoder=model.decoder if model.knows_decoder else None,
+        is_legacy=is_legacy,
     )
     return Target(
         weights=weights,
@@ -166,6 +181,16 @@ def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Tar
 
 
 def _official(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+    if model.head in ("token", "span"):
+        raise ConfigError(
+            f"the published code has no model with this head ({huggingface.SUFFIXES[model.head]}): convert to huggingface "
+            "or deberta_dist"
+        )
+    if model.decoder == "plain" and not model.config.position_biased_input:
+        raise ConfigError(
+            "the published code decodes with the enhanced mask decoder where position_biased_input is false, and this "
+            "masked language model was trained without it: convert to huggingface or deberta_dist"
+        )
     weights = official.to_official(model.weights, config=model.config, is_fused=is_fused)
 
     def write(output: OutputDirectory) -> list[str]:
@@ -177,7 +202,7 @@ def _official(model: Published, is_fused: bool, max_bytes: int | None) -> Target
         write=write,
         num_bytes=_num_bytes(weights),
         config_name=official.CONFIG_NAME,
-        config={**official.to_config(model.config), **model.labels},
+        config={**official.to_config(model.config), **model.head_config},
         lost=_lost(model.weights) if is_fused else (),
     )
 
@@ -188,7 +213,7 @@ def _published(model: Published, is_fused: bool, max_bytes: int | None) -> Targe
         write=lambda output: _write_shards(output, model.weights, max_bytes=max_bytes),
         num_bytes=_num_bytes(model.weights),
         config_name=published.CONFIG_NAME,
-        config=published.to_config(model.config, labels=model.labels),
+        config=published.to_config(model.config, head=model.head_config),
     )
 
 
@@ -197,7 +222,7 @@ def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
     built, names = build_model(model, where="the source")
     program = onnx_files.export(built, config=model.config)
     kind = huggingface.V2 if huggingface.needs_v2(model.config) else huggingface.V1
-    architecture = huggingface.class_name(model.weights, kind=kind, listed=model.listed_class)
+    architecture = huggingface.class_name(model.weights, kind=kind, head=model.head)
     return Target(
         weights={name: model.weights[name] for name in names},
         write=lambda output: [onnx_files.write(output, program, max_inline_bytes=max_bytes)],
@@ -210,7 +235,9 @@ def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
             architecture=architecture,
             dtype=_main_dtype(model.weights),
             labels=model.labels,
-            num_labels=model.num_labels,
+            num_labels=model.num_labels if model.head in LABELLED else None,
+            decoder=model.decoder if model.knows_decoder else None,
+            is_legacy=False,
         ),
         lost=[Dropped(name, "the program does not compute with it") for name in model.weights if name not in names],
         architecture=f"{', '.join(program.inputs)} -> {', '.join(program.outputs)}; opset {onnx_files.OPSET}",

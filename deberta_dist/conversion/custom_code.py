@@ -9,6 +9,7 @@ from deberta_dist.conversion.meeting import Published
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.weights import POSITION_TABLE
+from deberta_dist.errors import ConfigError
 
 CODE_NAME = "modeling_deberta_emd.py"
 _CODE = Path(__file__).with_name(CODE_NAME)
@@ -26,6 +27,7 @@ def with_code(target: Target, model: Published, *, where: object) -> Target:
 
     Raises:
         CheckpointError: the decoder's position table is missing.
+        ConfigError: the embeddings are narrower than the hidden states.
     """
     if not any(name.startswith("lm_predictions.") for name in model.weights):
         return _told(target, "--with-code: there is no masked language model here, so no code was written")
@@ -38,6 +40,11 @@ def with_code(target: Target, model: Published, *, where: object) -> Target:
     if POSITION_TABLE in model.lacking:
         raise CheckpointError(
             f"--with-code: {where} lacks {POSITION_TABLE}, without which nothing decodes: convert from a checkpoint that has it"
+        )
+    if target.config["legacy"]:
+        raise ConfigError(
+            f"--with-code: embedding_size = {model.config.embedding_size} differs from hidden_size = "
+            f"{model.config.hidden_size}, which the code does not compute: leave --with-code out"
         )
     stem = "DebertaV2" if target.config["model_type"] == huggingface.V2 else "Deberta"
     auto_map = {"AutoModelForMaskedLM": f"{Path(CODE_NAME).stem}.{stem}ForMaskedLM"}

@@ -4,41 +4,37 @@ Their v2 classes use the published names; their v1 classes keep the fused projec
 by the older ("legacy") head have other names for it. Microsoft's own files, as they lie on the hub, are read as well.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import fused, official
+from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.rules import Drop, Format, Reading, Rename
-from deberta_dist.conversion.weights import WORD_TABLE, Weights, require_square_output
+from deberta_dist.conversion.weights import WORD_TABLE, Dropped, Weight, Weights, require_square_output
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.defaults import V1, V2, filled_in
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-V1, V2 = "deberta", "deberta-v2"
-
-# Numbers that no shape betrays, or that the message about shapes should get right: what their classes assume where a
-# file leaves a field out. Everywhere else their defaults and the published code's are the same.
-DEFAULTS = MappingProxyType(
-    {
-        V1: {"vocab_size": 50265},
-        V2: {
-            "vocab_size": 128100,
-            "hidden_size": 1536,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 24,
-            "intermediate_size": 6144,
-        },
-    }
-)
+# The key in their file; "decoder" means something else to their configuration class.
+DECODER_KEY = "masked_lm_decoder"
 LABEL_KEYS = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task")
-MULTIPLE_CHOICE = "ForMultipleChoice"
 _HEAD = "lm_predictions.lm_head."
 _TIED = "legacy_decoder."
+_LEGACY, _ALONE = "name in the legacy head", "a backbone on its own has no prefix"
+_LEGACY_NAMES = {
+    **{
+        f"{_HEAD}{part}.{leaf}": f"cls.predictions.transform.{part}.{leaf}"
+        for part in ("dense", "LayerNorm")
+        for leaf in ("weight", "bias")
+    },
+    _HEAD + "bias": "cls.predictions.bias",
+}
 
 
 def drop_tied_decoder(reading: Reading) -> None:
@@ -66,9 +62,9 @@ FORMAT = Format(
     name="huggingface",
     renames=(
         *official.FORMAT.renames,
-        Rename(r"^cls\.predictions\.transform\.", _HEAD, "name in the legacy head"),
-        Rename(r"^cls\.predictions\.bias$", _HEAD + "bias", "name in the legacy head"),
-        Rename(r"^cls\.predictions\.decoder\.", _TIED, "name in the legacy head"),
+        Rename(r"^cls\.predictions\.transform\.", _HEAD, _LEGACY),
+        Rename(r"^cls\.predictions\.bias$", _HEAD + "bias", _LEGACY),
+        Rename(r"^cls\.predictions\.decoder\.", _TIED, _LEGACY),
     ),
     drops=(
         *official.FORMAT.drops,
@@ -79,17 +75,27 @@ FORMAT = Format(
 )
 
 
-def with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the fields that Hugging Face's classes would fill in.
+def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[str, Any], list[Dropped]]:
+    """A configuration as Hugging Face's classes understand it, and the fields that mean nothing to them.
+
+    Args:
+        raw: As it stands in the file.
+        keys: Of the weights; they tell the pair of classes where the file does not.
 
     Raises:
-        ConfigError: it is of another kind of model.
+        ConfigError: it is of another kind of model, or of one that is not built here.
     """
-    kind = raw.get("model_type") or V2
-    if kind not in tuple(DEFAULTS):
-        raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
-    # In JSON null and absent mean the same to them, and to the published code only the latter is understood.
-    return {**DEFAULTS[kind], **{key: value for key, value in raw.items() if value is not None}}
+    kind = raw.get("model_type") or _kind_of(raw, keys)
+    found, unread = filled_in(raw, kind=kind)
+    return found, [Dropped(f"config: {key}", f"the {kind} classes do not read it") for key in unread]
+
+
+def _kind_of(raw: dict[str, Any], keys: Collection[str]) -> str:
+    listed = raw.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if name.startswith("Deberta"):
+        return V2 if name.startswith("DebertaV2") else V1
+    return V1 if any(key.endswith(".in_proj.weight") for key in keys) else V2
 
 
 def labels(raw: dict[str, Any]) -> dict[str, Any]:
@@ -105,24 +111,29 @@ def labels(raw: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def model_type(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> tuple[str, str]:
+def model_type(weights: Weights, *, config: DebertaConfig, head: str, is_fused: bool) -> tuple[str, str]:
     """Which pair of classes a model fits, and why.
 
     The v1 classes hold the fused form alone. The v2 classes compute v1 as well, so a v1 model with key biases
     (which training gives it) goes there instead of losing them.
 
+    Args:
+        weights: By published names.
+        config: Of the model.
+        head: Its head of fine-tuning; empty without one.
+        is_fused: The fused form is asked for.
+
     Raises:
         ConfigError: neither can hold the model. Whether the v1 classes can, where ``is_fused`` asks for them, is left
             to `to_huggingface`.
     """
-    if config.embedding_width != config.hidden_size and any(name.startswith(_HEAD) for name in weights):
-        raise ConfigError(
-            f"embedding_size = {config.embedding_size} differs from hidden_size = {config.hidden_size}: Hugging Face's "
-            "masked language modelling head cannot be that narrow"
-        )
     require_square_output(config, target="huggingface")
     if not is_fused and needs_v2(config):
         return V2, ""
+    if head == "choice":
+        if is_fused:
+            raise ConfigError(f"--fused: Hugging Face's v1 classes have no {SUFFIXES[head]}; leave --fused out")
+        return V2, "v1 computed by the v2 classes, because the v1 classes have no multiple choice"
     reasons = fused.obstacles(weights, config=config)
     if is_fused or not reasons:
         return V1, "v1 without key biases: the classes with fused projections"
@@ -134,40 +145,74 @@ def needs_v2(config: DebertaConfig) -> bool:
     return config.share_att_key or config.position_buckets >= 1
 
 
-def to_huggingface(weights: Weights, *, config: DebertaConfig, kind: str) -> Weights:
+def to_huggingface(weights: Weights, *, config: DebertaConfig, kind: str, architecture: str, is_legacy: bool) -> Weights:
     """Published weights as these classes name them."""
-    return fused.fuse(weights, config=config) if kind == V1 else weights
+    weights = fused.fuse(weights, config=config) if kind == V1 else weights
+    if architecture.endswith("Model") and all(name.startswith("deberta.") for name in weights):
+        return {name.removeprefix("deberta."): _renamed(weight, _ALONE) for name, weight in weights.items()}
+    if not is_legacy:
+        return weights
+    return {
+        _LEGACY_NAMES.get(name, name): _renamed(weight, _LEGACY) if name in _LEGACY_NAMES else weight
+        for name, weight in weights.items()
+    }
 
 
-def class_name(weights: Weights, *, kind: str, listed: str) -> str:
-    """The class that uses most of the weights; ``listed`` is what the source's configuration names."""
-    heads = {name.split(".")[0] for name in weights}
+def _renamed(weight: Weight, why: str) -> Weight:
+    return weight if weight.origin and weight.why else replace(weight, why=why)
+
+
+def class_name(weights: Weights, *, kind: str, head: str) -> str:
+    """The class that uses most of the weights."""
     stem = "DebertaV2" if kind == V2 else "Deberta"
-    if "classifier" in heads:
-        # The same tensors, one row of classifier; v1 has no such class.
-        return stem + (MULTIPLE_CHOICE if kind == V2 and listed.endswith(MULTIPLE_CHOICE) else "ForSequenceClassification")
-    return stem + ("ForMaskedLM" if "lm_predictions" in heads else "Model")
+    if head:
+        return stem + SUFFIXES[head]
+    return stem + ("ForMaskedLM" if any(name.startswith(_HEAD) for name in weights) else "Model")
 
 
 def to_config(
-    config: DebertaConfig, *, kind: str, architecture: str, dtype: str, labels: dict[str, Any], num_labels: int | None
+    config: DebertaConfig,
+    *,
+    kind: str,
+    architecture: str,
+    dtype: str,
+    labels: dict[str, Any],
+    num_labels: int | None,
+    decoder: str | None,
+    is_legacy: bool,
 ) -> dict[str, Any]:
-    """``config.json`` with every field that their classes read, declared there or not."""
+    """``config.json`` with every field that their classes read, declared there or not.
+
+    Args:
+        config: Of the model.
+        kind: Pair of classes.
+        architecture: Class.
+        dtype: Number format of most weights.
+        labels: What is known of classes.
+        num_labels: Rows of a head with a row for every class.
+        decoder: How the masked language model decodes; None without one, and where that is not known.
+        is_legacy: Whether the head has the names of the older class.
+    """
     values = config.to_dict()
     values["pad_token_id"] = values.pop("padding_idx")
     values["pos_att_type"] = list(config.pos_att_type)
-    values["pooler_hidden_size"] = config.hidden_size
-    if config.cls_drop_out is not None:
-        values["cls_dropout"] = values.pop("cls_drop_out")
-    if num_labels is not None and not architecture.endswith(MULTIPLE_CHOICE):
+    values |= {
+        "attention_head_size": config.head_size,
+        "embedding_size": config.embedding_width,
+        "pooler_hidden_size": config.hidden_size,
+        "cls_dropout": values.pop("cls_drop_out", None),
+    }
+    if (decoder := values.pop("decoder", decoder)) is not None:
+        values[DECODER_KEY] = decoder
+    if num_labels is not None:
         labels = {key: value for key, value in labels.items() if key != "num_labels"}
         labels.setdefault("id2label", {str(i): f"LABEL_{i}" for i in range(num_labels)})
         labels.setdefault("label2id", {str(name): int(i) for i, name in labels["id2label"].items()})
     return {
         "architectures": [architecture],
         "model_type": kind,
-        # Without it they build a head of other names and leave it random.
-        "legacy": False,
+        # Absent it would be true: a head of other names, left random.
+        "legacy": is_legacy,
         "tie_word_embeddings": True,
         "dtype": dtype,
         # The same for releases before "dtype".

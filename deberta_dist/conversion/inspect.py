@@ -32,6 +32,7 @@ _GROUPS = (
     (r"lm_predictions\..*", "masked language modelling head"),
     (r"mask_predictions\..*", "replaced token detection head"),
     (r"(pooler|classifier)\..*", "classifier"),
+    (r"qa_outputs\..*", "question answering head"),
     (r".*", "other"),
 )
 _CHUNK = 1 << 22

@@ -6,42 +6,89 @@ from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
-from deberta_dist.conversion.meeting import as_asked, to_published
+from deberta_dist.conversion.meeting import as_asked, require_decoder, to_published
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.models.classification import ModelWithBackbone
+from deberta_dist.models.heads import LABELLED, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 
 def load_masked_lm(
-    path: str | Path, *, dtype: str | None = None, allow_unmapped: Sequence[str] = (), prefix: str | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    allow_unmapped: Sequence[str] = (),
+    prefix: str | None = None,
+    decoder: str | None = None,
 ) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
-    """The masked language model of a checkpoint, in evaluation mode, with its enhanced mask decoder.
+    """The masked language model of a checkpoint, in evaluation mode, with the decoder that it was trained with.
 
     Args:
         path: A run, one of its checkpoints or its ``weights/``; released weights; a Hugging Face directory.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps what the checkpoint has.
         allow_unmapped: Patterns of keys that nothing explains and that may be left out, as in file names.
         prefix: What stands before the model's names in the file; None: nothing, or wrappers that are known.
+        decoder: "emd" or "plain", where the checkpoint does not say it: one that Hugging Face's classes have written.
 
     Returns:
         The model in that number format, and the SentencePiece model that lies with it, if one does.
 
     Raises:
-        ConfigError: the configuration or an option is refused.
+        ConfigError: the configuration or an option is refused, or nothing says how to decode.
         DataError: the checkpoint is refused, or is not a whole masked language model.
     """
-    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(Path(path), options=options)
     found = as_asked(to_published(source), options)
+    require_decoder(found, where=path)
     with without_memory():
         model = DebertaForMaskedLM(found.config)
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
         raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
     state = {name: found.weights[name].read() for name in names}
+    model.load_state_dict(state, strict=True, assign=True)
+    tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
+    for note in unread_settings(source):
+        warnings.warn(note, stacklevel=2)
+    return model.eval(), tokenizer
+
+
+def load_with_head(
+    path: str | Path, *, dtype: str | None = None, allow_unmapped: Sequence[str] = (), prefix: str | None = None
+) -> tuple[ModelWithBackbone, Tokenizer | None]:
+    """The model of a checkpoint with a head of fine-tuning (`models.heads`), in evaluation mode.
+
+    Args:
+        path: A fine-tuned model's ``weights/``; a Hugging Face directory; files of the published code.
+        dtype: See `load_masked_lm`.
+        allow_unmapped: Likewise.
+        prefix: Likewise.
+
+    Returns:
+        The model in that number format, and the SentencePiece model that lies with it, if one does.
+
+    Raises:
+        ConfigError: the configuration or an option is refused.
+        DataError: the checkpoint is refused, or has no such head.
+    """
+    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    source = open_source(Path(path), options=options)
+    found = as_asked(to_published(source), options)
+    if not found.head:
+        raise CheckpointError(f"{path} ({source.description}) has no head of fine-tuning")
+    with without_memory():
+        model = model_with_head(
+            found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None
+        )
+    if not found.config.position_biased_input:
+        # Only masked language modelling uses the table, and most files lack it.
+        model.deberta.embeddings.position_embeddings = None
+    state = {name: found.weights[name].read() for name, _ in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     for note in unread_settings(source):

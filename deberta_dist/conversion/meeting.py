@@ -1,24 +1,27 @@
 """Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from deberta_dist.conversion import heads as head_rules
 from deberta_dist.conversion import huggingface
 from deberta_dist.conversion.options import ReadOptions
-from deberta_dist.conversion.rules import Reading, allowed_by, apply, renamed, require_known
+from deberta_dist.conversion.rules import Reading, allowed_by, apply, leave_out_twins, renamed, require_known
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.weights import (
     DTYPES,
     POSITION_TABLE,
     Dropped,
     Weights,
+    backbone_shapes,
     fit,
-    published_shapes,
     require_layers,
+    shorten,
 )
 from deberta_dist.errors import ConfigError
-from deberta_dist.models.config import BOOKKEEPING_KEYS, DebertaConfig
+from deberta_dist.models.config import BOOKKEEPING_KEYS, SYNONYMS, DebertaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,37 +30,58 @@ class Published:
 
     Attributes:
         config: Of the model.
-        num_labels: Rows of the classifier, None without one.
+        head: Head of fine-tuning, a key of `models.heads.HEADS`; empty without one.
+        num_labels: Rows of that head, None without one.
         labels: What the source's configuration says about classes.
-        listed_class: Hugging Face class that it names; may be empty.
+        knows_decoder: Whether the source says, or was told, how its masked language model decodes.
+        is_legacy: Its masked language modelling head had the names of Hugging Face's older class.
         weights: Published names, in model order.
         reading: How it got there: what was dropped, what to know.
         lacking: Published names that the model has and the source did not.
     """
 
     config: DebertaConfig
+    head: str
     num_labels: int | None
     labels: dict[str, Any]
-    listed_class: str
+    knows_decoder: bool
+    is_legacy: bool
     weights: Weights
     reading: Reading = field(repr=False)
     lacking: list[str]
 
+    @property
+    def decoder(self) -> str | None:
+        """How masked language modelling decodes, as far as is known; None without its head."""
+        if not any(name.startswith("lm_predictions.") for name in self.weights):
+            return None
+        return "emd" if self.config.uses_enhanced_mask_decoder else "plain"
 
-def to_published(source: Source) -> Published:
-    """Applies a format's rules and checks that the result is a model; ``allow_unmapped`` is the source's.
+    @property
+    def head_config(self) -> dict[str, Any]:
+        """For configurations of other forms than Hugging Face's: names of classes, and what names of weights do not
+        tell: which head of fine-tuning, and that the one of masked language modelling had other names."""
+        listed = {"architectures": ["DebertaV2" + head_rules.SUFFIXES[self.head]]} if self.head == "choice" else {}
+        return {**self.labels, **listed, **({"legacy": True} if self.is_legacy else {})}
+
+
+def to_published(source: Source, *, decoder: str | None = None) -> Published:
+    """Applies a format's rules and checks that the result is a model; the options are the source's.
 
     Args:
         source: A recognised checkpoint.
+        decoder: How its masked language model decodes, "emd" or "plain"; None: as the source's options say.
 
     Raises:
-        ConfigError: the configuration is refused.
+        ConfigError: the configuration is refused, or ``decoder`` contradicts it.
         CheckpointError: keys are unexplained or missing, or shapes differ.
     """
-    allow_unmapped = source.options.allow_unmapped
+    allow_unmapped, decoder = source.options.allow_unmapped, decoder or source.options.decoder
     is_huggingface = source.format is huggingface.FORMAT
-    raw = huggingface.with_defaults(dict(source.config)) if is_huggingface else dict(source.config)
-    known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, "pooling"}
+    raw, unread = (
+        huggingface.with_defaults(dict(source.config), keys=source.weights) if is_huggingface else (dict(source.config), [])
+    )
+    known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, *SYNONYMS, "pooling"}
     dropped = [key for key in raw if key not in known and allowed_by(key, allow_unmapped) is not None]
     labels = huggingface.labels(raw)
     listed = raw.get("architectures")
@@ -71,28 +95,40 @@ def to_published(source: Source) -> Published:
     reading = Reading(
         weights=dict(source.weights),
         config=config,
-        dropped=[Dropped(f"config: {key}", "--allow-unmapped") for key in dropped],
+        dropped=[*unread, *(Dropped(f"config: {key}", "--allow-unmapped") for key in dropped)],
         warnings=list(source.warnings),
         open_generator=lambda: renamed(source.open_generator(), renames),
     )
+    leave_out_twins(reading, renames=renames, allow_unmapped=allow_unmapped)
     # Before the rules: they read tensors, and cut them by head sizes of the configuration.
-    names = renamed(source.weights, renames)
+    names = renamed(reading.weights, renames)
     require_layers(config, names, where=source.path)
-    # A multiple choice scores each choice with one number, whatever the number of classes says.
-    stated = {} if listed_class.endswith(huggingface.MULTIPLE_CHOICE) else labels
-    num_labels = _num_labels(names, stated)
-    shapes = published_shapes(config, keys=names, num_labels=num_labels)
+    heads = head_rules.find_heads(names, listed_class=listed_class)
+    shapes = _shapes(config, heads, rows=head_rules.num_rows(names, heads))
     apply(source.format, reading, known=shapes, allow_unmapped=allow_unmapped)
-    shapes = published_shapes(config, keys=reading.weights, num_labels=num_labels)
+    heads, rows = _settle(source, reading, names, listed_class=listed_class, allow_unmapped=allow_unmapped)
+    head = heads[-1] if rows is not None else ""
+    if rows is not None:
+        head_rules.require_rows(source.path, head=head, rows=rows, stated=_stated(labels))
+        if beside := [item.key for item in reading.dropped if item.why.startswith("--allow-unmapped") and item.key in names]:
+            reading.warnings.append(
+                f"{shorten(beside)} left out beside the {head} head: if they took part in its outputs, these are others now"
+            )
+    knows_decoder = _settle_decoder(source, reading, heads=heads, decoder=decoder, is_huggingface=is_huggingface)
+    config = reading.config
+    shapes = _shapes(config, heads, rows=rows)
     require_known(reading, shapes=shapes, fmt=source.format, where=source.path)
     # The table that only the decoder of masked language modelling uses: Hugging Face's classes do not save it.
-    may_lack = [] if config.position_biased_input else [POSITION_TABLE]
+    may_lack = [POSITION_TABLE] if config.uses_enhanced_mask_decoder else []
     weights = fit(reading.weights, shapes=shapes, may_lack=may_lack, where=source.path)
     return Published(
         config=config,
-        num_labels=num_labels,
-        labels=labels if num_labels is not None else {},
-        listed_class=listed_class,
+        head=head,
+        num_labels=rows,
+        labels=labels if head else {},
+        knows_decoder=knows_decoder,
+        is_legacy=head_rules.MASKED_LM in heads
+        and (raw.get("legacy") is True if not is_huggingface else any("cls.predictions." in k for k in source.weights)),
         weights=weights,
         reading=reading,
         lacking=[name for name in may_lack if name not in weights],
@@ -104,14 +140,91 @@ def as_asked(model: Published, options: ReadOptions) -> Published:
     if options.dtype is None:
         return model
     dtype = DTYPES[options.dtype]
-    return replace(model, weights={name: weight.as_dtype(dtype, name=name) for name, weight in model.weights.items()})
+    return dataclasses.replace(model, weights={name: weight.as_dtype(dtype, name=name) for name, weight in model.weights.items()})
 
 
-def _num_labels(weights: Weights, labels: Mapping[str, Any]) -> int | None:
-    if "classifier.weight" not in weights:
-        return None
-    rows = weights["classifier.weight"].shape[0] if weights["classifier.weight"].shape else 0
-    stated = len(labels["id2label"]) if isinstance(labels.get("id2label"), dict) else labels.get("num_labels", rows)
-    if rows != stated:
-        raise ConfigError(f"the configuration has {stated!r} classes, classifier.weight has {rows} rows")
-    return rows
+def require_decoder(model: Published, *, where: object) -> None:
+    """Refuses a masked language model of which nobody has said how it decodes.
+
+    Raises:
+        ConfigError: it does not say so itself, and was not told.
+    """
+    if not model.knows_decoder:
+        raise ConfigError(
+            f"{where} does not say how its masked language model was trained: give --decoder plain if with Hugging Face's "
+            "classes, which have no enhanced mask decoder, or --decoder emd if with DeBERTa's or deberta_dist (a save "
+            "by Hugging Face's classes has lost its position table)"
+        )
+
+
+def _shapes(config: DebertaConfig, heads: Sequence[str], *, rows: int | None) -> head_rules.Shapes:
+    found = backbone_shapes(config)
+    for shapes in head_rules.head_shapes(config, heads, rows=rows).values():
+        found |= shapes
+    return found
+
+
+def _settle(
+    source: Source, reading: Reading, before: Weights, *, listed_class: str, allow_unmapped: Sequence[str]
+) -> tuple[tuple[str, ...], int | None]:
+    """The heads that are whole, and rows of that of fine-tuning; the others are left out or refused.
+
+    ``before``: the weights by renamed keys, those that were left out included.
+    """
+
+    def find() -> tuple[str, ...]:
+        return head_rules.find_heads(reading.weights, listed_class=listed_class, beside=before)
+
+    heads = find()
+    rows = head_rules.num_rows(reading.weights, heads)
+    backbone = backbone_shapes(reading.config)
+    head_rules.settle_heads(
+        reading,
+        head_rules.head_shapes(reading.config, heads, rows=rows),
+        is_backbone_whole=all(
+            name in reading.weights and reading.weights[name].shape == shape
+            for name, shape in backbone.items()
+            if name != POSITION_TABLE
+        ),
+        allow_unmapped=allow_unmapped,
+        where=source.path,
+    )
+    heads = find()
+    return heads, head_rules.num_rows(reading.weights, heads)
+
+
+def _settle_decoder(
+    source: Source, reading: Reading, *, heads: Sequence[str], decoder: str | None, is_huggingface: bool
+) -> bool:
+    """Decides how the masked language model decodes; whether that is known.
+
+    The published code and this package write what decodes. Hugging Face's classes compute plain logits whatever the
+    head was trained with, so that their files say nothing; a position table is only in those that they did not write.
+    """
+    config, where = reading.config, source.path
+    is_masked_lm = head_rules.MASKED_LM in heads and head_rules.REPLACED_TOKENS not in heads
+    if decoder is not None and not is_masked_lm:
+        raise ConfigError(f"{where}: --decoder {decoder} is for masked language models, and this is none")
+    if not is_masked_lm or config.position_biased_input:
+        if decoder == "emd":
+            raise ConfigError(
+                f"{where}: --decoder emd contradicts position_biased_input = true: it was trained without that decoder"
+            )
+        return True
+    stated = source.config.get("masked_lm_decoder", source.config.get("decoder"))
+    by_itself = "emd" if config.uses_enhanced_mask_decoder else "plain"
+    if decoder is None:
+        return not is_huggingface or stated is not None or POSITION_TABLE in reading.weights
+    if decoder != by_itself and not is_huggingface:
+        raise ConfigError(f"{where}: --decoder {decoder} contradicts the checkpoint, which was trained with {by_itself!r}")
+    if decoder != by_itself and stated is not None:
+        reading.warnings.append(f"--decoder {decoder}, although config.json says {stated}")
+    reading.config = dataclasses.replace(config, decoder=decoder)
+    if decoder == "plain" and POSITION_TABLE in reading.weights:
+        reading.drop(POSITION_TABLE, why="--decoder plain: absolute positions are of the enhanced mask decoder alone")
+    return True
+
+
+def _stated(labels: Mapping[str, Any]) -> object:
+    """Number of classes that a configuration states, None where it states none."""
+    return len(labels["id2label"]) if isinstance(labels.get("id2label"), dict) else labels.get("num_labels")

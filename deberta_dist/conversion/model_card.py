@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from deberta_dist.conversion import hub
+from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.meeting import Published
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.training_facts import training_facts
@@ -88,7 +89,7 @@ def _training(source: Source) -> list[str]:
 
 def _unused(published: Published, *, architecture: str, has_code: bool) -> list[str]:
     config, names = published.config, published.weights
-    found = []
+    found = _decoder(published, has_code=has_code)
     if POSITION_TABLE in names and not config.position_biased_input:
         found.append(
             "- `deberta.embeddings.position_embeddings.weight`: absolute positions, added by DeBERTa's enhanced mask "
@@ -96,27 +97,15 @@ def _unused(published: Published, *, architecture: str, has_code: bool) -> list[
             "it when they save. It stays here because the masked language modelling head was trained with it, so that pre-training "
             "can go on from this file."
         )
-    if any(name.startswith("lm_predictions.") for name in names):
-        found.append(
-            "- `lm_predictions.lm_head.*`: the head of masked language modelling; only `AutoModelForMaskedLM` uses it, "
-            "other classes report it as unexpected."
-            + (
-                ""
-                if config.position_biased_input
-                else " Without the code beside it its logits are others: the enhanced mask decoder is missing there."
-                if has_code
-                else " Its logits differ from DeBERTa's own there, because the enhanced mask decoder is missing: "
-                "do not judge the model by them, and do not continue pre-training with that class."
-            )
-        )
     if any(name.startswith("mask_predictions.") for name in names):
         found.append(
             "- `mask_predictions.*`: the head that detects replaced tokens. No Hugging Face class has it; "
             "`AutoModelForMaskedLM` ignores it, others report it as unexpected."
         )
-    if "classifier.weight" in names:
+    if published.head:
+        keys = sorted({f"`{name.split('.')[0]}.*`" for name in names if name.startswith(("pooler", "classifier", "qa_"))})
         found.append(
-            "- `pooler.*`, `classifier.*`: used by `AutoModelForSequenceClassification`; other classes report them as "
+            f"- {', '.join(reversed(keys))}: used by `AutoModel{SUFFIXES[published.head]}`; other classes report them as "
             "unexpected."
         )
     else:
@@ -132,3 +121,31 @@ def _unused(published: Published, *, architecture: str, has_code: bool) -> list[
             "before it looks up a bucket, and uses a row of `rel_embeddings` that was never trained. Stay below."
         )
     return found
+
+
+def _decoder(published: Published, *, has_code: bool) -> list[str]:
+    """What is known of the masked language modelling head and of how it decodes."""
+    if published.decoder is None:
+        return []
+    head = (
+        "- `lm_predictions.lm_head.*` or, by its older name, `cls.predictions.*`: the head of masked language modelling; "
+        "only `AutoModelForMaskedLM` uses it, other classes report it as unexpected."
+    )
+    if not published.knows_decoder:
+        return [
+            head + " The file that it comes from does not say whether it was trained by Hugging Face's classes, which "
+            "compute its logits as they stand, or with DeBERTa's enhanced mask decoder, which they do not have and without "
+            "which its logits are others."
+        ]
+    if published.config.uses_enhanced_mask_decoder and has_code:
+        return [
+            head + " It was trained with DeBERTa's enhanced mask decoder, which is in the code beside it; without that code "
+            "its logits are others."
+        ]
+    if published.config.uses_enhanced_mask_decoder:
+        return [
+            head + " It was trained with DeBERTa's enhanced mask decoder. Its logits differ from DeBERTa's own there, "
+            "because that decoder is missing: do not judge the model by them, and do not continue pre-training with that "
+            "class."
+        ]
+    return [head + " It was trained without an enhanced mask decoder, and that class computes its own logits."]

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.conversion.build import MultipleChoice
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.heads import DebertaForMultipleChoice
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 PROGRAM_NAME = "model.onnx"
@@ -92,7 +92,7 @@ def export(model: nn.Module, *, config: DebertaConfig) -> Program:
     """
     limit = config.max_position_embeddings
     called = _Called(model, config)
-    axes = ("batch", "choices", "length") if isinstance(model, MultipleChoice) else ("batch", "length")
+    axes = ("batch", "choices", "length") if isinstance(model, DebertaForMultipleChoice) else ("batch", "length")
     examples = called.examples((2,) * (len(axes) - 1), length=max(2, min(16, limit // 2)))
     outputs = called.find_outputs(examples)
     dims = {number: torch.export.Dim(axis) for number, axis in enumerate(axes)}

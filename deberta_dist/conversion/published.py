@@ -3,6 +3,7 @@
 Runs export it, and training starts from it. A configuration without ``model_type`` tells it from Hugging Face's.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from deberta_dist.conversion.rules import Format
@@ -13,6 +14,6 @@ CONFIG_NAME = "config.json"
 FORMAT = Format(name="deberta_dist")
 
 
-def to_config(config: DebertaConfig, *, labels: dict[str, Any]) -> dict[str, Any]:
-    """``config.json``: the published fields, and of a classifier the names of its classes."""
-    return {**config.to_dict(), **labels}
+def to_config(config: DebertaConfig, *, head: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json``: the published fields, and what `meeting.Published.head_config` says of a head."""
+    return {**config.to_dict(), **head}

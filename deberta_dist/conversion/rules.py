@@ -88,6 +88,16 @@ COMMON_DROPS = (
 )
 
 
+def leave_out_twins(reading: Reading, *, renames: Sequence[Rename], allow_unmapped: Sequence[str]) -> None:
+    """Leaves out keys that patterns name and that are, renamed, what another key is that no pattern names."""
+    names = {key: next(iter(renamed({key: weight}, renames))) for key, weight in reading.weights.items()}
+    allowed = {key: allowed_by(key, allow_unmapped) for key in names}
+    kept = {names[key] for key, pattern in allowed.items() if pattern is None}
+    for key, pattern in allowed.items():
+        if pattern is not None and names[key] in kept:
+            reading.drop(key, why=f"--allow-unmapped {pattern}")
+
+
 def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
     """The weights under their new names.
 
@@ -103,7 +113,10 @@ def renamed(weights: Weights, renames: Sequence[Rename]) -> Weights:
                 reasons.append(rename.why)
             name = changed
         if name in found:
-            raise CheckpointError(f"keys {printable(found[name].origin[0])} and {printable(key)} are both {printable(name)}")
+            raise CheckpointError(
+                f"keys {printable(found[name].origin[0])} and {printable(key)} are both {printable(name)}; to leave one out, "
+                "give --allow-unmapped KEY"
+            )
         why = "; ".join([*([weight.why] if weight.why else []), *reasons])
         found[name] = replace(weight, why=why) if reasons else weight
     return found

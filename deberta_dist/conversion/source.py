@@ -116,7 +116,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
     weights, embedded, others = _read_weights(weights_file)
     if odd := [key for key in weights if not key.isprintable()]:
         raise CheckpointError(f"{weights_file} has keys that cannot be printed: {shorten(odd)}")
-    weights = unwrap(weights, prefix=options.prefix, where=weights_file)
+    weights = unwrap(weights, prefix=options.prefix, where=weights_file, allow_unmapped=options.allow_unmapped)
     require_whole(weights, where=weights_file)
     is_generator = "generator" in weights_file.name
     config_names = [name for name in CONFIG_NAMES if files.has(directory, name)]
@@ -144,6 +144,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
         *(["discriminator of v3"] if any(key.startswith("mask_predictions.") for key in weights) else []),
         *(["generator of v3"] if is_generator else []),
         *(["classifier"] if any(key.startswith("classifier.") for key in weights) else []),
+        *(["question answering"] if any(key.startswith("qa_outputs.") for key in weights) else []),
         *(["prefix bert."] if any(key.startswith("bert.") for key in weights) else []),
     ]
     return Source(
@@ -176,7 +177,13 @@ def _generator(directory: Path) -> Weights:
 
 
 def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> tuple[Format, str]:
-    if "model_type" in raw or "architectures" in raw or any(key.startswith("cls.predictions.") for key in weights):
+    # Ours and the published code's name a class at most, and the row of padding by another word.
+    is_foreign = "padding_idx" not in raw or not raw.keys().isdisjoint({"pad_token_id", "transformers_version"})
+    if (
+        "model_type" in raw
+        or ("architectures" in raw and is_foreign)
+        or any(key.startswith("cls.predictions.") for key in weights)
+    ):
         # Microsoft's releases on the hub have Hugging Face's configuration and Microsoft's keys; this reads both.
         listed = raw.get("architectures")
         name = printable(str(listed[0])) if isinstance(listed, list) and listed else "without a class"

@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.options import DTYPE_NAMES
 from deberta_dist.errors import ConfigError, printable
-from deberta_dist.models.classification import Pooler, ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import MaskedLMPredictions
 
 POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
 WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
@@ -102,33 +100,18 @@ class Dropped:
     why: str
 
 
-def published_shapes(
-    config: DebertaConfig, *, keys: Iterable[str], num_labels: int | None
-) -> dict[str, tuple[int, ...]]:
-    """Every published name of a model and its full shape, in model order.
-
-    Args:
-        config: The model.
-        keys: Published names that a checkpoint holds; they tell which heads the model has.
-        num_labels: Rows of the classifier; None without one.
+def backbone_shapes(config: DebertaConfig) -> dict[str, tuple[int, ...]]:
+    """Every published name of an encoder and its full shape, in model order.
 
     Raises:
         ConfigError: sizes that no tensor can have.
     """
-    heads = {key.split(".")[0] for key in keys}
     try:
         with without_memory():
-            parts: dict[str, nn.Module] = {"deberta": DebertaModel(config, seed=None)}
-            if "lm_predictions" in heads:
-                parts["lm_predictions"] = MaskedLMPredictions(config)
-            if "mask_predictions" in heads:
-                parts["mask_predictions"] = ReplacedTokenHead(config)
-            if heads & {"pooler", "classifier"}:
-                parts["pooler"] = Pooler(config)
-                parts["classifier"] = nn.Linear(config.hidden_size, num_labels or 1)
+            backbone = DebertaModel(config, seed=None)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ConfigError(f"model configuration: its sizes make no tensors ({str(error).splitlines()[0]})") from error
-    return {name: tuple(p.shape) for name, p in nn.ModuleDict(parts).named_parameters()}
+    return {f"deberta.{name}": tuple(p.shape) for name, p in backbone.named_parameters()}
 
 
 def require_layers(config: DebertaConfig, keys: Iterable[str], *, where: object) -> None:
@@ -151,7 +134,7 @@ def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: It
 
     Args:
         weights: Published names; none that ``shapes`` lacks.
-        shapes: See `published_shapes`.
+        shapes: See `backbone_shapes` and `heads.head_shapes`.
         may_lack: Names that may be absent.
         where: For messages.
 

@@ -6,13 +6,14 @@ wrapper, and a file with several models, are errors that say what was seen.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.conversion.rules import allowed_by
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.errors import ConfigError, printable
 
@@ -50,13 +51,14 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
 
 
-def unwrap(weights: Weights, *, prefix: str | None, where: object) -> Weights:
+def unwrap(weights: Weights, *, prefix: str | None, where: object, allow_unmapped: Sequence[str] = ()) -> Weights:
     """The weights without the names of wrappers before, and in, their names.
 
     Args:
         weights: By the file's own keys.
         prefix: Given by the user, with or without the dot at its end; None: known wrappers alone.
         where: For messages.
+        allow_unmapped: Patterns of the file's keys. Where two keys become one, the one that they name keeps its own.
 
     Raises:
         ConfigError: no key begins with ``prefix``.
@@ -73,8 +75,16 @@ def unwrap(weights: Weights, *, prefix: str | None, where: object) -> Weights:
     found: Weights = {}
     for key, name in names.items():
         name = name.removeprefix(front)
-        if name in found:
-            raise CheckpointError(f"{where}: keys {printable(found[name].origin[0])} and {printable(key)} are both {printable(name)}")
+        if name in found and allowed_by(key, allow_unmapped) is not None:
+            name = key
+        elif name in found:
+            other = found[name].origin[0]
+            if other in found or allowed_by(other, allow_unmapped) is None:
+                raise CheckpointError(
+                    f"{where}: keys {printable(other)} and {printable(key)} are both {printable(name)}; to leave one out, give "
+                    "--allow-unmapped KEY"
+                )
+            found[other] = weights[other]
         found[name] = weights[key] if name == key else replace(weights[key], why=_WHY)
     return found
 

@@ -128,8 +128,9 @@ def open_starting_point(
     found, why = find_tokenizer(source, given=tokenizer, config=published.config)
     if found is None:
         raise ConfigError(f"--init {path}: {why.rstrip('.')}")
-    names = _label_names(published.labels)
-    unused = [name for name in published.weights if not name.startswith(("deberta.", "pooler.", "classifier."))]
+    names = _label_names(published.labels) if published.head in ("sequence", "choice") else ()
+    used = ("deberta.", "pooler.", *(["classifier."] if published.head != "token" else []))
+    unused = [name for name in published.weights if not name.startswith(used)]
     # Whose head predicts words does not matter to a classifier.
     warnings = [text for text in published.reading.warnings if text != GENERATORS_HEAD]
     notes = [f"warning: {text}" for text in (*warnings, *unread_settings(source))]

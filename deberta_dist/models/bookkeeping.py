@@ -9,7 +9,7 @@ BOOKKEEPING_KEYS = frozenset(
     begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
-    id2label is_decoder is_encoder_decoder label2id legacy length_penalty mask_token_id masked_lm_decoder max_length min_length
+    id2label is_decoder is_encoder_decoder label2id legacy length_penalty mask_token_id max_length min_length
     model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
     output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty
     return_dict return_dict_in_generate sentence_transformers sep_token_id suppress_tokens task_specific_params temperature

@@ -48,8 +48,8 @@ class ClassificationOutput:
 torch.export.register_dataclass(ClassificationOutput)
 
 
-class _WithBackbone(nn.Module):
-    """The part that both heads share."""
+class ModelWithBackbone(nn.Module):
+    """The part that models with a small head share."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class _WithBackbone(nn.Module):
         self.deberta.recompute = mode
 
 
-class DebertaForSequenceClassification(_WithBackbone):
+class DebertaForSequenceClassification(ModelWithBackbone):
     """Classifier, or regressor with one label, on the first token.
 
     Args:
@@ -132,7 +132,7 @@ class ReplacedTokenHead(nn.Module):
         return self.classifier(self.activation(self.dense(x))).squeeze(-1)
 
 
-class DebertaForReplacedTokenDetection(_WithBackbone):
+class DebertaForReplacedTokenDetection(ModelWithBackbone):
     """The discriminator of v3: which tokens did the generator replace?
 
     Args:

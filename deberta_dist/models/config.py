@@ -13,6 +13,7 @@ from typing import Any
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.bookkeeping import BOOKKEEPING_KEYS
 
+DECODERS = ("emd", "plain")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
 POSITION_TERMS = ("c2p", "p2c")
 
@@ -27,7 +28,8 @@ class DebertaConfig:
         ConfigError: a size is not positive, heads do not divide the hidden size while
             ``attention_head_size`` is absent, a position term is not c2p or p2c, an activation or
             ``norm_rel_ebd`` is unknown, the convolution has an even kernel or groups that do not divide the
-            hidden size, a probability lies outside [0, 1), or ``relative_attention`` is not true.
+            hidden size, a probability lies outside [0, 1), ``relative_attention`` is not true, or ``decoder`` is
+            unknown or "emd" while positions are added at the input.
     """
 
     vocab_size: int
@@ -50,7 +52,11 @@ class DebertaConfig:
     embedding_size: int | None = None
     """Width of the embedding tables; absent means hidden_size."""
     position_biased_input: bool = True
-    """Absolute positions are added at the input; false means that the enhanced mask decoder adds them."""
+    """Absolute positions are added at the input; false means that the enhanced mask decoder adds them, if anything."""
+    decoder: str | None = None
+    """How masked language modelling decodes: "emd", the enhanced mask decoder, or "plain", the head on the last hidden
+    states as in Hugging Face's classes. Absent means what the published code does: "emd" where ``position_biased_input``
+    is false, else "plain". A value that says the same is stored as absent."""
 
     relative_attention: bool = False
     """Must be true; without it the model is a BERT."""
@@ -107,6 +113,14 @@ class DebertaConfig:
             f"position_buckets = {self.position_buckets} must be -1 (none), or at least 2 and less than twice the "
             f"largest distance, {self.max_relative_distance - 1}",
         )
+        _require(self.decoder in (None, *DECODERS), f"decoder = {self.decoder!r} is neither 'emd' nor 'plain'")
+        _require(
+            not (self.decoder == "emd" and self.position_biased_input),
+            "decoder = 'emd' adds absolute positions after the encoder, and position_biased_input = true at the input: "
+            "set position_biased_input = false, or leave decoder out",
+        )
+        if self.decoder == ("plain" if self.position_biased_input else "emd"):
+            object.__setattr__(self, "decoder", None)
         for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
             value = getattr(self, name)
             _require(value in ACTIVATION_NAMES, f"{name} = {value!r} is not one of {', '.join(ACTIVATION_NAMES)}")
@@ -160,7 +174,12 @@ class DebertaConfig:
     @property
     def uses_enhanced_mask_decoder(self) -> bool:
         """Whether masked language modelling decodes with absolute positions added after the encoder."""
-        return not self.position_biased_input
+        return not self.position_biased_input and self.decoder != "plain"
+
+    @property
+    def has_absolute_positions(self) -> bool:
+        """Whether anything adds absolute positions: the embeddings, or the enhanced mask decoder."""
+        return self.position_biased_input or self.uses_enhanced_mask_decoder
 
     def require_masked_lm(self) -> None:
         """Refuses what the enhanced mask decoder cannot decode; masked language models call it.
@@ -174,12 +193,13 @@ class DebertaConfig:
         _require(
             self.num_hidden_layers >= 2,
             f"num_hidden_layers = {self.num_hidden_layers} is too few: with position_biased_input false the "
-            "enhanced mask decoder reads the input of the last of at least 2 layers",
+            "enhanced mask decoder reads the input of the last of at least 2 layers (decoder = 'plain' does not)",
         )
         _require(
             self.embedding_width == self.hidden_size,
             f"embedding_size = {self.embedding_size} differs from hidden_size = {self.hidden_size}: with "
-            "position_biased_input false the enhanced mask decoder adds position rows to hidden states",
+            "position_biased_input false the enhanced mask decoder adds position rows to hidden states (decoder = "
+            "'plain' does not)",
         )
 
     @classmethod
@@ -201,8 +221,8 @@ class DebertaConfig:
                 values.update({f"pooler_{name}": setting for name, setting in value.items()})
             elif key in known:
                 values[key] = value
-            elif key in _SYNONYMS:
-                values.setdefault(_SYNONYMS[key], value)
+            elif key in SYNONYMS:
+                values.setdefault(SYNONYMS[key], value)
             elif key not in BOOKKEEPING_KEYS:
                 nearest = difflib.get_close_matches(str(key), [*known, *BOOKKEEPING_KEYS], n=1, cutoff=0.0)[0]
                 raise ConfigError(f"model configuration: unknown key {key!r}; the nearest known key is {nearest!r}")
@@ -221,7 +241,7 @@ class DebertaConfig:
         return values
 
 
-_SYNONYMS = {"pad_token_id": "padding_idx", "cls_dropout": "cls_drop_out"}
+SYNONYMS = {"pad_token_id": "padding_idx", "cls_dropout": "cls_drop_out", "masked_lm_decoder": "decoder"}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -242,7 +262,8 @@ def _position_terms(published: Any) -> tuple[str, ...]:
         )
     _require(
         bool(terms) and set(terms) <= set(POSITION_TERMS) and len(set(terms)) == len(terms),
-        f"pos_att_type = {published!r} must name c2p, p2c or both, once each",
+        f"pos_att_type = {published!r} must name c2p, p2c or both, once each"
+        + ("" if terms else "; absent from a file of Hugging Face's classes it means neither, which is not built here"),
     )
     return terms
 

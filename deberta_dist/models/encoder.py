@@ -26,7 +26,7 @@ from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
 class Embeddings(nn.Module):
     """dropout(m LayerNorm(proj(word + type + position))), m the token mask; absent parts left out.
 
-    ``position_embeddings`` is made whether or not positions are added here: the enhanced mask decoder uses it. Where the
+    ``position_embeddings`` is made where positions are added here or in the enhanced mask decoder. Where the
     sequence is split, ``word_embeddings`` gives this process's tokens and ``own_tokens`` takes them of the rest.
     """
 
@@ -35,7 +35,9 @@ class Embeddings(nn.Module):
         width = config.embedding_width
         self.position_biased_input = config.position_biased_input
         self.word_embeddings = WordEmbeddings(config.vocab_size, width, padding_idx=config.padding_idx)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, width) if config.has_absolute_positions else None
+        )
         if config.type_vocab_size > 0:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
         else:

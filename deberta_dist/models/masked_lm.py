@@ -48,8 +48,8 @@ torch.export.register_dataclass(MaskedLMOutput)
 class DebertaForMaskedLM(nn.Module):
     """Masked language model of every generation.
 
-    With ``position_biased_input`` false the last layer decodes: two passes over queries = hidden state + absolute
-    position, attending to the input of the last layer. Only target positions are queries, gathered first, and the
+    With the enhanced mask decoder (``DebertaConfig.decoder``) the last layer decodes: two passes over queries = hidden
+    state + absolute position, attending to the input of the last layer. Only target positions are queries, gathered first, and the
     last layer's ordinary pass, of which the loss sees nothing, is not run. Both are exact.
 
     Args:
@@ -241,7 +241,8 @@ class DebertaForMaskedLM(nn.Module):
 
         Kept: ``encoder.layer.N`` of ``layers``; rel_embeddings and encoder.LayerNorm always; the embeddings' LayerNorm,
         embed_proj and type embeddings, and the convolution, with layer 0; word_embeddings with layer 0 or the last;
-        position_embeddings with layer 0 if position_biased_input, else with the last; lm_predictions with the last.
+        position_embeddings, if there are any, with layer 0 if position_biased_input, else with the last; lm_predictions
+        with the last.
         """
         self.deberta.keep_layers(layers)
         if self.config.num_hidden_layers - 1 not in layers:

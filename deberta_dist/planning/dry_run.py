@@ -71,7 +71,7 @@ def count_parameters(layout: Layout) -> tuple[int, int]:
     """(whole model, backbone as Hugging Face counts it: no head, no absolute positions where the input has none)."""
     sizes = {name: torch.Size(shape).numel() for name, shape in layout.full_shapes.items()}
     backbone = sum(size for name, size in sizes.items() if name.startswith("deberta."))
-    if not layout.config.position_biased_input:
+    if layout.config.uses_enhanced_mask_decoder:
         backbone -= sizes["deberta.embeddings.position_embeddings.weight"]
     return sum(sizes.values()), backbone
 
@@ -117,7 +117,8 @@ def _headline(plan: Plan) -> str:
         ("", f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, FFN {model.intermediate_size}, "
              f"{model.num_attention_heads} heads of {model.head_size}, vocabulary {model.vocab_size}"),
         ("parameters", f"{total:,} in all; backbone {backbone:,} as Hugging Face counts it"),
-        ("", "(without position table and head)" if not model.position_biased_input else "(without head)"),
+        ("", "(without position table and head)" if model.uses_enhanced_mask_decoder else "(without head)"),
+        *([("decoder", "plain: the head reads the last hidden states")] if model.decoder == "plain" else []),
         ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
         ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
                       f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"

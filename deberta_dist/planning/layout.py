@@ -12,8 +12,9 @@ import torch
 
 from deberta_dist.config import Parallel
 from deberta_dist.flat_layout import FlatLayout, lay_out
-from deberta_dist.models.classification import DebertaForSequenceClassification
+from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.heads import model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.pipeline_parallel.stages import balance_stages, explicit_stages, stages_of_rank
@@ -234,12 +235,15 @@ def _names_beside_layers(config: DebertaConfig, layer: int) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if not name.startswith(LAYER_PREFIX))
 
 
-def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int) -> Layout:
+def classifier_layout(
+    config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int, head: str = "sequence"
+) -> Layout:
     """Lays a classifier out: one stage, cut over tensor-parallel ranks.
 
     Args:
         config: The model.
-        num_outputs: Rows of the classifier.
+        num_outputs: Rows of the classifier, where its head has as many as there are labels.
+        head: A key of `models.heads.HEADS`; every rank has the whole of it.
         tensor_parallel_size: Ranks that share every layer.
 
     Raises:
@@ -250,7 +254,8 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
         intermediate_size=config.intermediate_size,
         tensor_parallel_size=tensor_parallel_size,
     )
-    shapes = {name: tuple(p.shape) for name, p in meta_classifier(config, num_outputs=num_outputs).named_parameters()}
+    model = meta_classifier(config, num_outputs=num_outputs, head=head)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return Layout(
         config=config,
         tensor_parallel_size=tensor_parallel_size,
@@ -261,10 +266,10 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
     )
 
 
-def meta_classifier(config: DebertaConfig, *, num_outputs: int) -> DebertaForSequenceClassification:
+def meta_classifier(config: DebertaConfig, *, num_outputs: int, head: str = "sequence") -> ModelWithBackbone:
     """The whole classifier without any memory, and without the positions that only a mask decoder adds."""
     with without_memory():
-        model = DebertaForSequenceClassification(config, num_labels=num_outputs)
+        model = model_with_head(config, head, num_labels=num_outputs)
     if not config.position_biased_input:
         model.deberta.embeddings.position_embeddings = None
     return model

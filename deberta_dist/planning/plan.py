@@ -12,6 +12,7 @@ from typing import Any
 from deberta_dist.config import RunConfig, deepspeed_config, resolve
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.defaults import filled_in
 from deberta_dist.models.presets import preset
 from deberta_dist.planning.flops import ForwardFlops, forward_flops
 from deberta_dist.planning.layout import Layout, plan_layout
@@ -105,6 +106,8 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
         published = json.loads(Path(section.config).read_text(encoding="utf-8"))
         if not isinstance(published, dict):
             raise ConfigError(f"model.config = {section.config} is not a JSON object")
+        if published.get("model_type") is not None:
+            published, _ = filled_in(published, kind=published["model_type"])
         return DebertaConfig.from_dict({**published, **section.overrides})
     except ConfigError as error:
         raise ConfigError(f"{config.source}, [model]: {error}") from None

@@ -184,6 +184,9 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
             f"{where} was trained with a tokenizer of SHA-256 {sha256[:12]}..., data.tokenizer = "
             f"{plan.config.data.tokenizer} has {tokenizer_sha256[:12]}...: its embeddings are of other pieces"
         )
+    is_told = not model.knows_decoder
+    if is_told:
+        model = to_published(source, decoder="emd" if config.uses_enhanced_mask_decoder else "plain")
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
@@ -197,6 +200,8 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
     notes = [f"starts from {path} ({source.description})", *_warnings(model, shapes=shapes)]
     notes += [f"warning: {text}" for text in unread_settings(source)]
     notes += [f"left out of it: {dropped.key} ({dropped.why})" for dropped in model.reading.dropped if "allow" in dropped.why]
+    if is_told:
+        notes.append(f"warning: it does not say how it was trained to decode: {model.decoder}, as model.decoder says")
 
     def read(name: str) -> Tensor:
         if name in model.weights:

@@ -47,6 +47,7 @@ class Case:
         attention_dropout: Of probabilities, which is drawn per tensor rank; None as ``dropout``.
         buckets: Lengths of sequences, ending with ``LENGTH``: a step of each in turn, as many tokens in all of them.
         as_on_a_gpu: Products add weights' gradients, and targets are padded to few sizes.
+        decoder: How the masked language model decodes.
     """
 
     tensor: int = 1
@@ -72,6 +73,7 @@ class Case:
     sequence: bool = False
     attention_dropout: float | None = None
     as_on_a_gpu: bool = False
+    decoder: str = "emd"
 
     @property
     def world_size(self) -> int:
@@ -91,6 +93,7 @@ class Case:
             "max_position_embeddings": 32,
             "relative_attention": True,
             "position_biased_input": False,
+            "decoder": self.decoder,
             "pos_att_type": "p2c|c2p",
             "hidden_dropout_prob": self.dropout,
             "attention_probs_dropout_prob": self.dropout if self.attention_dropout is None else self.attention_dropout,

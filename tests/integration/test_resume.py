@@ -98,6 +98,7 @@ def whole_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 DROPOUT = (("model__hidden_dropout_prob", 0.1), ("model__attention_probs_dropout_prob", 0.1))
+PLAIN = (("model__decoder", "plain"),)
 BF16 = (("run__deepspeed", ROOT / "ds_configs" / "zero3_bf16.json"),)
 OFFLOAD = (("run__deepspeed", ROOT / "ds_configs" / "zero3_offload.json"),)
 
@@ -105,7 +106,8 @@ OFFLOAD = (("run__deepspeed", ROOT / "ds_configs" / "zero3_offload.json"),)
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
-        pytest.param((1, 1, 1), DROPOUT, id="one-rank-fp32"),
+        pytest.param((1, 1, 1), DROPOUT + PLAIN, id="one-rank-fp32-plain"),
+        pytest.param((1, 1, 1), DROPOUT, id="one-rank-fp32", marks=pytest.mark.slow),
         pytest.param((2, 2, 2), DROPOUT + BF16, id="2x2x2-bf16"),
         pytest.param((1, 1, 1), DROPOUT + BF16, id="one-rank-bf16", marks=pytest.mark.slow),
         pytest.param((2, 2, 2), DROPOUT, id="2x2x2-fp32", marks=pytest.mark.slow),

@@ -61,10 +61,12 @@ CASES = {
         changes=(("vocab_size", 60), ("position_biased_input", True), ("type_vocab_size", 2), ("embedding_size", 16),
                  ("attention_head_size", 12)),
     ),
-    "v2": Unusual(
+    "v2-plain": Unusual(
         tensor=2, pipeline=2,
-        changes=(("vocab_size", 60), ("type_vocab_size", 2), ("conv_groups", 4), ("conv_kernel_size", 5)),
+        changes=(("vocab_size", 60), ("type_vocab_size", 2), ("conv_groups", 4), ("conv_kernel_size", 5),
+                 ("decoder", "plain")),
     ),
+    "v2-plain-sequence-data": Unusual(tensor=2, data=2, sequence=True, changes=(("decoder", "plain"),)),
     # Positions are added to the embeddings, so that the last layer is split too; two tokens beside each part.
     "v1-sequence": Unusual(
         tensor=2, pipeline=2, sequence=True, model="v1",
@@ -83,7 +85,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "v2-plain-sequence-data" else name for name in CASES]
+)
 def test_equals_one_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     alone = dataclasses.replace(

@@ -18,6 +18,7 @@ VARIANTS = {
     "p2c": preset("tiny-v1", pos_att_type="p2c"),
     "shared p2c": preset("tiny-v2", pos_att_type="p2c"),
     "odd heads": preset("tiny-v2", attention_head_size=24, num_attention_heads=3),
+    "plain": preset("tiny-v2", decoder="plain", embedding_size=32),
     "biased": preset("tiny-v2", position_biased_input=True, embedding_size=32, type_vocab_size=2, conv_act="tanh"),
 }
 

@@ -59,6 +59,11 @@ def test_derived_sizes():
     config = preset("tiny-v2", attention_head_size=8, max_relative_positions=40)
     assert (config.head_size, config.all_head_size, config.max_relative_distance) == (8, 32, 40)
     assert config.num_position_rows == 32 and config.uses_enhanced_mask_decoder
+    # What says the same as nothing is nothing: a run may be given it afterwards, and a copy may add positions at the input.
+    assert preset("tiny-v2", decoder="emd") == preset("tiny-v2") and "decoder" not in config.to_dict()
+    plain = preset("tiny-v2", decoder="plain")
+    assert DebertaConfig.from_dict(plain.to_dict()) == plain and not plain.uses_enhanced_mask_decoder
+    assert not plain.has_absolute_positions and preset("tiny-v2", position_biased_input=True).has_absolute_positions
     assert preset("tiny-v1", max_relative_positions=40).num_position_rows == 80
 
 

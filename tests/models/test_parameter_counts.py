@@ -53,7 +53,16 @@ def test_parts_of_the_largest():
     assert count(model.encoder.rel_embeddings) == 786_432
 
 
-@pytest.mark.parametrize("head", ["DebertaForSequenceClassification", "DebertaForReplacedTokenDetection"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "DebertaForSequenceClassification",
+        "DebertaForReplacedTokenDetection",
+        "DebertaForTokenClassification",
+        "DebertaForQuestionAnswering",
+        "DebertaForMultipleChoice",
+    ],
+)
 def test_heads_are_built_on_meta(head):
     with torch.device("meta"):
         model = getattr(deberta_dist, head)(PRESETS["v3-large"])

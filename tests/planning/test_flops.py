@@ -21,6 +21,7 @@ BATCH, LENGTH, TARGETS = 3, 64, 8
         ("tiny-v2", {}),
         ("tiny-v1", {"position_biased_input": True}),
         ("tiny-v2", {"position_biased_input": True}),
+        ("tiny-v2", {"decoder": "plain"}),
         ("tiny-v1", {"pos_att_type": "c2p"}),
         ("tiny-v2", {"pos_att_type": "p2c"}),
         ("tiny-v2", {"attention_head_size": 24}),

@@ -132,16 +132,17 @@ def layout_of(case: Case) -> Layout:
         Case(data=2),
         Case(tensor=2, pipeline=2, data=2, micro_batches=3),
         pytest.param(Case(tensor=2, recompute="full", dropout=0.1), marks=pytest.mark.slow),
-        Case(tensor=2, recompute="selective", model="v1"),
+        Case(tensor=2, recompute="selective", model="v1", decoder="plain"),
         Case(pipeline=2, data=2, precision="bf16", dropout=0.1),
         Case(pipeline=2, schedule="interleaved_1f1b", stages_per_rank=2),
         Case(pipeline=2, buckets=(8, 12, LENGTH)),
         pytest.param(Case(tensor=2, sequence=True, dropout=0.1), marks=pytest.mark.slow),
         Case(tensor=2, pipeline=2, sequence=True, recompute="full"),
+        pytest.param(Case(tensor=2, sequence=True, decoder="plain"), marks=pytest.mark.slow),
         pytest.param(Case(tensor=4, sequence=True, model="v1", recompute="selective"), marks=pytest.mark.slow),
     ],
     ids=lambda case: (
-        f"{'sp' * case.sequence}tp{case.tensor}-pp{case.pipeline}-dp{case.data}-{case.recompute}-{case.precision}-{case.schedule}"
+        f"{'sp' * case.sequence}tp{case.tensor}-pp{case.pipeline}-dp{case.data}-{case.recompute}-{case.precision}-{case.schedule}-{case.decoder}"
     ),
 )
 def test_prediction_equals_a_real_step(case: Case) -> None:

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist import preset
+from safetensors.torch import save_file
+
+from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.planning.plan import check_plan, read_model_config
 from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
-from deberta_dist.training.inputs import open_data
+from deberta_dist.training.inputs import open_data, open_initial_weights
 from deberta_dist.training.resume import changed_settings
 from tests.training.conftest import VOCABULARY, MakeRun
 
@@ -39,6 +41,8 @@ def test_a_good_run_is_resolved(make_run: MakeRun) -> None:
         ({"model": {"hiden_size": 3}}, ["'hiden_size'", "'hidden_size'"]),
         ({"model": {"hidden_size": 30}}, ["num_attention_heads = 4", "hidden_size = 30"]),
         ({"model": {"num_hidden_layers": 1}}, ["num_hidden_layers = 1", "at least 2"]),
+        ({"model": {"decoder": "none"}}, ["decoder = 'none'", "'plain'"]),
+        ({"model": {"decoder": "emd", "position_biased_input": True}}, ["decoder = 'emd'", "position_biased_input = true"]),
         ({"parallel": {"tensor_parallel_size": 8}}, ["tensor_parallel_size = 8", "num_attention_heads = 4"]),
         ({"parallel": {"pipeline_parallel_size": 8}}, ["8 pipeline stages", "num_hidden_layers = "]),
         ({"parallel": {"layers_per_stage": (1,)}}, ["layers_per_stage = [1]", "num_hidden_layers = "]),
@@ -65,12 +69,41 @@ def test_a_published_configuration_is_a_model(make_run: MakeRun, tmp_path: Path)
     section = type(config.model)(config=file, num_hidden_layers=3)
     found = read_model_config(config.model_copy(update={"model": section}))
     assert found == preset("tiny-v1", num_hidden_layers=3)
+    # Of Hugging Face's: what it lacks means what their classes take it to mean, not what the published code does.
+    theirs = {"model_type": "deberta-v2", "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    file.write_text(json.dumps(theirs))
+    found = read_model_config(config.model_copy(update={"model": section}))
+    assert (found.hidden_size, found.vocab_size, found.num_hidden_layers) == (1536, 128100, 3)
+    file.write_text(json.dumps({**theirs, "pos_att_type": None}))
+    with pytest.raises(ConfigError, match="means neither"):
+        read_model_config(config.model_copy(update={"model": section}))
+    assert read_model_config(
+        config.model_copy(update={"model": type(config.model)(config=file, pos_att_type="c2p")})
+    ).pos_att_type == ("c2p",)
     file.write_text("{")
     with pytest.raises(ConfigError, match=r"model\.config = .*config\.json"):
         read_model_config(config.model_copy(update={"model": section}))
     file.unlink()
     with pytest.raises(ConfigError, match=r"model\.config = .*config\.json"):
         read_model_config(config.model_copy(update={"model": section}))
+
+
+def test_weights_that_do_not_say_how_they_decode_are_told_by_the_run(make_run: MakeRun, tmp_path: Path) -> None:
+    """As transformers saves a masked language model: no position table, and no word on the decoder."""
+    source = DebertaForMaskedLM(preset("tiny-v2", vocab_size=VOCABULARY, decoder="plain"))
+    (tmp_path / "theirs").mkdir()
+    config = {k: v for k, v in source.config.to_dict().items() if k not in ("decoder", "padding_idx")}
+    (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "model_type": "deberta-v2"}))
+    save_file(dict(source.named_parameters()), tmp_path / "theirs/model.safetensors")
+    words = "deberta.embeddings.word_embeddings.weight"
+    for decoder, note in (("plain", "plain, as model.decoder says"), ("emd", "position_embeddings.weight is not in it")):
+        run = make_run(training={"init": tmp_path / "theirs"}, model={"decoder": decoder})
+        found = open_initial_weights(check_plan(run, world_size=1), tokenizer_sha256="", verify=True)
+        assert torch.equal(found.read(words), source.state_dict()[words]) and note in "; ".join(found.notes)
+    # What says how it decodes is not taken for the other.
+    (tmp_path / "theirs/config.json").write_text(json.dumps(source.config.to_dict()))
+    with pytest.raises(ConfigError, match="decoder = plain there, emd here"):
+        open_initial_weights(check_plan(run, world_size=1), tokenizer_sha256="", verify=True)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(make_run: MakeRun) -> None:
