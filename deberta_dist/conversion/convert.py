@@ -302,14 +302,19 @@ def _card(
     )
 
 
+# What a model is made of, what is written anew, and hidden files.
+_READ = re.compile(
+    r"\..*|README\.md|conversion_report\.json|(model_|generator_)?config\.json|.*\.(safetensors|bin|pt|pth|ckpt|index\.json)"
+).fullmatch
+
+
 def _left_behind(source: Source, tokenizer: TokenizerResult) -> list[str]:
     """What else lies in a source's directory: it may be part of a pipeline of another library."""
     if source.is_file or source.layout is not None:
         return []
-    read = re.compile(r"\..*|README\.md|conversion_report\.json|(model_|generator_)?config\.json|.*\.(safetensors|bin|index\.json)")
     own = {*tokenizer.files, *tokenizer_names(source)}
-    entries = sorted(path for path in source.directory.iterdir() if path.name not in own and (path.is_dir() or not read.fullmatch(path.name)))
-    names = [f"{path.name}/" if path.is_dir() else path.name for path in entries]
+    entries = sorted(path for path in source.directory.iterdir() if path.name not in own)
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in entries if path.is_dir() or not _READ(path.name)]
     return [f"not carried, since no part of the model or its tokenizer: {shorten(names, most=10)}"] if names else []
 
 

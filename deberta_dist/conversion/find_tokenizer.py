@@ -133,8 +133,10 @@ def tokenizer_names(source: Source) -> list[str]:
 def unread_settings(source: Source) -> list[str]:
     """What the source's files do to text or ids that a SentencePiece model alone does not, for who reads only that."""
     changes = read_settings(source.directory).changes() if own_spm(source) is not None else []
-    said = f"the tokenizer's files of {source.path} say {'; '.join(changes)}: {SPM_NAME} alone, which is read here, does not do it"
-    return [said] if changes else []
+    if not changes:
+        return []
+    said = f"the tokenizer's files of {source.path} say {'; '.join(changes)}"
+    return [f"{said}: {SPM_NAME} alone, which is read here, does not do it"]
 
 
 def is_sentencepiece(source: Source) -> bool:

@@ -101,8 +101,8 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     """A directory that gets its name when the block ends without error; an error removes it.
 
     A killed conversion leaves ``.NAME.converting-HOST-PID``; the next one to the same target on the same host
-    removes it (on Windows it stays). Killed between the two renames of ``force``, it leaves what was replaced under that name with
-    ``.old`` at its end, which nothing removes.
+    removes it (on Windows it stays). Killed between the two renames of ``force``, it leaves what was replaced under
+    that name with ``.old`` at its end, which nothing removes.
 
     Args:
         target: Its name.

@@ -29,7 +29,10 @@ _WEIGHTS_NAMES = (
 CONFIG_NAMES = ("config.json", "model_config.json")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _QUANTISED = ("quantization_config", "compression_config")
-_TAKEN = "the model is taken for the DeBERTa that the other keys describe"
+_OWN_CODE = (
+    "the configuration names code of its own (auto_map), which is never run: the model is taken for the DeBERTa that the other "
+    "keys describe"
+)
 _ADAPTER_NAME = "adapter_config.json"
 _GENERATOR_CONFIG_NAME = "generator_config.json"
 
@@ -159,7 +162,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
         options=options,
         warnings=(
             *([f"{weights_file.name} also holds {shorten(others)}: not part of the model, not read"] if others else []),
-            *([f"the configuration names code of its own (auto_map), which is never run: {_TAKEN}"] if raw.get("auto_map") else []),
+            *([_OWN_CODE] if raw.get("auto_map") else []),
         ),
     )
 

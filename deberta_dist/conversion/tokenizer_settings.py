@@ -189,7 +189,7 @@ def _by_number(table: Mapping[Any, Any], *, where: object) -> tuple[dict[str, in
 def _untold(config: Mapping[str, Any]) -> list[str]:
     known = {*_SWITCHES, *ROLES, *_EXTRA, "added_tokens_decoder", *_SAYS_NOTHING, *_OF_EVERY_CLASS}
     return [
-        f"{CONFIG_NAME} says {key} = {str(value)[:60]}, which {'DebertaV2Tokenizer'} does not act on"
+        f"{CONFIG_NAME} says {key} = {str(value)[:60]}, which DebertaV2Tokenizer does not act on"
         for key, value in config.items()
         if key not in known and not (key in _AS_USUAL and value in (_AS_USUAL[key], None)) and value is not None
     ]

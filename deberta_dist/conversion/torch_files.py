@@ -177,8 +177,8 @@ def _reason(error: Exception) -> str:
         return "it is a program of TorchScript (torch.jit.save): save the state_dict() of the model instead"
     if asked := _ASKED_FOR.search(text):
         return (
-            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which is never done here: where the file is trusted, "
-            "load it with the code that made it and save the state_dict() alone"
+            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which is never done here: where "
+            "the file is trusted, load it with the code that made it and save the state_dict() alone"
         )
     # Sentences of advice stand around the reason; the reason alone says what was found.
     found = (text.partition("WeightsUnpickler error:")[2] or text).replace("Weights only load failed.", "")

@@ -27,7 +27,8 @@ _WHY = "wrapper of training code"
 # Where a backbone lies, whatever stands before it; a backbone inside a model is called deberta, or bert.
 _BACKBONE = re.compile(r"(|.*?\.)(?:(?:deberta|bert)\.)?(?:embeddings\.word_embeddings|encoder\.layer\.\d+\.attention)\..*")
 _ADAPTER = re.compile(
-    r"(.*\.)?(lora_\w+|ia3_l|hada_\w+|lokr_\w+|vera_\w+|boft_\w+|oft_\w+|base_layer|modules_to_save|original_module|prompt_encoder)\..*"
+    r"(.*\.)?(lora_\w+|ia3_l|hada_\w+|lokr_\w+|vera_\w+|boft_\w+|oft_\w+|base_layer|modules_to_save|original_module|"
+    r"prompt_encoder)(\..*)?"
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.batches import TaskBatch, collate, dealt
 from deberta_dist.finetuning.finetuner import decision_loss
 from deberta_dist.finetuning.folder import IDENTITY, TaskFolder
@@ -211,3 +213,26 @@ def test_true_of_one_task_is_not_true_of_another(start_directory: Path, tmp_path
     save_file(weights | {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}, tmp_path / "model.safetensors")
     start = open_starting_point(tmp_path, tokenizer=start_directory / "spm.model", verify=True)
     assert "new classifier" in start.origin(("true", "false"))
+
+
+def test_a_start_with_names_and_a_tokenizer_of_its_own(start_directory: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = start_directory / "dropout-0"
+    weights = {f"student.{name}": value for name, value in load_file(source / "model.safetensors").items()}
+    save_file(weights | {"loss.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    shutil.copy(source / "config.json", tmp_path)
+    shutil.copy(start_directory / "spm.model", tmp_path)
+    given = ["--task", "RTE", "--data", "x", "--init", str(tmp_path), "--prefix", "student.", "--allow-unmapped", "loss.*"]
+    options = parse(given).read_options
+    expected = open_starting_point(source, tokenizer=start_directory / "spm.model", verify=True)
+    start = open_starting_point(tmp_path, tokenizer=None, verify=True, options=options)
+    assert start.fingerprint == expected.fingerprint and not any("lower" in note for note in start.notes)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    start = open_starting_point(tmp_path, tokenizer=None, verify=True, options=options)
+    assert any("do_lower_case = true: spm.model alone, which is read here, does not do it" in note for note in start.notes)
+    # Another vocabulary is what the model was trained with, whatever lies beside it.
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "vocab.txt").write_text("[PAD]")
+    with pytest.raises(ConfigError, match=r"its tokenizer is BertTokenizer \(.*vocab\.txt\).* give --tokenizer"):
+        open_starting_point(tmp_path, tokenizer=None, verify=True, options=options)

@@ -13,13 +13,16 @@ import torch
 
 from safetensors.torch import save_file
 
-from deberta_dist import DebertaForMaskedLM, preset
+from deberta_dist import preset
+from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.data.token_writer import TokenFileWriter
+from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.mesh import Mesh, MeshShape
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.planning.plan import check_plan, read_model_config
 from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
-from deberta_dist.training.inputs import open_data, open_initial_weights
+from deberta_dist.training.inputs import InitialWeights, open_data, open_initial_weights
 from deberta_dist.training.resume import changed_settings
 from tests.training.conftest import VOCABULARY, MakeRun
 
@@ -119,6 +122,35 @@ def test_tokens_of_another_tokenizer_are_refused(make_run: MakeRun, corpus: Path
     plan = check_plan(make_run(data={"tokenizer": corpus / "another.model"}), world_size=1)
     with pytest.raises(DataError, match=r"text\.tokens was made with .*another\.model"):
         open_data(plan)
+
+
+def test_initial_weights_with_names_of_their_own(make_run: MakeRun, corpus: Path, tmp_path: Path) -> None:
+    model = DebertaForMaskedLM(preset("tiny-v2", vocab_size=VOCABULARY))
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    state = {f"student.{name}": value for name, value in tensors.items()} | {"loss.weight": torch.ones(1)}
+    torch.save({"state_dict": state, "where": Path("x")}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    shutil.copy(corpus / "spm.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+
+    def opened(**options: object) -> InitialWeights | None:
+        plan = check_plan(make_run(training={"init": tmp_path, **options}), world_size=1)
+        return open_initial_weights(plan, tokenizer_sha256=Tokenizer(corpus / "spm.model").sha256, verify=True)
+
+    with pytest.raises(CheckpointError, match=r"training\.init = .*asks for code to be run \(pathlib") as refusal:
+        opened()
+    assert "weights_only" not in str(refusal.value)
+    torch.save({"state_dict": state}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"begin with 'student\.'.* give training\.init_prefix student\."):
+        opened()
+    with pytest.raises(CheckpointError, match=r"loss\.weight; .*give training\.init_allow_unmapped"):
+        opened(init_prefix="student.")
+    found = opened(init_prefix="student", init_allow_unmapped=["loss.*"])
+    assert found is not None and all(torch.equal(found.read(name), value) for name, value in tensors.items())
+    notes = " ".join(found.notes)
+    assert "left out of it: loss.weight" in notes and "do_lower_case = true" in notes
+    with pytest.raises(ValueError, match=r"training\.init_prefix = 'student' is of no use without training\.init"):
+        make_run(training={"init_prefix": "student"})
 
 
 def test_a_missing_token_file_is_named(make_run: MakeRun, corpus: Path, tmp_path: Path) -> None:
