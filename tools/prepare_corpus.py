@@ -73,7 +73,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--benchmark",
         nargs="+",
         metavar="PATH",
-        help="files or folders of a benchmark: documents that share --benchmark-ngram words in a row with it are left out",
+        help="files or folders of a benchmark (.json, .jsonl, .tsv, .csv, .txt, .parquet, packed or not): documents that "
+        "share --benchmark-ngram words in a row with it are left out",
     )
     group.add_argument("--benchmark-ngram", type=int, metavar="N", help="words in a row (default: 13)")
     group = parser.add_argument_group("sizes")
