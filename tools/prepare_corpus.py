@@ -127,7 +127,8 @@ def prepare(ranks: "Ranks") -> int:  # noqa: F821
             shard_bytes=arguments.shard_bytes,
             piece_bytes=arguments.piece_bytes,
         )
-        ngrams = benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram or 13) if arguments.benchmark else None
+        n = 13 if arguments.benchmark_ngram is None else arguments.benchmark_ngram
+        ngrams = benchmark_ngrams(arguments.benchmark, n=n) if arguments.benchmark else None
         return recipe, ngrams
 
     recipe, ngrams = ranks.first(check)

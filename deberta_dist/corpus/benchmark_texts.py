@@ -24,6 +24,8 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".tsv", ".csv", ".txt", ".parquet")
 _READABLE = f"{', '.join(ENDINGS[:-1])} (all also with .gz, .zst, .bz2 or .xz) and {ENDINGS[-1]}"
 # What lies beside data and is none of it.
 _BESIDE = re.compile(r"(readme|licen[cs]e|copying|notice|sources?|citation|authors|changelog).*|.*\.(md|rst|py|sh|cff|bib)", re.I)
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+_MAX_COLUMNS = 12
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -78,8 +80,8 @@ def texts_of(one: BenchmarkFile) -> Iterator[str]:
     """Every text of a file.
 
     Of JSON and Parquet files every string at any depth, and the strings of a list together, which may be tokens; of .csv
-    files every cell, of .tsv files every line, of .txt files every block between blank lines, and of those with a token a
-    line the tokens. Text files that hold JSON are read as it.
+    files every cell, of .tsv files every line, of .txt files every block between blank lines, and of both, where there is
+    a token a line, the tokens. Text files that hold JSON are read as it.
 
     Yields:
         Them; ``Derived`` for keys, and for what was put together.
@@ -101,9 +103,11 @@ def texts_of(one: BenchmarkFile) -> Iterator[str]:
         elif one.ending == ".csv":
             yield from _cells(lines, place=one.file.path)
         elif one.ending == ".tsv":
-            yield from lines
+            text = "".join(lines)
+            yield from text.split("\n")
+            yield from _tokens(text)
         else:
-            yield from _blocks(lines)
+            yield from _blocks("".join(lines))
 
 
 def _is_beside(path: Path) -> bool:
@@ -136,19 +140,23 @@ def _lines(file: InputFile, chunks: Iterator[bytes]) -> Iterator[str]:
         yield rest
 
 
-def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    text = "".join(lines)
+def _blocks(text: str) -> Iterator[str]:
     if text.lstrip()[:1] in ("{", "["):
         try:
             yield from _json_strings(text, place="")
             return
         except DataError:
             pass  # a text that begins with a bracket
-    for block in re.split(r"\n[^\S\n]*\n", text):
-        yield block
-        rows = [line.split() for line in block.splitlines() if line.strip()]
-        if len(rows) > 2 and 1 < len(rows[0]) < 10 and len({len(row) for row in rows}) == 1:
-            yield Derived(" ".join(row[0] for row in rows))
+    yield from _BLANK_LINE.split(text)
+    yield from _tokens(text)
+
+
+def _tokens(text: str) -> Iterator[str]:
+    """The columns of blocks with a token and its tags a line, as CoNLL's data have them, each column as a text."""
+    for block in _BLANK_LINE.split(text):
+        rows = [line.split() for line in block.split("\n") if line.strip()]
+        if len(rows) > 2 and 1 < len(rows[0]) <= _MAX_COLUMNS and len({len(row) for row in rows}) == 1:
+            yield from (Derived(" ".join(column)) for column in zip(*rows, strict=True))
 
 
 def _cells(lines: Iterable[str], *, place: Path) -> Iterator[str]:

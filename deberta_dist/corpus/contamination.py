@@ -109,7 +109,7 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
         DataError: as ``list_benchmark`` and ``texts_of``; a file has no text, or no string anywhere has n words.
     """
     if n < 1:
-        raise ConfigError(f"n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
+        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
     paths = list(paths)
     files, passed_over = list_benchmark(paths)
     hashes, places, texts, used = [], [], [], []

@@ -36,14 +36,15 @@ def text_of(line: str, *, field: str) -> str:
     """
     try:
         value = any_json(line)
-        # The last of two equal keys would be taken, without a word.
-        if any(line.count(f'"{name}"') > 1 for name in {field, *field.split(".")}):
-            value = any_json(line, hook=_with_repeated_keys)
     except ValueError as error:
         raise ValueError(f"not a line of JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object with the field {field!r}")
-    text = _find(value, field)
+    text = value.get(field)
+    if isinstance(text, str) and line.count(f'"{field}"') == 1:
+        return text
+    # The last of two equal keys would have been taken, without a word.
+    text = _find(any_json(line, hook=_with_repeated_keys), field)
     if not isinstance(text, str):
         found = printable(", ".join(value) or "none")
         raise ValueError(f"no string in the field {field!r}; fields here: {found}")

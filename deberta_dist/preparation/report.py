@@ -178,7 +178,8 @@ class Outcome:
 
     def _benchmark_line(self) -> str:
         searched, texts = (sum(getattr(used, name) for used in self.benchmark) for name in ("num_searched", "num_texts"))
-        line = f"compared with {searched:,} of {texts:,} texts in {len(self.benchmark):,} benchmark files (the rest is shorter)"
+        shorter = " (the others are shorter)" if searched < texts else ""
+        line = f"compared with {searched:,} of {texts:,} texts in {len(self.benchmark):,} benchmark files{shorter}"
         if silent := [used for used in self.benchmark if not used.num_searched]:
             line += f"; {len(silent):,} files have none that is long enough, such as {_shown(silent[0].path)}"
         return line

@@ -21,7 +21,12 @@ from deberta_dist.corpus.reading import cut, read_documents
 from deberta_dist.errors import DataError
 from tests.corpus.test_reading import in_pieces, read, texts
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "zst": zstandard.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
 TEXT = b"\xef\xbb\xbf" + b"".join(b"document %d\nof two lines\n\n" % i for i in range(3000))
 
 
@@ -103,7 +108,10 @@ def test_archives_that_are_sound_and_too_large_say_how_to_repack_them(tmp_path: 
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize(("content", "kind"), [(b"<!DOCTYPE html>\n<p>Log in", "an HTML page"), (b"Entry not found", "a server's answer")])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"<!DOCTYPE html>\n<p>Log in", "an HTML page"), (b"Entry not found", "a server's answer")],
+)
 def test_a_page_in_place_of_a_file_is_told(tmp_path: Path, content: bytes, kind: str, compressed: bool) -> None:
     path = tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl")
     path.write_bytes(content)

@@ -178,7 +178,8 @@ def test_fields_in_objects(tmp_path: Path, line: str, field: str, expected: str)
 
 
 @pytest.mark.parametrize(
-    "content", ['[{"text": "one"}, {"text": "two"}]', '[\n "one",\n "two"\n]', ' \n[ \n {"text": "x"}]', "[]", '{\n "text": "x"\n}']
+    "content",
+    ['[{"text": "one"}, {"text": "two"}]', '[\n "one",\n "two"\n]', ' \n[ \n {"text": "x"}]', "[]", '{\n "text": "x"\n}'],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
 def test_json_that_is_one_value_is_refused_whatever_becomes_of_bad_records(tmp_path: Path, name: str, content: str) -> None:

@@ -125,7 +125,7 @@ def test_a_benchmark_is_listed_file_by_file(tokenizer: Tokenizer, tmp_path: Path
     report = json.loads((tmp_path / "x" / "report.json").read_text())
     found = [(Path(used["path"]).name, used["num_texts"], used["num_searched"]) for used in report["benchmark"]]
     assert found == [("a.jsonl.gz", 2, 1), ("b|c.csv", 4, 1), ("labels.txt", 1, 0)]
-    line = "compared with 2 of 7 texts in 3 benchmark files (the rest is shorter); 1 files have none that is long enough"
+    line = "compared with 2 of 7 texts in 3 benchmark files (the others are shorter); 1 files have none that is long enough"
     assert line in outcome.summary(tmp_path) and f"beside the benchmark: 1 ({folder}/README.md)" in outcome.summary(tmp_path)
     text = (tmp_path / "x" / "report.md").read_text()
     assert f"| {folder}/b\\|c.csv | 4 | 1 |\n" in text and line in text
