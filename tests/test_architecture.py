@@ -26,6 +26,7 @@ FLOORS = (
     ("models", "mesh", "flat_layout", "tasks", "corpus"),
     ("kernels", "data"),
     ("config", "lock"),
+    ("foreign",),
     ("errors", "disk"),
 )
 # Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and

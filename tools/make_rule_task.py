@@ -18,6 +18,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deberta_dist.corpus.inputs import find_inputs  # noqa: E402
 from deberta_dist.corpus.reading import read_texts  # noqa: E402
 from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
 from deberta_dist.errors import DataError, with_exit_code  # noqa: E402
@@ -66,6 +67,8 @@ def main() -> int:
     arguments = parse_arguments()
     draw = random.Random(arguments.seed)
     few = max(2, arguments.rows // 10)
+    if passed_over := find_inputs([arguments.heldout, arguments.train]).passed_over:
+        print(f"passed over beside the inputs: {passed_over}")
     heldout = list(rows(list(read_texts([arguments.heldout])), count=2 * few, draw=draw))
     parts = {
         "train": list(rows(list(read_texts([arguments.train])), count=arguments.rows, draw=draw)),

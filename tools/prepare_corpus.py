@@ -73,7 +73,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--benchmark",
         nargs="+",
         metavar="PATH",
-        help="files or folders of a benchmark: documents that share --benchmark-ngram words in a row with it are left out",
+        help="files or folders of a benchmark (.json, .jsonl, .tsv, .csv, .txt, .parquet, packed or not): documents that "
+        "share --benchmark-ngram words in a row with it are left out",
     )
     group.add_argument("--benchmark-ngram", type=int, metavar="N", help="words in a row (default: 13)")
     group = parser.add_argument_group("sizes")
@@ -126,7 +127,8 @@ def prepare(ranks: "Ranks") -> int:  # noqa: F821
             shard_bytes=arguments.shard_bytes,
             piece_bytes=arguments.piece_bytes,
         )
-        ngrams = benchmark_ngrams(arguments.benchmark, n=arguments.benchmark_ngram or 13) if arguments.benchmark else None
+        n = 13 if arguments.benchmark_ngram is None else arguments.benchmark_ngram
+        ngrams = benchmark_ngrams(arguments.benchmark, n=n) if arguments.benchmark else None
         return recipe, ngrams
 
     recipe, ngrams = ranks.first(check)

@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
+    from deberta_dist.corpus.inputs import find_inputs
     from deberta_dist.corpus.vocabulary import take_published, train_vocabulary
     from deberta_dist.data.tokenizer import Tokenizer
 
@@ -56,6 +57,8 @@ def main() -> int:
         fit = take_published(inputs, output, model=arguments.published, options=options, max_bytes=max_bytes)
     else:
         fit = train_vocabulary(inputs, output, options=options, vocab_size=arguments.vocab_size, max_bytes=max_bytes)
+    if passed_over := find_inputs(inputs, format=options.format).passed_over:
+        print(f"passed over beside the inputs: {passed_over}")
     tokenizer = Tokenizer(output)
     print(f"{output}: {tokenizer.num_tokens:,} tokens with [MASK], SHA-256 {tokenizer.sha256}")
     if fit.num_documents:

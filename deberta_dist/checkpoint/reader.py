@@ -19,6 +19,7 @@ from deberta_dist.checkpoint.rectangles import Cut, overlap, rectangles, view, w
 from deberta_dist.checkpoint.shard_file import STATES, ShardMaps, hash_file, map_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_parts
 from deberta_dist.flat_layout import FlatLayout, ShardState
+from deberta_dist.foreign import head_of, refuse_foreign
 from deberta_dist.mesh import Coordinate, MeshShape
 
 # Each mapped file holds a descriptor; a checkpoint may have thousands of files.
@@ -163,6 +164,7 @@ class CheckpointReader:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
         if size != expected:
+            refuse_foreign(head_of(path), path, error=CheckpointError)
             problem = "truncated" if size < expected else "too long"
             raise CheckpointError(f"{path} is {problem}: it has {size} bytes, the manifest says {expected}")
 

@@ -17,6 +17,7 @@ from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError
+from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AnyConfig = RunConfig | FineTuneConfig
@@ -120,7 +121,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
+        text = content.decode("utf-8-sig")
         ds = json.loads(text, object_pairs_hook=unique, parse_constant=finite)
     except OSError as error:
         raise ConfigError(f"run.deepspeed = {path}: cannot be read ({error.strerror})") from None

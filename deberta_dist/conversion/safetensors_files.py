@@ -20,6 +20,7 @@ from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
 from deberta_dist.errors import printable
+from deberta_dist.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {
@@ -53,10 +54,14 @@ def read_safetensors(path: Path) -> Weights:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(HEAD_BYTES)
+            refuse_foreign(head, path, error=CheckpointError)
+            file.seek(8)
+            length = int.from_bytes(head[:8], "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} is no safetensors file: it has {size} bytes and claims a header of {length}"
+                    f"{begins_like(head)}"
                 )
             header = strict_json.parse(file.read(length), file=f"{path}: header")
     except OSError as error:

@@ -27,10 +27,10 @@ from deberta_dist.conversion.safetensors_files import write_tensor
 from deberta_dist.conversion.weights import Weight, Weights
 from deberta_dist.conversion.wrappers import tensors_in
 from deberta_dist.errors import printable
+from deberta_dist.foreign import begins_like, format_name, head_of, refuse_foreign
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64
-_POINTER = b"version https://git-lfs"
 _ASKED_FOR = re.compile(
     r"GLOBAL ([\w.]+)|safe_globals`,? but got <class '([\w.]+)'|unrecognized function (?:<[\w ]+? )?'?([\w.]+)"
 )
@@ -59,7 +59,8 @@ class TorchFile:
             CheckpointError: the file is damaged, not one of torch.save, or its pickle asks for anything but tensors.
         """
         self._path = path
-        _refuse_pointer(path)
+        self._head = head_of(path)
+        refuse_foreign(self._head, path, error=CheckpointError)
         self.is_streamed = zipfile.is_zipfile(path)
         self._state: dict[str, Any] | None = None
         self._bytes_read = 0
@@ -137,10 +138,14 @@ class TorchFile:
                 raise CheckpointError(f"{self._path} asks for more memory than there is") from error
             # Damaged archives and hostile pickles fail in every part of the reader, each with an error of its own.
             except Exception as error:
-                raise CheckpointError(f"{self._path} is refused: {_reason(error)}") from error
+                raise CheckpointError(f"{self._path} is refused: {_reason(error)}{self._like()}") from error
             if not isinstance(self._state, dict):
                 raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, no state dictionary")
         return self._state
+
+    def _like(self) -> str:
+        is_torchs = "torch.save" in (format_name(self._head) or "")
+        return "" if is_torchs else begins_like(self._head)
 
     def _read(self, key: str) -> Tensor:
         state = self._mapped()
@@ -149,17 +154,6 @@ class TorchFile:
         value = state[key]
         self._bytes_read += value.numel() * value.element_size()
         return value.detach().contiguous()
-
-
-def _refuse_pointer(path: Path) -> None:
-    """Refuses what ``git clone`` leaves in place of a large file."""
-    try:
-        with open(path, "rb") as file:
-            begin = file.read(len(_POINTER))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if begin == _POINTER:
-        raise CheckpointError(f"{path} is a Git LFS pointer and not the weights: fetch them with 'git lfs pull'")
 
 
 def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:

@@ -3,6 +3,7 @@
 import argparse
 
 from deberta_dist.corpus.documents import BAD_RECORDS, DOCUMENTS, INVALID_UTF8, ReadOptions
+from deberta_dist.corpus.inputs import FORMATS
 
 _DEFAULTS = ReadOptions()
 
@@ -15,13 +16,23 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[NAME=]PATH",
-        help=".txt, .jsonl (also .gz, .zst, .bz2) and .parquet files, directories of them, or quoted patterns (** too)",
+        help=".txt, .jsonl, .ndjson, .json (one object a line; all also .gz, .zst, .bz2, .xz) and .parquet files, directories "
+        "of them, or quoted patterns (** too); unpacking takes the memory of the window a file was packed with, at most "
+        "2 GiB in each process",
+    )
+    group.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=_DEFAULTS.format,
+        help="what files hold, where names do not say it (wiki_00): in directories those without an ending are read as well "
+        "(default: auto, by the ending)",
     )
     group.add_argument(
         "--text-field",
         default=_DEFAULTS.text_field,
         metavar="FIELD",
-        help=f"field of .jsonl objects or column of .parquet files (default: {_DEFAULTS.text_field})",
+        help="field of JSON objects or column of .parquet files; doc.text: the field text in doc "
+        f"(default: {_DEFAULTS.text_field})",
     )
     group.add_argument(
         "--document",
@@ -57,6 +68,7 @@ def read_options(arguments: argparse.Namespace) -> ReadOptions:
         ConfigError: as ``ReadOptions``.
     """
     return ReadOptions(
+        format=arguments.format,
         text_field=arguments.text_field,
         document=arguments.document,
         invalid_utf8=arguments.invalid_utf8,

@@ -5,21 +5,36 @@ words themselves were compared. Corpus preparation builds the set once and asks 
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from deberta_dist.corpus.inputs import files_below
+from deberta_dist.corpus.benchmark_texts import Derived, list_benchmark, texts_of
+from deberta_dist.corpus.inputs import PassedOver
 from deberta_dist.corpus.words import Words, ngram_hashes, split_words
+from deberta_dist.data.tokenizer import clean_text
 from deberta_dist.errors import ConfigError, DataError
 
-SUFFIXES = (".json", ".jsonl", ".tsv", ".txt")
 _BATCH_CHARACTERS = 1 << 20
 _NGRAMS_PER_FILTER_WORD = 4  # at most
 _SPACE = b" "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """What a benchmark's file gave to look for.
+
+    Attributes:
+        path: the file.
+        num_texts: its texts.
+        num_searched: those of them that have n words.
+    """
+
+    path: str
+    num_texts: int
+    num_searched: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +54,8 @@ class NgramSet:
             h >> quick_shift; uint64 [power of two].
         quick_shift: see above.
         fingerprint: SHA-256 of n and the hashes, hexadecimal; the same for the same n-grams, however they are filed.
+        files: where they come from.
+        passed_over: what lay beside these files and was not read.
     """
 
     n: int
@@ -48,6 +65,8 @@ class NgramSet:
     quick_filter: np.ndarray
     quick_shift: int
     fingerprint: str
+    files: tuple[Used, ...] = ()
+    passed_over: PassedOver = PassedOver()
 
     def shares(self, text: str) -> bool:
         """Whether a document has an n-gram of the set."""
@@ -73,9 +92,8 @@ class NgramSet:
 def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
     """The n-grams of benchmark files, such as a folder of SuperGLUE with a folder for every task.
 
-    A string is: of .json and .jsonl files every string value at any depth, keys left out; of .tsv and .txt files
-    every line. No n-gram reaches from one string into the next, and strings of fewer than n words give none: a short
-    question can be shared, a passage cannot.
+    A string is what ``texts_of`` yields. No n-gram reaches from one string into the next, and strings of fewer than n
+    words give none: a short question can be shared, a passage cannot.
 
     Words are those of ``split_words``: case, width, composition and punctuation do not matter. A Chinese or Japanese
     character counts as one word, so that 13 of them are about 8 words of English: take a larger n for benchmarks in
@@ -83,27 +101,35 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
     text has to be much longer than 13 of their words.
 
     Args:
-        paths: files, and folders, which stand for every file below them with one of these endings; names that begin
-            with a dot are passed over.
+        paths: as for ``list_benchmark``.
         n: words of one n-gram.
 
     Raises:
         ConfigError: n is below 1.
-        DataError: a path is missing or has another ending, a folder has no such file, a file cannot be read, is not
-            UTF-8 or not JSON, or no string anywhere has n words.
+        DataError: as ``list_benchmark`` and ``texts_of``; a file has no text, or no string anywhere has n words.
     """
     if n < 1:
-        raise ConfigError(f"n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
+        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
     paths = list(paths)
-    files = _list_files(paths)
-    hashes, places, texts = [], [], []
+    files, passed_over = list_benchmark(paths)
+    hashes, places, texts, used = [], [], [], []
     offset = 0
-    for batch in _batches(_strings(files)):
-        batch_hashes, batch_places, text = _ngrams(batch, n=n)
-        hashes.append(batch_hashes)
-        places.append(batch_places + offset)
-        texts.append(text)
-        offset += len(text)
+    for one in files:
+        num_texts = num_searched = 0
+        for batch in _batches(texts_of(one)):
+            batch_hashes, batch_places, text, is_searched = _ngrams(batch, n=n)
+            hashes.append(batch_hashes)
+            places.append(batch_places + offset)
+            texts.append(text)
+            offset += len(text)
+            num_searched += sum(is_searched)
+            num_texts += sum(
+                found or (string.strip() != "" and not isinstance(string, Derived))
+                for string, found in zip(batch, is_searched, strict=True)
+            )
+        if not num_texts:
+            raise DataError(f"benchmark {one.file.path} has no text: it would be no safeguard; mend it, or take it away")
+        used.append(Used(path=str(one.file.path), num_texts=num_texts, num_searched=num_searched))
     distinct, first = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)
     if not len(distinct):
         given = ", ".join(map(str, paths))
@@ -122,12 +148,15 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
         quick_filter=quick_filter,
         quick_shift=64 - log_words,
         fingerprint=digest.hexdigest(),
+        files=tuple(used),
+        passed_over=passed_over,
     )
 
 
-def _ngrams(strings: list[str], *, n: int) -> tuple[np.ndarray, np.ndarray, bytes]:
-    """(hashes uint64 [num_ngrams], places in the text uint64 [num_ngrams], the words in UTF-8) of a few strings."""
-    parts = list(map(split_words, strings))
+def _ngrams(strings: list[str], *, n: int) -> tuple[np.ndarray, np.ndarray, bytes, list[bool]]:
+    """Of a few strings: hashes and places in the text, uint64 [num_ngrams]; the words in UTF-8; which have n words."""
+    # As documents are cleaned before they are compared.
+    parts = [split_words(clean_text(string)) for string in strings]
     hashes = [ngram_hashes(part.hashes, n=n) for part in parts]
     places = []
     texts: list[bytes] = []
@@ -141,7 +170,8 @@ def _ngrams(strings: list[str], *, n: int) -> tuple[np.ndarray, np.ndarray, byte
             texts += words
             offset += int(ends[-1])
     text = b"".join(word + _SPACE for word in texts)
-    return np.concatenate([np.empty(0, np.uint64), *hashes]), np.concatenate([np.empty(0, np.uint64), *places]), text
+    none = np.empty(0, np.uint64)
+    return np.concatenate([none, *hashes]), np.concatenate([none, *places]), text, [len(part) > 0 for part in hashes]
 
 
 def _bits(hashes: np.ndarray) -> np.ndarray:
@@ -164,57 +194,3 @@ def _batches(strings: Iterator[str]) -> Iterator[list[str]]:
             yield batch
             batch, num_characters = [], 0
     yield batch
-
-
-def _list_files(paths: Iterable[str | Path]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            below = files_below(path, suffixes=SUFFIXES)
-            if not below:
-                raise DataError(f"benchmark {path} has no {', '.join(SUFFIXES)} files below it")
-            files += below
-        elif not path.is_file():
-            raise DataError(f"benchmark {path} does not exist")
-        elif path.suffix not in SUFFIXES:
-            raise DataError(f"benchmark {path} ends in none of {', '.join(SUFFIXES)}: unpack or convert it first")
-        else:
-            files.append(path)
-    return files
-
-
-def _strings(files: Iterable[Path]) -> Iterator[str]:
-    """Every string of the files."""
-    for path in files:
-        try:
-            # Only a line feed ends a line, whatever else Unicode counts as a line end.
-            with open(path, encoding="utf-8-sig", newline="\n") as file:
-                if path.suffix == ".json":
-                    yield from _string_values(file.read(), place=str(path))
-                elif path.suffix == ".jsonl":
-                    for number, line in enumerate(file, start=1):
-                        if not line.isspace():
-                            yield from _string_values(line, place=f"{path}:{number}")
-                else:
-                    yield from file
-        except OSError as error:
-            raise DataError(f"benchmark {path} cannot be read ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"benchmark {path} is not UTF-8 ({error.reason}): convert it first") from error
-
-
-def _string_values(text: str, *, place: str) -> Iterator[str]:
-    """Every string in a JSON value, in the order of the text."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"benchmark {place} is not JSON ({error})") from error
-    rest = [value]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            rest += reversed(value.values())
-        elif isinstance(value, list):
-            rest += reversed(value)

@@ -4,13 +4,14 @@
 place. The place is worked out for the error alone.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.corpus.inputs import PARQUET, InputFile
+from deberta_dist.corpus.inputs import AUTO, FORMATS, InputFile
+from deberta_dist.corpus.records import text_of
 from deberta_dist.corpus.streams import line_number
-from deberta_dist.errors import ConfigError, DataError, printable
+from deberta_dist.corpus.wikiextractor import article_text
+from deberta_dist.errors import ConfigError, DataError
 
 DOCUMENTS = ("auto", "line", "block", "record", "file")
 INVALID_UTF8 = ("error", "replace", "drop")
@@ -24,10 +25,12 @@ class ReadOptions:
     """How text is read.
 
     Attributes:
-        text_field: field of .jsonl objects, or column of .parquet files, which holds the text.
-        document: what is a document in .txt files: a "line" that is not blank; a "block" of such lines between
-            blank ones; a "record": each line a JSON object; the "file". "auto": block. In .jsonl and .parquet files
-            it is always a record.
+        format: what files hold, as for ``find_inputs``.
+        text_field: field of JSON objects, or column of Parquet files, which holds the text; "doc.text" is the field
+            "text" of the object (or struct column) "doc", where there is no field "doc.text".
+        document: what is a document in text files: a "line" that is not blank; a "block" of such lines between
+            blank ones; a "record": each line a JSON object; the "file". "auto": block. In files of JSON lines and
+            Parquet files it is always a record, in those of WikiExtractor an article.
         invalid_utf8: a document that is not UTF-8 is an "error", gets U+FFFD instead ("replace"), or is left out
             ("drop").
         bad_records: what is no JSON object with a string in the field, a row without a value, and a document that
@@ -36,6 +39,7 @@ class ReadOptions:
             several times over when there is such a document.
     """
 
+    format: str = AUTO
     text_field: str = "text"
     document: str = "auto"
     invalid_utf8: str = "error"
@@ -48,12 +52,15 @@ class ReadOptions:
         Raises:
             ConfigError: a value is none of those above.
         """
-        words = {"document": DOCUMENTS, "invalid_utf8": INVALID_UTF8, "bad_records": BAD_RECORDS}
+        words = {"format": FORMATS, "document": DOCUMENTS, "invalid_utf8": INVALID_UTF8, "bad_records": BAD_RECORDS}
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        if not self.text_field:
-            raise ConfigError("text_field is empty, expected the name of the field which holds the text")
+        if not all(self.text_field.split(".")):
+            raise ConfigError(
+                f"text_field = {self.text_field!r}: expected the name of the field which holds the text, or names with a "
+                "dot between them"
+            )
         if self.max_document_bytes < 1:
             raise ConfigError(f"max_document_bytes = {self.max_document_bytes}, expected at least 1")
 
@@ -65,11 +72,12 @@ class Document:
     Attributes:
         text: its text; "" for one that is left out.
         path: its file.
-        offset: byte of the (decompressed) text where it begins; of a .parquet file the row, from 0.
+        offset: byte of the (decompressed) text where it begins; of a Parquet file the row, from 0.
         num_bytes: bytes of the (decompressed) text from the end of the document before to the end of this one; of a
-            .parquet file the bytes of the document.
+            Parquet file the bytes of the document.
         fault: None; "replaced_utf8" if U+FFFD stands for bytes that are not UTF-8; "dropped_utf8", "bad_record" or
             "too_long" if it is left out: such a one is there to be counted.
+        is_row: whether it is a row of a Parquet file.
     """
 
     text: str
@@ -77,11 +85,12 @@ class Document:
     offset: int
     num_bytes: int
     fault: str | None = None
+    is_row: bool = False
 
     @property
     def where(self) -> str:
         """File and place, for messages."""
-        unit = "row" if self.path.suffix == PARQUET else "byte"
+        unit = "row" if self.is_row else "byte"
         return f"{self.path}: {unit} {self.offset}"
 
     @property
@@ -97,12 +106,12 @@ class DocumentMaker:
     Attributes:
         file: the file.
         options: what becomes of bad ones.
-        is_record: the bytes are a JSON object, not the text itself.
+        unit: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
     """
 
     file: InputFile
     options: ReadOptions
-    is_record: bool
+    unit: str
 
     def document(self, *, start: int, content: bytes | bytearray | None, num_bytes: int) -> Document | None:
         """The document in ``content``, which begins at byte ``start``.
@@ -127,8 +136,8 @@ class DocumentMaker:
             if not text or text.isspace():
                 if fault is None:
                     return None
-            elif self.is_record:
-                text, fault = self._record(text, start=start, fault=fault)
+            elif self.unit in ("record", "article"):
+                text, fault = self._inside(text, start=start, fault=fault)
             else:
                 text = text.removesuffix("\r")
         return Document(text=text, path=self.file.path, offset=start, num_bytes=num_bytes, fault=fault)
@@ -152,7 +161,7 @@ class DocumentMaker:
         else:
             text, fault = self._decode(content, start=0, row=row)
         size = 0 if content is None else len(content)
-        return Document(text=text, path=self.file.path, offset=row, num_bytes=size, fault=fault)
+        return Document(text=text, path=self.file.path, offset=row, num_bytes=size, fault=fault, is_row=True)
 
     def refuse_long(self, start: int) -> None:
         """Raises the error for a document that is too long, if it is one.
@@ -161,9 +170,8 @@ class DocumentMaker:
             DataError: with its line.
         """
         if self.options.bad_records == "error":
-            kind = "line" if self.is_record or self.options.document == "line" else "document"
-            hint = "; an empty line separates documents" if self.options.document in ("auto", "block") else ""
-            hint = "" if self.is_record else hint
+            kind = "line" if self.unit in ("record", "line") else "document"
+            hint = "; an empty line separates documents" if self.unit == "block" else ""
             self._refuse_record(f"{self._place(start)}: a {kind} is larger than {self._limit}{hint}")
 
     @property
@@ -196,20 +204,14 @@ class DocumentMaker:
                 "--invalid-utf8 replace or drop"
             ) from error
 
-    def _record(self, line: str, *, start: int, fault: str | None) -> tuple[str, str | None]:
-        """Text in the field of one JSON object, and fault."""
-        field = self.options.text_field
+    def _inside(self, content: str, *, start: int, fault: str | None) -> tuple[str, str | None]:
+        """Text in one JSON object or article, and fault."""
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            return self._bad_record(start, f"not a line of JSON ({error})")
-        if not isinstance(value, dict):
-            return self._bad_record(start, f"expected a JSON object with the field {field!r}")
-        text = value.get(field)
-        if not isinstance(text, str):
-            found = printable(", ".join(value) or "none")
-            return self._bad_record(start, f"no string in the field {field!r}; fields here: {found}")
-        return text, fault
+            if self.unit == "article":
+                return article_text(content), fault
+            return text_of(content, field=self.options.text_field), fault
+        except ValueError as error:
+            return self._bad_record(start, str(error))
 
     def _bad_record(self, start: int, message: str) -> tuple[str, str]:
         if self.options.bad_records == "error":

@@ -11,12 +11,16 @@ A dataset is ``<prefix>.bin``, the ids of all sequences one after another, and `
     ...    document indices, the sequence that each document begins with, and S: int64 [D]
     ...    sequence modes, int8 [S], only in datasets with more than text
 
+fairseq's mmap datasets have the same magic, version and codes, then S, lengths and pointers, and no documents.
+
 A document has any number of sequences, so D is the number of documents and one. Neither file knows the tokenizer
 or has a checksum. ``corpus/megatron_writer.py`` writes them; both are used by ``corpus/convert.py``.
 
-Source: megatron/core/datasets/indexed_dataset.py and tools/preprocess_data.py of NVIDIA/Megatron-LM@d98e8a64.
+Source: megatron/core/datasets/indexed_dataset.py and tools/preprocess_data.py of NVIDIA/Megatron-LM@d98e8a64;
+fairseq/data/indexed_dataset.py of facebookresearch/fairseq.
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from itertools import pairwise
@@ -25,14 +29,18 @@ from pathlib import Path
 import numpy as np
 
 from deberta_dist.errors import DataError
+from deberta_dist.foreign import HEAD_BYTES, begins_like, head_of, refuse_foreign
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 
 FIXED = struct.Struct("<9sQBQQ")
 ID_TYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOAT_TYPES = {6: "float64", 7: "float32"}
 LENGTH_TYPE, INDEX_TYPE = np.dtype("<i4"), np.dtype("<i8")
+# Where the lengths begin in fairseq's index.
+_WITHOUT_DOCUMENTS = FIXED.size - 8
 _BLOCK = 1 << 18
 _AGAIN = "copy it again, or make it again with Megatron's tools/preprocess_data.py"
 
@@ -127,17 +135,26 @@ class MegatronFile:
         """Type code, number of sequences and number of document indices."""
         try:
             with open(self.index_path, "rb") as file:
-                start = file.read(FIXED.size)
+                start = file.read(HEAD_BYTES)
+                size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise DataError(f"index {self.index_path} cannot be read ({error.strerror}): correct the path") from error
+            hint = self._bin_alone() if isinstance(error, FileNotFoundError) else ": correct the path"
+            raise DataError(f"index {self.index_path} cannot be read ({error.strerror}){hint}") from error
+        refuse_foreign(start, self.index_path)
+        if start.startswith(OLD_MAGIC):
+            raise DataError(
+                f"{self.index_path} is an index of the older formats of fairseq and Megatron (lazy, cached), which are not "
+                "read: make the dataset again as mmap, or prepare the corpus from its text with tools/prepare_corpus.py"
+            )
         if not start.startswith(MAGIC):
             raise DataError(
                 f"{self.index_path} is not the index of a Megatron dataset: it begins with "
-                f"{start[: len(MAGIC)]!r}, expected {MAGIC!r}"
+                f"{start[: len(MAGIC)]!r}, expected {MAGIC!r}{begins_like(start)}"
             )
+        self._refuse_fairseq(start, size=size)
         if len(start) < FIXED.size:
             raise self._damaged(f"{len(start)} bytes, expected {FIXED.size} of header", is_short=True)
-        _, version, code, num_sequences, num_indices = FIXED.unpack(start)
+        _, version, code, num_sequences, num_indices = FIXED.unpack_from(start)
         if version != VERSION:
             raise DataError(f"{self.index_path} has format version {version}, this program reads {VERSION}")
         if code not in ID_TYPES:
@@ -147,6 +164,36 @@ class MegatronFile:
         if num_indices == 0:
             raise self._damaged("no document indices, expected at least 1")
         return code, num_sequences, num_indices
+
+    def _refuse_fairseq(self, start: bytes, *, size: int) -> None:
+        """Tells fairseq's index, which has the same magic and no documents: the lengths follow their number at once."""
+        num_sequences = int.from_bytes(start[_WITHOUT_DOCUMENTS - 8 : _WITHOUT_DOCUMENTS], "little")
+        pointers_start = _WITHOUT_DOCUMENTS + num_sequences * LENGTH_TYPE.itemsize
+        if size != pointers_start + num_sequences * INDEX_TYPE.itemsize:
+            return
+        # A cut may leave as many bytes of Megatron's.
+        few = min(num_sequences, _BLOCK)
+        lengths = np.fromfile(self.index_path, LENGTH_TYPE, few, offset=_WITHOUT_DOCUMENTS)
+        pointers = np.fromfile(self.index_path, INDEX_TYPE, few, offset=pointers_start)
+        expected = np.cumsum(lengths[:-1], dtype=np.int64)
+        if not pointers[:1].any() and any(np.array_equal(pointers[1:], expected * itemsize) for itemsize in (1, 2, 4, 8)):
+            raise DataError(
+                f"{self.index_path} is the index of a fairseq dataset (mmap, {num_sequences:,} sequences), not of "
+                "Megatron's: its ids are those of fairseq's dict.txt, which no tokenizer here has; prepare the corpus from "
+                "its text with tools/prepare_corpus.py"
+            )
+
+    def _bin_alone(self) -> str:
+        """What to say of a dataset without an index."""
+        if not self.bin_path.exists():
+            return ": correct the path"
+        head = head_of(self.bin_path)
+        refuse_foreign(head, self.bin_path)
+        return (
+            f": it belongs beside {self.bin_path}"
+            + (begins_like(head) or ", and ids alone (as nanoGPT writes them) are not read")
+            + "; prepare a corpus from its text with tools/prepare_corpus.py"
+        )
 
     def _map(self, dtype: np.dtype, offset: int, count: int) -> np.ndarray:
         return np.memmap(self.index_path, dtype, "r", offset=offset, shape=(count,))
@@ -209,6 +256,7 @@ class MegatronFile:
             raise DataError(
                 f"{self.bin_path} cannot be read ({error.strerror}): it belongs beside {self.index_path}"
             ) from error
+        refuse_foreign(head_of(self.bin_path), self.bin_path)
         if size != expected:
             raise DataError(
                 f"{self.bin_path} is {'truncated' if size < expected else 'damaged'}: {size:,} bytes, expected "

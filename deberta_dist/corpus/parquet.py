@@ -3,14 +3,15 @@
 ``reading`` makes documents of the rows, and cuts a file between its row groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from deberta_dist.corpus.inputs import InputFile
 from deberta_dist.errors import DataError, printable
+from deberta_dist.foreign import begins_like, head_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +43,7 @@ def row_groups(file: InputFile, handle: BinaryIO, *, field: str | None) -> list[
     Args:
         file: the file.
         handle: it, open.
-        field: the text column; None: ``text_bytes`` counts all columns.
+        field: the text column, or the text in a struct column; None: ``text_bytes`` counts all columns.
 
     Raises:
         DataError: the file is damaged, has no such column, or pyarrow is missing.
@@ -99,22 +100,57 @@ def read_rows(
         begin = end
 
 
+def read_columns(file: InputFile, handle: BinaryIO) -> Iterator[list[dict[str, Any]]]:
+    """All columns that hold text at any depth, batch after batch.
+
+    Args:
+        file: the file.
+        handle: it, open.
+
+    Yields:
+        Rows, by name of the column: values as Python has them, in lists and dictionaries where they are nested.
+
+    Raises:
+        DataError: as ``row_groups``; a text is not UTF-8.
+    """
+    with _errors_of(file) as parquet:
+        opened = parquet.ParquetFile(handle)
+        names = [field.name for field in opened.schema_arrow if _has_text(field.type)]
+        batches = opened.iter_batches(batch_size=_MAX_BATCH_ROWS // 16, columns=names, use_threads=False)
+    while names:
+        with _errors_of(file):
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = batch.to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file.path} holds text that is not UTF-8 ({error.reason}): convert it first") from error
+        yield rows
+
+
 def _batches(
     file: InputFile, handle: BinaryIO, *, field: str, group: int, num_rows: int
 ) -> Iterator[list[bytes | None]]:
     with _errors_of(file) as parquet:
         import pyarrow
+        import pyarrow.compute
 
         opened = parquet.ParquetFile(
             handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
         )
+        path = _path_of(field, opened.schema_arrow)
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:
         with _errors_of(file):
             batch = next(batches, None)
             if batch is None:
                 return
-            column = batch.column(0)
+            # Names with a dot in them may have let in another column.
+            column = batch.column(batch.schema.names.index(path[0]))
+            for name in path[1:]:
+                # Missing where what it is part of is missing.
+                column = pyarrow.compute.struct_field(column, name)
             if pyarrow.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             # Strings would be decoded by pyarrow, which stops at bytes that are not UTF-8.
@@ -122,14 +158,48 @@ def _batches(
         yield values
 
 
+def _path_of(field: str, schema: "pyarrow.Schema") -> list[str] | None:
+    """The column, and the fields of structs below it, that "doc.text" names; a column of that name comes first."""
+    if schema.names.count(field) == 1:
+        return [field]
+    path = field.split(".")
+    if schema.names.count(path[0]) != 1:
+        return None
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        if not hasattr(kind, "get_field_index") or kind.get_field_index(name) < 0:
+            return None
+        kind = kind.field(name).type
+    return path
+
+
 def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, field: str) -> None:
     schema = opened.schema_arrow
-    if schema.names.count(field) != 1:
-        found = printable(", ".join(schema.names) or "none")
+    path = _path_of(field, schema)
+    if path is None:
+        found = printable(", ".join(_names(schema)) or "none")
         raise DataError(f"{file.path} has no column {field!r}; its columns: {found}: give --text-field")
-    kind = schema.field(field).type
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        kind = kind.field(name).type
     if not _is_text(kind.value_type if hasattr(kind, "index_type") else kind):
         raise DataError(f"{file.path}: column {field!r} holds {printable(str(kind))}, expected text: give --text-field")
+
+
+def _names(fields: "Iterable[pyarrow.Field]", prefix: str = "") -> Iterator[str]:
+    """Names of columns, and of fields in structs as --text-field takes them."""
+    for field in fields:
+        if hasattr(field.type, "get_field_index"):
+            yield from _names((field.type.field(i) for i in range(field.type.num_fields)), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _has_text(kind: "pyarrow.DataType") -> bool:
+    """Whether values of a type are texts, or hold some."""
+    if hasattr(kind, "value_type"):
+        return _has_text(kind.value_type)
+    return _is_text(kind) or any(_has_text(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _is_text(kind: "pyarrow.DataType") -> bool:
@@ -154,4 +224,9 @@ def _errors_of(file: InputFile) -> Iterator[ModuleType]:
         yield parquet
     except (pyarrow.ArrowException, OSError) as error:
         message = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise DataError(f"{file.path} is no Parquet file, or is damaged or cut short ({message})") from error
+        raise DataError(f"{file.path} is no Parquet file, or is damaged or cut short ({message}){_format(file)}") from error
+
+
+def _format(file: InputFile) -> str:
+    head = head_of(file.path)
+    return "" if head.startswith(b"PAR1") else begins_like(head)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deberta_dist.corpus.documents import Document, DocumentMaker, ReadOptions
-from deberta_dist.corpus.inputs import PARQUET, RECORDS, InputFile, Piece, list_inputs
+from deberta_dist.corpus.inputs import ARTICLES, PARQUET, RECORDS, InputFile, Piece, list_inputs
 from deberta_dist.corpus.parquet import read_rows, row_groups
+from deberta_dist.corpus.records import WHOLE_ARRAY, WHOLE_OBJECT
 from deberta_dist.corpus.splitting import Extent, Refuse, line_before, regions, split_blocks, split_lines
 from deberta_dist.corpus.streams import open_input, text_chunks
-from deberta_dist.errors import ConfigError
+from deberta_dist.corpus.wikiextractor import split_articles
+from deberta_dist.errors import ConfigError, DataError
 
 __all__ = ["Document", "ReadOptions", "RowRange", "cut", "read_documents", "read_texts", "unit_of"]
 
@@ -30,12 +32,14 @@ class RowRange:
 
 
 def unit_of(file: InputFile, *, options: ReadOptions) -> str:
-    """What a document of this file is: "line", "block", "record" or "file".
+    """What a document of this file is: "line", "block", "record", "article" or "file".
 
-    ``options.document`` is about .txt files; .jsonl and .parquet hold records whatever it says.
+    ``options.document`` is about text files; JSON lines and Parquet files hold records whatever it says.
     """
     if file.kind in (RECORDS, PARQUET):
         return "record"
+    if file.kind == ARTICLES:
+        return "article"
     return "block" if options.document == "auto" else options.document
 
 
@@ -96,7 +100,7 @@ def read_documents(
             what ``options`` make an error.
     """
     unit = unit_of(file, options=options)
-    maker = DocumentMaker(file=file, options=options, is_record=unit == "record")
+    maker = DocumentMaker(file=file, options=options, unit=unit)
     with open_input(file) as handle:
         if file.kind == PARQUET:
             yield from _rows(file, handle, maker=maker, piece=piece)
@@ -126,8 +130,9 @@ def read_texts(inputs: Iterable[str | Path], *, options: ReadOptions | None = No
     Raises:
         DataError: as ``list_inputs`` and ``read_documents``.
     """
-    for file in list_inputs(inputs):
-        for document in read_documents(file, options=options or ReadOptions()):
+    options = options or ReadOptions()
+    for file in list_inputs(inputs, format=options.format):
+        for document in read_documents(file, options=options):
             if not document.is_dropped:
                 yield document.text
 
@@ -145,19 +150,24 @@ def _extents(
 
     if unit == "file":
         return _whole(text_chunks(file, handle), limit=limit, refuse=refuse) if piece.start == 0 else iter(())
-    inside = None
+    inside, is_inside = None, False
     if file.compression:
         begin, chunks = _behind_mark(text_chunks(file, handle))
     else:
         handle.seek(0)
         first = _mark_bytes(handle.read(len(codecs.BOM_UTF8)))
         begin = max(first, piece.start)
-        if begin > first:
+        is_inside = begin > first
+        if is_inside:
             inside = begin = line_before(handle, start=begin, first=first) if unit == "block" else begin - 1
         chunks = text_chunks(file, handle, start=begin)
+    if unit == "record" and piece.start == 0:
+        chunks = _lines_of_json(file, chunks)
     parts = regions(chunks, offset=begin, limit=limit, refuse=refuse)
     if unit == "block":
         return split_blocks(parts, stop=stop, limit=limit, inside=inside, refuse=refuse)
+    if unit == "article":
+        return split_articles(parts, stop=stop, limit=limit, inside=is_inside, refuse=refuse)
     return split_lines(parts, stop=stop, limit=limit)
 
 
@@ -170,6 +180,18 @@ def _behind_mark(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
     head = next(chunks, b"")
     begin = _mark_bytes(head)
     return begin, itertools.chain([head[begin:]], chunks)
+
+
+def _lines_of_json(file: InputFile, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks of a text; refuses one that is a single JSON value, of which no line is a record."""
+    head = next(chunks, b"")
+    for form, name, advice in ((WHOLE_ARRAY, "array", " '.[]'"), (WHOLE_OBJECT, "object over many lines", " .")):
+        if form.match(head.lstrip()):
+            raise DataError(
+                f"{file.path} is one JSON {name}, expected one object a line: jq -c{advice} {file.path.name} > NEW.jsonl "
+                "makes such lines"
+            )
+    return itertools.chain([head], chunks)
 
 
 def _whole(chunks: Iterator[bytes], *, limit: int, refuse: Refuse) -> Iterator[Extent]:

@@ -53,7 +53,7 @@ def sample_texts(
     """
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}, expected at least 1")
-    for document in _sample(list_inputs(inputs), options=options, max_bytes=max_bytes, salt=salt):
+    for document in _sample(list_inputs(inputs, format=options.format), options=options, max_bytes=max_bytes, salt=salt):
         if not document.is_dropped:
             yield document.text, is_held_out(document.text)
 

@@ -6,19 +6,32 @@ its end; several in one file follow each other. What comes out of one step is bo
 
 import bz2
 import gzip
+import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from deberta_dist.corpus.inputs import InputFile
+from deberta_dist.corpus.inputs import PARQUET, TEXT, InputFile
 from deberta_dist.errors import DataError
+from deberta_dist.foreign import HEAD_BYTES, format_name, refuse_foreign, refuse_stand_in
 
 CHUNK_BYTES = 1 << 20
 # zstd makes up to 128 KiB of 4 bytes and cannot be told to stop earlier: 1 KiB at a time is at most 32 MiB.
 _ZSTD_READ_BYTES = 1 << 10
-_BZ2_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 16
+MAX_WINDOW_BYTES = 1 << 31
+"""Memory that unpacking a .zst or .xz file may take: the largest window of zstd, as files of Reddit's dumps have."""
+# What xz needs beside its dictionary.
+_XZ_BYTES = 1 << 20
+_TOO_LARGE = (
+    f"takes more than {MAX_WINDOW_BYTES >> 30} GiB of memory to unpack, for its window: pack it again with a smaller one "
+    "(zstd --long=27, xz -9), or unpack it first"
+)
+_NAMES = {".gz": "gzip data", ".bz2": "bzip2 data", ".zst": "zstd data", ".xz": "xz data"}
+_NO_TEXT = re.compile(rb"[\0-\x08]|\A%PDF-")
 
 
 @contextmanager
@@ -32,8 +45,8 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
         It, without a buffer.
 
     Raises:
-        DataError: it cannot be opened or read, or it has changed. A change explains any other error of the block,
-            and is told in its place.
+        DataError: it cannot be opened or read, it is a pointer, a web page or of a format that its name does not say, or
+            it has changed. A change explains any other error of the block, and is told in its place.
     """
     try:
         handle = open(file.path, "rb", buffering=0)
@@ -42,6 +55,7 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
     with handle:
         require_unchanged(file, handle)
         try:
+            _refuse_other(file, os.pread(handle.fileno(), HEAD_BYTES, 0))
             yield handle
         except DataError:
             require_unchanged(file, handle)
@@ -49,6 +63,20 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
         except OSError as error:
             raise DataError(f"input {file.path} cannot be read ({error.strerror or error})") from error
         require_unchanged(file, handle)
+
+
+def _refuse_other(file: InputFile, head: bytes) -> None:
+    """Refuses what the file's name does not say that it is, where the reader would take it for text or for damage."""
+    (refuse_stand_in if file.kind == TEXT and not file.compression else refuse_foreign)(head, f"input {file.path}")
+    found = format_name(head)
+    if found is None or file.kind == PARQUET or found == _NAMES.get(file.compression):
+        return
+    if file.compression or _NO_TEXT.search(head):
+        expected = _NAMES.get(file.compression, "text")
+        raise DataError(
+            f"input {file.path} begins like {found}, expected {expected} by its name: give it the ending of what it is, "
+            "or convert it first"
+        )
 
 
 def require_unchanged(file: InputFile, handle: BinaryIO) -> None:
@@ -85,7 +113,7 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
             yield chunk
         return
     assert start == 0, "a compressed file is read from its beginning"
-    unpack = {".gz": _unpack_gzip, ".bz2": _unpack_bz2, ".zst": _unpack_zstd}[file.compression]
+    unpack = {".gz": _unpack_gzip, ".bz2": _unpack_bz2, ".zst": _unpack_zstd, ".xz": _unpack_xz}[file.compression]
     num_bytes = 0
     waiting: list[bytes] = []
     waiting_bytes = 0
@@ -103,6 +131,8 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
     except _Damaged as error:
         name = file.compression[1:]
         raise DataError(f"{file.path} has damaged {name} data after {num_bytes:,} bytes of text ({error})") from error
+    except _Refused as error:
+        raise DataError(f"{file.path} {error}") from error
     if waiting:
         yield b"".join(waiting)
 
@@ -120,7 +150,11 @@ def line_number(file: InputFile, *, offset: int) -> int:
 
 
 class _Damaged(Exception):
-    """Compressed data that cannot be: one class for what three libraries raise."""
+    """Compressed data that cannot be: one class for what all libraries raise."""
+
+
+class _Refused(Exception):
+    """Compressed data that is sound and that this program does not unpack; says why and what to do."""
 
 
 def _unpack_gzip(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
@@ -140,7 +174,24 @@ def _unpack_bz2(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
         part = decoder.decompress(data, CHUNK_BYTES)
         return part, not decoder.eof and not decoder.needs_input
 
-    return _unpack(handle, bz2.BZ2Decompressor, decompress, errors=(OSError,), read_bytes=_BZ2_READ_BYTES)
+    return _unpack(handle, bz2.BZ2Decompressor, decompress, errors=(OSError,), read_bytes=_READ_BYTES)
+
+
+def _unpack_xz(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
+    def new_decoder() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=MAX_WINDOW_BYTES + _XZ_BYTES)
+
+    def decompress(decoder: lzma.LZMADecompressor, data: bytes) -> tuple[bytes, bool]:
+        try:
+            part = decoder.decompress(data, CHUNK_BYTES)
+        except lzma.LZMAError as error:
+            if "Memory usage limit" in str(error):
+                raise _Refused(_TOO_LARGE) from error
+            raise
+        return part, not decoder.eof and not decoder.needs_input
+
+    errors = (lzma.LZMAError, EOFError)
+    return _unpack(handle, new_decoder, decompress, errors=errors, read_bytes=_READ_BYTES, padding=b"\0")
 
 
 def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
@@ -151,10 +202,17 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
             f"{file.path} needs the package zstandard: pip install zstandard (extra zstd of this package), "
             "or decompress the file first"
         ) from error
-    context = zstandard.ZstdDecompressor()
+    context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
 
     def decompress(decoder: Any, data: bytes) -> tuple[bytes, bool]:
-        return decoder.decompress(data), False
+        try:
+            return decoder.decompress(data), False
+        except zstandard.ZstdError as error:
+            if "too much memory" in str(error):
+                raise _Refused(_TOO_LARGE) from error
+            if "Dictionary mismatch" in str(error):
+                raise _Refused("was packed with a dictionary of its own: unpack it first, with zstd -d -D") from error
+            raise
 
     return _unpack(
         handle, context.decompressobj, decompress, errors=(zstandard.ZstdError,), read_bytes=_ZSTD_READ_BYTES
@@ -168,6 +226,7 @@ def _unpack(
     *,
     errors: tuple[type[Exception], ...],
     read_bytes: int,
+    padding: bytes = b"",
 ) -> Iterator[bytes]:
     """Archive after archive up to the end of the file.
 
@@ -179,9 +238,12 @@ def _unpack(
         decompress: (decoder, data) -> (text, whether the decoder holds more that needs no data).
         errors: what ``decompress`` raises on damage.
         read_bytes: bytes to read at once.
+        padding: byte that may fill space behind an archive; empty: there is none.
     """
     decoder, data, has_more = None, b"", False
     while has_more or data or (data := handle.read(read_bytes)):
+        if decoder is None and padding and not (data := data.lstrip(padding)):
+            continue
         decoder = decoder or new_decoder()
         try:
             part, has_more = decompress(decoder, data)

@@ -28,6 +28,7 @@ import numpy as np
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.disk import open_file, read_at
 from deberta_dist.errors import DataError
+from deberta_dist.foreign import begins_like, refuse_foreign
 
 MAGIC = b"DDTOKENS"
 FORMAT_VERSION = 1
@@ -157,9 +158,10 @@ class TokenFile:
             ) from error
         if not start:
             raise DataError(f"{self.path} is empty; {_AGAIN}")
+        refuse_foreign(start, self.path)
         if not start.startswith(MAGIC):
             raise DataError(
-                f"{self.path} is not a token file: it begins with {start[:8]!r}; text is turned into one by "
+                f"{self.path} is not a token file: it begins with {start[:8]!r}{begins_like(start)}; text is turned into one by "
                 "tools/prepare_corpus.py"
             )
         if len(start) < PAYLOAD_START:

@@ -18,6 +18,7 @@ import sentencepiece
 
 from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
@@ -151,11 +152,13 @@ class Tokenizer:
                 f"tokenizer {path} cannot be read ({error.strerror}): give the path of an spm.model, "
                 "for example one made by tools/train_tokenizer.py"
             ) from error
+        refuse_foreign(model[:HEAD_BYTES], f"tokenizer {path}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         except RuntimeError as error:
-            raise DataError(f"tokenizer {path} is not a sentencepiece model, or is damaged") from error
+            like = begins_like(model[:HEAD_BYTES])
+            raise DataError(f"tokenizer {path} is not a sentencepiece model, or is damaged{like}") from error
         if not pieces:
             raise DataError(f"tokenizer {path} is not a sentencepiece model: it holds no pieces")
         if tuple(pieces[:4]) != SPECIAL_PIECES or MASK_PIECE in pieces:

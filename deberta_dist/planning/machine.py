@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
 
 # Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
 # messages of megabytes of the nominal bandwidth.
@@ -240,10 +241,14 @@ def read_calibration(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is no table of tables by number of processes.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
+        found = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--calibration {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--calibration {path}: not valid JSON: {error}") from None
     by_number = found.get("processes", {}) if isinstance(found, dict) else None
     tables = by_number.items() if isinstance(by_number, dict) else [("", None)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from deberta_dist.config import RunConfig, deepspeed_config, resolve
 from deberta_dist.errors import ConfigError
+from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
 from deberta_dist.models.presets import preset
@@ -103,7 +104,9 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
     try:
         if section.preset is not None:
             return preset(section.preset, **section.overrides)
-        published = json.loads(Path(section.config).read_text(encoding="utf-8"))
+        content = Path(section.config).read_bytes()
+        refuse_foreign(content[:HEAD_BYTES], f"model.config = {section.config}", error=ConfigError)
+        published = json.loads(content.decode("utf-8"))
         if not isinstance(published, dict):
             raise ConfigError(f"model.config = {section.config} is not a JSON object")
         if published.get("model_type") is not None:
@@ -111,5 +114,5 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
         return DebertaConfig.from_dict({**published, **section.overrides})
     except ConfigError as error:
         raise ConfigError(f"{config.source}, [model]: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{config.source}: model.config = {section.config}: {error}") from None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deberta_dist.corpus.contamination import NgramSet
+from deberta_dist.corpus.inputs import PassedOver
 from deberta_dist.data.corpus_index import INDEX_NAME, write_index
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
@@ -45,12 +46,14 @@ class _Start:
 
     Attributes:
         units: all pieces of the inputs, in order.
+        passed_over: what lies beside them and is not read.
         run: folder of this start.
         state: folder of what depends on all units.
         outcome: of a start that was killed when all was done but the moving; None: there is work.
     """
 
     units: tuple[Unit, ...]
+    passed_over: PassedOver
     run: Path
     state: Path
     outcome: Outcome | None
@@ -107,13 +110,16 @@ def prepare_corpus(
     with ExitStack() as stack:
 
         def begin() -> _Start:
-            units = list_units(inputs, held_out_inputs, piece_bytes=recipe.piece_bytes)
+            units, passed_over = list_units(
+                inputs, held_out_inputs, piece_bytes=recipe.piece_bytes, format=recipe.reading.format
+            )
             workspace.refuse_foreign()
             stack.enter_context(RunLock(workspace.directory, key="--output: working directory"))
             workspace.refuse_foreign()  # whoever had the lock may have completed it
             state = workspace.state(recipe, units)
             run = workspace.begin(recipe, state=state)
-            return _Start(units=units, run=run, state=state, outcome=workspace.finished(state))
+            outcome = workspace.finished(state)
+            return _Start(units=units, passed_over=passed_over, run=run, state=state, outcome=outcome)
 
         start = ranks.first(begin)
         outcome = start.outcome or _prepare(
@@ -171,7 +177,7 @@ def _prepare(
             monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
         crew.run(encode)
         ranks.barrier()
-        parts, unit_of_part = ranks.first(lambda: collect_parts(start.units, directory=workspace.parts))
+        parts, unit_of_part = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
 
         duplicates = _find_duplicates(
             parts,
@@ -219,6 +225,8 @@ def _prepare(
             recipe=recipe,
             processes=ranks.size * num_workers,
             seconds=time.monotonic() - began,
+            passed_over=start.passed_over,
+            ngrams=ngrams,
         )
         write_report(outcome, directory=made)
         return outcome
@@ -258,10 +266,23 @@ def _find_duplicates(
     return found
 
 
+def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
+    """All parts, as ``collect_parts``; refuses inputs to be held out in which there is no document."""
+    parts, unit_of_part = collect_parts(units, directory=directory)
+    held_out = [part for part, number in zip(parts, unit_of_part, strict=True) if units[number].held_out]
+    if held_out and not sum(part.counts.kept for part in held_out):
+        raise DataError(f"no document of --held-out-input is left to hold out ({_dropped(held_out)})")
+    return parts, unit_of_part
+
+
 def _nothing_kept(parts: Sequence[Part]) -> str:
+    return f"no document is left to write ({_dropped(parts)})"
+
+
+def _dropped(parts: Sequence[Part]) -> str:
+    """How many documents were left out, by rule."""
     dropped: dict[str, int] = {}
     for part in parts:
         for rule, number in part.counts.dropped.items():
             dropped[rule] = dropped.get(rule, 0) + number
-    why = ", ".join(f"{number:,} {rule}" for rule, number in sorted(dropped.items())) or "the inputs are empty"
-    return f"no document is left to write ({why})"
+    return ", ".join(f"{number:,} {rule}" for rule, number in sorted(dropped.items())) or "the inputs are empty"

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deberta_dist.corpus.contamination import NgramSet, Used
+from deberta_dist.corpus.inputs import PassedOver
+from deberta_dist.errors import encodable, printable
 from deberta_dist.preparation.parts import Counts, Part
 from deberta_dist.preparation.publish import publish
 from deberta_dist.preparation.recipe import Recipe
@@ -58,6 +61,9 @@ class Outcome:
         missing: folders that were asked for and are not there, for no document is left for them.
         processes: of the start that finished it.
         seconds: wall time of that start.
+        passed_over: what lay in the inputs' directories, or fitted their patterns, and was not read.
+        benchmark: files whose texts documents were compared with.
+        benchmark_passed_over: what lay beside these.
     """
 
     recipe: Mapping[str, Any]
@@ -67,6 +73,9 @@ class Outcome:
     missing: Sequence[str]
     processes: int
     seconds: float
+    passed_over: PassedOver = PassedOver()
+    benchmark: Sequence[Used] = ()
+    benchmark_passed_over: PassedOver = PassedOver()
 
     @classmethod
     def of(
@@ -79,6 +88,8 @@ class Outcome:
         recipe: Recipe,
         processes: int,
         seconds: float,
+        passed_over: PassedOver,
+        ngrams: NgramSet | None,
     ) -> "Outcome":
         """Counts what there is.
 
@@ -88,7 +99,8 @@ class Outcome:
             unit_of_part: number of the unit of each part.
             plan: where documents went.
             recipe: the settings.
-            processes, seconds: as above.
+            processes, seconds, passed_over: as above.
+            ngrams: of the benchmark; None: there is none.
         """
         counts: dict[str, Counts] = {unit.file.source: Counts() for unit in units}
         for part, number in zip(parts, unit_of_part, strict=True):
@@ -120,6 +132,9 @@ class Outcome:
             missing=[folder for folder in expected if folder not in folders],
             processes=processes,
             seconds=round(seconds, 3),
+            passed_over=passed_over,
+            benchmark=() if ngrams is None else ngrams.files,
+            benchmark_passed_over=PassedOver() if ngrams is None else ngrams.passed_over,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -132,6 +147,10 @@ class Outcome:
         values = {key: value for key, value in content.items() if key != "version"}
         values["sources"] = {name: _source(value) for name, value in content["sources"].items()}
         values["total"] = _source(content["total"])
+        values["benchmark"] = tuple(Used(**used) for used in content.get("benchmark", ()))
+        for name in ("passed_over", "benchmark_passed_over"):
+            there = content.get(name, {})
+            values[name] = PassedOver(count=there.get("count", 0), first=tuple(there.get("first", ())))
         return cls(**values)
 
     def summary(self, output: Path) -> str:
@@ -141,6 +160,8 @@ class Outcome:
         lines = [
             f"{output}: {total.read_documents:,} documents of {total.read_bytes / 1e6:,.1f} MB in {total.files:,} files, "
             f"{self.seconds:,.1f} s, {total.bytes_per_cpu_second / 1e6:,.1f} MB/s per core",
+            *(f"  {line}" for line in self._passed_over_lines()),
+            *([f"  {self._benchmark_line()}"] if self.benchmark else []),
             f"  left out: {dropped}",
             *(
                 f"  {folder}: {split.documents:,} documents, {split.tokens:,} tokens"
@@ -150,6 +171,18 @@ class Outcome:
             f"  {output / TEXT_NAME} says more",
         ]
         return "\n".join(lines)
+
+    def _passed_over_lines(self) -> list[str]:
+        kinds = (("passed over beside the inputs", self.passed_over), ("beside the benchmark", self.benchmark_passed_over))
+        return [f"{what}: {paths}" for what, paths in kinds if paths]
+
+    def _benchmark_line(self) -> str:
+        searched, texts = (sum(getattr(used, name) for used in self.benchmark) for name in ("num_searched", "num_texts"))
+        shorter = " (the others are shorter)" if searched < texts else ""
+        line = f"compared with {searched:,} of {texts:,} texts in {len(self.benchmark):,} benchmark files{shorter}"
+        if silent := [used for used in self.benchmark if not used.num_searched]:
+            line += f"; {len(silent):,} files have none that is long enough, such as {_shown(silent[0].path)}"
+        return line
 
     def _missing_lines(self) -> list[str]:
         return [f"{folder}/ is not there: no document is left for it" for folder in self.missing]
@@ -182,6 +215,12 @@ class Outcome:
                 for name, source in rows:
                     values = " | ".join(f"{getattr(source, field).get(column, 0):,}" for column in names)
                     lines.append(f"| {name} | {values} |")
+        if self.benchmark:
+            lines += ["", "## Benchmark", "", self._benchmark_line() + ".", ""]
+            lines += ["| file | texts | long enough to be looked for |", "|---|--:|--:|"]
+            lines += [f"| {_shown(used.path)} | {used.num_texts:,} | {used.num_searched:,} |" for used in self.benchmark]
+        if told := self._passed_over_lines():
+            lines += ["", "## Not read", "", *(f"- {line}" for line in told)]
         lines += [
             "",
             "## Work",
@@ -203,6 +242,11 @@ def write_report(outcome: Outcome, *, directory: Path) -> None:
     """
     publish(directory / TEXT_NAME, outcome.as_text().encode("utf-8"))
     publish(directory / JSON_NAME, (json.dumps(outcome.as_json(), indent=2) + "\n").encode("utf-8"))
+
+
+def _shown(path: str) -> str:
+    """A path in a line, or a cell of a table."""
+    return printable(encodable(path)).replace("|", "\\|")
 
 
 def _source(content: Mapping[str, Any]) -> SourceReport:

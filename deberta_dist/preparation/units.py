@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.corpus.inputs import PARQUET, InputFile, Piece, list_inputs
+from deberta_dist.corpus.inputs import AUTO, PARQUET, InputFile, PassedOver, Piece, find_inputs
 from deberta_dist.corpus.reading import cut
 from deberta_dist.errors import DataError
 
@@ -31,24 +31,31 @@ class Unit:
 
 
 def list_units(
-    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int
-) -> tuple[Unit, ...]:
-    """Pieces of all inputs, in order; an empty file is one piece, so that the report counts it.
+    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int, format: str = AUTO
+) -> tuple[tuple[Unit, ...], PassedOver]:
+    """Pieces of all inputs, in order, and what lies beside them; an empty file is one piece, so that the report counts it.
 
     Args:
-        inputs: as for ``list_inputs``.
+        inputs: as for ``find_inputs``.
         held_out_inputs: further ones, all of whose documents are held out; they come first.
         piece_bytes: as for ``cut``.
+        format: as for ``find_inputs``.
 
     Raises:
-        DataError: as ``list_inputs`` and ``cut``; a file is in both; an archive has no bytes; the names of two sources
-            differ in case alone.
+        DataError: as ``find_inputs`` and ``cut``; a file is in both; an archive has no bytes, or all files of one of
+            ``held_out_inputs`` have none; the names of two sources differ in case alone.
     """
     units: list[Unit] = []
     seen: dict[Path, bool] = {}
     spelling: dict[str, str] = {}
-    for given, held_out in ((held_out_inputs, True), (inputs, False)):
-        for file in list_inputs(given):
+    for word in held_out_inputs:
+        if not any(file.num_bytes for file in find_inputs([word], format=format).files):
+            raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct it, or take it away")
+    listings = [
+        (find_inputs(given, format=format), held_out) for given, held_out in ((held_out_inputs, True), (inputs, False))
+    ]
+    for listing, held_out in listings:
+        for file in listing.files:
             path = file.path.resolve()
             if seen.setdefault(path, held_out) != held_out:
                 raise DataError(f"{file.path} is given as --input and as --held-out-input: name it in one of them")
@@ -72,4 +79,4 @@ def list_units(
                 )
                 for piece in pieces
             ]
-    return tuple(units)
+    return tuple(units), PassedOver.join(listing.passed_over for listing, _ in listings)

@@ -9,6 +9,7 @@
     run-*/               claims and progress of one start
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deberta_dist.corpus.documents import ReadOptions
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.publish import publish
 from deberta_dist.preparation.recipe import Recipe
@@ -137,7 +139,8 @@ def _unusable(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     if "reading" not in different:
         return different
     different.remove("reading")
-    old, new = found.get("reading", {}), wanted["reading"]
+    # An option that was not there yet had its default.
+    old, new = {**dataclasses.asdict(ReadOptions()), **found.get("reading", {})}, wanted["reading"]
     for key in sorted({*old, *new}):
         was_error = old.get("invalid_utf8" if key == "invalid_utf8" else "bad_records") == "error"
         is_wider = key != "max_document_bytes" or new[key] > old.get(key, 0)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.data.new_file import new_file
-from deberta_dist.errors import DataError
+from deberta_dist.errors import DataError, printable
+from deberta_dist.foreign import HEAD_BYTES, json_integer, refuse_foreign
 from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 
@@ -77,7 +78,13 @@ def described(directory: Path, task: Task) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=str, parse_float=_finite)
+        content = path.read_bytes()
+        refuse_foreign(content[:HEAD_BYTES], path)
+        return json.loads(
+            content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=json_integer
+        )
+    except DataError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error})") from error
 
@@ -138,7 +145,7 @@ def read_runs(files: Sequence[Path], split: Split) -> list[dict[Key, dict[str, f
 def _checked(probabilities: Mapping[str, Any], *, at: str) -> dict[str, float]:
     for label, value in probabilities.items():
         if type(value) not in (int, float) or not 0.0 <= value <= 1.0 + _TOLERANCE:
-            raise DataError(f"{at}: the probability of {label!r} is {value!r}")
+            raise DataError(f"{at}: the probability of {label!r} is {printable(repr(value))}")
     if abs(math.fsum(probabilities.values()) - 1.0) > _TOLERANCE:
         raise DataError(f"{at}: the probabilities add up to {math.fsum(probabilities.values()):.4f}, not 1")
     return {label: float(value) for label, value in probabilities.items()}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.errors import DataError
+from deberta_dist.errors import DataError, printable
+from deberta_dist.foreign import HEAD_BYTES, begins_like, head_of, json_integer, refuse_foreign
 from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 
 Key = tuple[int, ...]
@@ -80,7 +81,11 @@ class Release:
             with zipfile.ZipFile(self.path) as archive:
                 names = archive.namelist()
         except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is neither a folder nor a zip file of SuperGLUE data ({error})") from error
+            head = head_of(self.path)
+            refuse_foreign(head, path)
+            raise DataError(
+                f"{path} is neither a folder nor a zip file of SuperGLUE data ({error}){begins_like(head)}"
+            ) from error
         for wanted in {task.data_file(split) for task in TASKS.values() for split in task.counts}:
             found = [name for name in names if name == wanted or name.endswith(f"/{wanted}")]
             if len(found) > 1:
@@ -147,6 +152,7 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
     Raises:
         DataError: a line is not an object of JSON in UTF-8, or has a key twice.
     """
+    refuse_foreign(content[:HEAD_BYTES], where)
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -154,7 +160,12 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
                 continue
             raise DataError(f"{where}, line {number}: empty")
         try:
-            value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+            value = json.loads(
+                line.decode("utf-8"),
+                object_pairs_hook=_unique,
+                parse_constant=_no_constant,
+                parse_int=json_integer,
+            )
             # Half of a surrogate pair is JSON, and text that nothing can write.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
@@ -171,7 +182,7 @@ def integer(value: Any, *, at: str, name: str) -> int:
         DataError: it is something else.
     """
     if type(value) is not int or value < 0:
-        raise DataError(f"{at}: {name} is {value!r}, a whole number from 0 on is expected")
+        raise DataError(f"{at}: {name} is {printable(repr(value))}, a whole number from 0 on is expected")
     return value
 
 

@@ -25,6 +25,9 @@ INDEX = bytes.fromhex(
 )
 BIN = bytes.fromhex("0500 0600 e703 0400 0000 0200")
 DOCUMENTS = [[5, 6, 999], [4, 0, 2]]
+# The same sequences as fairseq files them: no number of document indices, and none of these.
+FAIRSEQ = INDEX[:26] + INDEX[34:70]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
 
 
 def lay_out(folder: Path, index: bytes = INDEX, data: bytes = BIN) -> Path:
@@ -111,7 +114,13 @@ def test_negative_ids(tmp_path: Path) -> None:
     ("index", "data", "message"),
     [
         (b"", BIN, r"\.idx is not the index of a Megatron dataset: it begins with b''"),
-        (b"TNTIDX\0\0" + INDEX[8:], BIN, r"it begins with b'TNTIDX\\x00\\x00\\x00', expected b'MMIDIDX"),
+        (b"TNTIDX\0\0" + INDEX[8:], BIN, r"an index of the older formats of fairseq .*make the dataset again as mmap"),
+        (FAIRSEQ, BIN, r"the index of a fairseq dataset \(mmap, 3 sequences\), .*dict.txt.* tools/prepare_corpus.py"),
+        (FAIRSEQ[:17] + b"\x09" + FAIRSEQ[18:], BIN, r"the index of a fairseq dataset"),
+        (FAIRSEQ[:18] + bytes(8), b"", r"the index of a fairseq dataset \(mmap, 0 sequences\)"),
+        (POINTER, BIN, r"\.idx is a Git LFS pointer"),
+        (INDEX, POINTER, r"\.bin is a Git LFS pointer"),
+        (b"\x93NUMPY\1\0", BIN, r"expected b'MMIDIDX.*; it begins like a NumPy array"),
         (INDEX[:33], BIN, r"\.idx is truncated: 33 bytes, expected 34 of header"),
         (patched(9, b"\2"), BIN, r"\.idx has format version 2, this program reads 1"),
         (patched(17, b"\6"), BIN, r"\.idx has ids of type 6 \(float64\), expected an integer type: 1 uint8"),

@@ -1,5 +1,6 @@
 """Documents of every kind of file: what they are, where pieces part, and what happens to bad ones."""
 
+import gzip
 import json
 import random
 from collections.abc import Sequence
@@ -125,7 +126,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
     ("line", "message"),
     [
         ('{"text": "cut', r"a.jsonl:2: not a line of JSON"),
-        ("[" * 100_000, r"a.jsonl:2: not a line of JSON"),
+        ("[" * 100_000, r"a.jsonl:2: not a line of JSON \(nested too deeply\)"),
+        ('{"text": "one", "text": "two"}', r"a.jsonl:2: the field 'text' stands there twice"),
+        ('\ufeff{"text": "x"}', r"a.jsonl:2: not a line of JSON \(Unexpected UTF-8 BOM"),
         ('["text"]', r"a.jsonl:2: expected a JSON object"),
         ('{"body": "x", "id": 3}', r"a.jsonl:2: no string in the field 'text'; fields here: body, id"),
         ('{"text": null}', r"a.jsonl:2: no string in the field 'text'"),
@@ -138,6 +141,115 @@ def test_lines_that_are_no_records_are_located_or_left_out(tmp_path: Path, line:
         read(path)
     faults = [document.fault for document in read(path, options=ReadOptions(bad_records="drop"))]
     assert faults == [None, "bad_record", None]
+
+
+def test_what_stands_beside_the_text_does_not_matter(tmp_path: Path) -> None:
+    odd = ("9" * 5000, "-" + "9" * 5000, "1e999", "NaN", '"\\ud800"', '{"a": 1, "a": 2}', "[" * 500 + "]" * 500)
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"odd": {value}, "text": "{i}"}}\n' for i, value in enumerate(odd)))
+    assert texts(tmp_path / "a.jsonl") == [str(i) for i in range(len(odd))]
+    twice = '{"meta": {"text": "x", "text": "y"}, "text": "one"}\n{"note": "\\"text\\": twice", "text": "two"}\n'
+    (tmp_path / "b.jsonl").write_text(twice)
+    assert texts(tmp_path / "b.jsonl") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "expected"),
+    [
+        ('{"doc": {"text": "in"}, "text": "out"}', "doc.text", "in"),
+        ('{"doc": {"text": "in"}, "doc.text": "whole"}', "doc.text", "whole"),
+        ('{"a": {"b.c": {"d": "deep"}}}', "a.b.c.d", "deep"),
+        ('{"a": "x", "a.b": {"c": "long"}}', "a.b.c", "long"),
+        ('{"doc": ["text"]}', "doc.text", "no string in the field 'doc.text'; fields here: doc"),
+        ('{"doc": {"text": "a"}, "doc": {"text": "b"}}', "doc.text", "the field 'doc' stands there twice"),
+        ('{"doc": {"text": "a", "text": "b"}}', "doc.text", "the field 'text' stands there twice"),
+    ],
+)
+def test_fields_in_objects(tmp_path: Path, line: str, field: str, expected: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"{line}\n")
+    if " " not in expected:
+        assert texts(path, options=ReadOptions(text_field=field)) == [expected]
+    else:
+        with pytest.raises(DataError, match=f"a.json:1: {expected}"):
+            read(path, options=ReadOptions(text_field=field))
+    for field in ("", ".text", "doc."):
+        with pytest.raises(ConfigError, match="text_field = "):
+            ReadOptions(text_field=field)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['[{"text": "one"}, {"text": "two"}]', '[\n "one",\n "two"\n]', ' \n[ \n {"text": "x"}]', "[]", '{\n "text": "x"\n}'],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
+def test_json_that_is_one_value_is_refused_whatever_becomes_of_bad_records(tmp_path: Path, name: str, content: str) -> None:
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    message = rf"{name} is one JSON (array|object over many lines), expected one object a line: jq -c"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name, options=ReadOptions(bad_records="drop", max_document_bytes=10))
+
+
+def articles(data: bytes, *, limit: int) -> list[tuple[str, str | None]]:
+    """Articles and faults by the words of the definition, line by line."""
+    found: list[list[bytes]] = []
+    is_open = False
+    for line in data.splitlines(keepends=True):
+        if line.startswith(b"<doc ") or (not is_open and line.strip()):
+            found.append([])
+            is_open = True
+        if is_open:
+            found[-1].append(line)
+        if line.startswith(b"</doc>"):
+            is_open = False
+    result: list[tuple[str, str | None]] = []
+    for lines in found:
+        is_whole = lines[0].startswith(b"<doc ") and lines[-1].startswith(b"</doc>") and len(lines) > 1
+        text = b"".join(lines[1:-1]).decode().strip("\r\n").replace("&amp;", "&")
+        if sum(map(len, lines)) > limit:
+            result.append(("", "too_long"))
+        else:
+            result.append((text, None) if is_whole else ("", "bad_record"))
+    return result
+
+
+def test_articles_of_wikiextractor_wherever_the_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(3)
+    lines = [b'<doc id="1" title="A > B">\n', b"</doc>\n", b"\n", b"x <doc y>\n", b"A &amp; \xe2\x82\xac\n", b"  \n", b"<docs>\n"]
+    path = tmp_path / "wiki_00"
+    for _ in range(80):
+        data = b"".join(draw.choices(lines, weights=[3, 3, 1, 1, 2, 1, 1], k=draw.randrange(1, 14)))
+        data = data[: -draw.randrange(2) or None]
+        path.write_bytes(data)
+        file = list_inputs([path], format="wikiextractor")[0]
+        limit = draw.choice([40, 1 << 20])
+        options = ReadOptions(format="wikiextractor", bad_records="drop", max_document_bytes=limit)
+        monkeypatch.setattr(streams, "CHUNK_BYTES", draw.choice([1, 7, 1 << 20]))
+        whole = list(read_documents(file, options=options))
+        assert [(d.text, d.fault) for d in whole] == articles(data, limit=limit), data
+        for size in range(1, len(data) + 1, 3):
+            pieces = [Piece(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
+            again = in_pieces(file, pieces, options=options)
+            assert [(d.text, d.offset, d.fault) for d in again] == [(d.text, d.offset, d.fault) for d in whole], (data, size)
+
+
+def test_a_file_that_is_not_of_wikiextractor_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wiki_00"
+    options = ReadOptions(format="wikiextractor")
+
+    def found() -> list[str]:
+        return [d.text for d in read_documents(list_inputs([path], format="wikiextractor")[0], options=options)]
+
+    path.write_text('<doc id="1">\nTitle\n\nWhere a &lt; b &amp;amp; c\n\n</doc>\n\n<doc id="2">\n</doc>')
+    assert found() == ["Title\n\nWhere a < b &amp; c", ""]
+    for content, message in (
+        ('{"text": "of --json"}\n', r"wiki_00:1: text outside <doc .*not a file of WikiExtractor; --bad-records drop"),
+        ('<doc id="1">\nx\n</doc>\nstray\n', r"wiki_00:4: text outside <doc"),
+        ('<doc id="1">\nx\n', r"wiki_00:1: an article without </doc>: the file is cut short"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            found()
 
 
 def test_documents_too_long_are_named_or_left_out_in_bounded_memory(

@@ -49,6 +49,10 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     prepare = ("prepare_corpus.py", "--input", "bad.txt", "--output", "x", "--tokenizer")
     assert_one_line_error(run(*prepare, "bad.txt", cwd=tmp_path), code=65, words="not a sentencepiece model")
+    assert run(*train, 600, cwd=tmp_path).returncode == 0
+    zero = run(*prepare, "spm.model", "--benchmark", TEXT, "--benchmark-ngram", 0, cwd=tmp_path)
+    assert_one_line_error(zero, code=2, words="--benchmark-ngram, n = 0")
+    (tmp_path / "spm.model").unlink()
     (tmp_path / "spm.model").symlink_to(tmp_path / "nowhere")
     assert_one_line_error(run(*train, 600, cwd=tmp_path), code=65, words="exists already")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "spm.model"]

@@ -162,6 +162,7 @@ def test_a_calibration_replaces_numbers(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("no", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[]", "expected an object"),
         ('{"processes": {"two": {}}}', "by number of processes"),
         ('{"speed": 1}', "unknown key speed; known are"),

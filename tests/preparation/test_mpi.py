@@ -61,7 +61,7 @@ def test_killed_ranks_and_workers_of_two_then_four(
 def test_a_rank_that_stands_still_leaves_the_work_to_the_other(
     tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    output, num_pieces = tmp_path / "x", len(list_units([DEMO_TEXT], [], piece_bytes=PIECE_BYTES))
+    output, num_pieces = tmp_path / "x", len(list_units([DEMO_TEXT], [], piece_bytes=PIECE_BYTES)[0])
     with Start(output, arguments_for(tokenizer, num_workers=1), num_ranks=2) as start:
         start.when(lambda: parts_of(output), what="the first part")
         slow = children(start.pid)[1]

@@ -13,6 +13,7 @@ from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.progress import Progress
+from deberta_dist.preparation.recipe import Recipe
 from tests.preparation.small import documents_of, files_of, jsonl, prepare
 
 
@@ -143,6 +144,9 @@ def test_what_exists_is_refused_and_left(tokenizer: Tokenizer, tmp_path: Path) -
         prepare([path], path, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="--workers 0"):
         prepare([path], tmp_path / "y", tokenizer=tokenizer, num_workers=0)
+    for threshold in (0.0, 80.0, float("nan")):
+        with pytest.raises(ConfigError, match=rf"--near-duplicates {threshold}: expected above 0 and at most 1"):
+            Recipe.of(tokenizer, near_duplicates=threshold)
     with pytest.raises(ConfigError, match=r"--held-out 100.* below 100"):
         prepare([path], tmp_path / "y", tokenizer=tokenizer, held_out_percent=100.0)
     assert not (tmp_path / "y").exists()

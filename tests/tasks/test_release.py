@@ -122,6 +122,17 @@ def test_a_malformed_line_is_named(data: Path, text: str) -> None:
         Release(data).read(TASKS["CB"], "train")
 
 
+def test_numbers_of_any_length_stand_in_fields_that_are_not_read(data: Path) -> None:
+    path = data / "CB/train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.replace("{", '{"weight": ' + "9" * 5000 + ', "other": 1e999, ', 1) for line in lines))
+    read = Release(data).read(TASKS["CB"], "train")
+    assert len(read.decisions) == len(lines)
+    path.write_text(lines[0].replace('"idx": ', '"idx": ' + "9" * 5000))
+    with pytest.raises(DataError, match=r"CB/train.jsonl, line 1: idx is '9{199}, a whole number"):
+        Release(data).read(TASKS["CB"], "train")
+
+
 def test_a_duplicate_idx_is_named(data: Path) -> None:
     path = data / "CB/train.jsonl"
     path.write_text(path.read_text() + "\n" + path.read_text().splitlines()[1])
