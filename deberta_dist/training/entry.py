@@ -11,6 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from deberta_dist.errors import ConfigError, DebertaDistError
+from deberta_dist.training.hostfile import check_front
+from deberta_dist.training.launch import FLAGS_WITH_VALUE
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -72,6 +74,7 @@ def start(
             print(help_text)
         return
     try:
+        check_front(FLAGS_WITH_VALUE)
         run(launcher, arguments)
     except DebertaDistError as error:
         # Ranks of one node fail alike: one of them says it.
