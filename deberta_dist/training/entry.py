@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.training.hostfile import check_front
 from deberta_dist.training.launch import FLAGS_WITH_VALUE
@@ -40,8 +41,8 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             dry_run = True
         elif name == "--world-size":
             value = value if equals else (rest.pop(0) if rest else "")
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"command line: --world-size needs a number of processes, got {value!r}")
+            if not value.isdecimal() or len(value) > 9 or not 1 <= int(value) <= MOST_RANKS:
+                raise ConfigError(f"command line: --world-size needs a number of processes, 1 to {MOST_RANKS}, got {value[:40]!r}")
             world_size = int(value)
         else:
             overrides.append(name + equals + value)
