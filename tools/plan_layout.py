@@ -177,10 +177,11 @@ def deepspeed_jsons(config: RunConfig, arguments: argparse.Namespace) -> tuple[P
     Raises:
         ConfigError: a format that the part does not have, or an offload that the run's own JSON does not.
     """
-    from deberta_dist.config import deepspeed_config, precision, resolve, smallest_world_size
+    from deberta_dist.config import offload_device, precision, resolve, smallest_world_size
+    from deberta_dist.planning.deepspeed import checked_deepspeed
 
     own = config.run.deepspeed
-    ds = deepspeed_config(own, resolve(config, smallest_world_size(config)))
+    ds = checked_deepspeed(resolve(config, smallest_world_size(config))).values
     if precision(ds) == "bf16" and arguments.gpu in WITHOUT_BF16:
         raise ConfigError(
             f"run.deepspeed = {own} asks for bf16, which a {GPUS[arguments.gpu].name} does not have; add --run.deepspeed "
@@ -190,7 +191,7 @@ def deepspeed_jsons(config: RunConfig, arguments: argparse.Namespace) -> tuple[P
     if pair is not None:
         by_offload = dict(zip(("none", "cpu"), (JSONS / name for name in pair), strict=True))
     else:
-        by_offload = {ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none"): own}
+        by_offload = {offload_device(ds, "optimizer"): own}
     asked = arguments.offload or tuple(by_offload)
     missing = [word for word in asked if word not in by_offload]
     if missing:

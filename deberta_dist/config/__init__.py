@@ -33,7 +33,8 @@ Fine-tuning has a TOML of its own kind (``finetune.py``), over which a task's re
 * The JSON holds no optimizer, no schedule and no batch sizes: those are the TOML's. Its
   ``gradient_clipping`` is "auto" or equal to the TOML's. ``train_batch_size``,
   ``train_micro_batch_size_per_gpu`` and ``gradient_accumulation_steps`` are "auto" or absent: inside
-  DeepSpeed they do not count sequences (see ``deepspeed_json.py``). ZeRO stage 3 always.
+  DeepSpeed they do not count sequences (see ``deepspeed_json.py``). ZeRO stage 3 always. Elsewhere in the JSON ``null``
+  means absent and "auto" DeepSpeed's default; the planner has all of it checked by DeepSpeed's own classes.
 * Every run directory gets ``run_config.toml`` and ``deepspeed.json`` with everything filled in. The
   pair loads again: with another number of processes, add
   ``--parallel.data_parallel_size auto --training.num_micro_batches auto``.
@@ -41,7 +42,7 @@ Fine-tuning has a TOML of its own kind (``finetune.py``), over which a task's re
 The story for the program, in this order::
 
     config = resolve(load_config("run.toml", overrides), world_size)
-    ds = deepspeed_config(config.run.deepspeed, config)
+    ds = read_deepspeed(config.run.deepspeed, config, examine=...).values
     precision(ds)                                   # "fp32", "bf16" or "fp16"
     write_resolved(config, ds, config.run.directory)
 
@@ -49,7 +50,7 @@ Imports nothing but ``errors`` (no torch, no DeepSpeed): a wrong number is said 
 """
 
 from deberta_dist.config.data import Data
-from deberta_dist.config.deepspeed_json import deepspeed_config, precision
+from deberta_dist.config.deepspeed_json import deepspeed_config, offload_device, precision, read_deepspeed
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.load import load_config
 from deberta_dist.config.recipes import Recipe, read_recipes
@@ -86,7 +87,9 @@ __all__ = [
     "deepspeed_config",
     "default_values",
     "load_config",
+    "offload_device",
     "precision",
+    "read_deepspeed",
     "read_recipes",
     "resolve",
     "resolve_finetuning",

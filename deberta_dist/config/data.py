@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from deberta_dist.config.section import Count, File, Lengths, Name, Positive, Section
+from deberta_dist.config.section import File, Length, Lengths, Name, Positive, Section
 
 
 class Source(Section):
@@ -35,7 +35,7 @@ class Data(Section):
     """Corpus to evaluate on."""
     tokenizer: File
     """SentencePiece model (``spm.model``) that all of them were made with."""
-    max_seq_length: Annotated[int, Field(ge=3)] = 512
+    max_seq_length: Length = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
     document_boundaries: bool = False
     """Documents that share a sequence are separated by [SEP], do not see each other, and each has the positions from 0
@@ -49,9 +49,9 @@ class Data(Section):
     masking: Literal["official", "uniform"] = "official"
     """``official``: the released sampling, which masks less towards the end of a sequence; its share of targets holds at any
     length, where the released code never masks more than 80. ``uniform``: the same n-grams of whole words, without that bias."""
-    mask_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    mask_probability: Annotated[float, Field(ge=1e-6, lt=1)] = 0.15
     """Share of the tokens to predict."""
-    max_ngram: Count = 3
+    max_ngram: Annotated[int, Field(ge=1, le=100)] = 3
     """Longest masked span (words)."""
 
     @model_validator(mode="after")

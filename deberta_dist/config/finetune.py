@@ -9,19 +9,19 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
-from deberta_dist.config.section import AUTO, Count, CountOrNone, Fraction, NotNegative, Positive, Section
+from deberta_dist.config.section import AUTO, MOST_TOKENS, Count, CountOrNone, Few, Fraction, NotNegative, Section, Sequences
 
 
 class TaskData(Section):
     """``[data]``: how rows become sequences (``deberta_dist/tasks/encoding.py``)."""
 
-    max_seq_length: Annotated[int, Field(ge=16)] = 256
+    max_seq_length: Annotated[int, Field(ge=16, le=MOST_TOKENS)] = 256
     """Tokens per sequence, [CLS] and [SEP] included."""
     window_overlap: CountOrNone = 64
     """Tokens that neighbouring windows of a long passage share; at most a quarter of max_seq_length."""
-    max_windows: Count = 4
+    max_windows: Few = 4
     """Windows of a passage at most; a longer one is read with gaps."""
-    max_train_choices: Annotated[int, Field(ge=2)] = 8
+    max_train_choices: Annotated[int, Field(ge=2, le=10_000)] = 8
     """Candidates of a ReCoRD query that training compares, a right one among them; predictions compare all."""
 
     @model_validator(mode="after")
@@ -37,15 +37,15 @@ class TaskData(Section):
 class FineTuning(Section):
     """``[training]``: batch sizes, length of the run, where it starts."""
 
-    epochs: Positive
+    epochs: Annotated[float, Field(ge=1e-3, le=10_000)]
     """Passes over the training rows; the last may be a part of one."""
-    global_batch_size: Count
+    global_batch_size: Sequences
     """Decisions (rows, answers, queries) per optimizer step over all ranks."""
-    micro_batch_size: Count = 8
+    micro_batch_size: Sequences = 8
     """Decisions that a rank computes at once; a COPA row is two sequences, a long passage one per window."""
     seed: CountOrNone = 42
     """Decides a new classifier, order of the rows and dropout; further seeds count on from here."""
-    seeds: Count = 1
+    seeds: Few = 1
     """Runs of every task, each with its own seed."""
     classifier_dropout: Fraction | None = None
     """Dropout before the classifier; absent = the checkpoint's."""
@@ -64,9 +64,9 @@ class FineTuning(Section):
 class TaskEvaluation(Section):
     """``[evaluation]``: scores on the validation split while training; the best weights are kept."""
 
-    per_epoch: Count = 1
+    per_epoch: Few = 1
     """Evaluations per epoch; one more follows the last step."""
-    batch_size: Count = 32
+    batch_size: Sequences = 32
     """Sequences per forward pass of a rank."""
 
 
@@ -79,7 +79,7 @@ class SiftSection(Section):
     """Step of the perturbation, in units of normalised embeddings (standard deviation 1)."""
     noise: NotNegative = 1e-2
     """Standard deviation of the initial perturbation."""
-    num_steps: Count = 1
+    num_steps: Few = 1
     """Inner passes."""
     weight: NotNegative = 5.0
     """Of the adversarial loss beside the task's."""

@@ -23,6 +23,9 @@ COMMAND_LINE = "command line"
 # Stands for the names of a table of tables.
 ANY_NAME = "NAME"
 
+# Pydantic's types of error of a number that is out of its range; it names one end alone.
+RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+
 Sources = dict[tuple[str, ...], str]
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -237,12 +240,33 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
             text = f"{where}: {item['ctx']['error']}"
         else:  # the alternatives of a union come one by one and are joined
             expected = item["msg"].removeprefix("Input should be ")
+            if item["type"] in RANGE_ERRORS:
+                expected = _range(fields.get(_known_place(key))) or expected
             messages.setdefault((*key, f"{where}: {name} = {_shown(item['input'])}"), []).append(expected)
             continue
         messages[(*key, text)] = []
     return [
         f"{key[-1]}; expected {' or '.join(expected)}" if expected else key[-1] for key, expected in messages.items()
     ]
+
+
+def _range(field: FieldInfo | None) -> str:
+    """``0.1 to 10080``: the whole range of a number, empty where it is not known."""
+    marks = [] if field is None else [*field.metadata, *_marks(field.annotation)]
+    ends = {name: getattr(mark, name) for mark in marks for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
+    low = f"{ends['ge']:g}" if "ge" in ends else f"above {ends['gt']:g}" if "gt" in ends else ""
+    high = f"{ends['le']:.10g}" if "le" in ends else f"below {ends['lt']:g}" if "lt" in ends else ""
+    return f"a number from {low} to {high}".replace("to below", "to less than").replace("from above", "above") if low and high else ""
+
+
+def _marks(annotation: Any) -> list[Any]:
+    """The bounds in an annotation, inside unions and tuples as well."""
+    found = list(getattr(annotation, "__metadata__", ()))
+    for mark in tuple(found):
+        found += getattr(mark, "metadata", ())
+    for argument in get_args(annotation):
+        found += _marks(argument)
+    return found
 
 
 def _shown(value: Any) -> str:

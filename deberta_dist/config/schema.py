@@ -6,9 +6,9 @@ number of processes are in ``resolve.py``. ``[data]`` has its own file, ``data.p
 """
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from deberta_dist.config.data import Data
 from deberta_dist.config.section import (
@@ -17,12 +17,16 @@ from deberta_dist.config.section import (
     Betas,
     Count,
     CountOrNone,
+    Few,
     File,
     Layers,
+    Minutes,
     NotNegative,
     Patterns,
-    Positive,
+    Ranks,
+    Rate,
     Section,
+    Sequences,
 )
 
 
@@ -61,12 +65,12 @@ class Model(Section):
 class Training(Section):
     """``[training]``: batch sizes, length of the run, what is recomputed."""
 
-    global_batch_size: Count
+    global_batch_size: Sequences
     """Sequences per optimizer step = micro_batch_size x num_micro_batches x data_parallel_size. With dynamic batching
     these are sequences of ``data.max_seq_length``; of shorter ones there are as many more."""
-    micro_batch_size: Count
+    micro_batch_size: Sequences
     """Sequences of one micro-batch on one pipeline."""
-    num_micro_batches: Count | Auto = AUTO
+    num_micro_batches: Few | Auto = AUTO
     """Micro-batches per optimizer step of each pipeline."""
     max_steps: Count
     """Optimizer steps; the learning rate reaches 0 here. A finished run that is started again with more continues."""
@@ -81,7 +85,7 @@ class Training(Section):
     """Who computes the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device),
     ``reference`` (the formula, slow), or ``auto``: the fastest that can, with a warning where a GPU could have had the
     fused one. Any other word is a must: the start is refused where it cannot be had."""
-    vocabulary_chunks: Count = 1
+    vocabulary_chunks: Annotated[int, Field(ge=1, le=128)] = 1
     """Parts in which the head makes the logits, with more than one a second time in the backward pass: their memory
     divided by as much, for a third more products in the head."""
     init: File | None = None
@@ -108,11 +112,11 @@ class Optimizer(Section):
 
     name: Literal["auto", "torch_adamw", "apex_fused_adam"] = AUTO
     """``auto``: apex's FusedAdam where NVIDIA apex works, else torch's AdamW. Decided on each start."""
-    learning_rate: Positive
+    learning_rate: Rate
     """Peak, reached after ``schedule.warmup_steps``."""
     betas: Betas = (0.9, 0.999)
     """Decay of the first and second moment per step."""
-    eps: Positive = 1e-6
+    eps: Rate = 1e-6
     """Added to the root of the second moment."""
     weight_decay: NotNegative = 0.01
     """Decoupled; not applied to biases and LayerNorms."""
@@ -153,19 +157,19 @@ class Checkpoint(Section):
 class Parallel(Section):
     """``[parallel]``: world = tensor x pipeline x data parallel size."""
 
-    tensor_parallel_size: Count = 1
+    tensor_parallel_size: Ranks = 1
     """Ranks that share every layer (attention heads and FFN are cut)."""
     sequence_parallel: bool = False
     """Split the rest of every layer (LayerNorm, dropout, residuals) over the same ranks by tokens: fewer activations.
     Pre-training only; tensor_parallel_size must be 2 or more and divide all lengths of sequences."""
-    pipeline_parallel_size: Count = 1
+    pipeline_parallel_size: Ranks = 1
     """Ranks along the layers."""
-    data_parallel_size: Count | Auto = AUTO
+    data_parallel_size: Ranks | Auto = AUTO
     """Replicas that read different data and own ZeRO-3 shards; ``auto`` = what the world leaves."""
     schedule: Literal["1f1b", "gpipe", "interleaved_1f1b"] = "1f1b"
     """Order of forward and backward passes in the pipeline. torch's zero-bubble schedules split the backward
     pass, which the relative table that all layers share does not allow (torch 2.13)."""
-    stages_per_rank: Count = 1
+    stages_per_rank: Few = 1
     """Stages held by one pipeline rank; more than 1 with the interleaved schedules only."""
     layers_per_stage: Auto | Layers = AUTO
     """Encoder layers of each stage, first to last; ``auto`` = balanced when the model is built."""
@@ -178,7 +182,7 @@ class Run(Section):
     """Run directory: resolved configuration, metrics, checkpoints, result."""
     deepspeed: File
     """The DeepSpeed JSON (precision, offload, buckets, monitors)."""
-    timeout_minutes: Positive = 10.0
+    timeout_minutes: Minutes = 10.0
     """A collective that waits longer (minutes) ends the run."""
 
 

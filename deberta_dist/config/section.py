@@ -7,19 +7,32 @@ from pydantic import BaseModel, ConfigDict, Field
 
 AUTO = "auto"
 
+# What a run of years, or of all GPUs there are, stays below by far: a number beyond it is a slip, and would end in an overflow
+# or in a plan that takes for ever.
+MOST = 2**31 - 1
+MOST_SEQUENCES = 2**24
+MOST_TOKENS = 2**18
+MOST_RANKS = 2**20
+
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
+Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
+Few = Annotated[int, Field(ge=1, le=10_000)]
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
+Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=1e-15, le=10)]
+Minutes = Annotated[float, Field(ge=0.1, le=7 * 24 * 60)]
 # TOML has no paths and no tuples: these two kinds alone are converted.
 File = Annotated[Path, Field(strict=False)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Patterns = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-Layers = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-Lengths = Annotated[tuple[Annotated[int, Field(ge=3)], ...], Field(strict=False, min_length=1)]
+Layers = Annotated[tuple[Few, ...], Field(strict=False, min_length=1)]
+Length = Annotated[int, Field(ge=3, le=MOST_TOKENS)]
+Lengths = Annotated[tuple[Length, ...], Field(strict=False, min_length=1)]
 
 
 class Section(BaseModel):

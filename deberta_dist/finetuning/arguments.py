@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.conversion.options import ReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.mnli import MNLI
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     parser.add_argument("--world-size", type=int)
     parser.add_argument("--local_rank", "--local-rank")  # the launcher's environment says it as well
     known, overrides = parser.parse_known_args(list(arguments))
-    if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
+    if known.world_size is not None and (not 1 <= known.world_size <= MOST_RANKS or not known.dry_run):
         raise ConfigError("command line: --world-size is a number of processes, and belongs to --dry-run")
     if known.mnli is not None and known.intermediate is None and MNLI.name not in known.task.split(","):
         raise ConfigError(f"command line: --mnli belongs to --intermediate {MNLI.name} or --task {MNLI.name}")

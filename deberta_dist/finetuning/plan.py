@@ -8,7 +8,6 @@ from typing import Any
 
 from deberta_dist.config import (
     FineTuneConfig,
-    deepspeed_config,
     load_config,
     read_recipes,
     resolve_finetuning,
@@ -19,6 +18,7 @@ from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
 from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.layout import Layout, classifier_layout
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI, read_mnli
@@ -45,6 +45,7 @@ class TaskPlan:
         features: By split: train, val, and test where the task is SuperGLUE's.
         diagnostics: Test features of the diagnostics that this task's model answers.
         recipe: File that its recipe is from.
+        deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
     """
 
     task: Task
@@ -55,6 +56,7 @@ class TaskPlan:
     features: dict[str, Features]
     diagnostics: tuple[Features, ...]
     recipe: Path
+    deepspeed_notes: tuple[str, ...] = ()
 
     @property
     def seeds(self) -> range:
@@ -152,11 +154,13 @@ def _plan(
         )
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
+    deepspeed = checked_deepspeed(config)
     features, diagnostics = _features(task, arguments, config=config, start=start, release=release)
     plan = TaskPlan(
         task=task,
         config=config,
-        deepspeed=deepspeed_config(config.run.deepspeed, config),
+        deepspeed=deepspeed.values,
+        deepspeed_notes=deepspeed.notes,
         model_config=model_config,
         layout=layout,
         features=features,
@@ -235,4 +239,5 @@ def describe(plans: Sequence[TaskPlan], *, start: StartingPoint) -> str:
             lines += [f"  {note}" for note in features.notes]
     parallel = plans[0].config.parallel
     lines.append(f"tensor {parallel.tensor_parallel_size} x data {parallel.data_parallel_size}, {plans[0].config.run.deepspeed}")
+    lines += dict.fromkeys(f"  {note}" for plan in plans for note in plan.deepspeed_notes)
     return "\n".join(lines)

@@ -16,6 +16,24 @@ from deberta_dist.models.bookkeeping import BOOKKEEPING_KEYS
 DECODERS = ("emd", "plain")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
 POSITION_TERMS = ("c2p", "p2c")
+# Far beyond any DeBERTa: a larger number is a slip, which would end in an overflow or in a plan that takes for ever.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 512,
+    "num_attention_heads": 2**10,
+    "attention_head_size": 2**12,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**18,
+    "type_vocab_size": 2**16,
+    "embedding_size": 2**16,
+    "max_relative_positions": 2**18,
+    "position_buckets": 2**18,
+    "conv_kernel_size": 255,
+    "layer_norm_eps": 1.0,
+    "initializer_range": 100.0,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DebertaConfig:
@@ -25,7 +43,7 @@ class DebertaConfig:
     what a release uses: start from `presets.preset` or a published file.
 
     Raises:
-        ConfigError: a size is not positive, heads do not divide the hidden size while
+        ConfigError: a size is not positive or beyond ``LARGEST``, heads do not divide the hidden size while
             ``attention_head_size`` is absent, a position term is not c2p or p2c, an activation or
             ``norm_rel_ebd`` is unknown, the convolution has an even kernel or groups that do not divide the
             hidden size, a probability lies outside [0, 1), ``relative_attention`` is not true, or ``decoder`` is
@@ -95,6 +113,9 @@ class DebertaConfig:
             "conv_groups",
         ):
             _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)} must be at least 1")
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            _require(value is None or value <= most, f"{name} = {value} must be at most {most}")
         for name in ("attention_head_size", "embedding_size", "pooler_hidden_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} = {value} must be at least 1, or absent")

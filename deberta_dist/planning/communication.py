@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from deberta_dist.config import RunConfig, precision
+from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
 from deberta_dist.planning.layout import DTYPES, FLAT_GROUPS, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
@@ -202,6 +202,6 @@ def _scalars(config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
     """
     parallel = config.parallel
     replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    offload = offload_device(deepspeed_config, "optimizer")
     norms = 8 * len(FLAT_GROUPS) * (offload == "none")
     return (16 + norms) * (replicas > 1) + 24 * (replicas * model > 1) + norms * (model > 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deberta_dist.config import precision
+from deberta_dist.config import offload_device, precision
 from deberta_dist.planning.communication import RankCommunication, layer_messages, rank_communication
 from deberta_dist.planning.flops import PEAK_FLOPS
 from deberta_dist.planning.layout import Layout
@@ -269,7 +269,8 @@ def _notes(plan: Plan) -> str:
     for key, path in (training_paths(config) | others).items():
         if not path.exists():
             notes.append(f"data.{key} = {path} does not exist yet")
-    offload = plan.deepspeed["zero_optimization"].get("offload_param", {}).get("device", "none")
+    notes += plan.deepspeed_notes
+    offload = offload_device(plan.deepspeed, "param")
     if offload != "none":
         notes.append(f"offload_param is {offload}: the weights at rest are there and not on the device")
     return "NOTES\n" + "\n".join(f"  - {note}" for note in notes)

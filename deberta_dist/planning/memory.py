@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deberta_dist.config import RunConfig, precision
+from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.planning.activations import StageActivations, stage_activations
 from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
 
@@ -131,8 +131,8 @@ def rank_memory(
     received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
     tokens = training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
     hidden = tokens * layout.config.hidden_size * dtype.itemsize
-    offload = zero.get("offload_optimizer", {}).get("device", "none")
-    bucket = int(float(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)))
+    offload = offload_device(deepspeed_config, "optimizer")
+    bucket = zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)
     return RankMemory(
         owned=owned,
         borrowed=borrowed,

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.config import RunConfig, deepspeed_config, resolve
+from deberta_dist.config import RunConfig, resolve
 from deberta_dist.errors import ConfigError
 from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
 from deberta_dist.models.presets import preset
+from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.flops import ForwardFlops, forward_flops
 from deberta_dist.planning.layout import Layout, plan_layout
 
@@ -29,6 +30,7 @@ class Plan:
         model_config: The model.
         flops: Its cost per token in sequences of ``data.max_seq_length``.
         layout: Who holds what.
+        deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
     """
 
     config: RunConfig
@@ -36,6 +38,7 @@ class Plan:
     model_config: DebertaConfig
     flops: ForwardFlops
     layout: Layout
+    deepspeed_notes: tuple[str, ...] = ()
 
     def flops_of_bucket(self, length: int) -> ForwardFlops:
         """The model's cost per token in a bucket's sequences of ``length`` tokens, which take less attention."""
@@ -49,7 +52,7 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
         ConfigError: with file, key and value.
     """
     config = resolve(config, world_size)
-    ds = deepspeed_config(config.run.deepspeed, config)
+    ds = checked_deepspeed(config)
     model_config = read_model_config(config)
     if config.data.max_seq_length > model_config.max_position_embeddings:
         raise ConfigError(
@@ -62,7 +65,14 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
         layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
-    return Plan(config=config, deepspeed=ds, model_config=model_config, flops=flops, layout=layout)
+    return Plan(
+        config=config,
+        deepspeed=ds.values,
+        deepspeed_notes=ds.notes,
+        model_config=model_config,
+        flops=flops,
+        layout=layout,
+    )
 
 
 def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from deberta_dist.config import Parallel, RunConfig, deepspeed_config
+from deberta_dist.config import Parallel, RunConfig
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.fused.availability import unsupported_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.pipeline_parallel.stages import balance_stages
+from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.flops import ForwardFlops
 from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.planning.machine import Machine
@@ -211,7 +212,8 @@ def _divisors(number: int, *, limit: int | None = None) -> list[int]:
 
 def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
     parallel = config.parallel.model_copy(update={"data_parallel_size": data})
-    return deepspeed_config(path, config.model_copy(update={"parallel": parallel}))
+    run = config.run.model_copy(update={"deepspeed": path})
+    return checked_deepspeed(config.model_copy(update={"parallel": parallel, "run": run})).values
 
 
 def _layout(model: DebertaConfig, parallel: Parallel, flops: ForwardFlops) -> Layout:

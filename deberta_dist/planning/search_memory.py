@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deberta_dist.config import precision
+from deberta_dist.config import offload_device, precision
 from deberta_dist.planning.activations import stage_activations
 from deberta_dist.planning.dry_run import rank_reports
 from deberta_dist.planning.layout import DTYPES
@@ -82,7 +82,7 @@ class MemorySearch:
 
 
 def _offloads(deepspeed: Mapping[str, Any]) -> bool:
-    return deepspeed["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return offload_device(deepspeed, "optimizer") != "none"
 
 
 def _keys(plan: Plan) -> list[tuple[Any, ...]]:

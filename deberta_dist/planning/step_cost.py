@@ -19,7 +19,7 @@ are processes for a core, and the timeline shares them out pass by pass.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deberta_dist.config import precision
+from deberta_dist.config import offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
 from deberta_dist.planning.communication import CROSS_ENTROPY_BYTES, layer_all_reduces
 from deberta_dist.planning.layout import DTYPES, TieSize
@@ -216,7 +216,7 @@ def around_pipeline(plan: Plan, machine: Machine) -> tuple[float, float]:
     tensor, replicas = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
     width, reduced = DTYPES[precision(plan.deepspeed)].itemsize, reduced_width(plan.deepspeed)
     shared = machine.busy(world_size(plan))
-    offload = plan.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offload = offload_device(plan.deepspeed, "optimizer") != "none"
     befores, collects, afters = [], [], []
     for weights in layout.rank_weights:
         owned, used, ties, shard = weights.owned, weights.used, weights.ties, weights.owned / replicas

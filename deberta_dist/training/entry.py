@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.errors import ConfigError, DebertaDistError
+from deberta_dist.training.hostfile import check_front
+from deberta_dist.training.launch import FLAGS_WITH_VALUE
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -38,8 +41,8 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
             dry_run = True
         elif name == "--world-size":
             value = value if equals else (rest.pop(0) if rest else "")
-            if not value.isdecimal() or int(value) < 1:
-                raise ConfigError(f"command line: --world-size needs a number of processes, got {value!r}")
+            if not value.isdecimal() or len(value) > 9 or not 1 <= int(value) <= MOST_RANKS:
+                raise ConfigError(f"command line: --world-size needs a number of processes, 1 to {MOST_RANKS}, got {value[:40]!r}")
             world_size = int(value)
         else:
             overrides.append(name + equals + value)
@@ -72,6 +75,7 @@ def start(
             print(help_text)
         return
     try:
+        check_front(FLAGS_WITH_VALUE)
         run(launcher, arguments)
     except DebertaDistError as error:
         # Ranks of one node fail alike: one of them says it.

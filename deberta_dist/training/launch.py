@@ -17,6 +17,7 @@ from typing import NamedTuple
 from deberta_dist.config import Parallel
 from deberta_dist.config.load import load_table
 from deberta_dist.errors import ConfigError
+from deberta_dist.training.hostfile import DEFAULT_HOSTFILE, check_placement
 
 # DeepSpeed 0.19.8's own flags; a test compares both tables with its parser.
 FLAGS_WITH_VALUE = frozenset(
@@ -34,7 +35,6 @@ PLACEMENT_FLAGS = frozenset("-H --hostfile -i --include -e --exclude --num_nodes
 ALONE = ("--dry-run", "--help", "-h")
 # The launchers are Python files to DeepSpeed, started with --local_rank.
 IMPOSSIBLE_FLAGS = frozenset(("--module", "--no_python"))
-DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed reads it without being told
 
 
 class Split(NamedTuple):
@@ -129,7 +129,12 @@ def processes_needed(script: Path, script_arguments: Sequence[str]) -> int:
 
 
 def command(script: Path, split: Split, environment: MutableMapping[str, str]) -> list[str]:
-    """The words to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs."""
+    """The words to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs.
+
+    Raises:
+        ConfigError: DeepSpeed's flags name no machines, or wrong ones; ``processes_needed``.
+    """
+    check_placement(split.value, split.names())
     gpu = has_gpu(environment)
     if not gpu:
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -16,7 +16,7 @@ from deberta_dist.errors import ConfigError
         ("bucket_lengths = [128, 256]", "data.bucket_lengths = [128, 256] must ascend to data.max_seq_length = 512"),
         ("bucket_lengths = [256, 128, 512]", "must ascend to"),
         ("bucket_lengths = [128, 128, 512]", "must ascend to"),
-        ("bucket_lengths = [2, 512]", "data.bucket_lengths = 2; expected greater than or equal to 3"),
+        ("bucket_lengths = [2, 512]", "data.bucket_lengths = 2; expected a number from 3 to 262144"),
         ("bucket_lengths = [128.0, 512]", "data.bucket_lengths = 128.0; expected a valid integer"),
         ("bucket_lengths = []", "data.bucket_lengths"),
         ("bucket_lengths = 512", "data.bucket_lengths = 512; expected a valid tuple"),

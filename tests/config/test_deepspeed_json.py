@@ -33,10 +33,12 @@ def test_filled(toml: Path, ds_json: Write) -> None:
 
 def test_what_agrees_stays(toml: Path, ds_json: Write) -> None:
     offload = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}
-    file = ds_json(gradient_clipping=1, zero_force_ds_cpu_optimizer=True, zero_optimization=offload)
+    file = ds_json(gradient_clipping=1, zero_force_ds_cpu_optimizer=False, zero_optimization=offload)
     ds = deepspeed_config(file, resolve(load_config(toml), 8))
-    assert ds["zero_force_ds_cpu_optimizer"] is True
+    assert ds["zero_force_ds_cpu_optimizer"] is False
     assert ds["zero_optimization"] == offload
+    file = ds_json(zero_force_ds_cpu_optimizer=True)
+    assert deepspeed_config(file, resolve(load_config(toml), 8))["zero_force_ds_cpu_optimizer"] is True
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,15 @@ def test_clipping_contradiction_names_both_files(toml: Path, ds_json: Write) -> 
         ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}, "must be 0"),
         ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer = False must be true"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
-        ({"bf16": {"enabled": "auto"}}, 'bf16 must be an object with "enabled"'),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled = "auto"'),
+        ({"bf16": {"enabled": 1}}, 'bf16 must be an object with "enabled"'),
+        (
+            {"zero_force_ds_cpu_optimizer": True, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            "zero_force_ds_cpu_optimizer = True must be false",
+        ),
+        ({"zero_optimization": {"stage": 3, "param_persistence_threshold": 5}}, "must be 0"),
+        ({"gradient_cliping": None}, "unknown key gradient_cliping; did you mean gradient_clipping?"),
+        ({"comms_logger": 3}, "comms_logger must be an object"),
         ({"bf16": True}, 'bf16 must be an object with "enabled"'),
         ({"optimizer": {"type": "Adam"}}, "optimizer is refused: it comes from [optimizer]"),
         ({"scheduler": {}}, "scheduler is refused"),
@@ -104,6 +114,9 @@ def test_all_problems_in_one_message(toml: Path, ds_json: Write) -> None:
         ("[]", "expected an object"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"a": ' * 900 + "1" + "}" * 900, "nested more than 64 deep"),
+        ('{"steps_per_print": 1e400}', "1e400 is no number of JSON"),
+        ('{"steps_per_print": 1' + "0" * 5000 + "}", "not valid JSON"),
         (" " * (1 << 21), "no configuration"),
     ],
 )

@@ -46,6 +46,19 @@ def test_recipe_over_toml_and_command_line_over_recipe(start_directory: Path) ->
     assert "SiFT 5 x symmetric_kl" in describe([plan], start=open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True))
 
 
+def test_deepspeed_json_is_checked_as_for_pre_training(start_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    table = {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": None}
+    file.write_text(json.dumps({"zero_optimization": table}))
+    start = open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True)
+    text = describe(plans(start_directory, "--run.deepspeed", str(file)), start=start)
+    assert 'reduce_bucket_size = "auto": DeepSpeed\'s default, 500,000,000' in text
+    file.write_text(json.dumps({"zero_optimization": table | {"offload_optimiser": {}, "sub_group_size": -1}}))
+    with pytest.raises(ConfigError, match="did you mean zero_optimization.offload_optimizer") as caught:
+        plans(start_directory, "--run.deepspeed", str(file))
+    assert "sub_group_size = -1" in str(caught.value)
+
+
 def test_all_takes_what_the_data_holds_in_order(start_directory: Path, tmp_path: Path) -> None:
     for name in ("WiC", "CB", "RTE"):
         shutil.copytree(DATA / name, tmp_path / name)

@@ -24,7 +24,7 @@ def checkout(tmp_path: Path) -> Path:
     """The launchers and what starts them, with a training that only says that it was called."""
     home = tmp_path / "checkout"
     shutil.copytree(ROOT / "launchers", home / "launchers")
-    for part in ("__init__.py", "errors.py", "config", "training/__init__.py", "training/launch.py"):
+    for part in ("__init__.py", "errors.py", "config", "training/__init__.py", "training/launch.py", "training/hostfile.py"):
         source, target = ROOT / "deberta_dist" / part, home / "deberta_dist" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
@@ -32,14 +32,14 @@ def checkout(tmp_path: Path) -> Path:
     return home
 
 
-def start(words: list[str], cwd: Path) -> list[str]:
+def start(words: list[str], cwd: Path, *, code: int = 0) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     environment = kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
     }
     result = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.returncode == code, result.stdout + result.stderr
     return sorted(line for line in result.stdout.splitlines() if line.startswith("HERE"))
 
 
@@ -72,5 +72,19 @@ def test_dry_run_is_one_process(checkout: Path) -> None:
     (checkout / "deberta_dist" / "training" / "pretrain.py").write_text(
         "import sys\ndef main(file): print('HERE', sys.argv[1:])\n"
     )
+    (checkout / "h").write_text("node1 slots=8\n")
     lines = start(["sh", "launchers/pretrain_1.5b.sh", "--dry-run", "--hostfile", "h", "--training.seed=3"], checkout)
     assert lines == ["HERE ['--dry-run', '--training.seed=3']"]
+
+
+def test_a_hostfile_that_deepspeed_does_not_find_ends_the_start(checkout: Path, tmp_path: Path) -> None:
+    """Its launcher goes on with this machine alone; the rank finds it above itself."""
+    (checkout / "deberta_dist" / "training" / "pretrain.py").write_text(
+        "import sys\nfrom deberta_dist.errors import ConfigError\nfrom deberta_dist.training.hostfile import check_front\n"
+        "def main(file):\n    try:\n        check_front({'--num_gpus'})\n    except ConfigError as error:\n"
+        "        print('HERE', error, flush=True)\n        sys.exit(error.exit_code)\n    print('HERE it ran')\n"
+    )
+    script = str(checkout / "launchers" / "pretrain_demo.sh")
+    words = ["deepspeed", "--num_gpus", "1", "--hostfile", "nowhere/hosts", script]
+    (line,) = start(words, tmp_path, code=2)
+    assert "--hostfile nowhere/hosts does not exist" in line

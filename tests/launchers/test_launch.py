@@ -81,9 +81,11 @@ def test_other_directory_and_direct_execution(
     assert call["argv"][2:] == [str(ROOT / DEMO)]
 
 
-def test_hostfile_leaves_placement_and_port_to_deepspeed(start: Callable, called: Callable) -> None:
-    call = called(start("bash", BIG, "--hostfile", "hosts", "--num_nodes", "4", "--training.max_steps", "5"))
-    assert call["argv"] == ["--hostfile=hosts", "--num_nodes=4", BIG, "--training.max_steps", "5"]
+def test_hostfile_leaves_placement_and_port_to_deepspeed(start: Callable, called: Callable, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("".join(f"node{number} slots=8\n" for number in range(4)))
+    call = called(start("bash", BIG, "--hostfile", str(hosts), "--num_nodes", "4", "--training.max_steps", "5"))
+    assert call["argv"] == [f"--hostfile={hosts}", "--num_nodes=4", BIG, "--training.max_steps", "5"]
 
 
 def test_given_environment_is_kept(start: Callable, called: Callable) -> None:
