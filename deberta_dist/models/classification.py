@@ -11,7 +11,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear
 from deberta_dist.models.layers import ACTIVATIONS
 from deberta_dist.models.positions import visibility
 from deberta_dist.models.published_state import accept_published_weights
@@ -27,7 +27,7 @@ class Pooler(nn.Module):
         self.activation = ACTIVATIONS[config.pooler_hidden_act]
 
     def forward(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> Tensor:
-        return self.activation(self.dense(self.dropout(hidden_BSD[:, 0], dropout_key)))
+        return self.activation(linear(self.dropout(hidden_BSD[:, 0], dropout_key), self.dense))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class DebertaForSequenceClassification(_WithBackbone):
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
         pooled_BD = self.pooler(backbone.last_hidden_state, dropout_key=head_key)
-        logits = self.classifier(self.dropout(pooled_BD, head_key))
+        logits = linear(self.dropout(pooled_BD, head_key), self.classifier)
         loss = None if labels is None else self._loss(logits.float(), labels)
         return ClassificationOutput(loss=loss, logits=logits, hidden_BD=pooled_BD)
 
@@ -126,7 +126,7 @@ class ReplacedTokenHead(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         x = self.LayerNorm(hidden_BSD + hidden_BSD[:, :1])
-        return self.classifier(self.activation(self.dense(x))).squeeze(-1)
+        return linear(self.activation(linear(x, self.dense)), self.classifier).squeeze(-1)
 
 
 class DebertaForReplacedTokenDetection(_WithBackbone):

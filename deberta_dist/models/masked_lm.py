@@ -19,6 +19,7 @@ from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.joint_linear import main_grad
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
+from deberta_dist.models.plain import whole_table
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
@@ -109,7 +110,7 @@ class DebertaForMaskedLM(nn.Module):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
         targets = find_targets(mask.seen() if labels is None else labels > 0, labels)
-        table = self._shared_table()
+        table = SharedTable(self._word_table(input_ids.device))
         hidden_PD = self._run(
             None,
             input_ids=input_ids,
@@ -171,7 +172,7 @@ class DebertaForMaskedLM(nn.Module):
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = self._shared_table() if self._shares_table(layers) else None
+        table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -187,7 +188,7 @@ class DebertaForMaskedLM(nn.Module):
         head = self.lm_predictions.lm_head
         loss_P, is_correct_P = self.cross_entropy.of_product(
             head.transform(hidden),
-            self.deberta.embeddings.word_embeddings.weight if table is None else table.weight_VW,
+            self._word_table(hidden.device) if table is None else table.weight_VW,
             head.bias,
             targets.ids_P,
             num_chunks=self.vocabulary_chunks,
@@ -227,7 +228,7 @@ class DebertaForMaskedLM(nn.Module):
             hidden_BSD = self.deberta.embed(
                 input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key, table=table
             )
-        rel_RD = self.deberta.encoder.relative_table()
+        rel_RD = self.deberta.encoder.relative_table(hidden_BSD.device)
         is_last = layers.stop == self.config.num_hidden_layers
         decodes = is_last and self.config.uses_enhanced_mask_decoder
         hidden_BSD = self.deberta.encoder.run_layers(
@@ -290,12 +291,12 @@ class DebertaForMaskedLM(nn.Module):
         )
         return decoded_BTD.flatten(0, 1).index_select(0, targets.slots_P)
 
-    def _shared_table(self) -> SharedTable:
-        return SharedTable(self.deberta.embeddings.word_embeddings.weight)
+    def _word_table(self, device: torch.device) -> Tensor:
+        return whole_table(self.deberta.embeddings.word_embeddings, self.config.vocab_size, device=device)
 
     def _shares_table(self, layers: range) -> bool:
         """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
         if layers.start > 0:
             return False
         is_whole = layers.stop == self.config.num_hidden_layers
-        return is_whole or main_grad(self.deberta.embeddings.word_embeddings.weight) is not None
+        return is_whole or main_grad(self.deberta.embeddings.word_embeddings._parameters.get("weight")) is not None
