@@ -17,6 +17,7 @@ from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.joint_linear import Linear, linear
 from deberta_dist.models.layers import Layer
+from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import is_plain
 from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
@@ -173,7 +174,7 @@ class DebertaOutput:
     attentions: tuple[Tensor, ...] | None = None
 
 
-class DebertaModel(nn.Module):
+class DebertaModel(ExplainsNumberFormats):
     """The backbone of every generation.
 
     Args:

@@ -18,7 +18,9 @@ from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.joint_linear import main_grad
+from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
+from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import whole_table
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
@@ -43,7 +45,7 @@ class MaskedLMOutput:
     logits: Tensor
 
 
-class DebertaForMaskedLM(nn.Module):
+class DebertaForMaskedLM(ExplainsNumberFormats):
     """Masked language model of every generation.
 
     With ``position_biased_input`` false the last layer decodes: two passes over queries = hidden state + absolute
@@ -105,8 +107,11 @@ class DebertaForMaskedLM(nn.Module):
             dropout_key: determines all dropout masks of the call; absent: torch's random state does.
 
         Raises:
-            ValueError: more tokens than absolute positions, or ``document_ids`` and ``attention_mask`` of two shapes.
+            ValueError: more tokens than absolute positions, ``document_ids`` and ``attention_mask`` of two shapes, or
+                ``labels`` that are not token ids [B, S].
         """
+        if labels is not None:
+            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
         targets = find_targets(mask.seen() if labels is None else labels > 0, labels)
@@ -170,6 +175,7 @@ class DebertaForMaskedLM(nn.Module):
         if is_last and targets is None:
             if labels is None:
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
+            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
         table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
