@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
     parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist"), help="format")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="number format (default: what the source has)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="number format (default: what the source has; of several, one that holds all)",
     )
     parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
     parser.add_argument("--report", type=Path, help="also write the key report here")

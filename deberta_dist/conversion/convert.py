@@ -21,7 +21,7 @@ from deberta_dist.conversion.report import dtype_names, make_report
 from deberta_dist.conversion.safetensors_files import write_safetensors
 from deberta_dist.conversion.source import Source, open_source
 from deberta_dist.conversion.torch_files import write_torch_file
-from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
+from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
 
 TARGETS = ("huggingface", "official", "deberta_dist")
@@ -67,7 +67,7 @@ def convert(
         source_path: See `source.open_source`.
         target_path: Directory to make.
         to: One of ``TARGETS``.
-        dtype: A key of ``weights.DTYPES``; None keeps what the source has.
+        dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
         allow_unmapped: fnmatch patterns of keys that may be left out without another reason.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
@@ -94,7 +94,11 @@ def convert(
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     source_dtype = dtype_names(model.weights)
-    if dtype is not None:
+    mixed = ""
+    if dtype is None:
+        one, mixed = in_one_dtype(model.weights)
+        model = dataclasses.replace(model, weights=one)
+    else:
         weights = {name: weight.as_dtype(DTYPES[dtype], name=name) for name, weight in model.weights.items()}
         model = dataclasses.replace(model, weights=weights)
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
@@ -127,7 +131,10 @@ def convert(
             target_format=f"{to} ({target.architecture})" if target.architecture else to,
             details={
                 "tokenizer": dataclasses.asdict(result),
-                "warnings": _warnings(model, target, result, is_rounded=is_rounded),
+                "warnings": [
+                    *([f"{mixed}; --dtype chooses another"] if mixed else []),
+                    *_warnings(model, target, result, is_rounded=is_rounded),
+                ],
                 "files": dict(output.files),
             },
         )

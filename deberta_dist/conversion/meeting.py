@@ -1,10 +1,10 @@
 """Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deberta_dist.conversion import huggingface
+from deberta_dist.conversion import huggingface, official
 from deberta_dist.conversion.rules import Reading, allowed_by, apply, renamed, require_known
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.weights import (
@@ -54,10 +54,15 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
         CheckpointError: keys are unexplained or missing, or shapes differ.
     """
     is_huggingface = source.format is huggingface.FORMAT
-    raw = huggingface.with_defaults(dict(source.config)) if is_huggingface else dict(source.config)
+    raw, notes = dict(source.config), list(source.warnings)
+    if is_huggingface:
+        raw = huggingface.with_defaults(raw)
+    elif source.format is official.FORMAT:
+        raw, more = official.with_pooling(raw)
+        notes += more
     known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, "pooling"}
     dropped = [key for key in raw if key not in known and allowed_by(key, allow_unmapped) is not None]
-    labels = huggingface.labels(raw)
+    labels = {key: value for key, value in huggingface.labels(raw).items() if key not in dropped}
     listed = raw.get("architectures")
     listed_class = str(listed[0]) if isinstance(listed, list) and listed else ""
     try:
@@ -70,7 +75,7 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
         weights=dict(source.weights),
         config=config,
         dropped=[Dropped(f"config: {key}", "--allow-unmapped") for key in dropped],
-        warnings=list(source.warnings),
+        warnings=notes,
         open_generator=lambda: renamed(source.open_generator(), renames),
     )
     # Before the rules: they read tensors, and cut them by head sizes of the configuration.
@@ -87,7 +92,7 @@ def to_published(source: Source, *, allow_unmapped: Sequence[str] = ()) -> Publi
     may_lack = [] if config.position_biased_input else [POSITION_TABLE]
     weights = fit(reading.weights, shapes=shapes, may_lack=may_lack, where=source.path)
     return Published(
-        config=config,
+        config=config if num_labels is not None else replace(config, problem_type=None),
         num_labels=num_labels,
         labels=labels if num_labels is not None else {},
         listed_class=listed_class,
