@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
     parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist", "onnx"), help="format")
-    add_options(parser, dtype_help="number format (default: what the source has)", decodes=True)
+    add_options(parser, dtype_help="number format (default: what the source has; of several, one that holds all)", decodes=True)
     parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
     parser.add_argument("--report", type=Path, help="also write the key report here")
     parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")

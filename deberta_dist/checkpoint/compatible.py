@@ -12,7 +12,9 @@ from deberta_dist.models.config import DebertaConfig
 
 # Dropout and initial values: nothing that given weights compute depends on them.
 _TRAINING_FIELDS = frozenset(
-    {"hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_drop_out", "initializer_range"}
+    """
+    hidden_dropout_prob attention_probs_dropout_prob pooler_dropout cls_drop_out initializer_range problem_type
+    """.split()
 )
 
 

@@ -26,7 +26,7 @@ from deberta_dist.conversion.safetensors_files import write_safetensors
 from deberta_dist.conversion.source import Source, open_source
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.torch_files import write_torch_file
-from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, shorten
+from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.heads import LABELLED
 
@@ -59,7 +59,7 @@ def convert(
         source_path: See `source.open_source`.
         target_path: Directory to make.
         to: One of ``TARGETS``.
-        dtype: A key of ``weights.DTYPES``; None keeps what the source has.
+        dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
         allow_unmapped: See `options.ReadOptions`.
         prefix: Likewise.
@@ -104,7 +104,12 @@ def convert(
         raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
     is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     source_dtype = dtype_names(model.weights)
-    model = as_asked(model, dataclasses.replace(options, dtype=dtype))
+    mixed = ""
+    if dtype is None:
+        one, mixed = in_one_dtype(model.weights)
+        model = dataclasses.replace(model, weights=one)
+    else:
+        model = as_asked(model, dataclasses.replace(options, dtype=dtype))
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
     limits = {"huggingface": max_shard_bytes, "onnx": max_inline_bytes}
     target = _TARGET_OF[to](model, is_fused, limits.get(to))
@@ -135,6 +140,7 @@ def convert(
             details={
                 "tokenizer": dataclasses.asdict(result),
                 "warnings": [
+                    *([f"{mixed}; --dtype chooses another"] if mixed else []),
                     *_warnings(model, target, result, is_rounded=is_rounded),
                     *_left_behind(source, result),
                     *notes,

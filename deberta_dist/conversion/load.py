@@ -9,7 +9,7 @@ from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settin
 from deberta_dist.conversion.meeting import as_asked, require_decoder, to_published
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import open_source
-from deberta_dist.conversion.weights import shorten
+from deberta_dist.conversion.weights import in_one_dtype, shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.heads import LABELLED, model_with_head
@@ -35,7 +35,8 @@ def load_masked_lm(
         decoder: "emd" or "plain", where the checkpoint does not say it: one that Hugging Face's classes have written.
 
     Returns:
-        The model in that number format, and the SentencePiece model that lies with it, if one does.
+        The model in that number format (of several, and without ``dtype``, the one that holds all, with a warning), and the
+        SentencePiece model that lies with it, if one does.
 
     Raises:
         ConfigError: the configuration or an option is refused, or nothing says how to decode.
@@ -50,7 +51,10 @@ def load_masked_lm(
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
         raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
-    state = {name: found.weights[name].read() for name in names}
+    weights, mixed = in_one_dtype({name: found.weights[name] for name in names})
+    if mixed:
+        warnings.warn(f"{path}: {mixed}", stacklevel=2)
+    state = {name: weights[name].read() for name in names}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     for note in unread_settings(source):
@@ -70,7 +74,7 @@ def load_with_head(
         prefix: Likewise.
 
     Returns:
-        The model in that number format, and the SentencePiece model that lies with it, if one does.
+        The model in that number format (see `load_masked_lm`), and the SentencePiece model that lies with it, if one does.
 
     Raises:
         ConfigError: the configuration or an option is refused.
@@ -88,7 +92,10 @@ def load_with_head(
     if not found.config.position_biased_input:
         # Only masked language modelling uses the table, and most files lack it.
         model.deberta.embeddings.position_embeddings = None
-    state = {name: found.weights[name].read() for name, _ in model.named_parameters()}
+    weights, mixed = in_one_dtype({name: found.weights[name] for name, _ in model.named_parameters()})
+    if mixed:
+        warnings.warn(f"{path}: {mixed}", stacklevel=2)
+    state = {name: weight.read() for name, weight in weights.items()}
     model.load_state_dict(state, strict=True, assign=True)
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     for note in unread_settings(source):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deberta_dist.conversion import heads as head_rules
-from deberta_dist.conversion import huggingface
+from deberta_dist.conversion import huggingface, official
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.rules import Reading, allowed_by, apply, leave_out_twins, renamed, require_known
 from deberta_dist.conversion.source import Source
@@ -78,12 +78,15 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     """
     allow_unmapped, decoder = source.options.allow_unmapped, decoder or source.options.decoder
     is_huggingface = source.format is huggingface.FORMAT
-    raw, unread = (
-        huggingface.with_defaults(dict(source.config), keys=source.weights) if is_huggingface else (dict(source.config), [])
-    )
+    raw, notes, unread = dict(source.config), list(source.warnings), []
+    if is_huggingface:
+        raw, unread = huggingface.with_defaults(raw, keys=source.weights)
+    elif source.format is official.FORMAT:
+        raw, more = official.with_pooling(raw)
+        notes += more
     known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, *SYNONYMS, "pooling"}
     dropped = [key for key in raw if key not in known and allowed_by(key, allow_unmapped) is not None]
-    labels = huggingface.labels(raw)
+    labels = {key: value for key, value in huggingface.labels(raw).items() if key not in dropped}
     listed = raw.get("architectures")
     listed_class = str(listed[0]) if isinstance(listed, list) and listed else ""
     try:
@@ -96,7 +99,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
         weights=dict(source.weights),
         config=config,
         dropped=[*unread, *(Dropped(f"config: {key}", "--allow-unmapped") for key in dropped)],
-        warnings=list(source.warnings),
+        warnings=notes,
         open_generator=lambda: renamed(source.open_generator(), renames),
     )
     leave_out_twins(reading, renames=renames, allow_unmapped=allow_unmapped)
@@ -122,7 +125,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     may_lack = [POSITION_TABLE] if config.uses_enhanced_mask_decoder else []
     weights = fit(reading.weights, shapes=shapes, may_lack=may_lack, where=source.path)
     return Published(
-        config=config,
+        config=config if rows is not None else dataclasses.replace(config, problem_type=None),
         head=head,
         num_labels=rows,
         labels=labels if head else {},

@@ -21,6 +21,7 @@ from deberta_dist.models.config import DebertaConfig
 WEIGHTS_NAME = "pytorch_model.bin"
 GENERATOR_NAME = "pytorch_model.generator.bin"
 CONFIG_NAME = "model_config.json"
+_FOREIGN_POOLER_FIELDS = ("pooler_hidden_act", "pooler_dropout")
 GENERATORS_HEAD = (
     "a discriminator with a masked language modelling head: the head was trained by the generator, not on this encoder; to "
     f"predict words, convert the generator ({GENERATOR_NAME})"
@@ -89,6 +90,29 @@ def model_config(raw: dict[str, Any], *, is_generator: bool) -> dict[str, Any]:
     if isinstance(raw.get("discriminator"), dict) and isinstance(raw.get("generator"), dict):
         return raw["generator" if is_generator else "discriminator"]
     return raw
+
+
+def with_pooling(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A configuration with the pooler's fields where the published code finds them, and what to know about that.
+
+    It reads them from the table ``pooling``, and in a file without one the same names from the model's own fields: there
+    the pooler has the activation of all layers, and a dropout only if a field has just that name. Hugging Face's names for
+    the pooler's fields mean nothing to it.
+
+    Source: microsoft/DeBERTa DeBERTa/deberta/pooling.py@4d7fe0bd.
+    """
+    ignored = {key: raw[key] for key in _FOREIGN_POOLER_FIELDS if key in raw}
+    found = {key: value for key, value in raw.items() if key not in ignored}
+    if "pooling" not in raw:
+        found["pooling"] = {"hidden_act": raw.get("hidden_act", "gelu"), "dropout": found.pop("dropout", 0.0)}
+    elif raw["pooling"] is None:
+        found["pooling"] = {}
+    read = found["pooling"] if isinstance(found["pooling"], dict) else {}
+    taken = {f"pooler_{name}": read.get(name, default) for name, default in (("hidden_act", "gelu"), ("dropout", 0.0))}
+    differing = [f"{key} = {value!r} ({taken[key]!r} is taken)" for key, value in ignored.items() if value != taken[key]]
+    if not differing:
+        return found, []
+    return found, [f"the published code does not read {', '.join(differing)}: it takes the pooler's fields from a table 'pooling'"]
 
 
 def to_official(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> Weights:

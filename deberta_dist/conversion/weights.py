@@ -4,6 +4,7 @@ A conversion passes a table of these through renames and structural rules. What 
 tensor at a time; what is copied or rounded, in parts of a few megabytes.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -90,6 +91,20 @@ class Weight:
 
 
 Weights = dict[str, Weight]
+
+
+def in_one_dtype(weights: Weights) -> tuple[Weights, str]:
+    """Weights in the narrowest number format that holds those of all, and a sentence where they had several."""
+    formats = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    if len(formats) < 2:
+        return weights, ""
+    dtype = functools.reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
+    few = min(formats, key=lambda name: sum(w.dtype == getattr(torch, name) for w in weights.values()))
+    odd = [name for name, weight in weights.items() if weight.dtype == getattr(torch, few)]
+    return {name: weight.as_dtype(dtype, name=name) for name, weight in weights.items()}, (
+        f"the source has tensors of {' and '.join(formats)} ({few}: {shorten(odd)}): all become "
+        f"{str(dtype).removeprefix('torch.')}, which holds every number"
+    )
 
 
 @dataclass(frozen=True)

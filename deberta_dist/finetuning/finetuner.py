@@ -12,6 +12,7 @@ from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
 from deberta_dist.mesh import Mesh
+from deberta_dist.models.labels import BOOL, require_tensor
 from deberta_dist.tasks.encoding import Example, Features, has_choices, num_outputs
 from deberta_dist.tasks.predictions import Probabilities
 from deberta_dist.training.sharded_model import ShardedModel
@@ -167,7 +168,16 @@ class FineTuner:
 
 
 def decision_loss(logits: Tensor, gold: Tensor) -> Tensor:
-    """Cross entropy [D] of logits [D, C]: minus the log of the probability that the right ones have together."""
+    """Cross entropy [D] of logits [D, C]: minus the log of the probability that the right ones have together.
+
+    Args:
+        logits: of every decision.
+        gold: which are right, bool [D, C].
+
+    Raises:
+        ValueError: ``gold`` is not as it should be.
+    """
+    require_tensor(gold, name="gold", shapes=[logits.shape], kinds=[BOOL], user="the loss of these decisions")
     return logits.logsumexp(dim=1) - logits.masked_fill(~gold, float("-inf")).logsumexp(dim=1)
 
 

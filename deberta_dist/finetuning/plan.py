@@ -180,7 +180,9 @@ def _model_config(config: FineTuneConfig, start: StartingPoint) -> DebertaConfig
             f"(a multiple of {LENGTH_MULTIPLE})"
         )
     rate = config.training.classifier_dropout
-    return start.config if rate is None else dataclasses.replace(start.config, cls_drop_out=rate)
+    # The classifier that the starting point may have had was another task's.
+    model_config = dataclasses.replace(start.config, problem_type=None)
+    return model_config if rate is None else dataclasses.replace(model_config, cls_drop_out=rate)
 
 
 def _features(

@@ -11,7 +11,7 @@ BOOKKEEPING_KEYS = frozenset(
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
     id2label is_decoder is_encoder_decoder label2id legacy length_penalty mask_token_id max_length min_length
     model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty
+    output_hidden_states output_scores prefix pruned_heads remove_invalid_values repetition_penalty
     return_dict return_dict_in_generate sentence_transformers sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
     transformers_version typical_p use_bfloat16 use_cache

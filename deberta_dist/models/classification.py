@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deberta_dist.errors import ConfigError
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear
+from deberta_dist.models.labels import classification_loss, require_token_labels
 from deberta_dist.models.layers import ACTIVATIONS
+from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.positions import visibility
 from deberta_dist.models.published_state import accept_published_weights
 
@@ -27,7 +30,7 @@ class Pooler(nn.Module):
         self.activation = ACTIVATIONS[config.pooler_hidden_act]
 
     def forward(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> Tensor:
-        return self.activation(self.dense(self.dropout(hidden_BSD[:, 0], dropout_key)))
+        return self.activation(linear(self.dropout(hidden_BSD[:, 0], dropout_key), self.dense))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class ClassificationOutput:
     """What a model with a small head returns.
 
     Attributes:
-        loss: mean over labelled samples or tokens, float32; None without labels.
+        loss: mean over labelled samples or tokens, float32 (float64 of float64); None without labels.
         logits: [B, num_labels], or [B, S] of the detector.
         hidden_BD: pooled state [B, D]; None from the detector.
     """
@@ -48,7 +51,7 @@ class ClassificationOutput:
 torch.export.register_dataclass(ClassificationOutput)
 
 
-class ModelWithBackbone(nn.Module):
+class ModelWithBackbone(ExplainsNumberFormats):
     """The part that models with a small head share."""
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -74,10 +77,18 @@ class DebertaForSequenceClassification(ModelWithBackbone):
         config: sizes and switches.
         num_labels: classes; 1 means regression.
         seed: start of the parameters; without effect on the meta device.
+
+    Raises:
+        ConfigError: ``config.problem_type`` asks for one of several classes where there is one.
     """
 
     def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
         super().__init__(config)
+        if config.problem_type == "single_label_classification" and num_labels == 1:
+            raise ConfigError(
+                'model configuration: problem_type = "single_label_classification" needs at least 2 labels, 1 given; '
+                'one number is "regression"'
+            )
         self.pooler = Pooler(config)
         rate = config.hidden_dropout_prob if config.cls_drop_out is None else config.cls_drop_out
         self.dropout = Dropout(rate, site=sites.CLASSIFIER_SITE)
@@ -98,23 +109,21 @@ class DebertaForSequenceClassification(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            labels: int64 [B], negative where unknown; floating point for regression.
+            labels: what ``config.problem_type`` asks for, see `classification_loss`.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
+
+        Raises:
+            ValueError: labels of another shape or kind of number.
         """
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
         pooled_BD = self.pooler(backbone.last_hidden_state, dropout_key=head_key)
-        logits = self.classifier(self.dropout(pooled_BD, head_key))
-        loss = None if labels is None else self._loss(logits.float(), labels)
+        logits = linear(self.dropout(pooled_BD, head_key), self.classifier)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, problem_type=self.config.problem_type)
         return ClassificationOutput(loss=loss, logits=logits, hidden_BD=pooled_BD)
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.classifier.out_features == 1:
-            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        is_known = labels >= 0
-        # Sum over count, not mean: a batch without a label has loss 0, not NaN.
-        return F.cross_entropy(logits[is_known], labels[is_known], reduction="sum") / is_known.sum().clamp(min=1)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -129,7 +138,7 @@ class ReplacedTokenHead(nn.Module):
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         x = self.LayerNorm(hidden_BSD + hidden_BSD[:, :1])
-        return self.classifier(self.activation(self.dense(x))).squeeze(-1)
+        return linear(self.activation(linear(x, self.dense)), self.classifier).squeeze(-1)
 
 
 class DebertaForReplacedTokenDetection(ModelWithBackbone):
@@ -169,6 +178,7 @@ class DebertaForReplacedTokenDetection(ModelWithBackbone):
         logits = self.mask_predictions(backbone.last_hidden_state)
         if labels is None:
             return ClassificationOutput(loss=None, logits=logits)
+        require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
         is_replaced = (labels > 0) & (labels != input_ids)
         is_token = visibility(attention_mask).seen()
         loss = F.binary_cross_entropy_with_logits(logits[is_token].float(), is_replaced[is_token].float())

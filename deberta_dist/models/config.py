@@ -16,6 +16,7 @@ from deberta_dist.models.bookkeeping import BOOKKEEPING_KEYS
 DECODERS = ("emd", "plain")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
 POSITION_TERMS = ("c2p", "p2c")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Far beyond any DeBERTa: a larger number is a slip, which would end in an overflow or in a plan that takes for ever.
 LARGEST = {
     "vocab_size": 2**24,
@@ -45,7 +46,7 @@ class DebertaConfig:
     Raises:
         ConfigError: a size is not positive or beyond ``LARGEST``, heads do not divide the hidden size while
             ``attention_head_size`` is absent, a position term is not c2p or p2c, an activation or
-            ``norm_rel_ebd`` is unknown, the convolution has an even kernel or groups that do not divide the
+            ``norm_rel_ebd`` or ``problem_type`` is unknown, the convolution has an even kernel or groups that do not divide the
             hidden size, a probability lies outside [0, 1), ``relative_attention`` is not true, or ``decoder`` is
             unknown or "emd" while positions are added at the input.
     """
@@ -100,6 +101,8 @@ class DebertaConfig:
     pooler_dropout: float = 0.0
     cls_drop_out: float | None = None
     """Dropout before the classifier; absent means hidden_dropout_prob."""
+    problem_type: str | None = None
+    """What a classifier's labels are, one of `PROBLEM_TYPES`; absent means what their number and shape say."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pos_att_type", _position_terms(self.pos_att_type))
@@ -145,6 +148,10 @@ class DebertaConfig:
         for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
             value = getattr(self, name)
             _require(value in ACTIVATION_NAMES, f"{name} = {value!r} is not one of {', '.join(ACTIVATION_NAMES)}")
+        _require(
+            self.problem_type in (None, *PROBLEM_TYPES),
+            f"problem_type = {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}",
+        )
         _require(
             self.norm_rel_ebd in ("none", "layer_norm"),
             f"norm_rel_ebd = {self.norm_rel_ebd!r} is neither 'none' nor 'layer_norm'",

@@ -14,6 +14,7 @@ from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.layers import ACTIVATIONS
+from deberta_dist.models.plain import is_plain
 
 
 class ConvLayer(nn.Module):
@@ -30,6 +31,7 @@ class ConvLayer(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         taps = config.conv_kernel_size
+        self.taps = taps
         self.conv = nn.Conv1d(
             config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups
         )
@@ -70,7 +72,9 @@ class ConvLayer(nn.Module):
 
         So the backward pass keeps ``x_BDS`` once and not a masked copy per tap.
         """
-        taps, first = self.conv.kernel_size[0], (x_BDS.shape[-1] - length) // 2
+        if not is_plain(self.conv) or self.conv.bias is None:
+            return self._conv_of_windows(x_BDS, mask, length=length)
+        taps, first = self.taps, (x_BDS.shape[-1] - length) // 2
         local = self.conv.bias[:, None]
         for tap in range(taps):
             offset = tap - (taps - 1) // 2
@@ -82,8 +86,28 @@ class ConvLayer(nn.Module):
                 product = product.roll(-offset, dims=-1)
             product = product.narrow(-1, first, length)
             if offset:
-                # Around the ends as well: there the padding says that nothing is seen.
-                sees_BS = F.pad(mask.seen_at(offset), (max(-offset, 0), max(offset, 0)))
-                product = product.masked_fill(~self.own_tokens(sees_BS)[:, None], 0.0)
+                product = product.masked_fill(~self._sees(mask, offset)[:, None], 0.0)
             local = local + product
         return local
+
+    def _conv_of_windows(self, x_BDS: Tensor, mask: AttentionMask, *, length: int) -> Tensor:
+        """The same by calls of ``conv`` alone: it gets every token with its neighbours as a sequence, unseen ones zero."""
+        half = (self.taps - 1) // 2
+        beyond = half - (x_BDS.shape[-1] - length) // 2
+        windows_BDST = F.pad(x_BDS, (beyond, beyond)).unfold(-1, self.taps, 1)
+        is_token_BS = self.own_tokens(mask.seen())
+        sees = [
+            is_token_BS
+            if offset == 0
+            else self._sees(mask, offset)
+            if abs(offset) < mask.seen().shape[-1]
+            else torch.zeros_like(is_token_BS)
+            for offset in range(-half, half + 1)
+        ]
+        windows_BSDT = windows_BDST.masked_fill(~torch.stack(sees, dim=-1)[:, None], 0.0).transpose(1, 2)
+        middle = self.conv(windows_BSDT.flatten(0, 1))[..., half]
+        return middle.view(*windows_BSDT.shape[:3]).transpose(1, 2)
+
+    def _sees(self, mask: AttentionMask, offset: int) -> Tensor:
+        """Whether each token here sees the one ``offset`` behind it; padded around the ends: nothing is seen there."""
+        return self.own_tokens(F.pad(mask.seen_at(offset), (max(-offset, 0), max(offset, 0))))

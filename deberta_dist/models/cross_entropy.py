@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deberta_dist.models.joint_linear import add_product_, is_asked_for, main_grad
+from deberta_dist.models.labels import WHOLE, require_below, require_tensor
 
 ELEMENTS_AT_ONCE_ON_CPU = 2**19
 """Logits whose float32 copies stay in a core's cache."""
@@ -66,11 +67,15 @@ class CrossEntropy(nn.Module):
 
         Args:
             logits_TV: Of the rows here.
-            labels_T: int64, ids of the whole vocabulary.
+            labels_T: whole numbers, ids of the whole vocabulary.
 
         Returns:
             Cross entropy, float32 [T], and whether the first of the largest logits is the label's, bool [T].
+
+        Raises:
+            ValueError: labels that are not whole numbers [T], or, on a CPU, ids beyond the vocabulary where it is not split.
         """
+        labels_T = self._checked(labels_T, num_targets=logits_TV.shape[0], num_rows=logits_TV.shape[1])
         return _OfLogits.apply(logits_TV, labels_T, self)
 
     def of_product(
@@ -88,8 +93,19 @@ class CrossEntropy(nn.Module):
 
         Returns:
             As `forward`. The backward pass can be run once.
+
+        Raises:
+            ValueError: see `forward`.
         """
+        labels_T = self._checked(labels_T, num_targets=hidden_TW.shape[0], num_rows=weight_VW.shape[0])
         return _OfProduct.apply(hidden_TW, weight_VW, bias_V, labels_T, self, num_chunks)
+
+
+    def _checked(self, labels_T: Tensor, *, num_targets: int, num_rows: int) -> Tensor:
+        require_tensor(labels_T, name="labels", shapes=[(num_targets,)], kinds=[WHOLE], user="the cross entropy of these logits")
+        if type(self.join) is Join:
+            require_below(labels_T, _num_real(self, num_rows), what="a row of")
+        return labels_T.long()
 
 
 class _Running:

@@ -53,6 +53,8 @@ TABLE: Mapping[str, tuple[Any, Any, Any]] = MappingProxyType(
         "cls_drop_out": (None, UNREAD, UNREAD),
         "cls_dropout": (UNREAD, None, None),
         "talking_head": (UNREAD, False, UNREAD),
+        # Chooses a loss; the published code has one, which this package carries along in its form, too.
+        "problem_type": (None, None, None),
         # This package's own; the classes compute "plain" whatever it says.
         "decoder": (None, UNREAD, UNREAD),
         "masked_lm_decoder": (UNREAD, None, None),
@@ -65,7 +67,6 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "id2label": "names of classes, carried along; absent, the rows of the head tell how many",
         "label2id": "likewise",
         "num_labels": "likewise",
-        "problem_type": "chooses a loss, carried along",
         "legacy": "which names the masked language modelling head has: its keys tell",
         "tie_word_embeddings": "the head of every class is tied; a matrix of its own is refused",
         "bos_token_id": "of the tokenizer",

@@ -76,6 +76,8 @@ class Dropout(nn.Module):
             return row_dropout(x, p=self.p, seed=self.seed(key), numbers=self.row_numbers(x, width))
         return (x * self.scale).masked_fill_(self.numbers(x, key, width=width) < self.limit, 0.0)
 
+    plain_forward = forward
+
     def row_numbers(self, x: Tensor, width: int | None = None) -> RowNumbers:
         """What the rows of ``x``, flattened, are in the whole activation without padding."""
         part, parts = self.sequence_part

@@ -15,12 +15,14 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear
 from deberta_dist.models.layers import Layer
+from deberta_dist.models.number_formats import ExplainsNumberFormats
+from deberta_dist.models.plain import is_plain
 from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
-from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
+from deberta_dist.models.shared_table import SharedTable, look_up
 
 
 class Embeddings(nn.Module):
@@ -34,7 +36,7 @@ class Embeddings(nn.Module):
         super().__init__()
         width = config.embedding_width
         self.position_biased_input = config.position_biased_input
-        self.word_embeddings = WordEmbeddings(config.vocab_size, width, padding_idx=config.padding_idx)
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.padding_idx)
         self.position_embeddings = (
             nn.Embedding(config.max_position_embeddings, width) if config.has_absolute_positions else None
         )
@@ -57,7 +59,7 @@ class Embeddings(nn.Module):
         dropout_key: int | None,
         table: SharedTable | None = None,
     ) -> Tensor:
-        x = self.word_embeddings(input_ids, table)
+        x = look_up(input_ids, self.word_embeddings, table)
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(self.own_tokens(types))
@@ -66,7 +68,7 @@ class Embeddings(nn.Module):
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             x = x + self.absolute_positions(self.own_tokens(position_ids))
         if self.embed_proj is not None:
-            x = self.embed_proj(x)
+            x = linear(x, self.embed_proj)
         x = self.LayerNorm(x)
         return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), dropout_key)
 
@@ -84,15 +86,17 @@ class Encoder(nn.Module):
         self.position_buckets = config.position_buckets
         self.max_relative_distance = config.max_relative_distance
         self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.num_rows = config.num_position_rows
         self.rel_embeddings = nn.Embedding(config.num_position_rows, config.hidden_size)
         normalises = config.norm_rel_ebd == "layer_norm"
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if normalises else None
         self.conv = ConvLayer(config) if config.conv_kernel_size > 0 else None
         self.recompute = "none"
 
-    def relative_table(self) -> Tensor:
+    def relative_table(self, device: torch.device) -> Tensor:
         """The shared table [R, D], normalised where the generation does; once per forward."""
-        table_RD = self.rel_embeddings.weight
+        table = self.rel_embeddings
+        table_RD = table.weight if is_plain(table) else table(torch.arange(self.num_rows, device=device))
         return table_RD if self.LayerNorm is None else self.LayerNorm(table_RD)
 
     def relative_positions(self, device: torch.device) -> RelativePositions:
@@ -175,7 +179,7 @@ class DebertaOutput:
 torch.export.register_dataclass(DebertaOutput)
 
 
-class DebertaModel(nn.Module):
+class DebertaModel(ExplainsNumberFormats):
     """The backbone of every generation.
 
     Args:
@@ -236,7 +240,7 @@ class DebertaModel(nn.Module):
         last_BSD = self.encoder.run_layers(
             embedded_BSD,
             layers=range(self.encoder.num_layers),
-            rel_RD=self.encoder.relative_table(),
+            rel_RD=self.encoder.relative_table(embedded_BSD.device),
             mask=mask,
             dropout_key=dropout_key,
             hidden_states=hidden_states,

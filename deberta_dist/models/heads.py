@@ -21,7 +21,7 @@ from deberta_dist.models.classification import ClassificationOutput, DebertaForS
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear
 
 
 class DebertaForTokenClassification(ModelWithBackbone):
@@ -65,7 +65,7 @@ class DebertaForTokenClassification(ModelWithBackbone):
         """
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
-        logits = self.classifier(self.dropout(backbone.last_hidden_state, head_key))
+        logits = linear(self.dropout(backbone.last_hidden_state, head_key), self.classifier)
         loss = None if labels is None else class_loss(logits, labels, what="labels")
         return ClassificationOutput(loss=loss, logits=logits)
 
@@ -129,7 +129,7 @@ class DebertaForQuestionAnswering(ModelWithBackbone):
         if (start_positions is None) != (end_positions is None):
             raise ValueError("start_positions and end_positions belong together: give both or neither")
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
-        start_BS, end_BS = self.qa_outputs(backbone.last_hidden_state).unbind(-1)
+        start_BS, end_BS = linear(backbone.last_hidden_state, self.qa_outputs).unbind(-1)
         if start_positions is None or end_positions is None:
             return SpanOutput(loss=None, start_logits=start_BS, end_logits=end_BS)
         losses = [

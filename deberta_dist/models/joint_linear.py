@@ -2,7 +2,8 @@
 
 Several as one, where their weights lie one behind the other in memory: nothing is concatenated, the weights stay
 parameters of their own under their published names, and lie so because `join_` has laid them so or because a flat buffer of
-weights keeps the order of the modules. Elsewhere each layer makes its own product.
+weights keeps the order of the modules. Elsewhere each layer makes its own product. One that is not as it was built, or that
+has been hooked, is called (`models.plain`).
 
 A weight with an attribute ``main_grad``, float32 of its shape, has its gradient added there by the product that makes it
 (beta = 1), in float32, and none left to autograd: 8 bytes a weight move, where a 16-bit gradient that is made, converted
@@ -22,31 +23,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deberta_dist.models.plain import has_own_weight, is_of_plain_class, is_plain
 
-class Linear(nn.Linear):
-    """y = x W^T + b, as `multiply` does it.
 
-    Attributes:
-        multiply: For layers that take its place and have a part of its weight.
+def Linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """A layer y = x W^T + b: torch's own class, which other libraries know by its exact type, with our product beside it.
+
+    Its attribute ``multiply`` is for layers that take its place and have a part of its weight.
     """
-
-    @staticmethod
-    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b of ``x`` [..., D]; adds up the weight's gradient where it has a ``main_grad``."""
-        if main_grad(weight) is None:
-            return F.linear(x, weight, bias)
-        (y,) = _Product.apply(x, x, None, 1, weight, bias)
-        return y
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.bias)
-
-    def without_bias(self, x: Tensor) -> Tensor:
-        """x W^T, for who adds the bias in a pass of their own."""
-        return self.multiply(x, self.weight)
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer.multiply = multiply
+    return layer
 
 
-def main_grad(parameter: Tensor) -> Tensor | None:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of ``x`` [..., D]; adds up the weight's gradient where it has a ``main_grad``."""
+    if main_grad(weight) is None:
+        return F.linear(x, weight, bias)
+    (y,) = _Product.apply(x, x, None, 1, weight, bias)
+    return y
+
+
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """What ``layer`` makes of ``x`` [..., D]: by a call, unless torch's own layer would leave a ``main_grad`` to autograd."""
+    if type(layer) is nn.Linear and main_grad(layer._parameters.get("weight")) is not None and is_plain(layer):
+        return multiply(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def without_bias(x: Tensor, layer: nn.Linear) -> Tensor:
+    """What a plain ``layer`` makes of ``x`` [..., D] but for its bias, for who adds that in a pass of their own."""
+    return multiply(x, layer.weight) if type(layer) is nn.Linear else layer.without_bias(x)
+
+
+def main_grad(parameter: Tensor | None) -> Tensor | None:
     """Where products add the parameter's gradient; None where autograd has it."""
     return getattr(parameter, "main_grad", None)
 
@@ -81,16 +91,19 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of ``layers`` makes of ``x`` [..., D]: [..., E] each, slices of one tensor where there was one product."""
-    if torch.compiler.is_exporting():  # a program's weights do not lie as these do
-        return tuple(layer(x) for layer in layers)
+    # A compiler cannot see where memory lies, and joins what it likes.
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or not all(map(is_plain, layers)):
+        return tuple(linear(x, layer) for layer in layers)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if len({bias is None for bias in biases}) > 1:
+        return tuple(linear(x, layer) for layer in layers)
     kept, make = getattr(x, "made_from", (None, None))
     if make is not None or main_grad(weights[0]) is not None:
         return _Product.apply(x, x if kept is None else kept, make, len(layers), *weights, *biases)
     # Under autocast a product chooses its own precision.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if is_cast or len(layers) == 1 or adjacent(weights) is None or adjacent(biases) is None:
+    if is_cast or len(layers) == 1 or biases[0] is None or adjacent(weights) is None or adjacent(biases) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     outputs = F.linear(x, _Together.apply(*weights), _Together.apply(*biases))
     return _Apart.apply(outputs, [weight.shape[0] for weight in weights])
@@ -98,8 +111,12 @@ def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def join_(layers: Sequence[nn.Linear]) -> None:
-    """Lays the weights of ``layers`` one behind the other, and their biases; values stay."""
+    """Lays the weights of ``layers`` one behind the other, and their biases; values stay. Not of what has replaced a layer."""
+    if not all(is_of_plain_class(layer) and has_own_weight(layer) for layer in layers):
+        return
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+        if len({None if p is None else (p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1 or parameters[0] is None:
+            continue
         if adjacent(parameters) is None:
             whole = torch.cat([parameter.detach() for parameter in parameters])
             parts = whole.split([parameter.shape[0] for parameter in parameters])

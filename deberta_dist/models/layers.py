@@ -28,7 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.joint_linear import Linear, join_, joint_linear
+from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear
 from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,7 +85,7 @@ class DisentangledSelfAttention(nn.Module):
 
     def queries(self, entered_BQD: Tensor) -> Tensor:
         """Of states that have passed ``enter``, [B, N, Q, H]."""
-        return self._heads(self.query_proj(entered_BQD))
+        return self._heads(linear(entered_BQD, self.query_proj))
 
     def memory(self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
         """Keys, values and projected relative table of hidden states that have passed ``enter``."""

@@ -18,7 +18,10 @@ from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.joint_linear import main_grad
+from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
+from deberta_dist.models.number_formats import ExplainsNumberFormats
+from deberta_dist.models.plain import whole_table
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
@@ -45,7 +48,7 @@ class MaskedLMOutput:
 torch.export.register_dataclass(MaskedLMOutput)
 
 
-class DebertaForMaskedLM(nn.Module):
+class DebertaForMaskedLM(ExplainsNumberFormats):
     """Masked language model of every generation.
 
     With the enhanced mask decoder (``DebertaConfig.decoder``) the last layer decodes: two passes over queries = hidden
@@ -112,8 +115,10 @@ class DebertaForMaskedLM(nn.Module):
 
         Raises:
             ValueError: more tokens than absolute positions, ``document_ids`` and ``attention_mask`` of two shapes, or
-                labels of a program that is exported.
+                ``labels`` that are not token ids [B, S] or belong to a program that is exported.
         """
+        if labels is not None:
+            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
         exporting = torch.compiler.is_exporting()
@@ -121,7 +126,7 @@ class DebertaForMaskedLM(nn.Module):
             raise ValueError("a masked language model is exported without labels: the program has logits and no loss")
         is_target_BS = mask.seen() if labels is None else labels > 0
         targets = None if exporting else find_targets(is_target_BS, labels)
-        table = self._shared_table()
+        table = SharedTable(self._word_table(input_ids.device))
         hidden_PD = self._run(
             None,
             input_ids=input_ids,
@@ -149,7 +154,7 @@ class DebertaForMaskedLM(nn.Module):
         Arguments and errors as of `forward`.
         """
         mask, _ = within_documents(torch.ones_like(input_ids) if attention_mask is None else attention_mask, None)
-        table = self._shared_table()
+        table = SharedTable(self._word_table(input_ids.device))
         hidden_BSD = self._run(
             None,
             input_ids=input_ids,
@@ -206,9 +211,10 @@ class DebertaForMaskedLM(nn.Module):
         if is_last and targets is None:
             if labels is None:
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
+            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = self._shared_table() if self._shares_table(layers) else None
+        table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -224,7 +230,7 @@ class DebertaForMaskedLM(nn.Module):
         head = self.lm_predictions.lm_head
         loss_P, is_correct_P = self.cross_entropy.of_product(
             head.transform(hidden),
-            self.deberta.embeddings.word_embeddings.weight if table is None else table.weight_VW,
+            self._word_table(hidden.device) if table is None else table.weight_VW,
             head.bias,
             targets.ids_P,
             num_chunks=self.vocabulary_chunks,
@@ -271,7 +277,7 @@ class DebertaForMaskedLM(nn.Module):
                 dropout_key=dropout_key,
                 table=table,
             )
-        rel_RD = self.deberta.encoder.relative_table()
+        rel_RD = self.deberta.encoder.relative_table(hidden_BSD.device)
         is_last = layers.stop == self.config.num_hidden_layers
         decodes = is_last and self.config.uses_enhanced_mask_decoder
         hidden_BSD = self.deberta.encoder.run_layers(
@@ -346,12 +352,12 @@ class DebertaForMaskedLM(nn.Module):
         )
         return decoded_BTD if targets is None else decoded_BTD.flatten(0, 1).index_select(0, targets.slots_P)
 
-    def _shared_table(self) -> SharedTable:
-        return SharedTable(self.deberta.embeddings.word_embeddings.weight)
+    def _word_table(self, device: torch.device) -> Tensor:
+        return whole_table(self.deberta.embeddings.word_embeddings, self.config.vocab_size, device=device)
 
     def _shares_table(self, layers: range) -> bool:
         """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
         if layers.start > 0:
             return False
         is_whole = layers.stop == self.config.num_hidden_layers
-        return is_whole or main_grad(self.deberta.embeddings.word_embeddings.weight) is not None
+        return is_whole or main_grad(self.deberta.embeddings.word_embeddings._parameters.get("weight")) is not None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear
 from deberta_dist.models.layers import ACTIVATIONS
 
 
@@ -30,7 +30,7 @@ class MaskedLMHead(nn.Module):
 
     def transform(self, hidden_TD: Tensor) -> Tensor:
         """What is multiplied with the word embeddings, [T, W]."""
-        return self.enter(self.LayerNorm(self.activation(self.dense(hidden_TD))))
+        return self.enter(self.LayerNorm(self.activation(linear(hidden_TD, self.dense))))
 
 
 class MaskedLMPredictions(nn.Module):

@@ -21,7 +21,8 @@ from deberta_dist.kernels.fused.availability import compiler_reason
 from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
-from deberta_dist.models.joint_linear import Linear
+from deberta_dist.models.joint_linear import Linear, linear, without_bias
+from deberta_dist.models.plain import is_plain, is_unchanged
 
 
 class ResidualOutput(nn.Module):
@@ -41,13 +42,16 @@ class ResidualOutput(nn.Module):
     def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None = None) -> Tensor:
         """[B, T, D]; ``width`` as of `Dropout.forward`."""
         norm, dropout = self.LayerNorm, self.dropout
+        # Else they are called, each for itself.
+        is_joined = is_plain(norm) and norm.bias is not None and is_unchanged(dropout)
+        if self.joined and is_joined and not torch.compiler.is_exporting():
+            return self._compiled(linear(x, self.dense), residual, dropout_key=dropout_key, width=width)
         draws = dropout.drops and dropout_key is None
-        if self.joined and not torch.compiler.is_exporting():
-            return self._compiled(self.dense(x), residual, dropout_key=dropout_key, width=width)
-        if draws or not fuses_rows(x):
-            return norm(dropout(self.dense(x), dropout_key, width=width) + residual)
+        exporting = torch.compiler.is_exporting()
+        if exporting or draws or not is_joined or not fuses_rows(x) or not is_plain(self.dense) or self.dense.bias is None:
+            return norm(dropout(linear(x, self.dense), dropout_key, width=width) + residual)
         return residual_norm(
-            self.dense.without_bias(x),
+            without_bias(x, self.dense),
             self.dense.bias,
             residual,
             norm.weight,

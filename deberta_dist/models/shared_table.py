@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from deberta_dist.models.joint_linear import is_asked_for, main_grad
+from deberta_dist.models.plain import is_plain
 
 WaitingRows = list[tuple[Tensor, Tensor]]
 """Ids [N] and gradients [N, W]."""
@@ -41,14 +42,17 @@ class SharedTable:
         return _Rows.apply(self.weight_VW, ids_BS, padding_idx, self._waiting)
 
 
-class WordEmbeddings(nn.Embedding):
-    """nn.Embedding that looks up in a `SharedTable` of its weight, where there is one."""
+def look_up(ids_BS: Tensor, words: nn.Module, table: SharedTable | None) -> Tensor:
+    """What the word embeddings ``words`` give for ids, [B, S, W]: out of ``table``, their weight, where they are plain.
 
-    def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
-        """[B, S] -> [B, S, W]."""
-        if table is None:
-            return super().forward(input_ids)
-        return table.rows(input_ids, padding_idx=self.padding_idx)
+    A part of them that our own class holds takes the table along.
+    """
+    if table is None or not is_plain(words):
+        return words(ids_BS)
+    if type(words) is not nn.Embedding:
+        return words(ids_BS, table)
+    is_ordinary = words.max_norm is None and not words.scale_grad_by_freq and not words.sparse
+    return table.rows(ids_BS, padding_idx=words.padding_idx) if is_ordinary else words(ids_BS)
 
 
 class _Whole(torch.autograd.Function):

@@ -11,6 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from deberta_dist.models.labels import WHOLE, require_tensor
+
 NOT_A_TARGET = 0
 
 
@@ -60,8 +62,11 @@ def find_targets(
         size: (T, P) of the result; absent: as few as there are.
 
     Raises:
-        ValueError: there are more targets than ``size`` has room for, or T is more than S.
+        ValueError: there are more targets than ``size`` has room for, T is more than S, or the labels are not whole numbers
+            for every token.
     """
+    if labels_BS is not None:
+        require_tensor(labels_BS, name="labels", shapes=[is_target_BS.shape], kinds=[WHOLE], user="one for every token")
     counts = is_target_BS.sum(dim=1)
     num_targets, width = int(counts.sum()), max(int(counts.max()), 1)
     padded_width, padded_number = (width, num_targets) if size is None else size
@@ -74,7 +79,7 @@ def find_targets(
     is_used = torch.arange(padded_width, device=counts.device)[None, :] < counts[:, None]
     slots = is_used.flatten().nonzero().squeeze(1)
     tokens = is_target_BS.flatten().nonzero().squeeze(1)
-    ids = torch.zeros_like(tokens) if labels_BS is None else labels_BS.flatten()[tokens]
+    ids = torch.zeros_like(tokens) if labels_BS is None else labels_BS.flatten()[tokens].long()
     unused = padded_number - num_targets
     if unused > 0:
         first = (slots[:1], tokens[:1]) if num_targets else (slots.new_zeros(1), tokens.new_zeros(1))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -20,7 +20,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
+from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import find_targets
 from deberta_dist.planning.layout import decoder_layer, meta_model
 from deberta_dist.tensor_parallel.apply import split_sequence
@@ -258,6 +258,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class _DropoutOnMeta(Dropout):
     """Makes and keeps what the real one does; the meta device has no random generator."""
 
+    plain_forward = Dropout.forward
+
     def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:
         return torch.empty(count, dtype=torch.int64, device=device)
 
@@ -275,11 +277,14 @@ class _RanksOnMeta(SequenceRanks):
         pass
 
 
-class _ReducedEmbedding(WordEmbeddings):
+class _ReducedEmbedding(nn.Embedding):
     """A slice of the vocabulary, as large as a rank's; ``reduce`` is set by ``split_sequence``."""
 
     def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
-        return self.reduce(super().forward(input_ids, table))
+        found = super().forward(input_ids) if table is None else table.rows(input_ids, padding_idx=self.padding_idx)
+        return self.reduce(found)
+
+    plain_forward = forward
 
 
 class _CrossEntropyOnMeta(CrossEntropy):

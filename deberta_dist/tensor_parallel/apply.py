@@ -60,6 +60,9 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
         rank: Tensor-parallel rank of this process.
         size: Number of tensor-parallel ranks; with 1 the model stays as it is.
         group: Their process group.
+
+    Raises:
+        ConfigError: a layer to be split is of another class than torch's own, or has hooks: both would be lost.
     """
     if size == 1:
         return
@@ -73,6 +76,10 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
             module.shard = rank
             continue
         kind = plan.module_kind(name)
+        if kind in (plan.COLUMN, plan.ROW):
+            _require_torchs_own(module, nn.Linear, name)
+        elif kind == plan.VOCAB and name.endswith("_embeddings"):
+            _require_torchs_own(module, nn.Embedding, name)
         if kind == plan.COLUMN:
             _replace(model, name, ColumnParallelLinear(module, size=size))
         elif kind == plan.ROW:
@@ -143,6 +150,16 @@ def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...])
     if cut.dim is None or len(slices) == 1:
         return slices[0]
     return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])
+
+
+def _require_torchs_own(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) is not kind or is_hooked or "forward" in vars(module):
+        raise ConfigError(
+            f"{name} is {type(module).__module__}.{type(module).__qualname__}{' with hooks' if is_hooked else ''}: tensor "
+            f"parallelism splits torch's own {kind.__name__} alone; merge adapters into the weights, and remove hooks and "
+            "parametrisations"
+        )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute
 names, so that everything that looks parameters up by published name works unchanged. Where the layer has a product of its
-own, ``multiply(x, weight, bias)``, they multiply by it, too.
+own, ``multiply(x, weight, bias)``, they multiply by it, too. ``plain_forward`` says that the model may read their weights
+instead of calling them, as it does those of torch's own classes.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class ColumnParallelLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return self.multiply(input, self.weight, self.bias)
 
+    plain_forward = forward
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, full_out_features={self.full_out_features}"
 
@@ -71,6 +74,8 @@ class RowParallelLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         output = self.without_bias(input)
         return output if self.bias is None else output + self.bias
+
+    plain_forward = forward
 
     def without_bias(self, input: Tensor) -> Tensor:
         """sum_i X_i A_i, for who adds the bias in a pass of their own."""
@@ -119,6 +124,8 @@ class VocabParallelEmbedding(nn.Embedding):
         output = super().forward(local) if table is None else table.rows(local, padding_idx=self.padding_idx)
         output = output.masked_fill(foreign.unsqueeze(-1), 0.0)
         return self.reduce(output)
+
+    plain_forward = forward
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, first_row={self.first_row}, padded_size={self.padded_size}"

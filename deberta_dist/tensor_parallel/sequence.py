@@ -173,6 +173,8 @@ class SequenceRowLinear(nn.Linear):
         output = self.without_bias(input)
         return output if self.bias is None else output + self.bias
 
+    plain_forward = forward
+
     def without_bias(self, input: Tensor) -> Tensor:
         """The own part of the sequence of the product, for who adds the bias in a pass of their own."""
         return _Scatter.apply(self.multiply(input, self.weight, None), self.ranks)

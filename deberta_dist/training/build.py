@@ -20,6 +20,7 @@ from deberta_dist.flat_layout import FlatLayout
 from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.attention_choice import set_attention
 from deberta_dist.models.initialisation import initial_tensor
+from deberta_dist.models.plain import require_unchanged
 from deberta_dist.models.residual import ResidualOutput
 from deberta_dist.pipeline_parallel.runner import PipelineRunner
 from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
@@ -124,7 +125,11 @@ def build_sharded_model(
         deepspeed_config: Filled-in DeepSpeed JSON.
         mesh: The grid.
         shards: This rank's part of every flat parameter to start with.
+
+    Raises:
+        ConfigError: modules of the model were replaced, hooked or parametrised.
     """
+    require_unchanged(model)
     here, shape = mesh.coordinate, mesh.shape
     dtype = DTYPES[precision(deepspeed_config)]
     apply_plan(

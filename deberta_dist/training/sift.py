@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.dropout import mix_key
+from deberta_dist.models.labels import REAL, require_tensor
 
 _NORMALISER_EPS = 1e-7
 _STEP_EPS = 1e-6
@@ -41,18 +42,27 @@ def symmetric_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
     The entropies are not subtracted, as published: equal logits give a positive number and no gradient.
     """
+    _require_alike(student, teacher)
     student_log, teacher_log = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
     return -(teacher_log.exp().detach() * student_log + student_log.exp().detach() * teacher_log).sum(-1)
 
 
 def kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL divergence of the student from the teacher [B]."""
+    _require_alike(student, teacher)
     return F.kl_div(F.log_softmax(student, -1), F.log_softmax(teacher, -1), reduction="none", log_target=True).sum(-1)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the logits [B]."""
+    _require_alike(student, teacher)
     return (student - teacher).square().mean(-1)
+
+
+def _require_alike(student: Tensor, teacher: Tensor) -> None:
+    if student.dim() != 2:
+        raise ValueError(f"logits: shape {list(student.shape)} given; SiFT compares logits [batch, labels]")
+    require_tensor(teacher, name="logits", shapes=[student.shape], kinds=[REAL], user="a comparison with as many others")
 
 
 LOSSES = {"symmetric_kl": symmetric_kl, "kl": kl, "mse": mse}
@@ -119,6 +129,11 @@ class Sift:
 
         with self._replacing(normalise):
             clean = forward(self._dropout_key(key, 0)).float()
+        if len(kept) != 1:
+            raise ValueError(
+                f"the embeddings' LayerNorm that SiFT was given was called {len(kept)} times in a pass of the model, not once: "
+                "make SiFT after the last change of the model's modules"
+            )
         (embeddings,) = kept
         embeddings = embeddings.detach()
         measure = mse if clean.shape[-1] == 1 else LOSSES[self._settings.loss]

@@ -85,6 +85,9 @@ def test_loss_is_cross_entropy_and_right_ones_share_credit() -> None:
     probabilities = logits.softmax(1)
     expected = -torch.stack([probabilities[0, 1].log(), (probabilities[1, 0] + probabilities[1, 2]).log()])
     torch.testing.assert_close(decision_loss(logits, gold), expected)
+    for other in (gold[:1], gold[:, :1], gold.float(), gold.long()):
+        with pytest.raises(ValueError, match=f"^gold: shape .* takes shape .{gold.shape[0]}, {gold.shape[1]}. of bool"):
+            decision_loss(logits, other)
 
 
 def test_classes_have_one_slot_per_decision() -> None:

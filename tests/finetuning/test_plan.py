@@ -118,6 +118,15 @@ def test_absolute_positions_have_to_reach_as_far_as_padding(start_directory: Pat
             made()
 
 
+def test_what_labels_the_starting_point_had_is_left_behind(start_directory: Path) -> None:
+    """The export would say that classes of the task are the other's multi-hot labels."""
+    arguments = parse(["--task", "CB", "--data", str(DATA), "--init", "x", "--recipe", str(start_directory / "recipes.toml")])
+    start = open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True)
+    start = dataclasses.replace(start, config=dataclasses.replace(start.config, problem_type="multi_label_classification"))
+    (plan,) = make_plans(arguments, toml=start_directory / "finetune.toml", start=start, world_size=1)
+    assert plan.model_config.problem_type is None
+
+
 def test_required_words() -> None:
     with pytest.raises(ConfigError, match="--task, --data, --init"):
         parse([])

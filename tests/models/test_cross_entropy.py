@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.models import cross_entropy as room
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
-from deberta_dist.models.shared_table import SharedTable, WordEmbeddings
+from deberta_dist.models.shared_table import SharedTable, look_up
 
 TARGETS, WIDTH, VOCABULARY = 23, 6, 101
 
@@ -69,11 +69,11 @@ def test_a_second_backward_pass_over_overwritten_logits_is_refused() -> None:
 @pytest.mark.parametrize("with_product", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 3])
 def test_both_uses_of_a_table_give_one_gradient(with_product: bool, padding_idx: int | None) -> None:
-    words = WordEmbeddings(11, WIDTH, padding_idx=padding_idx, dtype=torch.float64)
+    words = nn.Embedding(11, WIDTH, padding_idx=padding_idx, dtype=torch.float64)
     ids = torch.tensor([[3, 4, 4], [10, 0, 3]])
 
     def loss_of(table: SharedTable | None) -> Tensor:
-        looked_up = words(ids) if table is None else words(ids, table)
+        looked_up = look_up(ids, words, table)
         if not with_product:
             return looked_up.sin().sum()
         return F.linear(looked_up.sin(), words.weight if table is None else table.weight_VW).cos().sum()

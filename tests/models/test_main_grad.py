@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist import DebertaForMaskedLM
-from deberta_dist.models.joint_linear import Linear, join_, joint_linear
+from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear
 from deberta_dist.models.masked_lm import DebertaForMaskedLM as Model
 from deberta_dist.models.presets import preset
 
@@ -118,7 +118,7 @@ def test_sums_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
 
 
 def test_adjacent_sums_take_one_product() -> None:
-    layers = [Linear(4, 3, dtype=torch.float64) for _ in range(3)]
+    layers = [Linear(4, 3).double() for _ in range(3)]
     join_(layers)
     whole = torch.zeros(9, 4, dtype=torch.float64)
     for layer, part in zip(layers, whole.split(3), strict=True):
@@ -139,4 +139,4 @@ def test_there_is_no_second_derivative() -> None:
     give_main_grads(layer)
     x = torch.randn(2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        torch.autograd.grad(linear(x, layer).square().sum(), x, create_graph=True)

@@ -159,6 +159,23 @@ def test_gradient_of_the_symmetric_loss() -> None:
     assert mse(student, student).abs().max() == 0.0
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_of_other_shapes_are_refused(loss: str) -> None:
+    student = torch.randn(5, 3)
+    for teacher in (student[:1], student[:, :1], student[0], student.argmax(-1), student.argmax(-1)[:, None].expand(5, 3)):
+        with pytest.raises(ValueError, match="^logits: shape .* takes shape .5, 3. of floating point"):
+            LOSSES[loss](student, teacher)
+    with pytest.raises(ValueError, match="^logits: .* .batch, labels."):
+        LOSSES[loss](student[0], student[0])
+
+
+def test_a_layer_norm_that_is_not_called_is_refused(model) -> None:
+    sift = sift_of(model)
+    model.deberta.embeddings.LayerNorm = nn.LayerNorm(model.config.hidden_size)
+    with pytest.raises(ValueError, match="called 0 times"):
+        sift.passes(forward_of(model), key=7)
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(model) -> None:
     delta, gradient = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     sift = sift_of(model)
