@@ -6,6 +6,7 @@
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.corpus.arguments import add_reading_arguments, read_options  # noqa: E402
-from deberta_dist.errors import with_exit_code  # noqa: E402
+from deberta_dist.data.vocabulary_options import (  # noqa: E402
+    NORMALIZATION_RULES,
+    VocabularyOptions,
+    read_symbols,
+)
+from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
 
 VOCAB_SIZE = 128_000
-# The trainer takes about 17 bytes of memory per byte of text, here 4.5 GB; in much less there may be no 128,000 pieces.
+# In much less there may be no 128,000 pieces.
 MAX_BYTES = 1 << 28
 
 
@@ -40,7 +46,60 @@ def parse_arguments() -> argparse.Namespace:
         metavar="BYTES",
         help=f"use an even sample of about so much of the input (default: {MAX_BYTES:,})",
     )
+    group = parser.add_argument_group("training", "not with --published")
+    group.add_argument(
+        "--character-coverage",
+        type=float,
+        metavar="FRACTION",
+        help="of all characters, the rarest ones aside, that become pieces, 0.98 to 1 (default: 0.9995)",
+    )
+    group.add_argument(
+        "--byte-fallback",
+        action="store_const",
+        const=True,
+        help="256 pieces for bytes: a character without a piece becomes its bytes, not [UNK]",
+    )
+    group.add_argument(
+        "--user-defined-symbols",
+        metavar="FILE",
+        help="strings that are one piece wherever they stand: UTF-8, one a line, no white space in them",
+    )
+    group.add_argument(
+        "--normalization-rule",
+        choices=NORMALIZATION_RULES,
+        metavar="NAME",
+        help=f"what is done to text first, {' | '.join(NORMALIZATION_RULES)}: Unicode's NFKC; cf: in lower case, too; "
+        "nmt: all white space is spaces; identity: nothing (default: nmt_nfkc)",
+    )
+    group.add_argument(
+        "--max-run-characters",
+        type=int,
+        metavar="CHARACTERS",
+        help="longer runs without white space are cut before training, and counted (default: 1,000)",
+    )
     return parser.parse_args()
+
+
+def vocabulary_options(arguments: argparse.Namespace) -> VocabularyOptions:
+    """The options for training that were given.
+
+    Raises:
+        ConfigError: one is given with --published, or a value is not allowed.
+        DataError: the file of symbols is not as it should be.
+    """
+    given = {
+        name: value
+        for name in (field.name for field in dataclasses.fields(VocabularyOptions))
+        if (value := getattr(arguments, name)) is not None
+    }
+    if given and arguments.published:
+        name = next(iter(given)).replace("_", "-")
+        raise ConfigError(f"--{name} is about training, and --published takes {arguments.published} as it is")
+    if "user_defined_symbols" in given:
+        given["user_defined_symbols"] = read_symbols(given["user_defined_symbols"])
+    return VocabularyOptions(**given)
+
+
 
 
 @with_exit_code
@@ -48,23 +107,31 @@ def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
     from deberta_dist.corpus.inputs import find_inputs
-    from deberta_dist.corpus.vocabulary import take_published, train_vocabulary
-    from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.corpus.vocabulary import report_path, take_published, train_vocabulary
+    from deberta_dist.data.tokenizer import version_warning
 
-    options = read_options(arguments)
+    reading, options = read_options(arguments), vocabulary_options(arguments)
     inputs, output, max_bytes = arguments.input, arguments.output, arguments.max_bytes
     if arguments.published:
-        fit = take_published(inputs, output, model=arguments.published, options=options, max_bytes=max_bytes)
+        made = take_published(inputs, output, model=arguments.published, reading=reading, max_bytes=max_bytes)
     else:
-        fit = train_vocabulary(inputs, output, options=options, vocab_size=arguments.vocab_size, max_bytes=max_bytes)
-    if passed_over := find_inputs(inputs, format=options.format).passed_over:
+        if warning := version_warning():
+            print(f"warning: {warning}", file=sys.stderr)
+        size = arguments.vocab_size
+        made = train_vocabulary(inputs, output, reading=reading, options=options, vocab_size=size, max_bytes=max_bytes)
+    if passed_over := find_inputs(inputs, format=reading.format).passed_over:
         print(f"passed over beside the inputs: {passed_over}")
-    tokenizer = Tokenizer(output)
-    print(f"{output}: {tokenizer.num_tokens:,} tokens with [MASK], SHA-256 {tokenizer.sha256}")
-    if fit.num_documents:
-        print(f"{'text of the input' if arguments.published else 'held-out text'}: {fit}")
+    print(f"{output}: {made.tokenizer.num_tokens:,} tokens with [MASK], SHA-256 {made.tokenizer.sha256}")
+    if made.words and made.words.num_cut_runs:
+        print(
+            f"cut before training: {made.words.num_cut_runs:,} runs of more than {options.max_run_characters:,} "
+            f"characters without white space, {made.words.num_cut_characters:,} characters together"
+        )
+    if made.fit.num_documents:
+        print(f"{'text of the input' if arguments.published else 'held-out text'}: {made.fit}")
     else:
         print("no text to measure it on: 2% of the documents are held out, and there are too few of them")
+    print(f"report: {report_path(output)}")
     return 0
 
 

@@ -224,7 +224,7 @@ def _published(model: Published, is_fused: bool, max_bytes: int | None) -> Targe
 
 
 def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
-    onnx_files.require_dtype([weight.dtype for weight in model.weights.values()])
+    onnx_files.require_dtype(next(iter(model.weights.values())).dtype)
     built, names = build_model(model, where="the source")
     program = onnx_files.export(built, config=model.config)
     kind = huggingface.V2 if huggingface.needs_v2(model.config) else huggingface.V1

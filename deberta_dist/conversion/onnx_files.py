@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +45,17 @@ def require_exporter() -> None:
         raise ConfigError(f"--to onnx needs {' and '.join(missing)}: pip install 'deberta_dist[onnx]'")
 
 
-def require_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The one number format of the weights.
+def require_dtype(dtype: torch.dtype) -> None:
+    """Refuses a number format of weights that runtimes do not compute with.
 
     Raises:
-        ConfigError: there are several, or runtimes do not compute with it.
+        ConfigError: it is such a one.
     """
-    found = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
-    if len(found) > 1:
-        raise ConfigError(f"--to onnx: the weights are {' and '.join(found)}; say with --dtype what to write")
-    if dtypes[0] not in _TOLERANCES:
+    if dtype not in _TOLERANCES:
         raise ConfigError(
-            f"--to onnx: the weights are {found[0]}, which onnxruntime does not compute with on a CPU: give --dtype float32 "
-            "or float16"
+            f"--to onnx: the weights are {str(dtype).removeprefix('torch.')}, which onnxruntime does not compute with on a "
+            "CPU: give --dtype float32 or float16"
         )
-    return dtypes[0]
 
 
 @dataclass(frozen=True)

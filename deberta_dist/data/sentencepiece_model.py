@@ -15,6 +15,7 @@ from deberta_dist.errors import DataError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 UNIGRAM = 1
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_SEEDS_FILE = 54
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,44 @@ def parse_model(content: bytes) -> SentencePieceModel:
     )
 
 
+def without_seeds_file(content: bytes) -> bytes:
+    """The bytes of a model file without the name of the file of candidates that the trainer was given.
+
+    That is a temporary file: with its name the same text would give another model every time.
+    """
+    result = bytearray()
+    for start, stop, number, value in _spans(content):
+        if number != _TRAINER:
+            result += content[start:stop]
+            continue
+        kept = b"".join(value[a:b] for a, b, inner, _ in _spans(value) if inner != _SEEDS_FILE)
+        result += bytes([_TRAINER << 3 | 2]) + _as_varint(len(kept)) + kept
+    return bytes(result)
+
+
+def _as_varint(number: int) -> bytes:
+    result = bytearray()
+    while number > 0x7F:
+        result.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*result, number])
+
+
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Number and value of every field of one message: integers, or bytes for everything else."""
+    for _, _, number, value in _spans(content):
+        yield number, value
+
+
+def _spans(content: bytes) -> Iterator[tuple[int, int, int, int | bytes]]:
+    """(first byte, last byte + 1, number, value) of every field of one message."""
     at = 0
     while at < len(content):
+        start = at
         key, at = _varint(content, at)
         if key & 7 == 0:
             value, at = _varint(content, at)
-            yield key >> 3, value
+            yield start, at, key >> 3, value
             continue
         if key & 7 == 2:
             length, at = _varint(content, at)
@@ -94,8 +125,8 @@ def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
             length = {1: 8, 5: 4}[key & 7]
         if at + length > len(content):
             raise ValueError("cut short")
-        yield key >> 3, content[at : at + length]
         at += length
+        yield start, at, key >> 3, content[at - length : at]
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:

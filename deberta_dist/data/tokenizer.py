@@ -7,9 +7,11 @@ it; a file is known by the SHA-256 of its bytes, which token files and checkpoin
 
 import hashlib
 import io
+import itertools
 import re
+import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,17 +19,27 @@ import numpy as np
 import sentencepiece
 
 from deberta_dist.data.new_file import new_file
-from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.data.seed_pieces import seed_pieces
+from deberta_dist.data.sentencepiece_model import without_seeds_file
+from deberta_dist.data.training_words import WORD_START, TrainingWords, count_words
+from deberta_dist.data.vocabulary_options import VocabularyOptions
+from deberta_dist.errors import ConfigError, DataError, printable
 from deberta_dist.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
-WORD_START = "\u2581"
+SENTENCEPIECE_VERSION: str = sentencepiece.__version__
+TESTED_SENTENCEPIECE = "0.2.2"
+"""The version that pyproject.toml asks for, which says why."""
 
 # The floating point sums of the trainer depend on how sentences are dealt to threads: a constant, not the
 # machine's number of cores, makes the same text give the same file everywhere.
 _NUM_THREADS = 4
 _MAX_SENTENCE_BYTES = 1 << 30
+# Candidates that the trainer begins with; it refuses some of those it is given, and takes the first million others.
+_NUM_SEEDS = 1_000_000
+_NUM_BYTES = 256
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -50,61 +62,117 @@ def _has_no_surrogate(text: str) -> bool:
     return True
 
 
+def version_warning(installed: str = SENTENCEPIECE_VERSION) -> str:
+    """What to know about a version of sentencepiece before training with it; "" for the tested one."""
+    if installed == TESTED_SENTENCEPIECE:
+        return ""
+    known = " (of Thai, Devanagari and scripts like them its own trainer loses most pieces)"
+    return (
+        f"sentencepiece {installed} is installed{known if installed == '0.2.3' else ''}: vocabularies are tested "
+        f"with {TESTED_SENTENCEPIECE} alone; pip install sentencepiece=={TESTED_SENTENCEPIECE}"
+    )
+
+
 def train_tokenizer(
-    texts: Iterable[str], model_path: str | Path, *, vocab_size: int, character_coverage: float = 0.9995
-) -> None:
+    texts: Iterable[str],
+    model_path: str | Path,
+    *,
+    vocab_size: int,
+    options: VocabularyOptions = VocabularyOptions(),
+) -> TrainingWords:
     """Trains a unigram vocabulary and writes it as a sentencepiece model.
 
-    The same texts in the same order give the same bytes. Normalisation is sentencepiece's default
-    (``nmt_nfkc``); there is no byte fallback, a character outside the vocabulary is ``[UNK]``.
+    The same texts in the same order give the same bytes.
 
     Args:
-        texts: documents; each line of each is one sentence to the trainer. Held in memory by the trainer.
+        texts: documents. Read once; their different words are held in memory.
         model_path: file to write. An identical file there is left alone.
         vocab_size: number of pieces including the four special ones, without ``[MASK]``.
-        character_coverage: fraction of all characters in ``texts`` which must become pieces.
+        options: how; the default is that of the releases without their byte fallback.
+
+    Returns:
+        The words it was trained on.
 
     Raises:
-        ConfigError: ``vocab_size`` is less than 5.
+        ConfigError: ``vocab_size`` leaves no piece for text, or a user-defined symbol cannot be one.
         DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
             possible one) or has more characters than that, or ``model_path`` holds something else.
     """
-    if vocab_size <= len(SPECIAL_PIECES):
-        raise ConfigError(f"vocab_size = {vocab_size} leaves no piece after {' '.join(SPECIAL_PIECES)}")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            pad_piece=SPECIAL_PIECES[0],
-            bos_piece=SPECIAL_PIECES[1],
-            eos_piece=SPECIAL_PIECES[2],
-            unk_piece=SPECIAL_PIECES[3],
-            max_sentence_length=_MAX_SENTENCE_BYTES,
-            num_threads=_NUM_THREADS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _training_error(error, vocab_size=vocab_size) from error
+    _require_symbols(options)
+    more = len(options.symbols) + (_NUM_BYTES if options.byte_fallback else 0)
+    if vocab_size <= len(SPECIAL_PIECES) + more:
+        also = f" and {more} symbols and bytes" if more else ""
+        raise ConfigError(f"vocab_size = {vocab_size} leaves no piece after {' '.join(SPECIAL_PIECES)}{also}")
+    normalizer = sentencepiece.SentencePieceNormalizer(rule_name=options.normalization_rule)
+    words = count_words(
+        texts,
+        normalize=lambda text: normalizer.normalize(clean_text(text)),
+        max_run_characters=options.max_run_characters,
+    )
+    if not words.counts:
+        raise DataError("the tokenizer was given no text to learn from")
+    content = _train(words.counts, vocab_size=vocab_size, options=options)
     path = Path(model_path)
-    if path.is_file() and path.read_bytes() == model.getvalue():
-        return
-    with new_file(path) as file:
-        file.write(model.getvalue())
+    if not (path.is_file() and path.read_bytes() == content):
+        with new_file(path) as file:
+            file.write(content)
+    return words
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in clean_text(text).split("\n"):
-            if line.strip():
-                yield line
+def _train(counts: dict[str, int], *, vocab_size: int, options: VocabularyOptions) -> bytes:
+    """The model file for words and their counts."""
+    model = io.BytesIO()
+    # The trainer puts a space before each word that it is given, and so has to be counted.
+    spaced = {WORD_START + word: count for word, count in counts.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = Path(folder) / "seeds.tsv"
+        with open(seeds, "w", encoding="utf-8", newline="\n") as file:
+            for piece, count in seed_pieces(spaced, max_pieces=2 * _NUM_SEEDS):
+                file.write(f"{piece}\t{count}\n")
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(f"{word}\t{count}" for word, count in counts.items()),
+                input_format="tsv",
+                seed_sentencepieces_file=str(seeds),
+                seed_sentencepiece_size=_NUM_SEEDS,
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size,
+                character_coverage=options.character_coverage,
+                byte_fallback=options.byte_fallback,
+                user_defined_symbols=list(options.symbols),
+                normalization_rule_name=options.normalization_rule,
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                pad_piece=SPECIAL_PIECES[0],
+                bos_piece=SPECIAL_PIECES[1],
+                eos_piece=SPECIAL_PIECES[2],
+                unk_piece=SPECIAL_PIECES[3],
+                max_sentence_length=_MAX_SENTENCE_BYTES,
+                num_threads=_NUM_THREADS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _training_error(error, vocab_size=vocab_size) from error
+    return without_seeds_file(model.getvalue())
+
+
+def _require_symbols(options: VocabularyOptions) -> None:
+    """Refuses user-defined symbols that cannot be pieces, or are already."""
+    taken = {*SPECIAL_PIECES, MASK_PIECE}
+    seen: set[str] = set()
+    for symbol in options.user_defined_symbols:
+        if symbol in taken:
+            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already")
+        if symbol in seen:
+            raise ConfigError(f"user-defined symbol {printable(symbol)} is given twice")
+        seen.add(symbol)
+        if not symbol or symbol != "".join(clean_text(symbol).split()) or WORD_START in symbol:
+            raise ConfigError(f"user-defined symbol {printable(symbol)!r}: it is empty or holds white space")
+        if options.byte_fallback and _BYTE_PIECE.fullmatch(symbol):
+            raise ConfigError(f"user-defined symbol {symbol}: byte_fallback makes it a piece already")
 
 
 def _training_error(error: RuntimeError, *, vocab_size: int) -> DataError | RuntimeError:
@@ -122,8 +190,6 @@ def _training_error(error: RuntimeError, *, vocab_size: int) -> DataError | Runt
             f"vocab_size = {vocab_size} is too small: characters and special pieces of this text alone "
             f"take {too_small[1]}"
         )
-    if "sentences_.empty()" in message:
-        return DataError("the tokenizer was given no text to learn from")
     return error
 
 
@@ -178,6 +244,11 @@ class Tokenizer:
         return (self.pad_id, self.cls_id, self.sep_id, self.unk_id, self.mask_id)
 
     @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The ids that are single bytes; none where the model has no byte fallback."""
+        return frozenset(filter(self._processor.is_byte, range(self._processor.get_piece_size())))
+
+    @cached_property
     def is_word_start(self) -> np.ndarray:
         """Whether an id begins a word, bool [num_tokens], read-only.
 
@@ -208,9 +279,11 @@ class Tokenizer:
     def surfaces(self, text: str) -> list[str]:
         """What each id of ``encode(text)`` stands for in the normalised text, ``[UNK]`` as well.
 
-        ``WORD_START`` is a space; characters outside the vocabulary that follow each other are one ``[UNK]``.
+        ``WORD_START`` is a space; characters outside the vocabulary that follow each other are one ``[UNK]``. Where
+        they become bytes, the first byte of a character stands for it and the others for "".
         """
-        return self._processor.encode(clean_text(text), out_type=str)
+        surfaces = self._processor.encode(clean_text(text), out_type=str)
+        return _bytes_as_characters(surfaces) if self.byte_ids else surfaces
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special ones written out as ``[CLS]`` and so on.
@@ -241,6 +314,19 @@ class Tokenizer:
             if not 0 <= i < self.num_tokens:
                 raise DataError(f"id {i} is outside the {self.num_tokens} tokens of {self.path}")
         return [self._pieces[i] for i in ids]
+
+
+def _bytes_as_characters(surfaces: list[str]) -> list[str]:
+    """Surfaces with a character in the place of its first byte, and "" in the place of the others."""
+    result: list[str] = []
+    for is_byte, group in itertools.groupby(surfaces, key=lambda surface: bool(_BYTE_PIECE.fullmatch(surface))):
+        if not is_byte:
+            result += group
+            continue
+        values = [int(surface[1:-1], 16) for surface in group]
+        characters = iter(bytes(values).decode("utf-8"))
+        result += ["" if value & 0xC0 == 0x80 else next(characters) for value in values]
+    return result
 
 
 def _stands_alone(piece: str) -> bool:

@@ -167,8 +167,8 @@ def test_two_names_for_one_weight_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 128}, r"tensors do not fit the configuration: .*expected \[512, 128\]"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, the weights have 4"),
-        ({"intermediate_size": 2**62}, "its sizes make no tensors"),
+        ({"num_hidden_layers": 500}, "num_hidden_layers = 500, the weights have 4"),
+        ({"intermediate_size": 2**62}, "intermediate_size = 4611686018427387904 must be at most 1048576"),
         ({"vocab_size": 513}, r"word_embeddings.weight is \[512, 64\], expected \[513, 64\]"),
         ({"conv_kernel_size": 0}, "not explained: deberta.encoder.conv"),
         ({"norm_rel_ebd": "none"}, "not explained: deberta.encoder.LayerNorm"),

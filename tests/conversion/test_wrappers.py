@@ -99,6 +99,10 @@ def test_what_is_not_guessed(state: State, words: str, tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value) and not (tmp_path / "target").exists()
 
 
+def dropped_weights(report: dict[str, Any]) -> list[str]:
+    return [item["key"] for item in report["dropped"] if not item["key"].startswith("config: ")]
+
+
 @pytest.mark.parametrize("prefix", ["student", "student.", "module.student."])
 def test_a_prefix_by_the_user(prefix: str, tmp_path: Path) -> None:
     others = {name: value + 1 for name, value in behind("teacher.").items()}
@@ -106,7 +110,7 @@ def test_a_prefix_by_the_user(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="80 keys .* not explained: teacher.deberta"):
         convert(source, tmp_path / "no", to="deberta_dist", prefix=prefix)
     report = convert(source, tmp_path / "target", to="deberta_dist", prefix=prefix, allow_unmapped=["teacher.*"])
-    assert same(load_file(tmp_path / "target/model.safetensors"), TENSORS) and len(report["dropped"]) == 80
+    assert same(load_file(tmp_path / "target/model.safetensors"), TENSORS) and len(dropped_weights(report)) == 80
     with pytest.raises(ConfigError, match="--prefix nobody: no key of .*; its keys are module.student|--prefix nobody: no key"):
         convert(source, tmp_path / "no", to="deberta_dist", prefix="nobody")
 
@@ -117,7 +121,7 @@ def test_patterns_are_of_the_keys_in_the_file(tmp_path: Path) -> None:
         convert(source, tmp_path / "no", to="deberta_dist")
     for number, pattern in enumerate(("model.loss.*", "loss.*")):
         report = convert(source, tmp_path / f"target{number}", to="deberta_dist", allow_unmapped=[pattern])
-        assert [item["key"] for item in report["dropped"]] == ["model.loss.weight"]
+        assert dropped_weights(report) == ["model.loss.weight"]
 
 
 def test_adapters_and_quantised_weights_are_refused(tmp_path: Path) -> None:

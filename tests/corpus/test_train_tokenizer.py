@@ -15,6 +15,8 @@ from deberta_dist.corpus.reading import read_texts
 from deberta_dist.corpus.sampling import is_held_out, sample_texts
 from deberta_dist.corpus.vocabulary import measure
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from deberta_dist.data.training_words import TrainingWords
+from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import ConfigError
 from tests.corpus.test_tools import TEXT, assert_one_line_error, run
 
@@ -81,14 +83,17 @@ def test_held_out_text_is_measured_and_not_trained_on(
 ) -> None:
     trained: list[str] = []
 
-    def train(texts: Iterable[str], path: str | Path, *, vocab_size: int) -> None:
+    def train(
+        texts: Iterable[str], path: str | Path, *, vocab_size: int, options: VocabularyOptions
+    ) -> TrainingWords:
         trained.extend(texts)
-        train_tokenizer(trained[:200], path, vocab_size=vocab_size)
+        return train_tokenizer(trained[:200], path, vocab_size=vocab_size, options=options)
 
     monkeypatch.setattr(vocabulary, "train_tokenizer", train)
-    options = ReadOptions()
-    fit = vocabulary.train_vocabulary(corpus, tmp_path / "m", options=options, vocab_size=50, max_bytes=None)
-    assert fit.num_documents + len(trained) == 12_000 and not any(map(is_held_out, trained))
+    made = vocabulary.train_vocabulary(
+        corpus, tmp_path / "m", reading=ReadOptions(), options=VocabularyOptions(), vocab_size=50, max_bytes=None
+    )
+    assert made.fit.num_documents + len(trained) == 12_000 and not any(map(is_held_out, trained))
 
 
 def test_measures(tokenizer: Tokenizer) -> None:
@@ -123,3 +128,50 @@ def test_train_then_take_the_result_as_published(tmp_path: Path) -> None:
     refused = run(*take, "new.model", "--published", "spm.model", "--max-document-bytes", 0, cwd=tmp_path)
     assert_one_line_error(refused, code=2, words="max_document_bytes = 0")
     assert not (tmp_path / "new.model").exists()
+
+
+def test_options_of_training_are_in_the_report(tmp_path: Path) -> None:
+    """And a run without white space, which it cuts, counts and names."""
+    lines = "\n\n".join(read_texts([TEXT])).split("\n")[:600]
+    (tmp_path / "a.txt").write_text("\n\n".join([*lines, "x" * 30 + "+/" * 20_000]))
+    (tmp_path / "symbols.txt").write_text("<URL>\n[USER]\n")
+    options = ("--byte-fallback", "--character-coverage", 0.999, "--normalization-rule", "nfkc", "--max-run-characters", 500)
+    train = (TOOL, "--input", "a.txt", "--output", "spm.model", "--vocab-size", 700)
+    made = run(*train, *options, "--user-defined-symbols", "symbols.txt", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "cut before training: 1 runs of more than 500 characters without white space, 40,030 characters" in made.stdout
+    report = (tmp_path / "spm.model.report.md").read_text()
+    for row in (
+        "character-coverage | 0.999", "byte-fallback | yes", "user-defined-symbols | `<URL>`, `[USER]`",
+        "normalization-rule | nfkc", "max-run-characters | 500", "1 runs without white space, of 40,030 characters",
+        f"SHA-256 | {Tokenizer(tmp_path / 'spm.model').sha256}", "inputs | `a.txt`",
+    ):  # fmt: skip
+        assert row in report
+    assert Tokenizer(tmp_path / "spm.model").pieces([4, 5]) == ["<URL>", "[USER]"]
+    again = run(*train[:4], "taken.model", "--published", "spm.model", "--byte-fallback", cwd=tmp_path)
+    assert_one_line_error(again, code=2, words="--byte-fallback is about training")
+    (tmp_path / "taken.model.report.md").write_text("")
+    again = run(*train[:4], "taken.model", "--published", "spm.model", cwd=tmp_path)
+    assert_one_line_error(again, code=65, words="taken.model.report.md exists already")
+    assert not (tmp_path / "taken.model").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("b.txt", "caf\xe9\n".encode("latin-1"), "b.txt:1: byte 3 of the file (0xe9) is not UTF-8"),
+        ("b.txt", "caf\xe9\n".encode("utf-16"), "b.txt:1: byte 0 of the file (0xff) is not UTF-8"),
+        ("b.txt.gz", gzip.compress(b"some text " * 999)[:-20], "b.txt.gz is cut short"),
+        ("b.jsonl", b'{"text": 5}\n', "b.jsonl:1: no string in the field 'text'"),
+    ],
+    ids=["Latin-1", "UTF-16", "a truncated archive", "a record"],
+)
+def test_what_cannot_be_read_is_one_line(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    """Though the trainer has begun to read when it is met."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("plain text\n\n" * 50)
+    (tmp_path / "in" / name).write_bytes(content)
+    result = run(TOOL, "--input", "in", "--output", "spm.model", "--vocab-size", 20, cwd=tmp_path)
+    # Another version of the library than the tested one may be told first.
+    assert result.returncode == 65 and result.stderr.splitlines()[-1].startswith("error: ") and words in result.stderr
+    assert "Traceback" not in result.stderr and [path.name for path in tmp_path.iterdir()] == ["in"]
