@@ -6,7 +6,6 @@ exact duplicates, the held-out split, token files on disk. The peer (``raw_encod
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
