@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from deberta_dist.checkpoint.compatible import compatible, same_tensors
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints, newest_complete, step_name
 from deberta_dist.checkpoint.manifest import Manifest
