@@ -145,7 +145,7 @@ class Runs:
         flats = own_flat_layout(layout, mesh=self._mesh)
         shards = reader.read_shards(flats, shape=self._mesh.shape, coordinate=self._mesh.coordinate)
         resumed = self.trainer(config, **RESUMED, shards=shards)
-        load_state(resumed.parts, shards, manifest=reader.manifest)
+        load_state(resumed.parts.sharded_model, shards, manifest=reader.manifest)
         results = [resumed.step(batch(step), step=step, learning_rate=rate) for step in range(SAVED, STEPS)]
         store = resumed.parts.sharded_model.store
         again = [store.copy_shards(), results, resumed.evaluate([batch(STEPS)])]

