@@ -4,6 +4,7 @@ Each reader would call such a file damaged, or take it for text. Every reader of
 the first bytes of the file, before it judges them itself.
 """
 
+import codecs
 import re
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def stand_in(head: bytes) -> str | None:
     Args:
         head: the first ``HEAD_BYTES`` of the file, or all of a shorter one.
     """
-    if _LFS_POINTER.match(head):
+    if _LFS_POINTER.match(head.removeprefix(codecs.BOM_UTF8)):
         size = _LFS_SIZE.search(head)
         real = f" ({int(size[1]):,} bytes)" if size else ""
         return f"a Git LFS pointer, not the file itself{real}: run git lfs pull in its repository"
@@ -89,7 +90,7 @@ def refuse_foreign(head: bytes, path: object, *, error: type[DebertaDistError] =
         DebertaDistError: of that class, with the file and what to do.
     """
     refuse_stand_in(head, path, error=error)
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:100]
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:100]
     if start.lower().startswith(_PAGE_STARTS):
         what = "an HTML page saved in place of the file"
     elif start.startswith(b"<?xml"):
@@ -126,12 +127,16 @@ def begins_like(head: bytes) -> str:
     return f"; it begins like {found}" if found else ""
 
 
-def json_integer(digits: str) -> int | str:
+class LongInteger(str):
+    """An integer of more digits than Python converts, as its digits; no text, although a string."""
+
+
+def json_integer(digits: str) -> int | LongInteger:
     """An integer of somebody's JSON: for ``parse_int``, where a reader must not fail at a field that it does not read.
 
-    Python refuses to convert more than 4,300 digits (it takes long): such a number is its digits, which are text.
+    Python refuses to convert more than 4,300 digits (it takes long).
     """
     try:
         return int(digits)
     except ValueError:
-        return digits
+        return LongInteger(digits)

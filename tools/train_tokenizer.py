@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         "--vocab-size",
         type=int,
         default=VOCAB_SIZE,
-        help=f"pieces, [PAD] [CLS] [SEP] [UNK] included, without [MASK] (default: {VOCAB_SIZE:,})",
+        help=f"pieces, [PAD] [CLS] [SEP] [UNK] included, without [MASK]; at most 1,000,000 (default: {VOCAB_SIZE:,})",
     )
     kind.add_argument("--published", metavar="FILE", help="copy this spm.model instead of training one")
     parser.add_argument(

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.corpus.finding import entries_below, is_hidden, require_regular
-from deberta_dist.corpus.inputs import PARQUET, TEXT, InputFile, PassedOver, input_file, split_name
+from deberta_dist.corpus.inputs import PARQUET, RECORDS, TEXT, InputFile, PassedOver, input_file, split_name
 from deberta_dist.corpus.parquet import read_columns
 from deberta_dist.corpus.streams import open_input, text_chunks
 from deberta_dist.errors import DataError
 from deberta_dist.foreign import json_integer
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".tsv", ".csv", ".txt", ".parquet")
+_JSON = (".json", ".jsonl", ".ndjson")
 _READABLE = f"{', '.join(ENDINGS[:-1])} (all also with .gz, .zst, .bz2 or .xz) and {ENDINGS[-1]}"
 # What lies beside data and is none of it.
 _BESIDE = re.compile(r"(readme|licen[cs]e|copying|notice|sources?|citation|authors|changelog).*|.*\.(md|rst|py|sh|cff|bib)", re.I)
@@ -122,7 +123,7 @@ def _benchmark_file(path: Path) -> BenchmarkFile:
             f"benchmark {path} is of no kind that is searched for texts ({_READABLE}): unpack or convert it, or name the "
             "files to use one by one"
         )
-    kind = PARQUET if ending == ".parquet" else TEXT
+    kind = PARQUET if ending == ".parquet" else RECORDS if ending in _JSON else TEXT
     return BenchmarkFile(file=input_file(path, kind=kind, compression=compression), ending=ending)
 
 

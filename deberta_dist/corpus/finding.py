@@ -37,8 +37,9 @@ def require_regular(path: Path) -> os.stat_result:
     except OSError as error:
         if os.path.islink(path):
             target = os.readlink(path)
-            fetch = ": run git annex get (or datalad get) in its repository" if "annex/objects" in target else ""
-            raise DataError(f"{path} is a link that leads nowhere, to {target}{fetch}") from error
+            is_annex = "annex/objects" in target
+            advice = "run git annex get (or datalad get) in its repository" if is_annex else "mend it, or take it away"
+            raise DataError(f"{path} is a link that leads nowhere, to {target}: {advice}") from error
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS.items() if test(status.st_mode)), "a directory")

@@ -41,18 +41,18 @@ def text_of(line: str, *, field: str) -> str:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object with the field {field!r}")
     text = value.get(field)
-    if isinstance(text, str) and line.count(f'"{field}"') == 1:
+    if type(text) is str and line.count(f'"{field}"') == 1:
         return text
     # The last of two equal keys would have been taken, without a word.
     text = _find(any_json(line, hook=_with_repeated_keys), field)
-    if not isinstance(text, str):
+    if type(text) is not str:  # digits of a long integer are no text
         found = printable(", ".join(value) or "none")
         raise ValueError(f"no string in the field {field!r}; fields here: {found}")
     return text
 
 
 def any_json(text: str, *, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """A JSON value; integers of more digits than Python converts are their digits.
+    """A JSON value; integers of more digits than Python converts are ``LongInteger``.
 
     Args:
         text: the value.

@@ -105,7 +105,7 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
         Chunks of about ``CHUNK_BYTES``; the first is not shorter than 3 bytes unless the text is.
 
     Raises:
-        DataError: an archive ends early, is damaged, or something else follows it.
+        DataError: an archive ends early, is damaged, holds no text but another archive, or something else follows it.
     """
     if not file.compression:
         handle.seek(start)
@@ -113,6 +113,22 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
             yield chunk
         return
     assert start == 0, "a compressed file is read from its beginning"
+    for number, chunk in enumerate(_unpacked(file, handle)):
+        if number == 0:
+            _refuse_inside(file, chunk[:HEAD_BYTES])
+        yield chunk
+
+
+def _refuse_inside(file: InputFile, head: bytes) -> None:
+    """Refuses an archive in an archive, as a.jsonl.gz that tar made, and a pointer that was packed."""
+    inside = f"what {file.path} was packed from"
+    refuse_stand_in(head, inside)
+    found = format_name(head)
+    if found and _NO_TEXT.search(head):
+        raise DataError(f"{inside} begins like {found}, expected text: unpack it first")
+
+
+def _unpacked(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     unpack = {".gz": _unpack_gzip, ".bz2": _unpack_bz2, ".zst": _unpack_zstd, ".xz": _unpack_xz}[file.compression]
     num_bytes = 0
     waiting: list[bytes] = []

@@ -37,6 +37,7 @@ TESTED_SENTENCEPIECE = "0.2.2"
 _NUM_THREADS = 4
 _MAX_SENTENCE_BYTES = 1 << 30
 # Candidates that the trainer begins with; it refuses some of those it is given, and takes the first million others.
+# A vocabulary cannot have more, and near 2^31 the trainer would not end.
 _NUM_SEEDS = 1_000_000
 _NUM_BYTES = 256
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -94,7 +95,7 @@ def train_tokenizer(
         The words it was trained on.
 
     Raises:
-        ConfigError: ``vocab_size`` leaves no piece for text, or a user-defined symbol cannot be one.
+        ConfigError: ``vocab_size`` leaves no piece for text or is above a million, or a user-defined symbol cannot be one.
         DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
             possible one) or has more characters than that, or ``model_path`` holds something else.
     """
@@ -103,6 +104,8 @@ def train_tokenizer(
     if vocab_size <= len(SPECIAL_PIECES) + more:
         also = f" and {more} symbols and bytes" if more else ""
         raise ConfigError(f"vocab_size = {vocab_size} leaves no piece after {' '.join(SPECIAL_PIECES)}{also}")
+    if vocab_size > _NUM_SEEDS:
+        raise ConfigError(f"vocab_size = {vocab_size}, expected at most {_NUM_SEEDS:,}: there are no more candidates")
     normalizer = sentencepiece.SentencePieceNormalizer(rule_name=options.normalization_rule)
     words = count_words(
         texts,
@@ -165,7 +168,7 @@ def _require_symbols(options: VocabularyOptions) -> None:
     seen: set[str] = set()
     for symbol in options.user_defined_symbols:
         if symbol in taken:
-            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already")
+            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; take it out")
         if symbol in seen:
             raise ConfigError(f"user-defined symbol {printable(symbol)} is given twice")
         seen.add(symbol)

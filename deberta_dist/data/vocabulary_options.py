@@ -76,6 +76,8 @@ def read_symbols(path: str | Path) -> tuple[str, ...]:
             symbol = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8: convert the file to UTF-8 first") from error
+        if len(symbol.split()) > 1:
+            raise DataError(f"{path}:{number}: {printable(symbol)!r} holds white space, which no symbol can: one symbol a line")
         if symbol in symbols:
             raise DataError(f"{path}:{number}: {printable(symbol)} is in line {symbols[symbol]} already")
         if symbol:

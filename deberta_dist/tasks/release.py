@@ -6,6 +6,7 @@ made of the data's own idx. Predictions, scores and submissions meet in these ke
 
 import hashlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -96,7 +97,8 @@ class Release:
     def has(self, task: Task, split: str) -> bool:
         """Whether it holds a split."""
         wanted = task.data_file(split)
-        return split in task.counts and (wanted in self._members or (self.path / wanted).is_file())
+        # A link that leads nowhere counts: a task must not go missing without a word.
+        return split in task.counts and (wanted in self._members or os.path.lexists(self.path / wanted))
 
     def tasks(self, split: str) -> list[Task]:
         """Tasks of which it holds a split, in the order of the leaderboard."""
@@ -110,6 +112,10 @@ class Release:
                 return archive.read(self._members[wanted])
         # Damaged and encrypted archives fail in every part of the reader, each with an error of its own.
         except Exception as error:
+            link = self.path / wanted
+            if link.is_symlink() and not link.exists():
+                to = os.readlink(link)
+                raise DataError(f"{where} is a link that leads nowhere, to {to}: mend it, or take it away") from error
             raise DataError(f"{where} cannot be read ({type(error).__name__}: {error})") from error
 
     def read(self, task: Task, split: str) -> Split:
@@ -169,7 +175,11 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
             # Half of a surrogate pair is JSON, and text that nothing can write.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}, line {number}: not valid JSON ({error})") from error
+            like = begins_like(content[:HEAD_BYTES])
+            if isinstance(error, UnicodeDecodeError) and not like:
+                byte = f"0x{line[error.start]:02x}, byte {error.start} of the line"
+                raise DataError(f"{where}, line {number}: not UTF-8 ({byte}): convert the file to UTF-8") from error
+            raise DataError(f"{where}, line {number}: not valid JSON ({error}){like}") from error
         if not isinstance(value, dict):
             raise DataError(f"{where}, line {number}: {type(value).__name__}, where an object is expected")
         yield number, value

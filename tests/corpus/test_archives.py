@@ -3,8 +3,10 @@
 import builtins
 import bz2
 import gzip
+import io
 import lzma
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,31 @@ def test_an_archive_without_its_ending_is_told(tmp_path: Path, name: str) -> Non
     for text in ("PAR1 and more", "BZh is text", "GGUF"):
         (tmp_path / "b.txt").write_text(text)
         assert texts(tmp_path / "b.txt") == [text]
+
+
+def tar(content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        member = tarfile.TarInfo("inside.txt")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("kind", PACK)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar(TEXT), "begins like a tar archive, expected text: unpack it first"),
+        (gzip.compress(TEXT), "begins like gzip data, expected text: unpack it first"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
+    ],
+)
+def test_what_is_packed_is_text_and_no_other_archive(tmp_path: Path, kind: str, content: bytes, message: str) -> None:
+    path = tmp_path / f"a.txt.{kind}"
+    path.write_bytes(PACK[kind](content))
+    with pytest.raises(DataError, match=f"what {path} was packed from {message}"):
+        texts(path, options=ReadOptions(invalid_utf8="replace", bad_records="drop"))
 
 
 def parquet(path: Path, **columns: Any) -> Path:

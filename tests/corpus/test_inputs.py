@@ -104,7 +104,7 @@ def test_sources_are_named_and_the_order_is_as_given(corpus: Path) -> None:
         ([".odd/p*"], r"pipe is a named pipe"),
         ([".odd"], r"annex.txt is a link that leads nowhere"),
         ([".odd/**/*.txt"], r"annex.txt is a link that leads nowhere"),
-        ([".odd/no*.txt"], r"nowhere.txt is a link that leads nowhere, to gone"),
+        ([".odd/no*.txt"], r"nowhere.txt is a link that leads nowhere, to gone: mend it"),
         ([".odd/nowhere.txt"], r"nowhere.txt is a link that leads nowhere, to gone"),
         ([".odd/self.jsonl"], r"self.jsonl is a link that leads nowhere, to self.jsonl"),
         ([".odd/annex.txt"], r"annex.txt is a link that leads nowhere, to .*annex/objects/x: run git annex get"),

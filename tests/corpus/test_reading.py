@@ -131,6 +131,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
         ('\ufeff{"text": "x"}', r"a.jsonl:2: not a line of JSON \(Unexpected UTF-8 BOM"),
         ('["text"]', r"a.jsonl:2: expected a JSON object"),
         ('{"body": "x", "id": 3}', r"a.jsonl:2: no string in the field 'text'; fields here: body, id"),
+        (f'{{"text": {"9" * 5000}}}', r"a.jsonl:2: no string in the field 'text'"),
         ('{"text": null}', r"a.jsonl:2: no string in the field 'text'"),
     ],
 )

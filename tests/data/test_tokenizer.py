@@ -61,6 +61,7 @@ def test_a_different_file_is_never_replaced(texts: list[str], tmp_path: Path) ->
         ([], 100, DataError, "no text"),
         (["", "\n \n"], 100, DataError, "no text"),
         (["hello"], 4, ConfigError, "leaves no piece"),
+        (["hello"], 1_000_001, ConfigError, "vocab_size = 1000001, expected at most 1,000,000"),
     ],
 )
 def test_training_refuses(
@@ -264,6 +265,7 @@ def test_options_that_cannot_be(given: dict[str, Any], message: str, tmp_path: P
     [
         (b"\xef\xbb\xbf<a>\r\n\n<b>\n", ("<a>", "<b>")),
         (b"<a>\n<b>\n<a>", r"symbols.txt:3: <a> is in line 1 already"),
+        (b"<a>\n<b c>\n", r"symbols.txt:2: '<b c>' holds white space"),
         (b"<a>\ncaf\xe9", r"symbols.txt:2: not UTF-8"),
         (b"\n \n", "holds none"),
         (None, "symbols.txt cannot be read .No such file"),

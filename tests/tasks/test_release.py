@@ -1,6 +1,8 @@
 """Reading the benchmark's files: what is decided under which key, and every fault by file and line."""
 
+import gzip
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,32 @@ def test_numbers_of_any_length_stand_in_fields_that_are_not_read(data: Path) -> 
     path.write_text(lines[0].replace('"idx": ', '"idx": ' + "9" * 5000))
     with pytest.raises(DataError, match=r"CB/train.jsonl, line 1: idx is '9{199}, a whole number"):
         Release(data).read(TASKS["CB"], "train")
+
+
+    path.write_text(re.sub('"premise": "[^"]*"', '"premise": ' + "9" * 5000, lines[0]))
+    with pytest.raises(DataError, match=r"line 1: premise is LongInteger, str is expected"):
+        Release(data).read(TASKS["CB"], "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}"), r"line 1: not valid JSON .*; it begins like gzip data"),
+        (b"{}\xe9", r"line 1: not UTF-8 \(0xe9, byte 2 of the line\): convert"),
+        (None, "leads nowhere, to nowhere: mend it"),
+    ],
+)
+def test_a_foreign_file_is_told_and_its_task_not_passed_over(data: Path, content: bytes | None, message: str) -> None:
+    path = data / "CB/train.jsonl"
+    path.unlink()
+    if content is None:
+        path.symlink_to("nowhere")
+    else:
+        path.write_bytes(content)
+    release = Release(data)
+    assert TASKS["CB"] in release.tasks("train")
+    with pytest.raises(DataError, match=rf"CB/train.jsonl.*{message}"):
+        release.read(TASKS["CB"], "train")
 
 
 def test_a_duplicate_idx_is_named(data: Path) -> None:
