@@ -6,17 +6,27 @@ itself drops the word without a message in some places and stops with a tracebac
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from deberta_dist.config.section import AUTO
-from deberta_dist.errors import ConfigError
+from deberta_dist.errors import ConfigError, printable
 from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 FEW = 12
+_LONGEST_NUMBER = 400  # digits: what a float has room for
+_STRING = r'"(?:[^"\\]|\\.)*"'
+# Outside of strings: what is often taken for JSON -> what to do.
+_NOT_JSON = {
+    r"//|/\*|#": "JSON has no comments: take them out",
+    r",\s*[}\]]": "no comma stands before } or ]",
+    r"\b(?:True|False|None)\b": "JSON writes true, false and null",
+    r"'": 'JSON has " around texts',
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,24 +49,44 @@ def read_json(path: Path) -> dict[str, Any]:
         number = float(text)
         return number if abs(number) != float("inf") else no_number(text)
 
+    def whole(text: str) -> int:
+        if len(text) > _LONGEST_NUMBER:
+            raise ValueError(f"{text[:12]}... has {len(text)} digits")
+        return int(text)
+
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
         content = path.read_bytes()
         refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
         text = content.decode("utf-8-sig")
-        ds = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=finite)
+        ds = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=finite, parse_int=whole)
     except OSError as error:
         raise ConfigError(f"run.deepspeed = {path}: cannot be read ({error.strerror})") from None
     except ConfigError:
         raise
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: no text in UTF-8; save it as such") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}{_hint(text)}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(ds, dict):
-        raise ConfigError(f"{path}: expected an object {{...}}, got {type(ds).__name__}")
+        raise ConfigError(f"{path}: expected an object {{...}}, not {shown(ds)}")
     if _depth(ds) > MAX_DEPTH:
         raise ConfigError(f"{path}: not valid JSON: nested more than {MAX_DEPTH} deep")
     return ds
+
+
+def _hint(text: str) -> str:
+    """What the writer of something that is no JSON may have meant, as the end of a message."""
+    if not text.strip():
+        return "; the file is empty"
+    if not text.lstrip().startswith("{"):
+        return "; a DeepSpeed configuration is one JSON object {...}"
+    outside = re.sub(_STRING, '""', text)
+    found = [hint for pattern, hint in _NOT_JSON.items() if re.search(pattern, outside)]
+    return "".join(f"; {hint}" for hint in found)
 
 
 def take_out_defaults(ds: dict[str, Any]) -> dict[str, str]:
@@ -85,7 +115,9 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
         elsewhere: Dotted keys of other tables, which count where the last name is right.
     """
     names = {other.rpartition(".")[2]: other for other in known}
-    name = key.rpartition(".")[2]
+    name = key.rpartition(".")[2].lower()
+    if not name or not name[0].isalpha():
+        return "take it out: a comment is a key like any other to DeepSpeed"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         return f"did you mean {names[near[0]]}?"
     if places := [other for other in elsewhere if other.rpartition(".")[2] == name]:
@@ -96,7 +128,13 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
         return f"did you mean {names[near[0]]}?"
     if len(names) <= FEW:
         return f"known are {', '.join(names)}"
-    return f"the nearest is {names[difflib.get_close_matches(name, names, n=1, cutoff=0)[0]]}"
+    return f"the nearest is {names[difflib.get_close_matches(name, names, n=1, cutoff=0)[0]]}; correct it or take it out"
+
+
+def shown_key(key: str) -> str:
+    """A key that the file has, fit for a message."""
+    text = printable(key)
+    return (text if len(text) <= 80 else f"{text[:77]}...") or '""'
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deberta_dist.config import deepspeed_plain as plain
-from deberta_dist.config.deepspeed_file import nearest, read_json, shown, take_out_defaults
+from deberta_dist.config.deepspeed_file import nearest, read_json, shown, shown_key, take_out_defaults
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.config.section import AUTO
@@ -153,7 +153,7 @@ def read_deepspeed(
     left_out = take_out_defaults(ds)
     _batch(ds, config, problems)
     _clipping(ds, config, problems)
-    _zero(ds, problems)
+    _zero(ds, left_out, problems)
     _precision(ds, problems)
     _plain(ds, left_out, problems)
     examined = None
@@ -229,7 +229,7 @@ def _keys(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems, *
             if left_out.get(key) != "null":
                 problems[key] = f"{key} is refused: {REFUSED_KEYS[key]}; take it out"
         elif key not in KNOWN_KEYS:
-            problems[key] = f"unknown key {key}; {nearest(key, KNOWN_KEYS, inside)}"
+            problems[key] = f"unknown key {shown_key(key)}; {nearest(key, KNOWN_KEYS, inside)}"
     for key in SECTIONS:
         if key in ds and not isinstance(ds[key], dict) and key not in (*PRECISIONS, "zero_optimization"):
             problems[key] = f"{key} must be an object {{...}}, not {shown(ds[key])}"
@@ -259,17 +259,19 @@ def _clipping(ds: dict[str, Any], config: AnyConfig, problems: Problems) -> None
     ds["gradient_clipping"] = wanted
 
 
-def _zero(ds: dict[str, Any], problems: Problems) -> None:
+def _zero(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems) -> None:
     # Otherwise DeepSpeed refuses optimizers that are not its own.
     _force(ds, "zero_allow_untested_optimizer", True, "", "the optimizer comes from the TOML", problems)
     ds.setdefault("zero_force_ds_cpu_optimizer", False)
     section = "zero_optimization"
     zero = ds.get(section)
     if not isinstance(zero, dict):
-        problems[section] = f'{section} must be an object with "stage": 3, not {shown(zero)}'
+        problems[section] = f'{section} must be an object with "stage": 3, not {left_out.get(section) or shown(zero)}'
         return
     if isinstance(zero.get("stage"), bool) or zero.get("stage") != 3:
-        problems[f"{section}.stage"] = f"{section}.stage = {zero.get('stage')!r}; this program needs stage 3"
+        word = left_out.get(f"{section}.stage")
+        given = f" = {word or shown(zero['stage'])}" if word or "stage" in zero else " is missing"
+        problems[f"{section}.stage"] = f"{section}.stage{given}; this program needs stage 3"
         zero["stage"] = 3
     # A flat parameter below the threshold would stay whole on every rank and be no shard.
     why = "every weight is partitioned"
@@ -324,5 +326,5 @@ def _plain(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems) 
             if key not in known:
                 other = OTHER_NAMES.get(key.rpartition(".")[2])
                 hint = f"DeepSpeed calls it {name}.{other} now" if other else nearest(key, known)
-                problems[key] = f"unknown key {key}; {hint}"
+                problems[key] = f"unknown key {shown_key(key)}; {hint}"
         plain.check(ds[name], model, name=f"{name}.", problems=problems)

@@ -221,7 +221,13 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
     fields = _fields(schema)
     known = [".".join(key) for key in fields]
     messages: dict[tuple[str, ...], list[str]] = {}
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    # Where a value inside a list is wrong, pydantic also says that the list is too short, or is no "auto".
+    inside = {item["loc"][:2] for item in items if any(isinstance(part, int) for part in item["loc"])}
+    for item in items:
+        is_inside = any(isinstance(part, int) for part in item["loc"])
+        if not is_inside and item["loc"][:2] in inside and item["type"] in ("too_short", "too_long", "literal_error"):
+            continue
         location = tuple(str(part) for part in item["loc"])
         # Behind the key come places in a list and alternatives of a union.
         depth = 4 if (*location[:2], ANY_NAME) in {key[:3] for key in fields} else 2
@@ -242,6 +248,9 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
             expected = item["msg"].removeprefix("Input should be ")
             if item["type"] in RANGE_ERRORS:
                 expected = _range(fields.get(_known_place(key))) or expected
+            elif item["type"] in ("too_short", "too_long"):
+                least, most = (item["ctx"].get(name) for name in ("min_length", "max_length"))
+                expected = f"at least {least} of them" if most is None else f"at most {most} of them"
             messages.setdefault((*key, f"{where}: {name} = {_shown(item['input'])}"), []).append(expected)
             continue
         messages[(*key, text)] = []

@@ -46,6 +46,8 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
         raise ConfigError(f"command line: {where} cannot be read ({error.strerror})") from None
     except ValueError:
         raise ConfigError(f"{where}: not a text file; expected {FORM}") from None
+    if text.startswith("\ufeff"):  # DeepSpeed takes it for a letter of the first name
+        raise ConfigError(f"{where}, line 1: a byte-order mark; save the file as UTF-8 without one")
     hosts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()

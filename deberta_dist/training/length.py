@@ -55,7 +55,7 @@ def refuse_finished(plan: Plan) -> int | None:
 def _finished_steps(run: Path) -> int | None:
     """Steps of the result; None where neither it nor a checkpoint tells."""
     steps = _read_result(run).get(_STEPS)
-    if isinstance(steps, int):
+    if type(steps) is int and steps >= 1:
         return steps
     # Written before results told it, and not continued since: the last checkpoint is of the same start.
     for path in checkpoints(run / CHECKPOINTS_NAME):

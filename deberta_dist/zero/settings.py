@@ -7,13 +7,14 @@ engine, or the weight store, cannot run with is in ``IMPOSSIBLE``.
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import lru_cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, get_args
 
-from deberta_dist.config.deepspeed_file import nearest, shown
+from deberta_dist.config.deepspeed_file import nearest, shown, shown_key
 from deberta_dist.config.deepspeed_json import Examined, Problems
 from deberta_dist.config.deepspeed_plain import LARGEST, describe_errors
 from deberta_dist.zero.weight_store import import_deepspeed
@@ -51,6 +52,8 @@ BOUNDS: dict[str, tuple[int, int, str]] = {
 DEVICES = ("none", "cpu")
 # Monitors and what they write with.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+# Those that make a folder when the engine is made.
+WRITERS = ("tensorboard", "csv_monitor")
 
 
 def examine(sections: dict[str, Any], left_out: Mapping[str, str]) -> Examined | None:
@@ -77,11 +80,12 @@ def examine(sections: dict[str, Any], left_out: Mapping[str, str]) -> Examined |
         problems |= unknown | _wrong_kinds(section, name, legal)
         made, table = _built(model, section, name, problems)
         if made is None:
+            problems |= _impossible(table, name)
             continue
         values[name] = _dump(made, table, name, notes)
         problems |= _impossible(values[name], name)
         defaults |= {key: value for key in left_out if (value := _default(made, key, name)) is not ...}
-    problems |= _missing_packages(values)
+    problems |= _missing_packages(values) | _no_folder(values)
     problems |= {place: _device(place, _value(sections, place)) for place in problems if place.endswith(".device")}
     known = [key for name, model in classes.items() for key in _legal(model, name)]
     return Examined(values, problems, defaults=defaults, known=tuple(known), notes=tuple(notes))
@@ -136,7 +140,7 @@ def _unknown(
             continue  # what is in an unknown table is not looked at
         beside = [other for other in legal if other.rpartition(".")[0] == table]
         elsewhere = [other for section_name, model in classes.items() for other in _legal(model, section_name)]
-        found[key] = f"unknown key {key}; {nearest(key, beside, elsewhere)}"
+        found[key] = f"unknown key {shown_key(key)}; {nearest(key, beside, elsewhere)}"
     return found
 
 
@@ -257,7 +261,7 @@ def _impossible(table: Mapping[str, Any], name: str) -> Problems:
         if place in ONLY and value != ONLY[place][0]:
             given = "{...}" if isinstance(value, Mapping) else shown(value)
             found[place] = f"{place} = {given} must be {shown(ONLY[place][0])} or left out: {ONLY[place][1]}"
-        elif place in BOUNDS and not BOUNDS[place][0] <= value <= BOUNDS[place][1]:
+        elif place in BOUNDS and isinstance(value, int | float) and not BOUNDS[place][0] <= value <= BOUNDS[place][1]:
             least, most, reason = BOUNDS[place]
             found[place] = f"{place} = {shown(value)}; expected {least} to {most} ({reason})"
         elif isinstance(value, int) and abs(value) > LARGEST:
@@ -293,3 +297,17 @@ def _missing_packages(values: Mapping[str, Any]) -> Problems:
         for name, package in PACKAGES.items()
         if values.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None
     }
+
+
+def _no_folder(values: Mapping[str, Any]) -> Problems:
+    found: Problems = {}
+    for name in WRITERS:
+        section = values.get(name, {})
+        if not section.get("enabled"):
+            continue
+        folder = Path(section.get("output_path") or ".") / section.get("job_name", "")
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            place = f"{name}.output_path"
+            found[place] = f"{place} = {shown(section.get('output_path', ''))}; {there} is no folder that can be written to"
+    return found

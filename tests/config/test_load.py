@@ -124,6 +124,11 @@ def test_section_that_is_no_table(toml: Path) -> None:
         (["--training.seed"], "--training.seed has no value"),
         (["--training.seed", "--training.max_steps", "3"], "--training.seed has no value"),
         (["--training.seed", "1", "--training.seed=2"], "--training.seed is given twice ('1' and '2')"),
+        (["--parallel.layers_per_stage", "[0, 4]"], "command line: parallel.layers_per_stage = 0; expected a number from 1 to 10000"),
+        (["--data.bucket_lengths", "[0]"], "data.bucket_lengths = 0; expected a number from 3 to"),
+        (["--data.bucket_lengths", "[[8], 64]"], "data.bucket_lengths = [8]; expected a valid integer"),
+        (["--data.bucket_lengths", "[]"], "data.bucket_lengths = []; expected at least 1 of them"),
+        (["--optimizer.betas", "[0.9, 0.9, 0.9]"], "optimizer.betas = [0.9, 0.9, 0.9]; expected at most 2 of them"),
         (["--seed", "1"], "'--seed' is not of the form --section.key value"),
         (["training.seed=1"], "is not of the form"),
         (["--a.b.c=1"], "is not of the form"),
@@ -133,6 +138,10 @@ def test_refused_on_the_command_line(toml: Path, overrides: list[str], expected:
     message = refusal(toml, *overrides)
     assert "command line" in message
     assert expected in message
+
+
+def test_a_wrong_value_in_a_list_is_one_problem(toml: Path) -> None:
+    assert len(refusal(toml, "--parallel.layers_per_stage", "[0, 4]").splitlines()) == 1
 
 
 def test_all_problems_in_one_message(spoil: Spoil) -> None:

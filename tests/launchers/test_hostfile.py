@@ -52,6 +52,7 @@ def test_read(hosts: Write) -> None:
         ("node1 slots=two\n", "line 1"),
         ("node1 slots=" + "9" * 5000, "line 1"),
         ("node1:8\n", "line 1"),
+        ("\xef\xbb\xbfnode1 slots=8\n", "line 1: a byte-order mark"),
         ("", "names no machine"),
         ("\n# nothing\n", "names no machine"),
         ("\xff\xfe\x00", "not a text file"),

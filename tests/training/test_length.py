@@ -52,7 +52,7 @@ def test_a_finished_run_is_started_again_for_more_steps_alone(
         refuse_finished(check_plan(never, world_size=1))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "is no result"), ("{}", "holds a finished run")])
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "is no result"), ("{}", "holds a finished run"), ('{"steps": -3}', "holds a finished run")])
 def test_a_result_that_does_not_tell_its_length_is_not_continued(
     make_run: MakeRun, tmp_path: Path, text: str, message: str
 ) -> None:

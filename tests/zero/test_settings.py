@@ -146,6 +146,16 @@ def test_every_value_is_taken_or_refused_in_a_line(place: str, read: Callable[[d
         ({"wandb": {"enabled": True}}, "needs the package wandb"),
         ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "bf16.enabled and fp16.enabled"),
         ({"bf16": "auto"}, "write true for one of bf16 and fp16"),
+        ({"zero_optimization": "auto"}, 'with "stage": 3, not "auto"'),
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage = "auto"; this program needs'),
+        ({"zero_optimization": {}}, "zero_optimization.stage is missing; this program needs"),
+        ({"BF16": {"enabled": True}}, "did you mean bf16?"),
+        ({"zero_optimization": {"stage": 3, "Offload_Param": {}}}, "did you mean zero_optimization.offload_param?"),
+        ({"_comment": "ZeRO-3"}, "unknown key _comment; take it out"),
+        ({"zero_optimization": {"stage": 3, "//": 1}}, "take it out"),
+        ({"": 1}, 'unknown key ""; take it out'),
+        ({"x\n\x1b[31m": 1}, r"unknown key 'x\n\x1b[31m'; "),
+        ({"csv_monitor": {"enabled": True, "output_path": __file__}}, "is no folder that can be written to"),
     ],
 )  # fmt: skip
 def test_refused_by_the_dry_run(
@@ -240,6 +250,13 @@ def test_all_that_is_wrong_is_said_at_once(read: Callable[[dict[str, Any]], Plan
     for place in ("stage = 2", "offload_optimiser", "reduce_bucket_size", "offload_param.device", "buffer_size", "optimizer is",
                   "bf16", "aio.block_size"):  # fmt: skip
         assert place in str(caught.value)
+
+
+def test_a_section_refused_as_a_whole_hides_nothing(read: Callable[[dict[str, Any]], Plan]) -> None:
+    keys = {"enabled": True, "loss_scale": -1, "min_loss_scale": 0, "hysteresis": 0, "initial_scale_power": 200}
+    with pytest.raises(ConfigError) as caught:
+        read({"zero_optimization": {"stage": 3}, "fp16": keys})
+    assert all(f"fp16.{key} = " in str(caught.value) for key in keys if key != "enabled")
 
 
 def test_without_deepspeed_the_plan_says_so_and_still_checks_what_it_reads(
