@@ -66,7 +66,7 @@ def unwrap(weights: Weights, *, prefix: str | None, where: object, allow_unmappe
         CheckpointError: the names before the model are not known or there are several, two keys become one, or adapters
             were not merged.
     """
-    if adapters := [key for key in weights if _ADAPTER.fullmatch(key)]:
+    if adapters := [k for k in weights if _ADAPTER.fullmatch(k) and allowed_by(k, allow_unmapped) is None]:
         raise CheckpointError(
             f"{where} has {len(adapters)} keys of adapters that are not merged into the weights ({shorten(adapters, most=2)}): "
             "call merge_and_unload() of PEFT and save the result"
