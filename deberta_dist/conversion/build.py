@@ -13,7 +13,9 @@ from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 
 def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str]]:
-    """The model with its first head of: fine-tuning, masked language modelling, replaced token detection; else the backbone.
+    """The model with its first head of: fine-tuning, replaced token detection, masked language modelling; else the backbone.
+
+    A masked language modelling head beside a detector was trained on the generator's encoder, not on this one.
 
     Args:
         found: The checkpoint; all its weights have one number format.
@@ -44,8 +46,8 @@ def _empty(found: Published) -> nn.Module:
     if found.head:
         return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
     heads = {name.split(".")[0] for name in found.weights}
-    if "lm_predictions" in heads:
-        return DebertaForMaskedLM(found.config)
     if "mask_predictions" in heads:
         return DebertaForReplacedTokenDetection(found.config)
+    if "lm_predictions" in heads:
+        return DebertaForMaskedLM(found.config)
     return DebertaModel(found.config, seed=None)

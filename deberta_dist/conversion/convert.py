@@ -228,9 +228,10 @@ def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
     built, names = build_model(model, where="the source")
     program = onnx_files.export(built, config=model.config)
     kind = huggingface.V2 if huggingface.needs_v2(model.config) else huggingface.V1
-    architecture = huggingface.class_name(model.weights, kind=kind, head=model.head)
+    weights = {name: model.weights[name] for name in names}
+    architecture = huggingface.class_name(weights, kind=kind, head=model.head)
     return Target(
-        weights={name: model.weights[name] for name in names},
+        weights=weights,
         write=lambda output: [onnx_files.write(output, program, max_inline_bytes=max_bytes)],
         num_bytes=program.num_bytes,
         config_name=huggingface.CONFIG_NAME,

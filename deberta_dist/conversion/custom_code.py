@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import huggingface
-from deberta_dist.conversion.meeting import Published
+from deberta_dist.conversion import huggingface, official
+from deberta_dist.conversion.meeting import Published, require_decoder
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.weights import POSITION_TABLE
@@ -27,7 +27,7 @@ def with_code(target: Target, model: Published, *, where: object) -> Target:
 
     Raises:
         CheckpointError: the decoder's position table is missing.
-        ConfigError: the embeddings are narrower than the hidden states.
+        ConfigError: the embeddings are narrower than the hidden states, or nothing says how the model decodes.
     """
     if not any(name.startswith("lm_predictions.") for name in model.weights):
         return _told(target, "--with-code: there is no masked language model here, so no code was written")
@@ -37,6 +37,9 @@ def with_code(target: Target, model: Published, *, where: object) -> Target:
             "--with-code: the masked language model has no enhanced mask decoder, transformers' own class computes it, so no "
             "code was written",
         )
+    if official.is_discriminator(model.weights):
+        return _told(target, f"--with-code: {official.GENERATORS_HEAD}, so no code was written")
+    require_decoder(model, where=where)
     if POSITION_TABLE in model.lacking:
         raise CheckpointError(
             f"--with-code: {where} lacks {POSITION_TABLE}, without which nothing decodes: convert from a checkpoint that has it"

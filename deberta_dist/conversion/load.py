@@ -7,6 +7,7 @@ from pathlib import Path
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
 from deberta_dist.conversion.meeting import as_asked, require_decoder, to_published
+from deberta_dist.conversion.official import GENERATORS_HEAD, is_discriminator
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import open_source
 from deberta_dist.conversion.weights import in_one_dtype, shorten
@@ -46,6 +47,8 @@ def load_masked_lm(
     source = open_source(Path(path), options=options)
     found = as_asked(to_published(source), options)
     require_decoder(found, where=path)
+    if is_discriminator(found.weights):
+        warnings.warn(f"{path}: {GENERATORS_HEAD}", stacklevel=2)
     with without_memory():
         model = DebertaForMaskedLM(found.config)
     names = [name for name, _ in model.named_parameters()]

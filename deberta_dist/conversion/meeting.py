@@ -1,7 +1,8 @@
 """Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,13 +81,15 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     is_huggingface = source.format is huggingface.FORMAT
     raw, notes, unread = dict(source.config), list(source.warnings), []
     if is_huggingface:
-        raw, unread = huggingface.with_defaults(raw, keys=source.weights)
+        with _named(source.path):
+            raw, unread = huggingface.with_defaults(raw, keys=source.weights)
     elif source.format is official.FORMAT:
         raw, more = official.with_pooling(raw)
         notes += more
     known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, *SYNONYMS, "pooling"}
     dropped = [key for key in raw if key not in known and allowed_by(key, allow_unmapped) is not None]
-    labels = {key: value for key, value in huggingface.labels(raw).items() if key not in dropped}
+    with _named(source.path):
+        labels = huggingface.labels({key: value for key, value in raw.items() if key not in dropped})
     listed = raw.get("architectures")
     listed_class = str(listed[0]) if isinstance(listed, list) and listed else ""
     try:
@@ -136,6 +139,15 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
         reading=reading,
         lacking=[name for name in may_lack if name not in weights],
     )
+
+
+@contextlib.contextmanager
+def _named(path: object) -> Iterator[None]:
+    """Whatever is refused of a configuration is told with the place that it is in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def as_asked(model: Published, options: ReadOptions) -> Published:

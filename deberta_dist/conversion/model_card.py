@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from deberta_dist.conversion import hub
+from deberta_dist.conversion import hub, official
 from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.meeting import Published
 from deberta_dist.conversion.source import Source
@@ -10,6 +10,7 @@ from deberta_dist.conversion.training_facts import training_facts
 from deberta_dist.conversion.weights import POSITION_TABLE
 
 _DIVIDER = "\n\n"
+_BACKBONE = "Model"
 _CODE_TEXT = """`modeling_deberta_emd.py` holds DeBERTa's enhanced mask decoder for transformers 5.x, and nothing else is needed:
 
 ```python
@@ -53,7 +54,7 @@ def model_card(
             {
                 **for_hub,
                 "library_name": "transformers",
-                "pipeline_tag": hub.pipeline_tag(architecture),
+                "pipeline_tag": hub.pipeline_tag(architecture if _predicts(published) else _BACKBONE),
                 "tags": ["deberta"],
             }
         ),
@@ -76,6 +77,11 @@ def model_card(
         ),
     ]
     return _DIVIDER.join(parts) + "\n"
+
+
+def _predicts(published: Published) -> bool:
+    """Whether what the class computes is what its head was trained for."""
+    return bool(published.head) or not official.is_discriminator(published.weights)
 
 
 def _training(source: Source) -> list[str]:
@@ -131,6 +137,11 @@ def _decoder(published: Published, *, has_code: bool) -> list[str]:
         "- `lm_predictions.lm_head.*` or, by its older name, `cls.predictions.*`: the head of masked language modelling; "
         "only `AutoModelForMaskedLM` uses it, other classes report it as unexpected."
     )
+    if official.is_discriminator(published.weights):
+        return [
+            head + " It was trained by the generator, whose encoder it belongs to, and lies beside the discriminator as in "
+            "the releases: on this encoder it predicts no words. To predict words, convert the generator."
+        ]
     if not published.knows_decoder:
         return [
             head + " The file that it comes from does not say whether it was trained by Hugging Face's classes, which "

@@ -73,7 +73,10 @@ def read_safetensors(path: Path) -> Weights:
         raw = strict_json.fields(raw, keys=("dtype", "shape", "data_offsets"), where=where)
         dtype = _DTYPES.get(strict_json.string(raw["dtype"], where=where))
         if dtype is None:
-            raise CheckpointError(f"{where}: dtype {raw['dtype'][:20]} is not understood")
+            raise CheckpointError(
+                f"{where}: dtype {printable(raw['dtype'][:20])} is not understood, only {', '.join(_DTYPES)} are: load the file with "
+                "the library that made it, bring its tensors to float32 and save the result"
+            )
         shape = tuple(strict_json.integer(n, where=where) for n in strict_json.sequence(raw["shape"], where=where))
         offsets = [strict_json.integer(n, where=where) for n in strict_json.sequence(raw["data_offsets"], where=where)]
         if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:

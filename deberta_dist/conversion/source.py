@@ -116,7 +116,7 @@ def open_source(path: Path, *, verify: bool = True, options: ReadOptions = AS_IT
 
 
 def _from_files(path: Path, directory: Path, weights_file: Path, *, options: ReadOptions) -> Source:
-    weights, embedded, others = _read_weights(weights_file)
+    weights, embedded, others = _read_weights(weights_file, options=options)
     if odd := [key for key in weights if not key.isprintable()]:
         raise CheckpointError(f"{weights_file} has keys that cannot be printed: {shorten(odd)}")
     weights = unwrap(weights, prefix=options.prefix, where=weights_file, allow_unmapped=options.allow_unmapped)
@@ -196,12 +196,15 @@ def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> 
     return published.FORMAT, "deberta_dist weights with published names"
 
 
-def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]]:
+def _read_weights(path: Path, *, options: ReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     """Weights, the configuration among them, and what else a file holds."""
     if path.name.endswith(".index.json"):
         weights: Weights = {}
+        others: list[str] = []
         for name, keys in files.indexed_files(path).items():
-            part, _, _ = _read_weights_file(path.parent / name)
+            part, _, more = _read_weights_file(path.parent / name, options=options)
+            others += [key for key in more if key not in others]
+            keys = [key for key in keys if key not in more]
             absent = [key for key in keys if key not in part]
             if absent:
                 raise CheckpointError(f"{path.parent / name} lacks {shorten(absent)}, which {path.name} says it holds")
@@ -209,15 +212,15 @@ def _read_weights(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]
                 raise CheckpointError(f"{path.parent / name} has {shorten(twice)} once more, which another file has")
             # What the index does not name is in the checkpoint all the same, and has to be explained.
             weights.update(part)
-        return weights, None, []
-    return _read_weights_file(path)
+        return weights, None, others
+    return _read_weights_file(path, options=options)
 
 
-def _read_weights_file(path: Path) -> tuple[Weights, dict[str, Any] | None, list[str]]:
+def _read_weights_file(path: Path, *, options: ReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     if path.suffix == ".safetensors":
         return read_safetensors(path), None, []
     if path.suffix in SUFFIXES:
-        file = TorchFile(path)
+        file = TorchFile(path, allow_unmapped=options.allow_unmapped)
         return file.weights, file.config, [str(key) for key in file.others]
     raise CheckpointError(f"{path} is neither .safetensors nor .bin (or {', '.join(SUFFIXES[2:])}): its kind is not known")
 

@@ -14,7 +14,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.conversion.rules import allowed_by
 from deberta_dist.conversion.safetensors_files import write_tensor
-from deberta_dist.conversion.weights import Weight, Weights
+from deberta_dist.conversion.weights import Weight, Weights, shorten
 from deberta_dist.conversion.wrappers import tensors_in
 from deberta_dist.errors import printable
 from deberta_dist.foreign import begins_like, format_name, head_of, refuse_foreign
@@ -35,6 +36,8 @@ _ASKED_FOR = re.compile(
     r"GLOBAL ([\w.]+)|safe_globals`,? but got <class '([\w.]+)'|unrecognized function (?:<[\w ]+? )?'?([\w.]+)"
 )
 _ADVICE = re.compile(r"weights_only|torch\.load|safe_globals|you trust|the source of the checkpoint", re.IGNORECASE)
+# What torch's own quantised modules save in the place of a weight.
+_PACKED = re.compile(r"(.*\.)?_packed_params(\..*)?")
 _STORAGES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -52,8 +55,12 @@ class TorchFile:
         is_streamed: Whether tensors are read one by one. Files from before torch 1.6 are read whole.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allow_unmapped: Sequence[str] = ()) -> None:
         """Reads the table of contents.
+
+        Args:
+            path: The file.
+            allow_unmapped: fnmatch patterns of entries that may be something else than tensors.
 
         Raises:
             CheckpointError: the file is damaged, not one of torch.save, or its pickle asks for anything but tensors.
@@ -71,13 +78,24 @@ class TorchFile:
         self.others = [key for key in whole if key not in (*self._way, "config")] if self._way else []
         if self._way and isinstance(whole.get("config"), dict):
             self.config = self._plain(whole["config"])
+        if packed := [str(key) for key in state if _PACKED.fullmatch(str(key))]:
+            raise CheckpointError(
+                f"{path}: {len(packed)} entries are of modules that torch has quantised ({shorten(packed, most=1)}), which is not "
+                "undone here: save the model as it was before quantize_dynamic or convert"
+            )
         if self.is_streamed:
             self._require_records(state)
         for key, value in state.items():
             if key == "config" and isinstance(value, dict):
                 self.config = self._plain(value)
             elif not isinstance(key, str) or not isinstance(value, Tensor):
-                raise CheckpointError(f"{path}: {printable(str(key))} is {type(value).__name__}, no tensor with a name")
+                if allowed_by(str(key), allow_unmapped) is not None:
+                    self.others.append(str(key))
+                    continue
+                raise CheckpointError(
+                    f"{path}: {printable(str(key))} is {type(value).__name__}, no tensor with a name; to leave it out, give "
+                    "--allow-unmapped KEY"
+                )
             else:
                 self._require_dense(key, value)
                 self.weights[key] = Weight(tuple(value.shape), value.dtype, functools.partial(self._read, key), (key,))

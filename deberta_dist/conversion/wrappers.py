@@ -62,11 +62,11 @@ def unwrap(weights: Weights, *, prefix: str | None, where: object, allow_unmappe
         allow_unmapped: Patterns of the file's keys. Where two keys become one, the one that they name keeps its own.
 
     Raises:
-        ConfigError: no key begins with ``prefix``.
+        ConfigError: no key begins with ``prefix``, or the model has more before its names.
         CheckpointError: the names before the model are not known or there are several, two keys become one, or adapters
             were not merged.
     """
-    if adapters := [key for key in weights if _ADAPTER.fullmatch(key)]:
+    if adapters := [k for k in weights if _ADAPTER.fullmatch(k) and allowed_by(k, allow_unmapped) is None]:
         raise CheckpointError(
             f"{where} has {len(adapters)} keys of adapters that are not merged into the weights ({shorten(adapters, most=2)}): "
             "call merge_and_unload() of PEFT and save the result"
@@ -128,6 +128,11 @@ def _front(names: Mapping[str, str], *, where: object) -> str:
 
 def _given(prefix: str, names: Mapping[str, str], *, where: object) -> str:
     front = _without(prefix.rstrip(".") + ".") if prefix.rstrip(".") else ""
-    if not any(name.startswith(front) for name in names.values()):
+    behind = [name.removeprefix(front) for name in names.values() if name.startswith(front)]
+    if not behind:
         raise ConfigError(f"--prefix {prefix}: no key of {where} begins with it; its keys are {shorten(names, most=3)}")
+    further = {match[1] for name in behind if (match := _BACKBONE.fullmatch(name))}
+    if further and "" not in further:
+        listed = " or ".join(f"--prefix {printable(front + rest)}" for rest in sorted(further)[:4])
+        raise ConfigError(f"--prefix {prefix}: the model of {where} lies deeper: give {listed}")
     return front

@@ -12,10 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deberta_dist.conversion.build import build_model
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.custom_code import CODE_NAME
+from deberta_dist.conversion.load import load_masked_lm
+from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.output import REPORT_NAME
+from deberta_dist.conversion.source import open_source
 from deberta_dist.data.tokenizer import train_tokenizer
+from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from tests.conversion import small_models
 from tests.conversion.small_models import Model, call, export, make_model, published_tensors, same
 from tests.corpus.test_tools import assert_one_line_error
@@ -106,6 +111,21 @@ def test_where_no_code_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
 
 
+def test_a_discriminator_has_the_head_of_its_generator(tmp_path: Path) -> None:
+    model = make_model("v3_discriminator")
+    head = {k: v for k, v in published_tensors(make_model("v3", seed=1)).items() if k.startswith("lm_predictions.")}
+    source = small_models.write({**published_tensors(model), **head}, tmp_path / "source", config=model.config.to_dict())
+    made = call("convert_checkpoint.py", source, "hf", "--to", "huggingface", "--with-code", cwd=tmp_path)
+    assert made.returncode == 0 and "so no code was written" in made.stdout
+    assert not (tmp_path / "hf" / CODE_NAME).exists()
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "on this encoder it predicts no words" in card and "fill-mask" not in card and "enhanced mask decoder in" not in card
+    built, names = build_model(to_published(open_source(source)), where=source)
+    assert isinstance(built, DebertaForReplacedTokenDetection) and not head.keys() & set(names)
+    with pytest.warns(UserWarning, match="convert the generator"):
+        load_masked_lm(source)
+
+
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("v2", monkeypatch)
     tensors = published_tensors(model)
@@ -114,6 +134,9 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     tool, target = "convert_checkpoint.py", tmp_path / "target"
     result = call(tool, "lacking", "target", "--to", "huggingface", "--with-code", cwd=tmp_path)
     assert_one_line_error(result, code=65, words="lacks deberta.embeddings.position_embeddings.weight")
+    small_models.write(tensors, tmp_path / "theirs", config={**model.config.to_dict(), "model_type": "deberta-v2"})
+    result = call(tool, "theirs", "target", "--to", "huggingface", "--with-code", cwd=tmp_path)
+    assert_one_line_error(result, code=2, words="give --decoder plain")
     for flag in (("--with-code",), ("--license", "mit"), ("--language", "en")):
         for to in ("official", "deberta_dist", "onnx"):
             result = call(tool, "lacking", "target", "--to", to, *flag, cwd=tmp_path)

@@ -239,3 +239,32 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         edit(source / "config.json", **({"pooling": {}, "pos_att_type": "c2p|p2c"} | changes))
         result = call("convert_checkpoint.py", "source", "target", "--to", "deberta_dist", cwd=tmp_path)
         assert_one_line_error(result, code=2, words=words)
+
+
+def test_entries_that_are_no_tensors(tmp_path: Path) -> None:
+    model = make_model("v2_classification")
+    source = export(model, tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    state = published_tensors(model)
+    torch.save({**state, "epoch": 3, "x._extra_state": {"a": 1}, 7: torch.ones(1)}, source / "pytorch_model.bin")
+    tool, to = "convert_checkpoint.py", ("--to", "deberta_dist")
+    result = call(tool, "source", "target", *to, "--allow-unmapped", "x.*", cwd=tmp_path)
+    assert_one_line_error(result, code=65, words="epoch is int, no tensor with a name; to leave it out, give --allow-unmapped")
+    patterns = [word for key in ("epoch", "x.*", "7") for word in ("--allow-unmapped", key)]
+    result = call(tool, "source", "target", *to, *patterns, cwd=tmp_path)
+    assert result.returncode == 0 and "also holds epoch, x._extra_state, 7: not part of the model" in result.stdout
+    torch.save({**state, "net._packed_params.dtype": torch.qint8}, source / "pytorch_model.bin")
+    result = call(tool, "source", "other", *to, cwd=tmp_path)
+    assert_one_line_error(result, code=65, words="1 entries are of modules that torch has quantised")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"), [({"id2label": {"1": "a"}}, "id2label"), ({"model_type": "bert"}, "only deberta and deberta-v2")]
+)
+def test_what_is_wrong_with_a_configuration_names_its_place(fields: dict[str, object], words: str, tmp_path: Path) -> None:
+    model = make_model("v2_classification")
+    source = export(model, tmp_path / "source")
+    edit(source / "config.json", **fields)
+    result = call("convert_checkpoint.py", source, "target", "--to", "deberta_dist", cwd=tmp_path)
+    assert_one_line_error(result, code=2, words=f"{source}: ")
+    assert words in result.stderr

@@ -113,6 +113,9 @@ def test_a_prefix_by_the_user(prefix: str, tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "target/model.safetensors"), TENSORS) and len(dropped_weights(report)) == 80
     with pytest.raises(ConfigError, match="--prefix nobody: no key of .*; its keys are module.student|--prefix nobody: no key"):
         convert(source, tmp_path / "no", to="deberta_dist", prefix="nobody")
+    deeper = write(behind("student.net."), tmp_path / "deeper")
+    with pytest.raises(ConfigError, match=r"lies deeper: give --prefix student.net.$"):
+        convert(deeper, tmp_path / "no", to="deberta_dist", prefix=prefix.removeprefix("module."))
 
 
 def test_patterns_are_of_the_keys_in_the_file(tmp_path: Path) -> None:
