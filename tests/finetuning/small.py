@@ -81,7 +81,7 @@ def write_start(directory: Path, *, dropout: float, hidden_size: int = 32, vocab
             "conv_act": "gelu",
             "hidden_dropout_prob": dropout,
             "attention_probs_dropout_prob": dropout,
-            "initializer_range": 0.05,
+            "initializer_range": 0.1,
         }
     )
     weights = {n: p.detach().clone() for n, p in DebertaForMaskedLM(config, seed=3).named_parameters()}
