@@ -199,7 +199,7 @@ def test_classifier_is_carried_over_by_the_names_of_its_labels(start_directory: 
     assert (same("pooler.dense.weight") == 0.5).all() and "by the names" in start.origin(labels)
     new = start.reader({**shapes, "classifier.weight": (2, 32), "classifier.bias": (2,)}, labels=("entailment", "not_entailment"), seed=1)
     assert new("classifier.bias").tolist() == [0, 0] and new("classifier.weight").shape == (2, 32)
-    assert np.isclose(new("classifier.weight").std(), 0.05, rtol=0.3), "random, of the model's range"
+    assert np.isclose(new("classifier.weight").std(), 0.2, rtol=0.3), "random, of the model's range"
     assert (new("pooler.dense.weight") == 0.5).all() and "new classifier" in start.origin(("a", "b"))
     other = open_starting_point(source, tokenizer=None, verify=True)
     assert start.fingerprint != other.fingerprint == open_starting_point(source, tokenizer=None, verify=True).fingerprint

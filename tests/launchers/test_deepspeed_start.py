@@ -24,7 +24,7 @@ def checkout(tmp_path: Path) -> Path:
     """The launchers and what starts them, with a training that only says that it was called."""
     home = tmp_path / "checkout"
     shutil.copytree(ROOT / "launchers", home / "launchers")
-    for part in ("__init__.py", "errors.py", "config", "training/__init__.py", "training/launch.py", "training/hostfile.py"):
+    for part in ("__init__.py", "errors.py", "foreign.py", "config", "training/__init__.py", "training/launch.py", "training/hostfile.py"):
         source, target = ROOT / "deberta_dist" / part, home / "deberta_dist" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)

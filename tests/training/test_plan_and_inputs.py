@@ -99,7 +99,7 @@ def test_weights_that_do_not_say_how_they_decode_are_told_by_the_run(make_run: M
     (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "model_type": "deberta-v2"}))
     save_file(dict(source.named_parameters()), tmp_path / "theirs/model.safetensors")
     words = "deberta.embeddings.word_embeddings.weight"
-    for decoder, note in (("plain", "plain, as model.decoder says"), ("emd", "position_embeddings.weight is not in it")):
+    for decoder, note in (("plain", "plain, as model.decoder says"), ("emd", "has no deberta.embeddings.position_embeddings.weight")):
         run = make_run(training={"init": tmp_path / "theirs"}, model={"decoder": decoder})
         found = open_initial_weights(check_plan(run, world_size=1), tokenizer_sha256="", verify=True)
         assert torch.equal(found.read(words), source.state_dict()[words]) and note in "; ".join(found.notes)
