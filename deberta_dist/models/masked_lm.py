@@ -172,7 +172,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         self,
         hidden_BSD: Tensor | None,
         *,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor,
         labels: Tensor | None = None,
         targets: Targets | None = None,
@@ -184,7 +184,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
 
         Args:
             hidden_BSD: output of the layer before; None, or ignored, if ``layers`` begins with 0.
-            input_ids: as in `forward`.
+            input_ids: as in `forward`; None where ``layers`` does not begin with 0.
             attention_mask: as in `forward`.
             labels: as in `forward`; the last layer alone looks at them, and waits for their device.
             targets: found in the labels before, which are not looked at then.
@@ -211,7 +211,8 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         if is_last and targets is None:
             if labels is None:
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
-            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
+            like = attention_mask.flatten(2)[..., 0] if attention_mask.ndim > 2 else attention_mask
+            require_token_labels(labels, like, vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
         table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
