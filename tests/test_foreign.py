@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deberta_dist.checkpoint.manifest import read_manifest
-from deberta_dist.config import deepspeed_json
+from deberta_dist.config import deepspeed_file
 from deberta_dist.config.recipes import read_toml
 from deberta_dist.conversion import files
 from deberta_dist.conversion.safetensors_files import read_safetensors
@@ -52,7 +52,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "vocab.txt": lambda path: files.inside(path.parent, path.name),
     "manifest.json": lambda path: read_manifest(path.parent),
     "run.toml": read_toml,
-    "zero3.json": lambda path: deepspeed_json._read_json(path),
+    "zero3.json": lambda path: deepspeed_file.read_json(path),
     "calibration.json": read_calibration,
     "combined.zip": Release,
     "BoolQ/val.jsonl": lambda path: Release(path.parents[1]).read(TASKS["BoolQ"], "val"),

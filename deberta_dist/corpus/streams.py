@@ -55,7 +55,8 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
     with handle:
         require_unchanged(file, handle)
         try:
-            _refuse_other(file, os.pread(handle.fileno(), HEAD_BYTES, 0))
+            _refuse_other(file, handle.read(HEAD_BYTES))
+            handle.seek(0)
             yield handle
         except DataError:
             require_unchanged(file, handle)
