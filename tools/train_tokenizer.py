@@ -100,13 +100,10 @@ def vocabulary_options(arguments: argparse.Namespace) -> VocabularyOptions:
     return VocabularyOptions(**given)
 
 
-
-
 @with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.corpus.inputs import find_inputs
     from deberta_dist.corpus.vocabulary import report_path, take_published, train_vocabulary
     from deberta_dist.data.tokenizer import version_warning
 
@@ -119,8 +116,8 @@ def main() -> int:
             print(f"warning: {warning}", file=sys.stderr)
         size = arguments.vocab_size
         made = train_vocabulary(inputs, output, reading=reading, options=options, vocab_size=size, max_bytes=max_bytes)
-    if passed_over := find_inputs(inputs, format=reading.format).passed_over:
-        print(f"passed over beside the inputs: {passed_over}")
+    if made.passed_over:
+        print(f"passed over beside the inputs: {made.passed_over}")
     print(f"{output}: {made.tokenizer.num_tokens:,} tokens with [MASK], SHA-256 {made.tokenizer.sha256}")
     if made.words and made.words.num_cut_runs:
         print(

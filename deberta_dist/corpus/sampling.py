@@ -51,9 +51,16 @@ def sample_texts(
         ConfigError: ``max_bytes`` is less than 1.
         DataError: as ``list_inputs`` and ``read_documents``.
     """
+    yield from sample_files(list_inputs(inputs, format=options.format), options=options, max_bytes=max_bytes, salt=salt)
+
+
+def sample_files(
+    files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int | None, salt: str = ""
+) -> Iterator[tuple[str, bool]]:
+    """``sample_texts`` of files that have been listed."""
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}, expected at least 1")
-    for document in _sample(list_inputs(inputs, format=options.format), options=options, max_bytes=max_bytes, salt=salt):
+    for document in _sample(files, options=options, max_bytes=max_bytes, salt=salt):
         if not document.is_dropped:
             yield document.text, is_held_out(document.text)
 

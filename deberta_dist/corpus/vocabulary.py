@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deberta_dist.corpus.documents import ReadOptions
-from deberta_dist.corpus.sampling import sample_texts
+from deberta_dist.corpus.inputs import PassedOver, find_inputs
+from deberta_dist.corpus.sampling import sample_files
 from deberta_dist.data.new_file import new_file, refuse_existing
 from deberta_dist.data.tokenizer import SENTENCEPIECE_VERSION, WORD_START, Tokenizer, clean_text, train_tokenizer
 from deberta_dist.data.training_words import TrainingWords
@@ -93,11 +94,13 @@ class Vocabulary:
         tokenizer: It.
         fit: How it takes text that it was not trained on; of a small input there may be none.
         words: The words it was trained on; None where it was taken as published.
+        passed_over: What lay beside the inputs and was not read.
     """
 
     tokenizer: Tokenizer
     fit: Fit
     words: TrainingWords | None
+    passed_over: PassedOver
 
 
 def report_path(output: str | Path) -> Path:
@@ -128,10 +131,11 @@ def train_vocabulary(
         DataError: ``output`` or its report exists; or as ``train_tokenizer`` and ``sample_texts``.
     """
     _refuse_existing(output)
+    listing = find_inputs(inputs, format=reading.format)
     held_out: list[str] = []
 
     def to_train_on() -> Iterator[str]:
-        for text, is_held_out in sample_texts(inputs, options=reading, max_bytes=max_bytes):
+        for text, is_held_out in sample_files(listing.files, options=reading, max_bytes=max_bytes):
             if is_held_out:
                 held_out.append(text)
             else:
@@ -151,7 +155,7 @@ def train_vocabulary(
         ("cut because they were longer", cut if words.num_cut_runs else "none"),
         ("words", f"{sum(words.counts.values()):,}, {len(words.counts):,} different ones"),
     )
-    made = Vocabulary(tokenizer=tokenizer, fit=measure(tokenizer, held_out), words=words)
+    made = Vocabulary(tokenizer=tokenizer, fit=measure(tokenizer, held_out), words=words, passed_over=listing.passed_over)
     _write_report(output, made=made, inputs=inputs, lines=lines)
     return made
 
@@ -176,14 +180,15 @@ def take_published(
     """
     _refuse_existing(output)
     tokenizer = Tokenizer(model)
-    texts = sample_texts(inputs, options=reading, max_bytes=max_bytes)
+    listing = find_inputs(inputs, format=reading.format)
+    texts = sample_files(listing.files, options=reading, max_bytes=max_bytes)
     fit = measure(tokenizer, (text for text, _ in texts))
     with new_file(output) as file:
         file.write(Path(model).read_bytes())
     copy = Tokenizer(output)
     if copy.sha256 != tokenizer.sha256:
         raise DataError(f"{model} changed while it was copied: {output} is not what was measured")
-    made = Vocabulary(tokenizer=copy, fit=fit, words=None)
+    made = Vocabulary(tokenizer=copy, fit=fit, words=None, passed_over=listing.passed_over)
     _write_report(output, made=made, inputs=inputs, lines=(("copied from", _in_code([str(model)])),))
     return made
 
