@@ -178,7 +178,7 @@ class DebertaForReplacedTokenDetection(ModelWithBackbone):
         logits = self.mask_predictions(backbone.last_hidden_state)
         if labels is None:
             return ClassificationOutput(loss=None, logits=logits)
-        require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
+        require_token_labels(labels, shape=input_ids.shape, vocab_size=self.config.vocab_size)
         is_replaced = (labels > 0) & (labels != input_ids)
         is_token = visibility(attention_mask).seen()
         loss = F.binary_cross_entropy_with_logits(logits[is_token].float(), is_replaced[is_token].float())

@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.models import dropout as sites
@@ -22,6 +21,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.joint_linear import Linear, linear
+from deberta_dist.models.labels import known_cross_entropy
 
 
 class DebertaForTokenClassification(ModelWithBackbone):
@@ -235,7 +235,4 @@ def class_loss(logits: Tensor, labels: Tensor, *, what: str) -> Tensor:
             f"{what} are {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}, expected int64 "
             f"{list(logits.shape[:-1])}"
         )
-    # Sum over count, not mean: a batch without a label has loss 0, not NaN.
-    flat, known = labels.flatten(), (labels >= 0).sum()
-    loss = F.cross_entropy(logits.flatten(0, -2).float(), flat.where(flat >= 0, -100), reduction="sum")
-    return loss / known.clamp(min=1)
+    return known_cross_entropy(logits.flatten(0, -2).float(), labels.flatten())

@@ -45,13 +45,13 @@ def kind_of(tensor: Tensor) -> str:
     return REAL if tensor.is_floating_point() else WHOLE
 
 
-def require_token_labels(labels: Tensor, input_ids: Tensor, *, vocab_size: int) -> None:
-    """Refuses labels that are no token ids for every token of ``input_ids``; 0 and less mean no target.
+def require_token_labels(labels: Tensor, *, shape: torch.Size, vocab_size: int) -> None:
+    """Refuses labels that are no token ids for every token of ``input_ids``, [B, S] of ``shape``; 0 and less mean no target.
 
     Raises:
         ValueError: they are not.
     """
-    require_tensor(labels, name="labels", shapes=[input_ids.shape], kinds=[WHOLE], user="one for every token of input_ids")
+    require_tensor(labels, name="labels", shapes=[shape], kinds=[WHOLE], user="one for every token of input_ids")
     require_below(labels, vocab_size, what="a token of a vocabulary")
 
 
@@ -93,9 +93,7 @@ def classification_loss(logits_BC: Tensor, labels: Tensor, *, problem_type: str 
         _require(labels, [(batch,), (batch, 1)], (WHOLE,), f"a classification in one of {classes} classes")
         labels = labels.flatten().long()
         require_below(labels, classes, what="a class of")
-        is_known = labels >= 0
-        # Sum over count, not mean: a batch without a label has loss 0, not NaN.
-        return F.cross_entropy(logits_BC[is_known], labels[is_known], reduction="sum") / is_known.sum().clamp(min=1)
+        return known_cross_entropy(logits_BC, labels)
     is_soft = problem_type == "probabilities"
     user = f"a classification with {'probabilities' if is_soft else 'any number'} of {classes} classes"
     _require(labels, [(batch, classes)], (REAL,) if is_soft else (REAL, WHOLE, BOOL), user)
@@ -105,6 +103,13 @@ def classification_loss(logits_BC: Tensor, labels: Tensor, *, problem_type: str 
     if is_soft:
         return -(F.log_softmax(logits_BC, -1) * labels).sum(-1).mean()
     return F.binary_cross_entropy_with_logits(logits_BC, labels)
+
+
+def known_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of ``logits`` [N, C] over the labels, int64 [N], that are not negative; 0 where none is."""
+    is_known = labels >= 0
+    # Sum over count, not mean: a batch without a label has loss 0, not NaN.
+    return F.cross_entropy(logits, labels.where(is_known, -100), reduction="sum") / is_known.sum().clamp(min=1)
 
 
 def _problem_type(labels: Tensor, *, batch: int, classes: int) -> str:

@@ -118,7 +118,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
                 ``labels`` that are not token ids [B, S] or belong to a program that is exported.
         """
         if labels is not None:
-            require_token_labels(labels, input_ids, vocab_size=self.config.vocab_size)
+            require_token_labels(labels, shape=input_ids.shape, vocab_size=self.config.vocab_size)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask, document_positions = within_documents(attention_mask, document_ids)
         exporting = torch.compiler.is_exporting()
@@ -211,8 +211,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         if is_last and targets is None:
             if labels is None:
                 raise ValueError(f"layers = {layers} needs targets, or labels to find them in")
-            like = attention_mask.flatten(2)[..., 0] if attention_mask.ndim > 2 else attention_mask
-            require_token_labels(labels, like, vocab_size=self.config.vocab_size)
+            require_token_labels(labels, shape=attention_mask.shape[:2], vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
         table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
