@@ -34,7 +34,6 @@ TARGETS = ("huggingface", "official", "deberta_dist", "onnx")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-
 def convert(
     source_path: Path,
     target_path: Path,

@@ -3,19 +3,24 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
-from deberta_dist.conversion.meeting import as_asked, require_decoder, to_published
+from deberta_dist.conversion.meeting import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD, is_discriminator
 from deberta_dist.conversion.options import ReadOptions
-from deberta_dist.conversion.source import open_source
+from deberta_dist.conversion.source import Source, open_source
 from deberta_dist.conversion.weights import in_one_dtype, shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.heads import LABELLED, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_masked_lm(
@@ -54,15 +59,7 @@ def load_masked_lm(
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
         raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
-    weights, mixed = in_one_dtype({name: found.weights[name] for name in names})
-    if mixed:
-        warnings.warn(f"{path}: {mixed}", stacklevel=2)
-    state = {name: weights[name].read() for name in names}
-    model.load_state_dict(state, strict=True, assign=True)
-    tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
-    for note in unread_settings(source):
-        warnings.warn(note, stacklevel=2)
-    return model.eval(), tokenizer
+    return _filled(model, found, where=path), _tokenizer(found, source)
 
 
 def load_with_head(
@@ -95,12 +92,21 @@ def load_with_head(
     if not found.config.position_biased_input:
         # Only masked language modelling uses the table, and most files lack it.
         model.deberta.embeddings.position_embeddings = None
+    return _filled(model, found, where=path), _tokenizer(found, source)
+
+
+def _filled(model: M, found: Published, *, where: object) -> M:
+    """A model without memory with its weights out of a checkpoint that has them all, in evaluation mode."""
     weights, mixed = in_one_dtype({name: found.weights[name] for name, _ in model.named_parameters()})
     if mixed:
-        warnings.warn(f"{path}: {mixed}", stacklevel=2)
-    state = {name: weight.read() for name, weight in weights.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+        warnings.warn(f"{where}: {mixed}", stacklevel=3)
+    model.load_state_dict({name: weight.read() for name, weight in weights.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _tokenizer(found: Published, source: Source) -> Tokenizer | None:
+    """The SentencePiece model that lies with a checkpoint; warns where its files say more than that."""
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     for note in unread_settings(source):
-        warnings.warn(note, stacklevel=2)
-    return model.eval(), tokenizer
+        warnings.warn(note, stacklevel=3)
+    return tokenizer
