@@ -163,7 +163,7 @@ def test_a_vendors_triton_goes_by_another_name(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
     monkeypatch.setattr(triton, "__version__", "3.6.0+git9844da95.nv26.2")
     assert availability.triton_reason() is None
 

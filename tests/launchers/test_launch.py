@@ -21,7 +21,7 @@ DEMO = "launchers/pretrain_demo.sh"
 
 
 def test_tables_equal_deepspeeds_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = pytest.importorskip("deepspeed.launcher.runner")
+    runner = pytest.importorskip("deepspeed.launcher.runner", reason="deepspeed is not installed")
     parsers: list[argparse.ArgumentParser] = []
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, args=None: parsers.append(self))
     runner.parse_args([])
@@ -35,7 +35,7 @@ def test_tables_equal_deepspeeds_parser(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_default_hostfile_is_deepspeeds() -> None:
-    runner = pytest.importorskip("deepspeed.launcher.runner")
+    runner = pytest.importorskip("deepspeed.launcher.runner", reason="deepspeed is not installed")
     assert launch.DEFAULT_HOSTFILE == runner.DLTS_HOSTFILE
 
 

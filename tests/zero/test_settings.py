@@ -31,7 +31,7 @@ SMALL = (
 ODD = ("x", "", "5", "5e8", "CPU", "dynamic", True, False, 0, 1, 2, 3.5, 5e8, -1, -5, 1e300, 2**70, 1e-9, [], [1], {}, {"x": 1})
 NOTHING = object()
 
-pytest.importorskip("deepspeed")
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 CLASSES = settings._classes()
 
 
