@@ -84,11 +84,13 @@ def refuse_foreign(head: bytes, path: object, *, error: type[DebertaDistError] =
     """For everything but plain text: refuses a pointer, and a server's answer saved in the file's place.
 
     Args:
-        head, path, error: as for ``refuse_stand_in``.
+        head: the first ``HEAD_BYTES`` of the file or more, or all of a shorter one.
+        path, error: as for ``refuse_stand_in``.
 
     Raises:
         DebertaDistError: of that class, with the file and what to do.
     """
+    head = head[:HEAD_BYTES]
     refuse_stand_in(head, path, error=error)
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:100]
     if start.lower().startswith(_PAGE_STARTS):

@@ -15,7 +15,7 @@ from typing import Any
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 
 FORMAT = "deberta_dist-checkpoint"
 VERSION = 1
@@ -172,7 +172,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if len(text) > MAX_BYTES:
         raise CheckpointError(f"{path} has more than {MAX_BYTES} bytes: not a manifest")
-    refuse_foreign(text[:HEAD_BYTES], path, error=CheckpointError)
+    refuse_foreign(text, path, error=CheckpointError)
     return from_json(text, file=path)
 
 

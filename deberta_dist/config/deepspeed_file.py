@@ -13,7 +13,7 @@ from typing import Any
 
 from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError, printable
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
         content = path.read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
+        refuse_foreign(content, path, error=ConfigError)
         text = content.decode("utf-8-sig")
         ds = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=finite, parse_int=whole)
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 
 MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
 
@@ -59,7 +59,7 @@ def read_toml(path: Path) -> Tables:
         if path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
         content = path.read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
+        refuse_foreign(content, path, error=ConfigError)
         return tomllib.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); current directory: {Path.cwd()}") from None

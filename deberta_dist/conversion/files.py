@@ -9,7 +9,7 @@ from typing import Any
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.foreign import HEAD_BYTES, head_of, refuse_foreign, refuse_stand_in
+from deberta_dist.foreign import head_of, refuse_foreign, refuse_stand_in
 
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if len(text) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: no configuration or index is")
-    refuse_foreign(text[:HEAD_BYTES], path, error=CheckpointError)
+    refuse_foreign(text, path, error=CheckpointError)
     return strict_json.parse(text, file=path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from deberta_dist.data.new_file import new_file
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.errors import DataError, printable
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -121,7 +121,7 @@ def read_index(directory: Path) -> Index:
         raise DataError(_without_index(directory)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    refuse_foreign(content[:HEAD_BYTES], path)
+    refuse_foreign(content, path)
     try:
         raw = json.loads(content)
         version = raw["format_version"]

@@ -221,7 +221,7 @@ class Tokenizer:
                 f"tokenizer {path} cannot be read ({error.strerror}): give the path of an spm.model, "
                 "for example one made by tools/train_tokenizer.py"
             ) from error
-        refuse_foreign(model[:HEAD_BYTES], f"tokenizer {path}")
+        refuse_foreign(model, f"tokenizer {path}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]

@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 
 # Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
 # messages of megabytes of the nominal bandwidth.
@@ -242,7 +242,7 @@ def read_calibration(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], path, error=ConfigError)
+        refuse_foreign(content, path, error=ConfigError)
         found = json.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--calibration {path}: cannot be read ({error.strerror})") from None

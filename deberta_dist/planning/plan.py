@@ -11,7 +11,7 @@ from typing import Any
 
 from deberta_dist.config import RunConfig, resolve
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
 from deberta_dist.models.presets import preset
@@ -115,7 +115,7 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
         if section.preset is not None:
             return preset(section.preset, **section.overrides)
         content = Path(section.config).read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], f"model.config = {section.config}", error=ConfigError)
+        refuse_foreign(content, f"model.config = {section.config}", error=ConfigError)
         published = json.loads(content.decode("utf-8"))
         if not isinstance(published, dict):
             raise ConfigError(f"model.config = {section.config} is not a JSON object")

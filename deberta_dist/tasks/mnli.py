@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from deberta_dist.errors import DataError
-from deberta_dist.foreign import HEAD_BYTES, refuse_foreign
+from deberta_dist.foreign import refuse_foreign
 from deberta_dist.tasks.registry import CLASSIFICATION, Task
 from deberta_dist.tasks.release import Decision, Key, Split
 
@@ -40,7 +40,7 @@ def read_mnli(directory: Path, split: str) -> Split:
     path = directory / _FILES[split]
     try:
         content = path.read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], path)
+        refuse_foreign(content, path)
         lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): GLUE's MNLI files are needed") from error

@@ -18,7 +18,7 @@ from typing import Any
 
 from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import DataError, printable
-from deberta_dist.foreign import HEAD_BYTES, json_integer, refuse_foreign
+from deberta_dist.foreign import json_integer, refuse_foreign
 from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 
@@ -79,7 +79,7 @@ def described(directory: Path, task: Task) -> Any:
         return None
     try:
         content = path.read_bytes()
-        refuse_foreign(content[:HEAD_BYTES], path)
+        refuse_foreign(content, path)
         return json.loads(
             content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=json_integer
         )

@@ -158,7 +158,7 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
     Raises:
         DataError: a line is not an object of JSON in UTF-8, or has a key twice.
     """
-    refuse_foreign(content[:HEAD_BYTES], where)
+    refuse_foreign(content, where)
     lines = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
