@@ -41,9 +41,7 @@ class RunLock:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._file = open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise ConfigError(
-                f"{key} = {self.directory} cannot be written to ({error.strerror}): name another one"
-            ) from error
+            raise ConfigError(f"{key} = {self.directory} cannot be written to ({error.strerror}): name another one") from error
         try:
             is_ours = lock_descriptor(self._file, blocking=False)
         except OSError as error:
@@ -84,9 +82,7 @@ class RunLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
 

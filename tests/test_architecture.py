@@ -159,7 +159,7 @@ def _cycles(names: Imports) -> list[str]:
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         if module in trail:
-            found.append(f"import cycle: {' -> '.join((*trail[trail.index(module):], module))}")
+            found.append(f"import cycle: {' -> '.join((*trail[trail.index(module) :], module))}")
         elif module not in done:
             for target in sorted(graph[module]):
                 visit(target, (*trail, module))

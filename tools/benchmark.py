@@ -1,18 +1,18 @@
 #!/usr/bin/env python
 """Measures speed, memory and communication beside a floor or a peer: interleaved rounds, medians, ratios, counts.
 
-    tools/benchmark.py convert --rounds 3 --json convert.json
-    tools/benchmark.py sift --rounds 5
-    tools/benchmark.py data --part masking --json data.json
-    tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
-    tools/benchmark.py memory --layouts v3-xsmall:1x2
-    tools/benchmark.py save --preset v3-small --rounds 5
-    tools/benchmark.py step --layers 4 --rounds 5
-    tools/benchmark.py train --processes 2 --rounds 5
-    tools/benchmark.py head --rounds 7
-    tools/benchmark.py pipeline --micro-batches 4,16
-    tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
-    tools/benchmark.py layouts --rounds 3 --calibration this_machine.json
+tools/benchmark.py convert --rounds 3 --json convert.json
+tools/benchmark.py sift --rounds 5
+tools/benchmark.py data --part masking --json data.json
+tools/benchmark.py layer --rounds 7 --official ~/DeBERTa-checkout
+tools/benchmark.py memory --layouts v3-xsmall:1x2
+tools/benchmark.py save --preset v3-small --rounds 5
+tools/benchmark.py step --layers 4 --rounds 5
+tools/benchmark.py train --processes 2 --rounds 5
+tools/benchmark.py head --rounds 7
+tools/benchmark.py pipeline --micro-batches 4,16
+tools/benchmark.py scale --layouts 2x2x2,1x1x8 --micro-batches 1,16
+tools/benchmark.py layouts --rounds 3 --calibration this_machine.json
 """
 
 import argparse

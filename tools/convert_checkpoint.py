@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Converts a checkpoint between a run's own form, the published names, Microsoft's and Hugging Face's.
 
-    tools/convert_checkpoint.py runs/demo hf/ --to huggingface --tokenizer spm.model
-    tools/convert_checkpoint.py deberta-v2-xxlarge/ start/ --to deberta_dist
-    tools/convert_checkpoint.py runs/demo program/ --to onnx
+tools/convert_checkpoint.py runs/demo hf/ --to huggingface --tokenizer spm.model
+tools/convert_checkpoint.py deberta-v2-xxlarge/ start/ --to deberta_dist
+tools/convert_checkpoint.py runs/demo program/ --to onnx
 """
 
 import argparse

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Converts a corpus of ids between a token file and Megatron's .idx and .bin. Nothing is replaced.
 
-    tools/convert_corpus.py megatron/corpus.idx corpus.tokens --tokenizer spm.model --strip-eod 2
-    tools/convert_corpus.py corpus.tokens megatron/corpus --tokenizer spm.model --append-eod 2
+tools/convert_corpus.py megatron/corpus.idx corpus.tokens --tokenizer spm.model --strip-eod 2
+tools/convert_corpus.py corpus.tokens megatron/corpus --tokenizer spm.model --append-eod 2
 """
 
 import argparse
@@ -24,9 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("target", metavar="TARGET", help="Y.tokens, or the prefix Y of Y.idx and Y.bin")
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model, that made the ids")
-    parser.add_argument(
-        "--strip-eod", type=int, metavar="ID", help="from Megatron: drop this id where a document ends with it"
-    )
+    parser.add_argument("--strip-eod", type=int, metavar="ID", help="from Megatron: drop this id where a document ends with it")
     parser.add_argument("--append-eod", type=int, metavar="ID", help="to Megatron: end each document with this id")
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Fills the masks of a text: the quickest look at what a masked language model has learned.
 
-    tools/fill_mask.py runs/pretrain_demo "The [MASK] of the program is in the file ."
-    tools/fill_mask.py hf/ "..." --library transformers
+tools/fill_mask.py runs/pretrain_demo "The [MASK] of the program is in the file ."
+tools/fill_mask.py hf/ "..." --library transformers
 """
 
 import argparse

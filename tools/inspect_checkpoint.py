@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Shows what a checkpoint is, and how two differ. The exit code is 1 where --diff finds a difference.
 
-    tools/inspect_checkpoint.py runs/demo
-    tools/inspect_checkpoint.py hf/ --diff start/
+tools/inspect_checkpoint.py runs/demo
+tools/inspect_checkpoint.py hf/ --diff start/
 """
 
 import argparse

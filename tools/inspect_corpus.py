@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Shows what a token file, or a directory of them, holds. The exit code is 65 where --verify finds damage.
 
-    tools/inspect_corpus.py train.tokens --verify
-    tools/inspect_corpus.py train.tokens --tokenizer spm.model --document 17
-    tools/inspect_corpus.py books/ --verify
+tools/inspect_corpus.py train.tokens --verify
+tools/inspect_corpus.py train.tokens --tokenizer spm.model --document 17
+tools/inspect_corpus.py books/ --verify
 """
 
 import argparse

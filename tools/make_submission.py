@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Makes a SuperGLUE submission of predictions, or validates one that anybody made.
 
-    tools/make_submission.py --predictions runs/superglue/ --data superglue/ --out submission.zip
-    tools/make_submission.py --validate theirs.zip --data superglue/
+tools/make_submission.py --predictions runs/superglue/ --data superglue/ --out submission.zip
+tools/make_submission.py --validate theirs.zip --data superglue/
 """
 
 import argparse

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Searches the layouts of a run on a number of GPUs: the fastest that fit, what each costs, and the TOML that runs the best.
 
-    tools/plan_layout.py --model xxlarge-v2 --gpus 64 --gpu h100 --global-batch 2048 --toml launchers/mine.toml
-    tools/plan_layout.py launchers/pretrain_1.5b.toml --gpus 64 --gpu a100-80 [--section.key value ...]
-    tools/plan_layout.py --model v2-xxlarge --gpu h100 --scaling 8,64,256,1024
+tools/plan_layout.py --model xxlarge-v2 --gpus 64 --gpu h100 --global-batch 2048 --toml launchers/mine.toml
+tools/plan_layout.py launchers/pretrain_1.5b.toml --gpus 64 --gpu a100-80 [--section.key value ...]
+tools/plan_layout.py --model v2-xxlarge --gpu h100 --scaling 8,64,256,1024
 """
 
 import argparse
@@ -51,7 +51,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     tried.add_argument("--pipeline", type=_counts, metavar="N,...", help="pipeline-parallel sizes")
     tried.add_argument("--micro-batch", type=_counts, metavar="N,...", help="sequences (default: what divides, up to 32)")
     tried.add_argument("--recompute", type=_words("none", "selective", "full"), metavar="none|selective|full,...")
-    tried.add_argument("--schedule", type=_words("1f1b", "gpipe", "interleaved_1f1b"), metavar="1f1b|gpipe|interleaved_1f1b,...")
+    tried.add_argument(
+        "--schedule", type=_words("1f1b", "gpipe", "interleaved_1f1b"), metavar="1f1b|gpipe|interleaved_1f1b,..."
+    )
     tried.add_argument("--offload", type=_words("none", "cpu"), metavar="none|cpu,...", help="of the optimizer")
 
     parts = parser.add_argument_group("the machine (default: data sheet of --gpu, and shares of it that programs reach)")
@@ -166,7 +168,9 @@ def machine_of(arguments: argparse.Namespace, *, processes: int) -> Machine:
         bandwidth, latency = getattr(given, f"{name}_bandwidth"), getattr(given, f"{name}_latency")
         link = getattr(machine, name)
         changed[name] = dataclasses.replace(
-            link, bandwidth=bandwidth * 1e9 if bandwidth else link.bandwidth, latency=latency * 1e-6 if latency else link.latency
+            link,
+            bandwidth=bandwidth * 1e9 if bandwidth else link.bandwidth,
+            latency=latency * 1e-6 if latency else link.latency,
         )
     return dataclasses.replace(machine, **{key: value for key, value in changed.items() if value is not None})
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Reports the scores of fine-tuning runs on SuperGLUE's labelled rows: every run, their spread, their ensemble.
 
-    tools/report_scores.py --predictions runs/superglue/ --data superglue/ --markdown scores.md
-    tools/report_scores.py --predictions runs/sift/ --against runs/plain/ --data superglue/
+tools/report_scores.py --predictions runs/superglue/ --data superglue/ --markdown scores.md
+tools/report_scores.py --predictions runs/sift/ --against runs/plain/ --data superglue/
 """
 
 import argparse

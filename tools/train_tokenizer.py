@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains a sentencepiece vocabulary with DeBERTa's special pieces, or takes a published one; tells how it fits.
 
-    tools/train_tokenizer.py --input corpus/ --output spm.model --vocab-size 128000
-    tools/train_tokenizer.py --input corpus/ --output spm.model --published deberta-v3-base/spm.model
+tools/train_tokenizer.py --input corpus/ --output spm.model --vocab-size 128000
+tools/train_tokenizer.py --input corpus/ --output spm.model --published deberta-v3-base/spm.model
 """
 
 import argparse

@@ -159,12 +159,9 @@ class Case:
 
         def forward() -> Tensor:
             query, key, value = (
-                heads(projection(self.hidden_BSD))
-                for projection in (module.query_proj, module.key_proj, module.value_proj)
+                heads(projection(self.hidden_BSD)) for projection in (module.query_proj, module.key_proj, module.value_proj)
             )
-            context = F.scaled_dot_product_attention(
-                query, key, value, dropout_p=self.dropout if module.training else 0.0
-            )
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if module.training else 0.0)
             return context.transpose(1, 2).flatten(2)
 
         return forward

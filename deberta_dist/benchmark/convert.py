@@ -70,7 +70,7 @@ def _convert(source: Path, target: Path, *, to: str) -> Sample:
 def copy_and_hash(source: Path, target: Path, *, fsync: bool) -> Sample:
     """``cp`` of a directory of files, hashed where they arrive, and removed outside of the clock."""
     then = f"&& sync {target}/*" if fsync else ""
-    hashing = f"&& {sys.executable} -c \"{_HASH}\" {target}"
+    hashing = f'&& {sys.executable} -c "{_HASH}" {target}'
     sample = run_command(["sh", "-c", f"cp -r {source} {target} {then} {hashing}"])
     shutil.rmtree(target)
     return sample

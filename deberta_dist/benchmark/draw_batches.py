@@ -1,6 +1,6 @@
 """Draws batches from a token file and tells its memory; run as a process of its own.
 
-    python -m deberta_dist.benchmark.draw_batches SPM.MODEL FILE.tokens REPORT.json --batches 2000 [--mapped]
+python -m deberta_dist.benchmark.draw_batches SPM.MODEL FILE.tokens REPORT.json --batches 2000 [--mapped]
 """
 
 import argparse

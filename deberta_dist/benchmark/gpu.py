@@ -161,9 +161,7 @@ def chosen(parts: Mapping[str, Part], *, part: str | None, names: Sequence[str] 
     if unknown := [name for name in names or () if name not in known]:
         raise ConfigError(f"--step {unknown[0]}: there is no such step; there are {', '.join(known)}")
     if names is not None:
-        chosen_steps = {
-            key: tuple(step for step in value.steps if step.name in names) for key, value in found.items()
-        }
+        chosen_steps = {key: tuple(step for step in value.steps if step.name in names) for key, value in found.items()}
         found = {key: Part(parts[key].limit, steps) for key, steps in chosen_steps.items() if steps}
     return found
 

@@ -61,14 +61,10 @@ def attention(setting: Setting, report: Report, *, batch: int, length: int) -> N
     _with_projections(setting, report, batch=batch, length=length, heads=heads, dtype=dtype)
 
 
-def _with_projections(
-    setting: Setting, report: Report, *, batch: int, length: int, heads: int, dtype: torch.dtype
-) -> None:
+def _with_projections(setting: Setting, report: Report, *, batch: int, length: int, heads: int, dtype: torch.dtype) -> None:
     """What the package disentangled-flash offers is a module that makes them itself."""
     on = torch.device(setting.device)
-    case = attention_contestants.Case(
-        batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype
-    )
+    case = attention_contestants.Case(batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype)
     ours = FUSED if case.no_fused_reason is None else PORTABLE
     forward, seconds = case.ours(ours), {}
 
@@ -298,9 +294,7 @@ def _tokens(vocab_size: int, shape: tuple[int, int], on: torch.device) -> tuple[
 
 def _flops(config: DebertaConfig, shape: tuple[int, int]) -> float:
     batch, length = shape
-    per_token = forward_flops(
-        config, max_seq_length=length, micro_batch_size=batch, mask_probability=MASK_PROBABILITY
-    ).training
+    per_token = forward_flops(config, max_seq_length=length, micro_batch_size=batch, mask_probability=MASK_PROBABILITY).training
     return per_token * batch * length
 
 

@@ -105,8 +105,6 @@ def _largest(found: list[float], expected: list[float]) -> float:
 def _worst_change(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[str, float]:
     total = float(torch.stack([x.norm() for x in expected.values()]).norm())
     assert found.keys() == expected.keys()
-    errors = {
-        name: float((found[name] - x).norm() / max(float(x.norm()), _SMALL * total)) for name, x in expected.items()
-    }
+    errors = {name: float((found[name] - x).norm() / max(float(x.norm()), _SMALL * total)) for name, x in expected.items()}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return worst, errors[worst]

@@ -163,9 +163,7 @@ class Runs:
 
 def batch(step: int) -> Batch:
     """The micro-batches of a step: two documents in every sequence, padding at the end of the last one."""
-    ids, labels = masked_tokens(
-        (MICRO_BATCH_SIZE * MICRO_BATCHES, LENGTH), vocab_size=512, num_targets=10, seed=1000 + step
-    )
+    ids, labels = masked_tokens((MICRO_BATCH_SIZE * MICRO_BATCHES, LENGTH), vocab_size=512, num_targets=10, seed=1000 + step)
     mask = torch.ones_like(ids)
     mask[-1, LENGTH * 3 // 4 :] = 0
     documents = (1 + (torch.arange(LENGTH) >= LENGTH // 3).long()) * mask

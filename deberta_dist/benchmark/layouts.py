@@ -34,9 +34,13 @@ TOLERANCE = 0.25
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
-    parser.add_argument("--layouts", default=LAYOUTS, metavar="TxPxD,...", help=f"tensor x pipeline x data (default: {LAYOUTS})")
+    parser.add_argument(
+        "--layouts", default=LAYOUTS, metavar="TxPxD,...", help=f"tensor x pipeline x data (default: {LAYOUTS})"
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a layout and round (default: 4)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="write what was measured for tools/plan_layout.py here; replaced")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="write what was measured for tools/plan_layout.py here; replaced"
+    )
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for everything (default: 1800)")
 
 
@@ -71,7 +75,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     table["processes"] = with_step_seconds(table, statistics.median(processor[CALIBRATES]))
     rows = compare(measured, processor, table, cases)
-    print(describe(rows, cores=cores, load=(before["load"][0], os.getloadavg()[0]), rounds=arguments.rounds, steps=arguments.steps))
+    print(
+        describe(
+            rows, cores=cores, load=(before["load"][0], os.getloadavg()[0]), rounds=arguments.rounds, steps=arguments.steps
+        )
+    )
     if arguments.calibration is not None:
         about = {"machine": before, "command": "tools/benchmark.py layouts", "rounds": arguments.rounds}
         arguments.calibration.write_text(json.dumps(table | {"about": about}, indent=1) + "\n", encoding="utf-8")
@@ -93,7 +101,9 @@ def parse_layouts(text: str) -> list["Case"]:
             raise ConfigError(f"--layouts: {name!r} is no layout; expected tensor x pipeline x data, e.g. 2x1x2")
         case = Case(*map(int, sizes))
         if (GLOBAL_BATCH // MICRO_BATCH) % case.data:
-            raise ConfigError(f"--layouts: {name}: data {case.data} does not divide {GLOBAL_BATCH // MICRO_BATCH} micro-batches")
+            raise ConfigError(
+                f"--layouts: {name}: data {case.data} does not divide {GLOBAL_BATCH // MICRO_BATCH} micro-batches"
+            )
         plan_of(case)
         cases.append(case)
     return cases
@@ -103,7 +113,14 @@ def _one_round(worlds: Mapping[int, World], cases: Sequence["Case"], *, steps: i
     """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
     from deberta_dist.benchmark.layouts_calibration import STAGES
 
-    found: dict[str, Any] = {"load": os.getloadavg()[0], "products": {}, "stages": {}, "messages": {}, "layouts": {}, "processor": {}}
+    found: dict[str, Any] = {
+        "load": os.getloadavg()[0],
+        "products": {},
+        "stages": {},
+        "messages": {},
+        "layouts": {},
+        "processor": {},
+    }
     for count, world in worlds.items():
         repeats = max(3, 8 // count)
         found["products"][count] = statistics.mean(world.ask("product", repeats=repeats))
@@ -186,6 +203,7 @@ def describe(rows: Sequence[Mapping[str, Any]], *, cores: int, load: tuple[float
     )
     predicted = len(rows) - 1
     lines.append(
-        f"within {TOLERANCE:.0%}: {predicted - len(off)} of {predicted} predictions" + (f"; not {', '.join(off)}" if off else "")
+        f"within {TOLERANCE:.0%}: {predicted - len(off)} of {predicted} predictions"
+        + (f"; not {', '.join(off)}" if off else "")
     )
     return "\n".join(lines)

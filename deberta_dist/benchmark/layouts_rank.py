@@ -98,9 +98,7 @@ def plan_of(case: Case) -> Plan:
             seed=SEED,
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
-        parallel=Parallel(
-            tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data
-        ),
+        parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
         run=Run(directory="unused", deepspeed="unused"),
     )
     deepspeed = {
@@ -242,7 +240,9 @@ def time_messages(repeats: int) -> dict[str, list[float]]:
             work(number)
 
     often = {"send": 2, "all_reduce": REDUCES}
-    found = {kind: [_median(message(kind, size), repeats) / often.get(kind, 1) for size in sizes] for kind, sizes in MESSAGES.items()}
+    found = {
+        kind: [_median(message(kind, size), repeats) / often.get(kind, 1) for size in sizes] for kind, sizes in MESSAGES.items()
+    }
     without = _median(only_products, repeats) / REDUCES
     found["all_reduce"] = [max(seconds - without, 1e-6) for seconds in found["all_reduce"]]
     return found

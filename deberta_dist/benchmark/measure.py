@@ -147,9 +147,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int, off
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     if official:
-        parser.add_argument(
-            "--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well"
-        )
+        parser.add_argument("--official", type=Path, metavar="PATH", help="checkout of microsoft/DeBERTa, measured as well")
 
 
 def describe(title: str, found: Mapping[str, Mapping[str, Any]]) -> str:

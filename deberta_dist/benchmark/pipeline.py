@@ -45,9 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for count in counts
     ]
     plan = {"cases": cases, "forward_seconds": seconds, "rounds": arguments.rounds}
-    found = start_ranks(
-        "deberta_dist.benchmark.pipeline_rank", plan, processes=processes, timeout=arguments.timeout
-    )
+    found = start_ranks("deberta_dist.benchmark.pipeline_rank", plan, processes=processes, timeout=arguments.timeout)
     rows = []
     for number, case in enumerate(cases):
         of_steps = zip(*(rank[number] for rank in found), strict=True)

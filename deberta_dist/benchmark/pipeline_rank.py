@@ -100,9 +100,7 @@ def main(folder: Path) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=plan["timeout_seconds"]),
     )
-    found = [
-        measure(case, forward_seconds=plan["forward_seconds"], rounds=plan["rounds"]) for case in plan["cases"]
-    ]
+    found = [measure(case, forward_seconds=plan["forward_seconds"], rounds=plan["rounds"]) for case in plan["cases"]]
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

@@ -24,9 +24,7 @@ def masked_tokens(shape: tuple[int, int], *, vocab_size: int, num_targets: int, 
     return torch.where(is_target, vocab_size - 1, ids), torch.where(is_target, ids, 0)
 
 
-def masked_batch(
-    shape: tuple[int, int], *, vocab_size: int, num_targets: int, seed: int, rows: slice = slice(None)
-) -> "Batch":
+def masked_batch(shape: tuple[int, int], *, vocab_size: int, num_targets: int, seed: int, rows: slice = slice(None)) -> "Batch":
     """Rows of `masked_tokens` as a batch.
 
     Args:

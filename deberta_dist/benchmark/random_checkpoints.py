@@ -1,6 +1,6 @@
 """Large checkpoints with random weights, for benchmarks; run as a process of its own.
 
-    python -m deberta_dist.benchmark.random_checkpoints v2-xxlarge DIRECTORY [--run]
+python -m deberta_dist.benchmark.random_checkpoints v2-xxlarge DIRECTORY [--run]
 """
 
 import argparse

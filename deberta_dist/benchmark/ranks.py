@@ -13,9 +13,7 @@ from typing import Any
 from deberta_dist.benchmark.measure import ROOT, BenchmarkError
 
 
-def start_ranks(
-    module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False
-) -> list[Any]:
+def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False) -> list[Any]:
     """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
 
     Args:

@@ -66,9 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     micro_batches = parse_micro_batches(arguments.micro_batches)
     from deberta_dist.benchmark.scale_rank import Case, model_config
 
-    cases = [
-        Case(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches
-    ]
+    cases = [Case(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches]
     data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
     found = count_all(cases, peers, processes=arguments.processes, timeout=arguments.timeout)

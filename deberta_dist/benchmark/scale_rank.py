@@ -177,9 +177,7 @@ def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
 
     def take(step: int) -> float:
         batch = own_batch(case, step=step, replica=dist.get_rank())
-        return take_step(
-            engine, batch.input_ids, batch.attention_mask, batch.labels, micro_batch_size=MICRO_BATCH_SIZE
-        )
+        return take_step(engine, batch.input_ids, batch.attention_mask, batch.labels, micro_batch_size=MICRO_BATCH_SIZE)
 
     counted = _count(take)
     engine.destroy()

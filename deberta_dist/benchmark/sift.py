@@ -77,5 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     where = torch.cuda.get_device_name() if is_cuda else f"CPU, {arguments.threads} thread(s)"
     title = f"{arguments.preset}, {shape[0]} x {shape[1]} tokens, {str(dtype).removeprefix('torch.')}, {where}"
     print(describe(title, figures))
-    print(f"  {SIFT} / {PLAIN} in {clock.replace('_', ' ')}: {ratio:.2f}; the count of passes is {COUNT:.2f}, so {ratio / COUNT - 1:+.1%}")
+    print(
+        f"  {SIFT} / {PLAIN} in {clock.replace('_', ' ')}: {ratio:.2f}; the count of passes is {COUNT:.2f}, so {ratio / COUNT - 1:+.1%}"
+    )
     return {"machine": machine(), "model": title, "steps": figures, "ratio": ratio, "count": COUNT}

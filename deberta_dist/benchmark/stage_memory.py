@@ -38,9 +38,7 @@ def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> 
         ConfigError: there is no such preset, or it cannot be cut like this.
     """
     config = preset(name)
-    flops = forward_flops(
-        config, max_seq_length=shape[1], micro_batch_size=shape[0], mask_probability=_mask_probability()
-    )
+    flops = forward_flops(config, max_seq_length=shape[1], micro_batch_size=shape[0], mask_probability=_mask_probability())
     parallel = Parallel(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=1)
     found = plan_layout(config, parallel=parallel, flops=flops).stages
     chosen = sorted({0, min(1, pipeline - 1), pipeline - 1})

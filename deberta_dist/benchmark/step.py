@@ -51,9 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "loss and gradients": stopwatch.require_agreement(step.gradients(), oracle=OURS, tolerance=tolerance),
     }
     product, product_flops = step.large_product()
-    raced = stopwatch.race(
-        {**contestants, FLOOR: product}, rounds=arguments.rounds, warm_up=1, device=device
-    )
+    raced = stopwatch.race({**contestants, FLOOR: product}, rounds=arguments.rounds, warm_up=1, device=device)
     flops_per_second = product_flops / raced.pop(FLOOR)["seconds"]
     figures, floor = raced, step.flops / flops_per_second
     for name, contestant in contestants.items():

@@ -34,9 +34,7 @@ class Step:
         dtype: Of all weights.
     """
 
-    def __init__(
-        self, config: DebertaConfig, *, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: DebertaConfig, *, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(5, config.vocab_size, shape, generator=generator)
         is_target = torch.rand(shape, generator=generator) < 0.15
@@ -60,9 +58,7 @@ class Step:
 
     def published(self, checkout: Path) -> Contestant:
         """The published model."""
-        model = self._add(
-            peers.PUBLISHED, peers.published_masked_lm(checkout, self._config, self.model.state_dict())
-        )
+        model = self._add(peers.PUBLISHED, peers.published_masked_lm(checkout, self._config, self.model.state_dict()))
         return self._contestant(model, lambda: self._published_loss(model))
 
     @property
@@ -70,18 +66,20 @@ class Step:
         """Of the model's products, forward and backward (`planning.flops`)."""
         batch, length = self._ids.shape
         share = (self._labels > 0).sum().item() / self._labels.numel()
-        per_token = forward_flops(
-            self._config, max_seq_length=length, micro_batch_size=batch, mask_probability=share
-        )
+        per_token = forward_flops(self._config, max_seq_length=length, micro_batch_size=batch, mask_probability=share)
         return per_token.training * batch * length
 
     def large_product(self) -> tuple[Contestant, float]:
         """All tokens times the feed-forward's first weight, and its FLOPs."""
         tokens, width, inner = self._ids.numel(), self._config.hidden_size, self._config.intermediate_size
-        left, right = (torch.ones(*shape, device=self._device, dtype=self._dtype) for shape in ((tokens, width), (width, inner)))
+        left, right = (
+            torch.ones(*shape, device=self._device, dtype=self._dtype) for shape in ((tokens, width), (width, inner))
+        )
         out = left.new_empty(tokens, inner)
         repeats = 10
-        return Contestant(lambda: [torch.mm(left, right, out=out) for _ in range(repeats)]), repeats * 2.0 * left.numel() * inner
+        return Contestant(
+            lambda: [torch.mm(left, right, out=out) for _ in range(repeats)]
+        ), repeats * 2.0 * left.numel() * inner
 
     def hidden_states(self) -> dict[str, list[Tensor]]:
         """The last layer's of ours and of Hugging Face's, without dropout."""

@@ -110,9 +110,7 @@ def differences(found: Mapping[str, list[Tensor]], *, oracle: str) -> dict[str, 
     }
 
 
-def require_agreement(
-    found: Mapping[str, list[Tensor]], *, oracle: str, tolerance: float
-) -> dict[str, float]:
+def require_agreement(found: Mapping[str, list[Tensor]], *, oracle: str, tolerance: float) -> dict[str, float]:
     """`differences`, if they are small.
 
     Raises:

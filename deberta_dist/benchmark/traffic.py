@@ -47,9 +47,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.bytes_by_kind: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if operator.namespace in ("c10d", "_c10d_functional"):
             name = operator._schema.name.partition("::")[2]
             group = _group(args)

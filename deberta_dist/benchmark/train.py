@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this verb."""
     parser.add_argument("--preset", default="tiny-v2", help="model, with random weights (default: %(default)s)")
     parser.add_argument("--layers", type=int, help="layers (default: the preset's)")
-    parser.add_argument("--layout", metavar="TxPxD", help="tensor x pipeline x data of ours, +sp as in scale (default: all data)")
+    parser.add_argument(
+        "--layout", metavar="TxPxD", help="tensor x pipeline x data of ours, +sp as in scale (default: all data)"
+    )
     parser.add_argument("--processes", type=int, default=2, choices=(1, 2, 4, 8), help="default: %(default)s")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=4, metavar="M", help="of a step (default: %(default)s)")
@@ -34,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention_argument(parser)
     help_text = "ours from other random weights, made on the device: the 1.5B's own take minutes. For ours alone"
     parser.add_argument("--device-weights", action="store_true", help=help_text)
-    parser.add_argument(
-        "--contestants", default=",".join(TITLES), metavar="NAME,...", help="default: %(default)s"
-    )
+    parser.add_argument("--contestants", default=",".join(TITLES), metavar="NAME,...", help="default: %(default)s")
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for everything (default: 3600)")
 
 

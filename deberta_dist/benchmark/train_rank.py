@@ -173,9 +173,7 @@ def deepspeed(setting: Setting, *, of_hugging_face: bool) -> Contestant:
         engine.train()
         return found.item()
 
-    return Contestant(
-        loss=loss, step=lambda step: engines.take_step(engine, *tensors(step), micro_batch_size=micro_batch)
-    )
+    return Contestant(loss=loss, step=lambda step: engines.take_step(engine, *tensors(step), micro_batch_size=micro_batch))
 
 
 def flops(setting: Setting) -> Any:

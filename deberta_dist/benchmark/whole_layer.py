@@ -47,9 +47,7 @@ class WholeLayer:
         dtype: Of all weights.
     """
 
-    def __init__(
-        self, *, heads: int, shape: tuple[int, int], dropout: float, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, *, heads: int, shape: tuple[int, int], dropout: float, device: torch.device, dtype: torch.dtype) -> None:
         width = heads * HEAD_SIZE
         self.config: DebertaConfig = preset(
             "v3-base",
@@ -135,9 +133,7 @@ class WholeLayer:
             positions = relative_positions(
                 num_buckets=config.position_buckets, max_distance=config.max_relative_distance, device=self._device
             )
-            return lambda: layer(
-                self._hidden, rel_RD=self._table, positions=positions, mask=None, dropout_key=1
-            )[0]
+            return lambda: layer(self._hidden, rel_RD=self._table, positions=positions, mask=None, dropout_key=1)[0]
         batch, length = self._shape
         kind = torch.bool if name == peers.HUGGING_FACE else torch.uint8
         mask = torch.ones(batch, 1, length, length, dtype=kind, device=self._device)

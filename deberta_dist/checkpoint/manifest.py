@@ -256,9 +256,7 @@ def _sha256(value: Any, *, where: str) -> str:
 
 def _layout(raw: Any, *, where: str) -> WrittenLayout:
     raw = strict_json.fields(raw, keys=("tensor", "pipeline", "data", "schedule"), where=where)
-    sizes = {
-        key: strict_json.integer(raw[key], where=f"{where}.{key}", minimum=1) for key in ("tensor", "pipeline", "data")
-    }
+    sizes = {key: strict_json.integer(raw[key], where=f"{where}.{key}", minimum=1) for key in ("tensor", "pipeline", "data")}
     return WrittenLayout(**sizes, schedule=strict_json.string(raw["schedule"], where=f"{where}.schedule"))
 
 

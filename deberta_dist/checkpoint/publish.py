@@ -64,9 +64,7 @@ def point_latest(directory: Path, name: str) -> None:
     sync_directory(directory)
 
 
-def prune(
-    directory: Path, *, keep_last: int, keep_every: int, written: Path, damaged: Collection[Path] = ()
-) -> None:
+def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path, damaged: Collection[Path] = ()) -> None:
     """Removes checkpoints that are older than the newest ``keep_last`` complete ones.
 
     Complete means here: a sound manifest and every file in full length. Where there are fewer of them,

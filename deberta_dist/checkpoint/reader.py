@@ -73,9 +73,7 @@ class CheckpointReader:
         count = window(self.shape(name), cut=cut).num_elements
         return self.read_range(name, begin=0, count=count, state=state, cut=cut).view(shape)
 
-    def read_range(
-        self, name: str, *, begin: int, count: int, state: str = "weight", cut: Cut | None = None
-    ) -> Tensor:
+    def read_range(self, name: str, *, begin: int, count: int, state: str = "weight", cut: Cut | None = None) -> Tensor:
         """Elements [begin, begin + count) of a flattened slice, without reading the rest of it.
 
         Args, errors: as for ``read``.

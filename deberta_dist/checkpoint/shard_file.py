@@ -100,9 +100,7 @@ def map_shard_file(path: Path) -> ShardMaps:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointError(
-                    f"{path}: a header of {length} bytes in a file of {size}: damaged, or not a shard file"
-                )
+                raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}: damaged, or not a shard file")
             lengths = _shard_lengths(file.read(length), path=path, data_bytes=size - 8 - length)
             mapped = np.memmap(file, dtype=np.uint8, mode="r")
     except FileNotFoundError as error:
@@ -153,7 +151,5 @@ def _shard_lengths(text: bytes, *, path: Path, data_bytes: int) -> list[int]:
     if not header or len(header) % len(STATES):
         raise CheckpointError(f"{path}: it has {len(header)} tensors, not {len(STATES)} for every flat parameter")
     if end != data_bytes:
-        raise CheckpointError(
-            f"{path}: {data_bytes} bytes of numbers where its header describes {end}: truncated or damaged"
-        )
+        raise CheckpointError(f"{path}: {data_bytes} bytes of numbers where its header describes {end}: truncated or damaged")
     return lengths

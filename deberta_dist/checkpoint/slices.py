@@ -176,9 +176,7 @@ def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: Place) ->
     return tuple(pieces)
 
 
-def _spread(
-    layout: FlatLayout, flat: int, offset: int, count: int, data_parallel_size: int
-) -> list[tuple[int, int, int, int]]:
+def _spread(layout: FlatLayout, flat: int, offset: int, count: int, data_parallel_size: int) -> list[tuple[int, int, int, int]]:
     """A run of a flat parameter over its shards: (data rank, begin in the run, elements, offset in the shard)."""
     assert layout.sizes[flat] % data_parallel_size == 0 and offset + count <= layout.sizes[flat]
     shard = layout.sizes[flat] // data_parallel_size

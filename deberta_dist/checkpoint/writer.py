@@ -93,9 +93,7 @@ class CheckpointWriter:
         assert token.isascii() and token.isalnum(), token
         temporary = temporary_directory(self.directory, step=step, token=token)
         self._state = WriteState("pending")
-        thread = threading.Thread(
-            target=self._write, args=(temporary, list(shards)), name=f"checkpoint {step}", daemon=True
-        )
+        thread = threading.Thread(target=self._write, args=(temporary, list(shards)), name=f"checkpoint {step}", daemon=True)
         self._job = _Job(step=step, token=token, temporary=temporary, thread=thread)
         thread.start()
 
@@ -105,9 +103,7 @@ class CheckpointWriter:
             self._job.thread.join(timeout)
         return self._state
 
-    def commit(
-        self, manifest: Manifest, *, keep_last: int, keep_every: int = 0, damaged: Collection[Path] = ()
-    ) -> Path:
+    def commit(self, manifest: Manifest, *, keep_last: int, keep_every: int = 0, damaged: Collection[Path] = ()) -> Path:
         """Makes the written files a checkpoint. For rank 0, when every rank has reported ``written``.
 
         Where the very same checkpoint exists already, it stays and the new files are dropped; another one in the

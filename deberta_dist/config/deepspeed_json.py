@@ -131,9 +131,7 @@ class DeepSpeedJson:
     notes: tuple[str, ...]
 
 
-def read_deepspeed(
-    path: str | os.PathLike[str], config: AnyConfig, *, examine: Examine | None = None
-) -> DeepSpeedJson:
+def read_deepspeed(path: str | os.PathLike[str], config: AnyConfig, *, examine: Examine | None = None) -> DeepSpeedJson:
     """Reads the DeepSpeed JSON and completes it for a resolved run.
 
     Args:
@@ -253,8 +251,7 @@ def _clipping(ds: dict[str, Any], config: AnyConfig, problems: Problems) -> None
     wanted, given = config.optimizer.gradient_clipping, ds.get("gradient_clipping", AUTO)
     if given != AUTO and (isinstance(given, bool) or given != wanted):
         problems["gradient_clipping"] = (
-            f"gradient_clipping = {given!r} contradicts optimizer.gradient_clipping = {wanted} in "
-            f'{config.source}; write "auto"'
+            f'gradient_clipping = {given!r} contradicts optimizer.gradient_clipping = {wanted} in {config.source}; write "auto"'
         )
     ds["gradient_clipping"] = wanted
 
@@ -290,9 +287,7 @@ def _force(table: dict[str, Any], key: str, value: Any, where: str, why: str, pr
 
 def _require_precision(ds: dict[str, Any], problems: Problems) -> None:
     """DeepSpeed's default is fp32, which is hardly what is meant by "auto" for bf16 or fp16."""
-    enabled = {
-        name: ds[name].get("enabled") if isinstance(ds[name], dict) else ds[name] for name in PRECISIONS if name in ds
-    }
+    enabled = {name: ds[name].get("enabled") if isinstance(ds[name], dict) else ds[name] for name in PRECISIONS if name in ds}
     open_ones = [f"{name}.enabled" for name, value in enabled.items() if value == AUTO]
     if open_ones and True not in enabled.values():
         problems["precision"] = (

@@ -45,9 +45,7 @@ class BareKeys(Plain):
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
-    log_level: (
-        Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] | None
-    ) = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)] | None = None
     disable_python_gc: bool = False
 
 
@@ -124,9 +122,7 @@ def check(table: dict[str, Any], model: type[Plain], *, name: str, problems: dic
 def defaults() -> dict[str, Any]:
     """DeepSpeed's defaults of all keys of this file, by dotted key."""
     bare = {name: field.default for name, field in BareKeys.model_fields.items()}
-    inside = {
-        f"{name}.{key}": field.default for name, model in SECTIONS.items() for key, field in model.model_fields.items()
-    }
+    inside = {f"{name}.{key}": field.default for name, model in SECTIONS.items() for key, field in model.model_fields.items()}
     return bare | inside
 
 

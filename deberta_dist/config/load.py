@@ -65,9 +65,7 @@ def load_config(
     return config
 
 
-def load_table(
-    toml_path: str | os.PathLike[str], overrides: Sequence[str], name: str, section: type[Schema]
-) -> Schema:
+def load_table(toml_path: str | os.PathLike[str], overrides: Sequence[str], name: str, section: type[Schema]) -> Schema:
     """Reads one table of a TOML and leaves the others alone: all that starting the processes needs.
 
     Args:
@@ -254,9 +252,7 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
             messages.setdefault((*key, f"{where}: {name} = {_shown(item['input'])}"), []).append(expected)
             continue
         messages[(*key, text)] = []
-    return [
-        f"{key[-1]}; expected {' or '.join(expected)}" if expected else key[-1] for key, expected in messages.items()
-    ]
+    return [f"{key[-1]}; expected {' or '.join(expected)}" if expected else key[-1] for key, expected in messages.items()]
 
 
 def _range(field: FieldInfo | None) -> str:
@@ -265,7 +261,11 @@ def _range(field: FieldInfo | None) -> str:
     ends = {name: getattr(mark, name) for mark in marks for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
     low = f"{ends['ge']:g}" if "ge" in ends else f"above {ends['gt']:g}" if "gt" in ends else ""
     high = f"{ends['le']:.10g}" if "le" in ends else f"below {ends['lt']:g}" if "lt" in ends else ""
-    return f"a number from {low} to {high}".replace("to below", "to less than").replace("from above", "above") if low and high else ""
+    return (
+        f"a number from {low} to {high}".replace("to below", "to less than").replace("from above", "above")
+        if low and high
+        else ""
+    )
 
 
 def _marks(annotation: Any) -> list[Any]:

@@ -55,9 +55,7 @@ def resolve_finetuning(config: FineTuneConfig, world_size: int) -> FineTuneConfi
     problems: list[str] = []
     data_parallel_size = _data_parallel_size(config, world_size, problems)
     _refuse(problems, config, world_size)
-    return config.model_copy(
-        update={"parallel": config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})}
-    )
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})})
 
 
 def _refuse(problems: Sequence[str], config: RunConfig | FineTuneConfig, world_size: int) -> None:
@@ -75,9 +73,7 @@ def smallest_world_size(config: RunConfig | FineTuneConfig) -> int:
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * replicas
 
 
-def _data_parallel_size(
-    config: RunConfig | FineTuneConfig, world_size: int, problems: list[str]
-) -> int | None:
+def _data_parallel_size(config: RunConfig | FineTuneConfig, world_size: int, problems: list[str]) -> int | None:
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     sizes = f"parallel.tensor_parallel_size = {tensor} x pipeline_parallel_size = {pipeline}"
@@ -120,8 +116,10 @@ def _num_micro_batches(config: RunConfig, data_parallel_size: int | None, proble
         return None
     product = unit * training.num_micro_batches
     if product != batch:
-        cure = f'num_micro_batches = {batch // unit} or "auto" fits' if batch % unit == 0 else (
-            f"a global_batch_size of {product} fits"
+        cure = (
+            f'num_micro_batches = {batch // unit} or "auto" fits'
+            if batch % unit == 0
+            else (f"a global_batch_size of {product} fits")
         )
         problems.append(f"{left}, but num_micro_batches = {training.num_micro_batches} x {right} = {product}; {cure}")
     return training.num_micro_batches
@@ -155,8 +153,7 @@ def _pipeline_problems(config: RunConfig, num_micro_batches: int | None) -> list
     interleaved = parallel.schedule not in SINGLE_STAGE_SCHEDULES
     if per_rank > 1 and not interleaved:
         problems.append(
-            f'parallel.stages_per_rank = {per_rank} needs parallel.schedule = "interleaved_1f1b", '
-            f'not "{parallel.schedule}"'
+            f'parallel.stages_per_rank = {per_rank} needs parallel.schedule = "interleaved_1f1b", not "{parallel.schedule}"'
         )
     if per_rank > 1 and ranks == 1:
         problems.append(f"parallel.stages_per_rank = {per_rank} needs a pipeline_parallel_size of 2 or more, not 1")

@@ -148,9 +148,7 @@ def _write_new(
     _compare(result, texts[JSON_NAME], tokenizer=tokenizer, settings=settings)
 
 
-def _carry(
-    output: OutputDirectory, source: Source, result: TokenizerResult, *, names: Sequence[str], model_type: str
-) -> None:
+def _carry(output: OutputDirectory, source: Source, result: TokenizerResult, *, names: Sequence[str], model_type: str) -> None:
     """The source's own files as they are."""
     name_of_class = class_of(source)
     default = DEFAULT_CLASSES[model_type or huggingface.V2]
@@ -175,9 +173,7 @@ def _carry(
         result.add(f"`{SPM_NAME}` is not what {name_of_class} reads")
 
 
-def _compare(
-    result: TokenizerResult, tokenizer_json: str, *, tokenizer: Tokenizer, settings: TokenizerSettings
-) -> None:
+def _compare(result: TokenizerResult, tokenizer_json: str, *, tokenizer: Tokenizer, settings: TokenizerSettings) -> None:
     texts = probe(tokenizer)
     try:
         differences = compare(tokenizer_json, tokenizer=tokenizer, texts=texts, settings=settings)

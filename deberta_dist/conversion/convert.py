@@ -292,9 +292,7 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
     return []
 
 
-def _card(
-    source: Source, model: Published, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]
-) -> str:
+def _card(source: Source, model: Published, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]) -> str:
     return model_card(
         source,
         model,

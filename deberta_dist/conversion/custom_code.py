@@ -56,9 +56,7 @@ def with_code(target: Target, model: Published, *, where: object) -> Target:
         output.copy(_CODE, name=CODE_NAME)
         return target.write(output)
 
-    return dataclasses.replace(
-        target, write=write, config={**target.config, "masked_lm_decoder": "emd", "auto_map": auto_map}
-    )
+    return dataclasses.replace(target, write=write, config={**target.config, "masked_lm_decoder": "emd", "auto_map": auto_map})
 
 
 def _told(target: Target, note: str) -> Target:

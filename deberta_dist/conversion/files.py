@@ -33,9 +33,7 @@ def inside(directory: Path, name: object) -> Path:
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
     if real.parent not in allowed:
-        raise CheckpointError(
-            f"{path} is a link that leads out of its directory, to {real}: copy the file there instead"
-        )
+        raise CheckpointError(f"{path} is a link that leads out of its directory, to {real}: copy the file there instead")
     if not real.is_file():
         raise CheckpointError(f"{path} is missing, or is no file")
     refuse_stand_in(head_of(path), path, error=CheckpointError)

@@ -86,9 +86,7 @@ def load_with_head(
     if not found.head:
         raise CheckpointError(f"{path} ({source.description}) has no head of fine-tuning")
     with without_memory():
-        model = model_with_head(
-            found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None
-        )
+        model = model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
     if not found.config.position_biased_input:
         # Only masked language modelling uses the table, and most files lack it.
         model.deberta.embeddings.position_embeddings = None

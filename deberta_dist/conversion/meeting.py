@@ -155,7 +155,9 @@ def as_asked(model: Published, options: ReadOptions) -> Published:
     if options.dtype is None:
         return model
     dtype = DTYPES[options.dtype]
-    return dataclasses.replace(model, weights={name: weight.as_dtype(dtype, name=name) for name, weight in model.weights.items()})
+    return dataclasses.replace(
+        model, weights={name: weight.as_dtype(dtype, name=name) for name, weight in model.weights.items()}
+    )
 
 
 def require_decoder(model: Published, *, where: object) -> None:

@@ -95,9 +95,7 @@ class _EnhancedMaskDecoder:
             "output_attentions": output_attentions,
         }
         if not self.decodes:
-            return super().forward(
-                **inputs, labels=labels, output_hidden_states=output_hidden_states, return_dict=return_dict
-            )
+            return super().forward(**inputs, labels=labels, output_hidden_states=output_hidden_states, return_dict=return_dict)
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         if attention_mask is None:
             inputs["attention_mask"] = attention_mask = torch.ones(shape, dtype=torch.long, device=self.device)

@@ -112,7 +112,9 @@ def with_pooling(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     differing = [f"{key} = {value!r} ({taken[key]!r} is taken)" for key, value in ignored.items() if value != taken[key]]
     if not differing:
         return found, []
-    return found, [f"the published code does not read {', '.join(differing)}: it takes the pooler's fields from a table 'pooling'"]
+    return found, [
+        f"the published code does not read {', '.join(differing)}: it takes the pooler's fields from a table 'pooling'"
+    ]
 
 
 def to_official(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> Weights:
@@ -135,9 +137,7 @@ def to_config(config: DebertaConfig) -> dict[str, Any]:
 
 def _sum(table: Weight, difference: Weight) -> Weight:
     if table.shape != difference.shape:
-        raise CheckpointError(
-            f"the generator's table is {list(table.shape)}, the difference to it {list(difference.shape)}"
-        )
+        raise CheckpointError(f"the generator's table is {list(table.shape)}, the difference to it {list(difference.shape)}")
     return Weight(
         shape=table.shape,
         dtype=difference.dtype,

@@ -153,9 +153,7 @@ class _Called(nn.Module):
         self.num_types = config.type_vocab_size if "token_type_ids" in parameters else 0
         self.outputs: tuple[str, ...] = ()
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> tuple[Tensor, ...]:
         result = self._call(input_ids, attention_mask, token_type_ids)
         return tuple(getattr(result, name) for name in self.outputs)
 

@@ -83,9 +83,7 @@ COMMON_RENAMES = (
     Rename(r"^bert\.", "deberta.", "prefix of the first releases"),
     Rename(r"^(?=(embeddings|encoder)\.)", "deberta.", "a backbone saved on its own has no prefix"),
 )
-COMMON_DROPS = (
-    Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, made anew by every model"),
-)
+COMMON_DROPS = (Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, made anew by every model"),)
 
 
 def leave_out_twins(reading: Reading, *, renames: Sequence[Rename], allow_unmapped: Sequence[str]) -> None:
@@ -160,9 +158,7 @@ def require_known(reading: Reading, *, shapes: Mapping[str, object], fmt: Format
     Raises:
         CheckpointError: there are some; the message names them.
     """
-    unknown = [
-        key for name, weight in reading.weights.items() if name not in shapes for key in weight.origin or (name,)
-    ]
+    unknown = [key for name, weight in reading.weights.items() if name not in shapes for key in weight.origin or (name,)]
     if unknown:
         raise CheckpointError(
             f"{where}: {len(unknown)} keys of this {fmt.name} checkpoint are not explained: {shorten(unknown)}; "

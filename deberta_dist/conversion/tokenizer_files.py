@@ -62,9 +62,7 @@ def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings 
     if model.model_type != UNIGRAM or model.suffix_whitespace:
         raise DataError("tokenizer.json can only be written for unigram models that put spaces before words")
     own = {
-        i: AddedToken(content=piece.text, special=False)
-        for i, piece in enumerate(model.pieces)
-        if piece.kind == USER_DEFINED
+        i: AddedToken(content=piece.text, special=False) for i, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED
     }
     added = dict(sorted({**own, **settings.with_ids([piece.text for piece in model.pieces])}.items()))
     ids = {token.content: number for number, token in added.items()}

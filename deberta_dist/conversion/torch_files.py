@@ -116,8 +116,7 @@ class TorchFile:
             raise CheckpointError(f"{self._path} is refused: its table of contents is damaged ({error})") from error
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise CheckpointError(
-                f"{self._path}: its tensors are compressed, which torch.save never does: load it with torch and save "
-                "it again"
+                f"{self._path}: its tensors are compressed, which torch.save never does: load it with torch and save it again"
             )
         # The map begins at the one address from which every storage lies where a record of its length does.
         first = min(storages, default=0)

@@ -24,7 +24,9 @@ ENDINGS = (".json", ".jsonl", ".ndjson", ".tsv", ".csv", ".txt", ".parquet")
 _JSON = (".json", ".jsonl", ".ndjson")
 _READABLE = f"{', '.join(ENDINGS[:-1])} (all also with .gz, .zst, .bz2 or .xz) and {ENDINGS[-1]}"
 # What lies beside data and is none of it.
-_BESIDE = re.compile(r"(readme|licen[cs]e|copying|notice|sources?|citation|authors|changelog).*|.*\.(md|rst|py|sh|cff|bib)", re.I)
+_BESIDE = re.compile(
+    r"(readme|licen[cs]e|copying|notice|sources?|citation|authors|changelog).*|.*\.(md|rst|py|sh|cff|bib)", re.I
+)
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _MAX_COLUMNS = 12
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -206,9 +206,7 @@ class MegatronFile:
             other = np.flatnonzero(modes[start : start + _BLOCK])
             if other.size:
                 number = start + int(other[0])
-                raise DataError(
-                    f"{self.index_path}: sequence {number} has mode {modes[number]}, expected 0: it is not text"
-                )
+                raise DataError(f"{self.index_path}: sequence {number} has mode {modes[number]}, expected 0: it is not text")
 
     def _check_sequences(self, dtype: np.dtype) -> int:
         """Refuses sequences that do not follow one another; returns the bytes they take in the .bin."""

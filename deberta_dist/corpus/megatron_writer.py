@@ -101,9 +101,7 @@ class MegatronWriter(PublishingWriter):
         for start in range(0, count + 1, _BLOCK):
             self._index.write(np.arange(start, min(start + _BLOCK, count + 1), dtype=INDEX_TYPE).tobytes())
 
-    def _take_back(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _take_back(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Removes the .bin again where the .idx could not follow it; one that somebody else put there stays."""
         if kind is None or self._bin_stat is None or not os.path.lexists(self.bin_path):
             return

@@ -129,16 +129,12 @@ def read_columns(file: InputFile, handle: BinaryIO) -> Iterator[list[dict[str, A
         yield rows
 
 
-def _batches(
-    file: InputFile, handle: BinaryIO, *, field: str, group: int, num_rows: int
-) -> Iterator[list[bytes | None]]:
+def _batches(file: InputFile, handle: BinaryIO, *, field: str, group: int, num_rows: int) -> Iterator[list[bytes | None]]:
     with _errors_of(file) as parquet:
         import pyarrow
         import pyarrow.compute
 
-        opened = parquet.ParquetFile(
-            handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
-        )
+        opened = parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         path = _path_of(field, opened.schema_arrow)
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:

@@ -80,9 +80,7 @@ def cut(file: InputFile, *, piece_bytes: int) -> list[Piece]:
     return [Piece(start=a, stop=b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def read_documents(
-    file: InputFile, *, options: ReadOptions, piece: Piece | RowRange | None = None
-) -> Iterator[Document]:
+def read_documents(file: InputFile, *, options: ReadOptions, piece: Piece | RowRange | None = None) -> Iterator[Document]:
     """The documents of one file, or of one piece of it.
 
     Blank lines are no records, and end blocks. A document's text is without its last line end.
@@ -137,9 +135,7 @@ def read_texts(inputs: Iterable[str | Path], *, options: ReadOptions | None = No
                 yield document.text
 
 
-def _extents(
-    file: InputFile, handle: BinaryIO, *, unit: str, piece: Piece, maker: DocumentMaker
-) -> Iterator[Extent]:
+def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: Piece, maker: DocumentMaker) -> Iterator[Extent]:
     """Where documents lie, and their bytes; the first may belong to the piece before."""
     limit = maker.options.max_document_bytes
     stop = None if file.compression else piece.stop
@@ -208,9 +204,7 @@ def _whole(chunks: Iterator[bytes], *, limit: int, refuse: Refuse) -> Iterator[E
     yield 0, begin + num_bytes, kept if num_bytes <= limit else None
 
 
-def _rows(
-    file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: Piece | RowRange | None
-) -> Iterator[Document]:
+def _rows(file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: Piece | RowRange | None) -> Iterator[Document]:
     """Rows of a Parquet file as documents."""
     if isinstance(piece, Piece):
         sizes = [group.num_rows for group in row_groups(file, handle, field=None)]

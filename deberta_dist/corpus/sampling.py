@@ -65,9 +65,7 @@ def sample_files(
             yield document.text, is_held_out(document.text)
 
 
-def _sample(
-    files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int | None, salt: str
-) -> Iterator[Document]:
+def _sample(files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int | None, salt: str) -> Iterator[Document]:
     layouts = [] if max_bytes is None else [_layout(file, options=options) for file in files]
     total = sum(layout.num_bytes for layout in layouts)
     if max_bytes is None or max_bytes >= total:

@@ -231,9 +231,7 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
                 raise _Refused("was packed with a dictionary of its own: unpack it first, with zstd -d -D") from error
             raise
 
-    return _unpack(
-        handle, context.decompressobj, decompress, errors=(zstandard.ZstdError,), read_bytes=_ZSTD_READ_BYTES
-    )
+    return _unpack(handle, context.decompressobj, decompress, errors=(zstandard.ZstdError,), read_bytes=_ZSTD_READ_BYTES)
 
 
 def _unpack(

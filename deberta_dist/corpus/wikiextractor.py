@@ -20,9 +20,7 @@ _CLOSING = re.compile(r"\n?</doc>\s*\Z")
 _Segment = tuple[int, int, bytes | None, bytes | None]
 
 
-def split_articles(
-    parts: Iterable[Region], *, stop: int | None, limit: int, inside: bool, refuse: Refuse
-) -> Iterator[Extent]:
+def split_articles(parts: Iterable[Region], *, stop: int | None, limit: int, inside: bool, refuse: Refuse) -> Iterator[Extent]:
     """Every article, with the lines that open and close it; and every run of other lines that are not blank.
 
     ``article_text`` refuses those runs, and articles whose end is missing.

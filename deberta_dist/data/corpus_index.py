@@ -63,9 +63,7 @@ def shard_name(number: int) -> str:
 
 def shard_of(file: TokenFile) -> Shard:
     """A token file as an index names it."""
-    return Shard(
-        name=file.path.name, num_tokens=file.num_tokens, num_documents=file.num_documents, checksum=file.checksum
-    )
+    return Shard(name=file.path.name, num_tokens=file.num_tokens, num_documents=file.num_documents, checksum=file.checksum)
 
 
 def write_index(directory: str | Path, names: Sequence[str], *, source: str = "") -> Path:

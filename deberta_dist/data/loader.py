@@ -162,9 +162,7 @@ class MaskedLMData:
         """
         corpus.require_tokenizer(tokenizer)
         self.max_seq_length = max_seq_length
-        self._packing = Packing(
-            corpus, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries
-        )
+        self._packing = Packing(corpus, tokenizer, max_seq_length=max_seq_length, document_boundaries=document_boundaries)
         self.num_samples, self.num_dropped_tokens = self._packing.num_samples, self._packing.num_dropped_tokens
         self.corpus = corpus
         self._tokenizer = tokenizer

@@ -43,9 +43,7 @@ class PublishingWriter(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             # Told of the error, the stack removes the unfinished files instead of publishing them.
             self._stack.__exit__(kind, error, trace)

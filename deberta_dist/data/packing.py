@@ -45,9 +45,7 @@ class Packing:
         num_dropped_tokens: tokens behind the last full window, the ``[SEP]`` of documents included.
     """
 
-    def __init__(
-        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, max_seq_length: int, document_boundaries: bool
-    ) -> None:
+    def __init__(self, corpus: TokenCorpus, tokenizer: Tokenizer, *, max_seq_length: int, document_boundaries: bool) -> None:
         self._corpus = corpus
         self._tokenizer = tokenizer
         self._window = max_seq_length - 2

@@ -89,9 +89,7 @@ def count_pieces(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
         num_pieces += np.bincount(buckets, minlength=len(lengths))
         # Exact: 2**17 pieces of fewer than 2**16 tokens are far below 2**53.
         num_tokens += np.bincount(buckets, weights=tokens, minlength=len(lengths)).astype(np.int64)
-    return BucketSizes(
-        lengths=tuple(lengths), num_pieces=tuple(num_pieces.tolist()), num_tokens=tuple(num_tokens.tolist())
-    )
+    return BucketSizes(lengths=tuple(lengths), num_pieces=tuple(num_pieces.tolist()), num_tokens=tuple(num_tokens.tolist()))
 
 
 def _bucket_of(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:

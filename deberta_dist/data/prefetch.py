@@ -20,9 +20,7 @@ class Prefetcher(Generic[T]):
         waited_seconds: How long the batch returned last was waited for: about zero where making is as fast as using.
     """
 
-    def __init__(
-        self, make_batch: Callable[[int], T], *, start: int, depth: int, stop: int | None = None
-    ) -> None:
+    def __init__(self, make_batch: Callable[[int], T], *, start: int, depth: int, stop: int | None = None) -> None:
         """Starts the thread.
 
         Args:
@@ -99,7 +97,5 @@ class Prefetcher(Generic[T]):
     def __enter__(self) -> "Prefetcher[T]":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()

@@ -94,8 +94,7 @@ class TokenFileWriter(PublishingWriter):
             place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
             document = self.num_documents + int(np.searchsorted(ends, place, side="right"))
             raise DataError(
-                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's "
-                f"{self._vocab_size} tokens"
+                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's {self._vocab_size} tokens"
             )
         self._max_token_id = max(self._max_token_id, high)
         self._write(ids.astype(self._dtype, copy=False).tobytes())

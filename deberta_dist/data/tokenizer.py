@@ -168,7 +168,9 @@ def _require_symbols(options: VocabularyOptions) -> None:
     seen: set[str] = set()
     for symbol in options.user_defined_symbols:
         if symbol in taken:
-            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; take it out")
+            raise ConfigError(
+                f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; take it out"
+            )
         if symbol in seen:
             raise ConfigError(f"user-defined symbol {printable(symbol)} is given twice")
         seen.add(symbol)
@@ -190,8 +192,7 @@ def _training_error(error: RuntimeError, *, vocab_size: int) -> DataError | Runt
     too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if too_small:
         return DataError(
-            f"vocab_size = {vocab_size} is too small: characters and special pieces of this text alone "
-            f"take {too_small[1]}"
+            f"vocab_size = {vocab_size} is too small: characters and special pieces of this text alone take {too_small[1]}"
         )
     return error
 

@@ -36,9 +36,7 @@ class TrainingWords:
     num_cut_characters: int
 
 
-def count_words(
-    texts: Iterable[str], *, normalize: Callable[[str], str], max_run_characters: int
-) -> TrainingWords:
+def count_words(texts: Iterable[str], *, normalize: Callable[[str], str], max_run_characters: int) -> TrainingWords:
     """Counts the words of texts.
 
     Args:

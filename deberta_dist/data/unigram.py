@@ -68,8 +68,7 @@ def blended_counts(
     """
     limits = [None if max_tokens is None else int(max_tokens * share) for share in proportions]
     counts = [
-        unigram_counts(corpus, vocab_size=vocab_size, max_tokens=limit)
-        for corpus, limit in zip(corpora, limits, strict=True)
+        unigram_counts(corpus, vocab_size=vocab_size, max_tokens=limit) for corpus, limit in zip(corpora, limits, strict=True)
     ]
     totals = [int(count.sum()) for count in counts]
     weights = [sum(totals) * share / total for share, total in zip(proportions, totals, strict=True)]
@@ -91,6 +90,4 @@ def unigram_loss(counts: np.ndarray, target_ids: np.ndarray, *, vocab_size: int)
     log_probability = np.log(counts + 1.0) - np.log(counts.sum() + float(vocab_size))
     share = targets / targets.sum()
     present = share[share > 0]
-    return UnigramLoss(
-        loss=float(-(share * log_probability).sum()), entropy=float(-(present * np.log(present)).sum())
-    )
+    return UnigramLoss(loss=float(-(share * log_probability).sum()), entropy=float(-(present * np.log(present)).sum()))

@@ -52,7 +52,6 @@ class VocabularyOptions:
         if self.max_run_characters < _MIN_RUN_CHARACTERS:
             raise ConfigError(f"max_run_characters = {self.max_run_characters}, expected at least {_MIN_RUN_CHARACTERS}")
 
-
     @property
     def symbols(self) -> tuple[str, ...]:
         """The user-defined symbols; under rules that keep line ends and tabs these too, which were ``[UNK]`` else."""

@@ -111,9 +111,9 @@ def _tasks(text: str) -> tuple[str, ...]:
         return (ALL,)
     for name in names:
         if name in TASKS and TASKS[name].is_diagnostic:
-            raise ConfigError(
-                f"command line: {name} has no training rows: --task {TASKS[name].answered_by} answers it as well"
-            )
+            raise ConfigError(f"command line: {name} has no training rows: --task {TASKS[name].answered_by} answers it as well")
         if name not in (*ORDER, MNLI.name):
-            raise ConfigError(f"command line: --task {text}: {name!r} is none of {', '.join(ORDER)}, {MNLI.name}; or {ALL} alone")
+            raise ConfigError(
+                f"command line: --task {text}: {name!r} is none of {', '.join(ORDER)}, {MNLI.name}; or {ALL} alone"
+            )
     return tuple(name for name in (MNLI.name, *ORDER) if name in names)

@@ -51,9 +51,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     launch = discover_launch()
     if parsed.dry_run and launch.rank != 0:
         return
-    start = open_starting_point(
-        parsed.init, tokenizer=parsed.tokenizer, verify=launch.rank == 0, options=parsed.read_options
-    )
+    start = open_starting_point(parsed.init, tokenizer=parsed.tokenizer, verify=launch.rank == 0, options=parsed.read_options)
     world_size = (parsed.world_size or 0) if parsed.dry_run else launch.world_size
     plans = make_plans(parsed, toml=launcher.with_suffix(".toml"), start=start, world_size=world_size)
     if parsed.dry_run:

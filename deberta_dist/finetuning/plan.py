@@ -113,8 +113,7 @@ def make_plans(arguments: Arguments, *, toml: Path, start: StartingPoint, world_
     if arguments.intermediate and MNLI.name not in names:
         names = [MNLI.name, *names]
     plans = [
-        _plan(name, arguments, toml=toml, recipe=recipe, start=start, world_size=world_size, release=release)
-        for name in names
+        _plan(name, arguments, toml=toml, recipe=recipe, start=start, world_size=world_size, release=release) for name in names
     ]
     if odd := [plan for plan in plans if plan.config.parallel != plans[0].config.parallel]:
         raise ConfigError(f"{recipe}, [{odd[0].task.name}]: [parallel] cannot differ between tasks: one start runs them all")
@@ -198,6 +197,7 @@ def _features(
         splits = [release.read(task, split) for split in _SPLITS]
         answered = [other for other in TASKS.values() if other.answered_by == task.name and release.has(other, "test")]
         others = [release.read(other, "test") for other in answered]
+
     def encoded(split: Split) -> Features:
         features = encode_split(split, start.tokenizer, lengths)
         # The rows of ReCoRD are a gigabyte on every rank, and nobody reads them again.
@@ -240,6 +240,8 @@ def describe(plans: Sequence[TaskPlan], *, start: StartingPoint) -> str:
         for features in (*plan.features.values(), *plan.diagnostics):
             lines += [f"  {note}" for note in features.notes]
     parallel = plans[0].config.parallel
-    lines.append(f"tensor {parallel.tensor_parallel_size} x data {parallel.data_parallel_size}, {plans[0].config.run.deepspeed}")
+    lines.append(
+        f"tensor {parallel.tensor_parallel_size} x data {parallel.data_parallel_size}, {plans[0].config.run.deepspeed}"
+    )
     lines += dict.fromkeys(f"  {note}" for plan in plans for note in plan.deepspeed_notes)
     return "\n".join(lines)

@@ -130,9 +130,7 @@ def run_task(
         load = start.reader(layout.full_shapes, labels=plan.labels, seed=seed)
         shards = shards_of(layout, mesh=mesh, load=load)
     else:
-        states = earlier.reader.read_shards(
-            own_flat_layout(layout, mesh=mesh), shape=mesh.shape, coordinate=mesh.coordinate
-        )
+        states = earlier.reader.read_shards(own_flat_layout(layout, mesh=mesh), shape=mesh.shape, coordinate=mesh.coordinate)
         shards = [state.weight for state in states]
     sharded = build_sharded_model(
         model,
@@ -156,9 +154,7 @@ def run_task(
         )
     del shards
     tokenizer = start.tokenizer
-    tuner = FineTuner(
-        sharded, mesh=mesh, sift=plan.sift, seed=seed, pad_id=tokenizer.pad_id, sep_id=tokenizer.sep_id
-    )
+    tuner = FineTuner(sharded, mesh=mesh, sift=plan.sift, seed=seed, pad_id=tokenizer.pad_id, sep_id=tokenizer.sep_id)
     started = time.monotonic()
     _train(tuner, best, plan=plan, order=order, done=done, mesh=mesh, log=log)
     train_seconds = time.monotonic() - started
@@ -170,9 +166,7 @@ def run_task(
     predictions = {"val": best.probabilities}
     if "test" in plan.features:
         predictions["test"] = tuner.predict(plan.features["test"], batch_size=batch_size)
-    diagnostics = {
-        f.split.task.name: (f.split.task, tuner.predict(f, batch_size=batch_size)) for f in plan.diagnostics
-    }
+    diagnostics = {f.split.task.name: (f.split.task, tuner.predict(f, batch_size=batch_size)) for f in plan.diagnostics}
     if is_writer:
         for split, probabilities in predictions.items():
             folder.write_predictions(probabilities, split)

@@ -45,9 +45,7 @@ class StartingPoint:
     tokenizer: Tokenizer
     notes: tuple[str, ...]
 
-    def reader(
-        self, shapes: Mapping[str, tuple[int, ...]], *, labels: Sequence[str], seed: int
-    ) -> Callable[[str], Tensor]:
+    def reader(self, shapes: Mapping[str, tuple[int, ...]], *, labels: Sequence[str], seed: int) -> Callable[[str], Tensor]:
         """Where each parameter of a classifier starts: full, float32.
 
         Args:
@@ -96,9 +94,7 @@ class StartingPoint:
         return torch.tensor([there.index(label.lower()) for label in labels])
 
 
-def open_starting_point(
-    path: Path, *, tokenizer: Path | None, verify: bool, options: ReadOptions = AS_IT_IS
-) -> StartingPoint:
+def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool, options: ReadOptions = AS_IT_IS) -> StartingPoint:
     """Opens a checkpoint of any form, before any process group exists.
 
     Args:

@@ -136,9 +136,7 @@ class _Work:
         num_heads, num_samples = max(1, matrices // max(1, batch)), min(matrices, batch)
         for head in range(0, heads, num_heads):
             for sample in range(0, batch, max(1, num_samples)):
-                yield Chunk(
-                    slice(head, min(head + num_heads, heads)), slice(sample, min(sample + num_samples, batch))
-                )
+                yield Chunk(slice(head, min(head + num_heads, heads)), slice(sample, min(sample + num_samples, batch)))
 
     def forward(self, chunk: Chunk, *, kept: Tensor | None) -> Tensor:
         """Context of a chunk [C, B, Q, H]; fills ``kept`` [C, B, Q, S] for the backward pass."""
@@ -147,9 +145,7 @@ class _Work:
         attended = self._attended(probabilities) if self._call.dropout_p > 0.0 else probabilities
         return _product(attended, operands.value, scale=self._inverse_keep)
 
-    def backward(
-        self, chunk: Chunk, gradient_BCQH: Tensor, *, kept: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, chunk: Chunk, gradient_BCQH: Tensor, *, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value of a chunk, [C, B, Q or S, H]; adds up those of the position operands.
 
         With P the probabilities, D those that are not dropped (P or 0) over the kept share, G the context's gradient:

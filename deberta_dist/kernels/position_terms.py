@@ -112,9 +112,7 @@ class BandTerm:
         whole = num_rows - num_rows % self._block
         groups = ((content_CBXH[:, :, :whole], self._block), (content_CBXH[:, :, whole:], num_rows - whole))
         return [
-            group.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).flatten(2, 3)
-            for group, size in groups
-            if group.shape[2] > 0
+            group.unflatten(2, (-1, size)).permute(2, 0, 1, 3, 4).flatten(2, 3) for group, size in groups if group.shape[2] > 0
         ]
 
     def _add_cut(self, cut: list[Tensor], target_CBXH: Tensor) -> None:

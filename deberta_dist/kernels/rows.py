@@ -143,9 +143,7 @@ class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "residual_norm was differentiated with create_graph=True; it has no second derivative"
-            )
+            raise RuntimeError("residual_norm was differentiated with create_graph=True; it has no second derivative")
         from deberta_dist.kernels.fused import rows
 
         weight, *kept = ctx.saved_tensors

@@ -32,9 +32,7 @@ class ConvLayer(nn.Module):
         super().__init__()
         taps = config.conv_kernel_size
         self.taps = taps
-        self.conv = nn.Conv1d(
-            config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups
-        )
+        self.conv = nn.Conv1d(config.hidden_size, config.hidden_size, taps, padding=(taps - 1) // 2, groups=config.conv_groups)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CONVOLUTION_SITE)
         self.activation = ACTIVATIONS[config.conv_act]

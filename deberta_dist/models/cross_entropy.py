@@ -100,9 +100,10 @@ class CrossEntropy(nn.Module):
         labels_T = self._checked(labels_T, num_targets=hidden_TW.shape[0], num_rows=weight_VW.shape[0])
         return _OfProduct.apply(hidden_TW, weight_VW, bias_V, labels_T, self, num_chunks)
 
-
     def _checked(self, labels_T: Tensor, *, num_targets: int, num_rows: int) -> Tensor:
-        require_tensor(labels_T, name="labels", shapes=[(num_targets,)], kinds=[WHOLE], user="the cross entropy of these logits")
+        require_tensor(
+            labels_T, name="labels", shapes=[(num_targets,)], kinds=[WHOLE], user="the cross entropy of these logits"
+        )
         if type(self.join) is Join:
             require_below(labels_T, _num_real(self, num_rows), what="a row of")
         return labels_T.long()

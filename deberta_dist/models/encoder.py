@@ -101,9 +101,7 @@ class Encoder(nn.Module):
 
     def relative_positions(self, device: torch.device) -> RelativePositions:
         """Rows of the relative table for queries and keys that are the same tokens."""
-        return relative_positions(
-            num_buckets=self.position_buckets, max_distance=self.max_relative_distance, device=device
-        )
+        return relative_positions(num_buckets=self.position_buckets, max_distance=self.max_relative_distance, device=device)
 
     def run_layers(
         self,

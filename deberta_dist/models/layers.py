@@ -233,9 +233,7 @@ class Layer(nn.Module):
             return_probabilities: also return the attention probabilities.
         """
         attention = self.attention.self
-        query_BNSH, memory = attention.queries_and_memory(
-            attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key
-        )
+        query_BNSH, memory = attention.queries_and_memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
         context, probabilities = attention.attend(
             query_BNSH,
             memory,

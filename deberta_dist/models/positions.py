@@ -70,9 +70,7 @@ def visibility(attention_mask: Tensor) -> AttentionMask:
     if mask.dim() == 2:
         return AttentionMask(key_segments_BS=mask)
     if mask.dim() != 3:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens] or [batch, tokens, tokens]"
-        )
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected [batch, tokens] or [batch, tokens, tokens]")
     return AttentionMask(pairs_BQS=mask)
 
 

@@ -51,9 +51,7 @@ class Targets:
         return Targets(*tensors, num_targets=self.num_targets, width=self.width)
 
 
-def find_targets(
-    is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size: tuple[int, int] | None = None
-) -> Targets:
+def find_targets(is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size: tuple[int, int] | None = None) -> Targets:
     """Targets as they lie in a batch. Waits for the device of ``is_target_BS``: give it tensors of the host.
 
     Args:
@@ -85,6 +83,4 @@ def find_targets(
         first = (slots[:1], tokens[:1]) if num_targets else (slots.new_zeros(1), tokens.new_zeros(1))
         slots, tokens = (torch.cat([x, y.expand(unused)]) for x, y in zip((slots, tokens), first, strict=True))
         ids = torch.cat([ids, ids.new_full((unused,), NOT_A_TARGET)])
-    return Targets(
-        ids_P=ids, tokens_P=tokens, positions_BT=positions, slots_P=slots, num_targets=num_targets, width=width
-    )
+    return Targets(ids_P=ids, tokens_P=tokens, positions_BT=positions, slots_P=slots, num_targets=num_targets, width=width)

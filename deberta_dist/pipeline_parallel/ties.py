@@ -37,9 +37,7 @@ class Tie:
     is_sum: bool
 
 
-def find_ties(
-    names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str], tensor_parallel_size: int
-) -> list[Tie]:
+def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str], tensor_parallel_size: int) -> list[Tie]:
     """All ties of a layout, in one order for every rank.
 
     Args:
@@ -95,9 +93,7 @@ class TiedWeights:
         dtype: Dtype in which weights are lent (the compute dtype).
     """
 
-    def __init__(
-        self, ties: Sequence[Tie], *, mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, ties: Sequence[Tie], *, mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         here = mesh.coordinate
         self._place = (here.pipeline, here.tensor)
         self._ties = [tie for tie in ties if self._place in tie.users]

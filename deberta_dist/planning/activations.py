@@ -151,9 +151,7 @@ def _measure(
         with LiveBytes() as head:
             words, lm_head = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head
             entered = lm_head.transform(_hidden(rows, config.hidden_size, dtype=dtype))
-            result = model.cross_entropy.of_product(
-                entered, words, lm_head.bias, targets.ids_P, num_chunks=vocabulary_chunks
-            )
+            result = model.cross_entropy.of_product(entered, words, lm_head.bias, targets.ids_P, num_chunks=vocabulary_chunks)
             del entered
             logits = head.now
             del result

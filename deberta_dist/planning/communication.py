@@ -184,9 +184,7 @@ def expected_micro_batches(config: RunConfig) -> list[MicroBatchTargets]:
     return [one] * config.training.num_micro_batches
 
 
-def _target_bytes(
-    layout: Layout, *, config: RunConfig, width: int, targets: Sequence[MicroBatchTargets]
-) -> tuple[int, int]:
+def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Sequence[MicroBatchTargets]) -> tuple[int, int]:
     """All-reduces whose size depends on the targets: (mask decoder's passes, head), bytes per step."""
     sequences = config.training.micro_batch_size
     # The decoder has at least one row per sequence, also where there is nothing to predict.

@@ -261,8 +261,7 @@ def _notes(plan: Plan) -> str:
         notes.append("FLOP, messages and time are those of a step of the longest bucket, memory that of the one with most")
     if padded > vocabulary:
         notes.append(
-            f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not "
-            "exported"
+            f"the vocabulary is padded for the tensor split: {vocabulary} + {padded - vocabulary} rows; pads are not exported"
         )
     notes.append("NVIDIA apex is looked for where the run starts, not here; its Adam takes the same memory")
     others = {"validation": config.data.validation, "tokenizer": config.data.tokenizer}

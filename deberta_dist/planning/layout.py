@@ -145,9 +145,7 @@ class Layout:
 
     def owned(self, pipeline_rank: int, tensor_rank: int) -> list[str]:
         """Names that the rank at this place owns."""
-        return owned_names(
-            self.names_by_rank[pipeline_rank], ties=self.ties, place=(pipeline_rank, tensor_rank)
-        )
+        return owned_names(self.names_by_rank[pipeline_rank], ties=self.ties, place=(pipeline_rank, tensor_rank))
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the slice of ``name`` on any tensor-parallel rank."""
@@ -181,9 +179,7 @@ def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlop
     if parallel.layers_per_stage == "auto":
         stages = balance_stages(flops.units, num_stages=num_stages)
     else:
-        stages = explicit_stages(
-            parallel.layers_per_stage, num_layers=config.num_hidden_layers, num_stages=num_stages
-        )
+        stages = explicit_stages(parallel.layers_per_stage, num_layers=config.num_hidden_layers, num_stages=num_stages)
     stages_by_rank = [
         tuple(
             stages_of_rank(
@@ -235,9 +231,7 @@ def _names_beside_layers(config: DebertaConfig, layer: int) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if not name.startswith(LAYER_PREFIX))
 
 
-def classifier_layout(
-    config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int, head: str = "sequence"
-) -> Layout:
+def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int, head: str = "sequence") -> Layout:
     """Lays a classifier out: one stage, cut over tensor-parallel ranks.
 
     Args:
@@ -290,9 +284,7 @@ def flat_layouts(layout: Layout, *, data_parallel_size: int) -> dict[tuple[int, 
     }
 
 
-def flat_layout(
-    layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int
-) -> FlatLayout:
+def flat_layout(layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int) -> FlatLayout:
     """The flat parameters of one rank's weight store."""
     shapes = {name: layout.local_shape(name) for name in layout.owned(pipeline_rank, tensor_rank)}
     return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)

@@ -104,6 +104,7 @@ def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple
     if decodes:
         # Two passes over the targets instead of one over the tokens; keys and values are made once.
         rows = NUM_DECODER_PASSES * expected_targets(config) / length
+
         def decoding(part: Work, share: float) -> Work:
             return Work(bytes=part.bytes * (rows + share), calls=part.calls * NUM_DECODER_PASSES)
 

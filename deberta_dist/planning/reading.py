@@ -69,9 +69,7 @@ def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str
         f"DATA        {consumed:,} samples of {config.data.max_seq_length} tokens in {training.max_steps:,} steps",
         f"  {'source':<{width}}     share   samples/epoch      epochs",
     ]
-    for source, share, place in zip(
-        mixture.sources, mixture.blend.shares, mixture.positions(consumed).values(), strict=True
-    ):
+    for source, share, place in zip(mixture.sources, mixture.blend.shares, mixture.positions(consumed).values(), strict=True):
         asked = f"  (asked for: {source.epochs:g})" if source.epochs is not None else ""
         name = f"{source.name or UNNAMED:<{width}}"
         lines.append(f"  {name} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}")

@@ -86,9 +86,7 @@ class Found:
     smallest: int | None
 
 
-def search(
-    config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int
-) -> Found:
+def search(config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int) -> Found:
     """The fastest layouts.
 
     Args:
@@ -169,17 +167,13 @@ def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: S
                         yield Candidate(plan, least_seconds(plan, machine))
 
 
-def _sizes(
-    config: RunConfig, model: DebertaConfig, *, world_size: int, space: Space
-) -> Iterator[tuple[int, int, int]]:
+def _sizes(config: RunConfig, model: DebertaConfig, *, world_size: int, space: Space) -> Iterator[tuple[int, int, int]]:
     for tensor in _divisors(world_size):
         if model.num_attention_heads % tensor or model.intermediate_size % tensor:
             continue
         for pipeline in _divisors(world_size // tensor, limit=model.num_hidden_layers):
             data = world_size // tensor // pipeline
-            asked = (space.tensor is None or tensor in space.tensor) and (
-                space.pipeline is None or pipeline in space.pipeline
-            )
+            asked = (space.tensor is None or tensor in space.tensor) and (space.pipeline is None or pipeline in space.pipeline)
             if asked and config.training.global_batch_size % data == 0:
                 yield tensor, pipeline, data
 
@@ -219,7 +213,12 @@ def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
 def _layout(model: DebertaConfig, parallel: Parallel, flops: ForwardFlops) -> Layout:
     stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
     return _layout_of(
-        model, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.stages_per_rank, parallel.schedule, stages
+        model,
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.stages_per_rank,
+        parallel.schedule,
+        stages,
     )
 
 
@@ -229,9 +228,7 @@ def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _layout_of(
-    model: DebertaConfig, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]
-) -> Layout:
+def _layout_of(model: DebertaConfig, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]) -> Layout:
     parallel = Parallel(
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,

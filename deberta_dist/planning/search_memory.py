@@ -64,9 +64,7 @@ class MemorySearch:
     def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> Choice | None:
         """The choice that a plan is, None where it does not fit."""
         self.measured += 1
-        first = rank_memory(
-            plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0
-        )
+        first = rank_memory(plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0)
         peak = first.peak
         if peak <= self._limit:
             checked = check_plan(plan.config, world_size=world_size)

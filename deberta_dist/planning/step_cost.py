@@ -97,7 +97,9 @@ def _stage_passes(plan: Plan, machine: Machine, layers: range) -> StagePasses:
     forward, backward = stage_work(plan, layers, has_fused_attention=machine.has_fused_attention)
     sent_forward, sent_backward = stage_all_reduces(plan, layers)
     size = config.parallel.tensor_parallel_size
-    messages = [sum(machine.seconds("all_reduce", n, size=size, stride=1) for n in sent) for sent in (sent_forward, sent_backward)]
+    messages = [
+        sum(machine.seconds("all_reduce", n, size=size, stride=1) for n in sent) for sent in (sent_forward, sent_backward)
+    ]
     # Messages of processes that share cores are measured while all of them send: their time is shared already.
     messages = [seconds / machine.busy(world_size(plan)) for seconds in messages]
     return StagePasses(
@@ -186,9 +188,7 @@ def least_seconds(plan: Plan, machine: Machine) -> float:
     return before + after + machine.step_seconds + longest
 
 
-def play_step(
-    plan: Plan, machine: Machine, passes: Sequence[StagePasses], *, schedule: str | None = None
-) -> Timeline:
+def play_step(plan: Plan, machine: Machine, passes: Sequence[StagePasses], *, schedule: str | None = None) -> Timeline:
     """The pipeline of a step; ``schedule`` takes the place of the plan's.
 
     A backward pass that is split in two has half of its work in each part: every product of it is made twice.
@@ -223,9 +223,7 @@ def around_pipeline(plan: Plan, machine: Machine) -> tuple[float, float]:
         lent = sum(_tie_seconds("broadcast", tie.elements * width, tie, plan, machine) for tie in ties)
         gather = machine.seconds("all_gather", owned * width, size=replicas, stride=tensor)
         befores.append(gather + lent + shared * used * ZEROED / machine.memory_bandwidth)
-        collects.append(
-            sum(_tie_seconds("reduce", tie.elements * FLOAT32, tie, plan, machine) for tie in ties if tie.is_sum)
-        )
+        collects.append(sum(_tie_seconds("reduce", tie.elements * FLOAT32, tie, plan, machine) for tie in ties if tie.is_sum))
         passed = owned * (SCALED + 2 * width) + shard * NORM_OF_SHARD
         if offload:
             adam = shard * (2 * width / machine.host_bandwidth + ADAM / machine.host_memory_bandwidth)

@@ -190,9 +190,7 @@ class Crew:
     def __enter__(self) -> "Crew":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._worker is not None:
             self._worker.close()
         for process, connection in self._members:
@@ -215,4 +213,3 @@ def _killed(process: BaseProcess) -> UnfinishedError:
     code = process.exitcode or 0
     how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with code {code}"
     return UnfinishedError(f"{process.name} {how}: {_AGAIN}")
-

@@ -72,9 +72,7 @@ def find_near_duplicates(parts: Sequence[Part], *, threshold: float, dropped: "D
             if memory.is_duplicate(signatures[document].tobytes()):
                 which.append(number)
                 documents.append(document)
-    write_dropped(
-        path, which=np.array(which, np.uint32), documents=np.array(documents, np.uint32), num_parts=len(parts)
-    )
+    write_dropped(path, which=np.array(which, np.uint32), documents=np.array(documents, np.uint32), num_parts=len(parts))
 
 
 def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_parts: int) -> None:

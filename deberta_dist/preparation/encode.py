@@ -188,9 +188,7 @@ class _Batch:
 
     def report(self, worker: Worker) -> None:
         """Tells how many bytes and tokens came since the last report."""
-        worker.report(
-            num_bytes=self._read_bytes - self._reported_bytes, num_tokens=self._num_tokens - self._reported_tokens
-        )
+        worker.report(num_bytes=self._read_bytes - self._reported_bytes, num_tokens=self._num_tokens - self._reported_tokens)
         self._reported_bytes, self._reported_tokens = self._read_bytes, self._num_tokens
 
     def add(self, document: Document) -> None:

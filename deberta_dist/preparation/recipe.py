@@ -57,9 +57,7 @@ class Recipe:
         if self.piece_bytes < 1:
             raise ConfigError(f"--piece-bytes {self.piece_bytes}: expected at least 1")
         if self.reading.max_document_bytes > MAX_DOCUMENT_BYTES:
-            raise ConfigError(
-                f"--max-document-bytes {self.reading.max_document_bytes}: expected at most {MAX_DOCUMENT_BYTES}"
-            )
+            raise ConfigError(f"--max-document-bytes {self.reading.max_document_bytes}: expected at most {MAX_DOCUMENT_BYTES}")
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, **settings: Any) -> "Recipe":

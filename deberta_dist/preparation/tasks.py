@@ -123,9 +123,7 @@ class FindNearDuplicatesTask:
     def run(self, number: int, *, worker: Worker) -> None:
         """Searches all, unless the list is there."""
         if not self.path.exists():
-            find_near_duplicates(
-                self.parts, threshold=self.threshold, dropped=Dropped(self.duplicates), path=self.path
-            )
+            find_near_duplicates(self.parts, threshold=self.threshold, dropped=Dropped(self.duplicates), path=self.path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,7 @@ def list_units(
     for word in held_out_inputs:
         if not any(file.num_bytes for file in find_inputs([word], format=format).files):
             raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct it, or take it away")
-    listings = [
-        (find_inputs(given, format=format), held_out) for given, held_out in ((held_out_inputs, True), (inputs, False))
-    ]
+    listings = [(find_inputs(given, format=format), held_out) for given, held_out in ((held_out_inputs, True), (inputs, False))]
     for listing, held_out in listings:
         for file in listing.files:
             path = file.path.resolve()

@@ -80,9 +80,7 @@ def described(directory: Path, task: Task) -> Any:
     try:
         content = path.read_bytes()
         refuse_foreign(content, path)
-        return json.loads(
-            content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=json_integer
-        )
+        return json.loads(content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=json_integer)
     except DataError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -172,8 +170,7 @@ def require_covering(probabilities: Probabilities, split: Split, *, where: objec
                 raise DataError(f"{where}: idx {key[0]} has no candidates")
         elif found != set(decision.labels):
             raise DataError(
-                f"{where}: idx {shown(key)} has labels {sorted(found)}, {split.task.name} has "
-                f"{sorted(decision.labels)}"
+                f"{where}: idx {shown(key)} has labels {sorted(found)}, {split.task.name} has {sorted(decision.labels)}"
             )
 
 
@@ -191,16 +188,13 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
     for run, name in zip(runs[1:], names[1:], strict=True):
         if run.keys() != first.keys():
             odd = sorted(run.keys() ^ first.keys())[0]
-            raise DataError(
-                f"{names[0]} and {name} are not predictions of the same rows: idx {shown(odd)} is in one alone"
-            )
+            raise DataError(f"{names[0]} and {name} are not predictions of the same rows: idx {shown(odd)} is in one alone")
         for key in first:
             if run[key].keys() != first[key].keys():
                 raise DataError(f"{names[0]} and {name} have other labels for idx {shown(key)}")
     count = len(runs)
     return {
-        key: {label: math.fsum(run[key][label] for run in runs) / count for label in labels}
-        for key, labels in first.items()
+        key: {label: math.fsum(run[key][label] for run in runs) / count for label in labels} for key, labels in first.items()
     }
 
 

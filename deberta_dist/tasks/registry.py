@@ -87,7 +87,9 @@ _ALL = (
         fields={"premise": str, "choice1": str, "choice2": str, "question": str},
     ),
     _task("MultiRC", _INTEGERS, (27243, 4848, 9693), fields={"passage": dict}, kind=PER_ANSWER, metrics=("f1a", "em")),
-    _task("ReCoRD", {}, (100730, 10000, 10000), fields={"passage": dict, "qas": list}, kind=PER_CANDIDATE, metrics=("f1", "em")),
+    _task(
+        "ReCoRD", {}, (100730, 10000, 10000), fields={"passage": dict, "qas": list}, kind=PER_CANDIDATE, metrics=("f1", "em")
+    ),
     _task("RTE", _TWO_WAY, (2490, 277, 3000), fields={"premise": str, "hypothesis": str}),
     _task(
         "WiC",

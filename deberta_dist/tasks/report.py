@@ -26,9 +26,7 @@ _LEGEND = (
     "constant answer that scores most."
 )
 _NOT_THE_SAME = f"Published rows ({SOURCE}) are scores of the TEST split, ours of the VALIDATION split: other examples."
-_P_VALUE = (
-    "p: Welch's t-test of the task scores over runs, two-sided; each task for itself, not corrected for their number."
-)
+_P_VALUE = "p: Welch's t-test of the task scores over runs, two-sided; each task for itself, not corrected for their number."
 
 
 @dataclass(frozen=True)
@@ -197,9 +195,7 @@ def make_report(directories: Sequence[Path], release: Release, against: Sequence
         against=tuple(theirs),
         scores=scores,
         others=others,
-        comparisons={
-            name: compare(found.values(), others[name].values()) for name, found in scores.items() if name in others
-        },
+        comparisons={name: compare(found.values(), others[name].values()) for name, found in scores.items() if name in others},
         notes=(*notes, *_notes(scores, count=len(ours))),
     )
 

@@ -118,7 +118,9 @@ def validate(files: Mapping[str, bytes], release: Release) -> Verdict:
     for name in files:
         if name not in _TASK_OF:
             near = next((one for one in _TASK_OF if one.lower() == name.lower()), None)
-            verdict.errors.append(f"{printable(name)}: no file of a submission has this name" + (f"; {near} is meant" if near else ""))
+            verdict.errors.append(
+                f"{printable(name)}: no file of a submission has this name" + (f"; {near} is meant" if near else "")
+            )
     for name, task in _TASK_OF.items():
         if name not in files:
             verdict.errors.append(f"{name} is missing: all ten files are needed")
@@ -177,9 +179,7 @@ def _check_file(content: bytes, split: Split) -> tuple[list[str], list[Any], boo
     return problems, labels, list(found) == sorted(found)
 
 
-def _rows(
-    row: Mapping[str, Any], split: Split, *, known: set[Key], seen: set[Key]
-) -> Iterator[tuple[Key, Any, str | None]]:
+def _rows(row: Mapping[str, Any], split: Split, *, known: set[Key], seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
     """(key, label, what is wrong with its form) of every decision in a line."""
     if split.task.kind == PER_ANSWER:
         yield from _nested_rows(row, known=known, seen=seen)
@@ -192,9 +192,7 @@ def _rows(
         yield (row["idx"],), row["label"], None
 
 
-def _nested_rows(
-    row: Mapping[str, Any], *, known: set[Key], seen: set[Key]
-) -> Iterator[tuple[Key, Any, str | None]]:
+def _nested_rows(row: Mapping[str, Any], *, known: set[Key], seen: set[Key]) -> Iterator[tuple[Key, Any, str | None]]:
     try:
         _require(row.keys() == {"idx", "passage"} and row["passage"].keys() == {"questions"})
         passage = (_whole(row["idx"]),)

@@ -94,14 +94,10 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
             module.bias = empty_parameter((rows,), module.bias)
     if (loss := getattr(model, "cross_entropy", None)) is not None:
         num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
-        model.cross_entropy = type(loss)(
-            first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group)
-        )
+        model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
 
 
-def split_sequence(
-    model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int | None, gathers_again: bool
-) -> None:
+def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int | None, gathers_again: bool) -> None:
     """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
 
     Args:

@@ -97,9 +97,7 @@ class VocabParallelEmbedding(nn.Embedding):
         reduce: Sums what the ranks have found; sequence parallelism replaces it.
     """
 
-    def __init__(
-        self, full: nn.Embedding, *, padded_size: int, rank: int, size: int, group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, full: nn.Embedding, *, padded_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
         rows = padded_size // size
         self.first_row = rank * rows
         padding = full.padding_idx

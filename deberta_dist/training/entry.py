@@ -42,7 +42,9 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
         elif name == "--world-size":
             value = value if equals else (rest.pop(0) if rest else "")
             if not value.isdecimal() or len(value) > 9 or not 1 <= int(value) <= MOST_RANKS:
-                raise ConfigError(f"command line: --world-size needs a number of processes, 1 to {MOST_RANKS}, got {value[:40]!r}")
+                raise ConfigError(
+                    f"command line: --world-size needs a number of processes, 1 to {MOST_RANKS}, got {value[:40]!r}"
+                )
             world_size = int(value)
         else:
             overrides.append(name + equals + value)

@@ -69,9 +69,7 @@ def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
         temporary.replace(kept)
 
 
-def write_weights(
-    full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, directory: Path
-) -> Path:
+def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, directory: Path) -> Path:
     """Writes ``config.json``, ``model.safetensors`` (float32, published names) and ``spm.model`` into a new
     directory, atomically.
 

@@ -110,9 +110,7 @@ def open_data(plan: Plan) -> RunData:
     data, seed = plan.config.data, plan.config.training.seed
     tokenizer = Tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, plan.model_config.vocab_size)
-    masking = MaskingConfig(
-        method=data.masking, mask_probability=data.mask_probability, max_ngram=data.max_ngram
-    )
+    masking = MaskingConfig(method=data.masking, mask_probability=data.mask_probability, max_ngram=data.max_ngram)
     options = {
         "max_seq_length": data.max_seq_length,
         "masking": masking,

@@ -44,7 +44,11 @@ def refuse_finished(plan: Plan) -> int | None:
             "more than these to continue it, or another --run.directory"
         )
     if plan.config.checkpoint.resume == "never" or done is None or steps == done:
-        more = "" if done is None or plan.config.checkpoint.resume == "never" else f", continue it with a --training.max_steps over {done}"
+        more = (
+            ""
+            if done is None or plan.config.checkpoint.resume == "never"
+            else f", continue it with a --training.max_steps over {done}"
+        )
         raise ConfigError(
             f"run.directory = {run} holds a finished run ({RESULT_NAME} is there); nothing is overwritten: move it "
             f"away{more} or give another --run.directory"
@@ -112,9 +116,7 @@ def learning_rates(plan: Plan, manifest: Manifest) -> tuple[float, float] | None
     """Of the checkpoint's last step and of the next, where the schedule has changed in between; else None."""
     there = {f"{name}.{key}": value for name, table in manifest.run_config.items() for key, value in table.items()}
     old = {**default_values(), **there}
-    new = {
-        f"{name}.{key}": value for name, table in plan.config.model_dump().items() for key, value in table.items()
-    }
+    new = {f"{name}.{key}": value for name, table in plan.config.model_dump().items() for key, value in table.items()}
     step = manifest.step
     if step == 0 or step >= plan.config.training.max_steps or all(old[key] == new[key] for key in _SCHEDULE):
         return None

@@ -177,7 +177,9 @@ class MetricsLog:
                 self._file.truncate(end)
             if is_written == self._is_full:
                 self._is_full = not is_written
-                self.say(f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}")
+                self.say(
+                    f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}"
+                )
 
     def _line(self, metrics: StepMetrics, *, padding: float | None) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.

@@ -28,9 +28,7 @@ def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
         return None
 
 
-def make_optimizer(
-    flats: Sequence[nn.Parameter], *, settings: run_config.Optimizer
-) -> torch.optim.Optimizer:
+def make_optimizer(flats: Sequence[nn.Parameter], *, settings: run_config.Optimizer) -> torch.optim.Optimizer:
     """AdamW with decoupled weight decay on the first flat parameter only.
 
     Args:

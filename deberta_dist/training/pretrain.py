@@ -88,20 +88,18 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     plan = check_plan(config, world_size=launch.world_size)
     refuse_finished(plan)
     if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
+        raise ConfigError(
+            f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
+        )
     training, device = plan.config.training, local_device(launch)
     attention = {"dtype": DTYPES[precision(plan.deepspeed)], "device": device}
-    require_attention(
-        training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention"
-    )
+    require_attention(training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention")
     if training.compile:
         require_compiler(device.type)
     data = open_data(plan)
     initial_weights = None
     if not is_interrupted(plan):
-        initial_weights = open_initial_weights(
-            plan, tokenizer_sha256=data.tokenizer.sha256, verify=launch.rank == 0
-        )
+        initial_weights = open_initial_weights(plan, tokenizer_sha256=data.tokenizer.sha256, verify=launch.rank == 0)
     directory = Path(plan.config.run.directory)
     lock, found = None, Found(None)
     if launch.rank == 0:

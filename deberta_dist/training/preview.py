@@ -74,9 +74,7 @@ def _vocabulary_lines(plan: Plan, tokenizer: Tokenizer | None) -> list[str]:
     rows, config = plan.model_config.vocab_size, plan.config
     if expects_vocabulary(config):
         source = "data.tokenizer" if config.training.init is None else "training.init"
-        return [
-            f"model.vocab_size = {rows} is the preset's: {source} is not there yet, and the start takes the number from it"
-        ]
+        return [f"model.vocab_size = {rows} is the preset's: {source} is not there yet, and the start takes the number from it"]
     unused = None if tokenizer is None else unused_rows(tokenizer, rows)
     return [] if unused is None else [f"warning: {unused}"]
 

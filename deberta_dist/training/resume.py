@@ -80,9 +80,7 @@ def refuse_to_begin(plan: Plan) -> None:
         ConfigError: it does.
     """
     run = Path(plan.config.run.directory)
-    if plan.config.checkpoint.resume == "never" and (
-        (run / METRICS_NAME).exists() or checkpoints(checkpoint_directory(plan))
-    ):
+    if plan.config.checkpoint.resume == "never" and ((run / METRICS_NAME).exists() or checkpoints(checkpoint_directory(plan))):
         raise ConfigError(
             f"run.directory = {run} holds a run already (its metrics or checkpoints are there) and "
             'checkpoint.resume is "never": move it away or give another --run.directory'

@@ -141,6 +141,4 @@ class Trainer:
         documents = [None] * count if batch.document_ids is None else batch.document_ids.chunk(count)
         names = ("attention_mask", "document_ids", "targets", "dropout_key")
         values = zip(masks, documents, batch.targets, dropout_keys, strict=True)
-        return MicroBatches(
-            input_ids=batch.input_ids, fields=[dict(zip(names, found, strict=True)) for found in values]
-        )
+        return MicroBatches(input_ids=batch.input_ids, fields=[dict(zip(names, found, strict=True)) for found in values])

@@ -47,9 +47,7 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
             f'{config.source}: model.{_KEY} = "auto" follows from {absent}, which does not exist: to plan without it, give a '
             f"number, such as --model.{_KEY} 128128 for 128,000 pieces and [MASK]"
         )
-    model = Model(
-        preset=config.model.preset, config=config.model.config, **{**config.model.overrides, _KEY: rows}
-    )
+    model = Model(preset=config.model.preset, config=config.model.config, **{**config.model.overrides, _KEY: rows})
     return config.model_copy(update={"model": model})
 
 

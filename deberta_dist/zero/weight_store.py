@@ -90,9 +90,7 @@ class WeightStore:
         weights = self.layout.views([parameter.detach() for parameter in self._parameters])
         if not with_gradients:
             return weights, {}
-        self._gradients = [
-            torch.zeros(size, dtype=torch.float32, device=self._mesh.device) for size in self.layout.sizes
-        ]
+        self._gradients = [torch.zeros(size, dtype=torch.float32, device=self._mesh.device) for size in self.layout.sizes]
         return weights, self.layout.views(self._gradients)
 
     def release(self) -> None:

@@ -141,16 +141,16 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_rehearsed_step_is_right(name: str, tmp_path: Path) -> None:
     module, function = STEPS[name].function.split(":")
     found = report(tmp_path)
-    getattr(importlib.import_module(module), function)(
-        REHEARSAL, found, **STEPS[name].options
-    )
+    getattr(importlib.import_module(module), function)(REHEARSAL, found, **STEPS[name].options)
     found.end(DONE)
     assert found.record["status"] == DONE, found.record["checks"]
     assert found.record["figures"] or found.record["checks"]
     # A check of numbers that differ: a comparison of something with itself would find nothing either.
     if name.startswith("attention-") and found.record["checks"]:
         assert all(0 < check["found"] for check in found.record["checks"] if "at_most" in check)
-        assert {check["name"].split(",")[2].split(":")[0].strip() for check in found.record["checks"]} == set(gpu_attention.FEATURES)
+        assert {check["name"].split(",")[2].split(":")[0].strip() for check in found.record["checks"]} == set(
+            gpu_attention.FEATURES
+        )
 
 
 def test_a_wrong_attention_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,15 @@ def test_no_cost_is_negative() -> None:
 
 def test_order_and_distance_are_told() -> None:
     rows = [
-        {"layout": name, "processes": 2, "measured": one, "range": [one, one], "predicted": other, "busy": 1.0, "error": other / one - 1}
+        {
+            "layout": name,
+            "processes": 2,
+            "measured": one,
+            "range": [one, one],
+            "predicted": other,
+            "busy": 1.0,
+            "error": other / one - 1,
+        }
         for name, one, other in (("1x1x2", 1.0, 1.1), ("1x2x1", 1.2, 1.0), ("2x1x1", 2.0, 1.4))
     ]
     text = layouts.describe(rows, cores=2, load=(0.1, 2.0), rounds=3, steps=4)
@@ -101,7 +109,10 @@ def test_a_round_of_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("script", "message"),
-    [("echo no room >&2; exit 3", "rank 0 (has ended|ended in 'stage').*no room"), ("exec sleep 60", "had not answered 'stage'")],
+    [
+        ("echo no room >&2; exit 3", "rank 0 (has ended|ended in 'stage').*no room"),
+        ("exec sleep 60", "had not answered 'stage'"),
+    ],
 )
 def test_a_rank_that_fails_or_hangs_ends_it_all(
     script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,9 +18,7 @@ FILE = "rank-00000.safetensors"
 
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
-    return dataclasses.replace(
-        Case(tensor=2, data=2).manifest(), files={FILE: FileEntry(bytes=100, sha256="0" * 64)}
-    )
+    return dataclasses.replace(Case(tensor=2, data=2).manifest(), files={FILE: FileEntry(bytes=100, sha256="0" * 64)})
 
 
 def _edited(manifest: Manifest, change) -> bytes:

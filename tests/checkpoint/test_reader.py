@@ -76,9 +76,7 @@ def test_any_range_of_any_cut(written: dict[Case, Path]) -> None:
                 expected = full.narrow(dim, start, stop - start).reshape(-1)
                 begin, end = sorted(torch.randint(0, expected.numel() + 1, (2,), generator=generator).tolist())
                 before = reader.bytes_copied
-                found = reader.read_range(
-                    name, begin=begin, count=end - begin, state="exp_avg", cut=(dim, start, stop)
-                )
+                found = reader.read_range(name, begin=begin, count=end - begin, state="exp_avg", cut=(dim, start, stop))
                 assert torch.equal(found, expected[begin:end])
                 assert reader.bytes_copied - before == 4 * (end - begin)
 
@@ -141,9 +139,7 @@ def _flip(path: Path, position: int) -> None:
         (lambda path: shutil.copy(path.parent / "rank-00003.safetensors", path), "checksum|truncated|too long"),
     ],
 )
-def test_damage_is_named_and_the_one_before_is_used(
-    copy: Path, written: dict[Case, Path], damage, message: str
-) -> None:
+def test_damage_is_named_and_the_one_before_is_used(copy: Path, written: dict[Case, Path], damage, message: str) -> None:
     damage(copy / "rank-00002.safetensors")
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(copy)
@@ -277,9 +273,7 @@ def test_rectangles_against_numpy() -> None:
         source = flat[0][runs[0][0] : sum(runs[0])].copy()
         wanted = flat[1][runs[1][0] : sum(runs[1])]
         result = np.full(len(wanted), -1, np.float32)
-        sources, targets = (
-            rectangles(w, begin=b, count=c, address=0) for w, (b, c) in zip(windows, runs, strict=True)
-        )
+        sources, targets = (rectangles(w, begin=b, count=c, address=0) for w, (b, c) in zip(windows, runs, strict=True))
         assert len(sources) <= 3 and len(targets) <= 3
         for s in sources:
             for t in targets:

@@ -221,9 +221,7 @@ def test_parts_of_all_shards_are_the_pieces_of_the_table(case: Case) -> None:
         for flat, found in enumerate(own):
             ends = [part.offset + part.count for part in found]
             assert all(part.offset >= end for part, end in zip(found[1:], ends, strict=False))
-            parts |= {
-                (part.name, f"rank-{rank:05d}.safetensors", flat, part.offset, part.begin, part.count) for part in found
-            }
+            parts |= {(part.name, f"rank-{rank:05d}.safetensors", flat, part.offset, part.begin, part.count) for part in found}
     assert parts == pieces
 
 

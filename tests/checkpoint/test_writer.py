@@ -54,9 +54,7 @@ def test_a_checkpoint_appears_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names(tmp_path) == ["latest", "step-00000100"]
     assert (tmp_path / "latest").read_text() == "step-00000100\n"
     manifest = open_checkpoint(path).manifest
-    assert dataclasses.replace(manifest, files={}, model_config={}) == dataclasses.replace(
-        CASE.manifest(), model_config={}
-    )
+    assert dataclasses.replace(manifest, files={}, model_config={}) == dataclasses.replace(CASE.manifest(), model_config={})
     assert writers[0].state.status == "idle"
 
 

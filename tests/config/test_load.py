@@ -124,7 +124,10 @@ def test_section_that_is_no_table(toml: Path) -> None:
         (["--training.seed"], "--training.seed has no value"),
         (["--training.seed", "--training.max_steps", "3"], "--training.seed has no value"),
         (["--training.seed", "1", "--training.seed=2"], "--training.seed is given twice ('1' and '2')"),
-        (["--parallel.layers_per_stage", "[0, 4]"], "command line: parallel.layers_per_stage = 0; expected a number from 1 to 10000"),
+        (
+            ["--parallel.layers_per_stage", "[0, 4]"],
+            "command line: parallel.layers_per_stage = 0; expected a number from 1 to 10000",
+        ),
         (["--data.bucket_lengths", "[0]"], "data.bucket_lengths = 0; expected a number from 3 to"),
         (["--data.bucket_lengths", "[[8], 64]"], "data.bucket_lengths = [8]; expected a valid integer"),
         (["--data.bucket_lengths", "[]"], "data.bucket_lengths = []; expected at least 1 of them"),

@@ -52,7 +52,14 @@ def test_every_pretraining_toml_is_covered() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("zero3_bf16", "bf16"), ("zero3_fp16", "fp16"), ("zero3_offload", "bf16"), ("zero3_fp16_offload", "fp16"), ("finetune_zero3", "bf16"), ("debug_cpu", "fp32")],
+    [
+        ("zero3_bf16", "bf16"),
+        ("zero3_fp16", "fp16"),
+        ("zero3_offload", "bf16"),
+        ("zero3_fp16_offload", "fp16"),
+        ("finetune_zero3", "bf16"),
+        ("debug_cpu", "fp32"),
+    ],
 )
 def test_deepspeed_jsons(name: str, expected: str) -> None:
     config = resolve(load_config(ROOT / "launchers" / "pretrain_demo.toml"), 8)
@@ -90,7 +97,9 @@ def test_written_pair_starts_again(name: str, world_size: int, tmp_path: Path) -
 def test_a_finetuning_pair_loads_again(tmp_path: Path) -> None:
     launchers = ROOT / "launchers"
     recipes = read_recipes(launchers / "finetune_recipes" / "base.toml", "RTE", known=("MNLI", *MAIN_TASKS))
-    loaded = load_config(launchers / "finetune_superglue.toml", ["--sift.enabled", "true"], schema=FineTuneConfig, recipes=recipes)
+    loaded = load_config(
+        launchers / "finetune_superglue.toml", ["--sift.enabled", "true"], schema=FineTuneConfig, recipes=recipes
+    )
     config = resolve_finetuning(loaded, 4)
     ds = deepspeed_config(config.run.deepspeed, config)
     toml, json_file = write_resolved(config, ds, tmp_path / "run")

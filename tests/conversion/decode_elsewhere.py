@@ -64,9 +64,7 @@ def examine(directory: Path, known: Path, work: Path) -> dict[str, object]:
     result.loss.backward()
     flat = torch.nn.functional.cross_entropy(result.logits.flatten(0, 1), labels.flatten())
     found["loss"] = abs(flat.item() - result.loss.item())
-    found["without gradient"] = [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    ]
+    found["without gradient"] = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     halved = model(**inputs, labels=labels, num_items_in_batch=2 * int((labels != -100).sum())).loss.item()
     model.eval()
     found["no targets"] = model(**inputs, labels=torch.full_like(ids, -100)).loss.item()

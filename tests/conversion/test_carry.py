@@ -106,7 +106,9 @@ def test_the_table_is_that_of_every_class() -> None:
 WORDS = "\n".join([*"[PAD] [UNK] [CLS] [SEP] [MASK] the time hello ##s , . ( )".split(), *map(chr, range(97, 123))])
 WORD_PIECE = {
     "as_bert": {"tokenizer_config__json": {"tokenizer_class": "BertTokenizer", "do_lower_case": True}},
-    "cased": {"tokenizer_config__json": {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True}},
+    "cased": {
+        "tokenizer_config__json": {"tokenizer_class": "BertTokenizerFast", "do_lower_case": False, "strip_accents": True}
+    },
     "said_by_the_model": {"config": {"tokenizer_class": "BertTokenizer"}},
     "beside_another": {"tokenizer_config__json": {"tokenizer_class": "BertTokenizer"}, "spm__model": "not what it reads"},
 }
@@ -133,7 +135,10 @@ def test_word_pieces(case: str, tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_its_class_does_not_read(spm: Path, tmp_path: Path) -> None:
     alone = convert(source_of(tmp_path / "alone", vocab__txt=WORDS), tmp_path / "a", to="huggingface")
-    assert "DebertaV2Tokenizer cannot be loaded: spm.model (or tokenizer.json) is not in the source" in alone["tokenizer"]["message"]
+    assert (
+        "DebertaV2Tokenizer cannot be loaded: spm.model (or tokenizer.json) is not in the source"
+        in alone["tokenizer"]["message"]
+    )
     assert (tmp_path / "a/vocab.txt").exists()
     # The class of the model takes spm.model; the other goes along.
     both = source_of(tmp_path / "both", vocab__txt=WORDS, spm__model=spm)
@@ -152,7 +157,9 @@ def test_the_tokenizer_of_v1_stays_its_own(model: str, tmp_path: Path) -> None:
     special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
     trained.train_from_iterator(["the time machine is a program of the file"] * 50, vocab_size=300, special_tokens=special)
     trained.save_model(str(tmp_path))
-    source = source_of(tmp_path / "source", model=model, vocab__json=tmp_path / "vocab.json", merges__txt=tmp_path / "merges.txt")
+    source = source_of(
+        tmp_path / "source", model=model, vocab__json=tmp_path / "vocab.json", merges__txt=tmp_path / "merges.txt"
+    )
     convert(source, tmp_path / "direct", to="huggingface")
     same_ids(source, tmp_path / "direct")
     convert(source, tmp_path / "ours", to="deberta_dist")
@@ -189,7 +196,14 @@ def test_what_its_configuration_names_goes_along(spm: Path, tmp_path: Path) -> N
 
 
 def token(content: str, **flags: bool) -> dict[str, Any]:
-    return {"content": content, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True} | flags
+    return {
+        "content": content,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": True,
+    } | flags
 
 
 MASK_AND_USER = {"500": token("[MASK]"), "501": token("<User>", normalized=True, special=False)}

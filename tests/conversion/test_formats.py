@@ -38,8 +38,7 @@ def test_first_releases(tmp_path: Path) -> None:
     model = make_model("v1")
     expected = published_tensors(model)
     state: dict[str, Any] = {
-        name.replace("deberta.", "bert."): value
-        for name, value in fuse(expected, head_size=model.config.head_size).items()
+        name.replace("deberta.", "bert."): value for name, value in fuse(expected, head_size=model.config.head_size).items()
     }
     state["bert.embeddings.position_ids"] = torch.arange(64)[None]
     for number, options in enumerate(({}, {"_use_new_zipfile_serialization": False})):
@@ -126,9 +125,7 @@ def test_unexplained_keys_are_refused_unless_allowed(tmp_path: Path) -> None:
     extra = {**tensors, "qa_outputs.weight": torch.zeros(2, 64), "deberta.pooler.dense.bias": torch.zeros(64)}
     source = export(model, tmp_path / "source")
     save_file(extra, source / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"2 keys .* not explained: .*qa_outputs.weight.*--allow-unmapped"
-    ) as caught:
+    with pytest.raises(CheckpointError, match=r"2 keys .* not explained: .*qa_outputs.weight.*--allow-unmapped") as caught:
         converted(source, tmp_path / "no")
     assert caught.value.exit_code == 65
     with pytest.raises(CheckpointError, match="1 keys"):

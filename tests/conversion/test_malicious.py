@@ -106,9 +106,7 @@ def test_damaged_archives(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, match="larger or smaller than what is stored")
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b", 7, None]
-)
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "a\0b", 7, None])
 def test_an_index_does_not_lead_elsewhere(name: object, source: Path, tmp_path: Path) -> None:
     os.rename(source / "model.safetensors", tmp_path / "secret.safetensors")
     (source / "sub").mkdir()

@@ -61,8 +61,13 @@ def test_a_pooler_of_the_official_form(case: str, tmp_path: Path) -> None:
 
 def test_a_pooler_of_the_other_forms_is_gelu(tmp_path: Path) -> None:
     model = make_model("v2_classification")
-    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("pooler_")} | {"hidden_act": "relu"}
-    for name, more in (("own", {}), ("hf", {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]})):
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("pooler_")} | {
+        "hidden_act": "relu"
+    }
+    for name, more in (
+        ("own", {}),
+        ("hf", {"model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"]}),
+    ):
         (tmp_path / name).mkdir()
         save_file(published_tensors(model), tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text(json.dumps(config | more))

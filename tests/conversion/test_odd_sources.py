@@ -106,9 +106,7 @@ def test_a_generator_has_a_configuration_of_its_own(tmp_path: Path) -> None:
     source = export(make_model("v3_discriminator"), tmp_path / "source")
     edit(source / "config.json", num_hidden_layers=2)
     state = published_tensors(make_model("v3_discriminator"))
-    state["deberta.embeddings.word_embeddings._weight"] = torch.zeros_like(
-        state["deberta.embeddings.word_embeddings.weight"]
-    )
+    state["deberta.embeddings.word_embeddings._weight"] = torch.zeros_like(state["deberta.embeddings.word_embeddings.weight"])
     (source / "model.safetensors").unlink()
     torch.save(state, source / "pytorch_model.bin")
     generator = published_tensors(make_model("v2"))
@@ -172,9 +170,7 @@ def test_tensors_of_several_formats_lie_on_their_boundaries(tmp_path: Path) -> N
     assert same(load(content), mixed)
 
 
-def test_a_signal_between_the_renames_leaves_the_old_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_between_the_renames_leaves_the_old_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = export(make_model("v2"), tmp_path / "source"), tmp_path / "target"
     convert(source, target, to="deberta_dist")
     before = {path.name: path.read_bytes() for path in target.iterdir()}

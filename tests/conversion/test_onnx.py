@@ -118,9 +118,7 @@ def test_another_program_is_not_written(small, tmp_path: Path, monkeypatch: pyte
     called = type("Called", (torch.nn.Module,), {"examples": staticmethod(model.examples)})()
     called.register_parameter("weight", torch.nn.Parameter(torch.ones(1)))
     called.forward = lambda input_ids, **rest: (torch.zeros(*input_ids.shape, 512),)
-    program = onnx_files.Program(
-        model=called, exported=None, inputs=(), outputs=("logits",), lengths=(5, 9), num_bytes=0
-    )
+    program = onnx_files.Program(model=called, exported=None, inputs=(), outputs=("logits",), lengths=(5, 9), num_bytes=0)
     with pytest.raises(DebertaDistError, match=r"other logits than the model for inputs of 3 x 5.*nothing is written"):
         onnx_files._compare(made / "model.onnx", program)
     found = importlib.util.find_spec

@@ -66,9 +66,7 @@ def test_compressed_text_is_the_same_text(tmp_path: Path, kind: str) -> None:
         (lambda data: b"plain text\n" * 99, "has damaged {kind} data after 0 bytes"),
     ],
 )
-def test_damaged_archives_are_told(
-    tmp_path: Path, kind: str, damage: Callable[[bytes], bytes], message: str
-) -> None:
+def test_damaged_archives_are_told(tmp_path: Path, kind: str, damage: Callable[[bytes], bytes], message: str) -> None:
     path = tmp_path / f"a.txt.{kind}"
     # zstandard writes no checksum unless asked to.
     pack = zstandard.ZstdCompressor(write_checksum=True).compress if kind == "zst" else PACK[kind]
@@ -224,9 +222,7 @@ def test_bad_rows_and_damaged_parquet_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "suffix"), [("pyarrow", "parquet"), ("zstandard", "txt.zst")])
-def test_a_missing_package_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, suffix: str
-) -> None:
+def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, suffix: str) -> None:
     (tmp_path / f"a.{suffix}").write_bytes(b"x")
     real = builtins.__import__
 

@@ -63,7 +63,9 @@ def test_every_string_of_every_kind_of_file(tmp_path: Path) -> None:
     write(tmp_path / "SOURCES.md", "left out")
     write(tmp_path / ".hidden" / "h.txt", "left out")
     ngram_set = benchmark_ngrams([tmp_path], n=2)
-    inside = "alpha beta|gamma delta|epsilon zeta|eta theta|iota kappa|lambda mu|nu xi|xi omicron|omicron pi|rho sigma".split("|")
+    inside = "alpha beta|gamma delta|epsilon zeta|eta theta|iota kappa|lambda mu|nu xi|xi omicron|omicron pi|rho sigma".split(
+        "|"
+    )
     # A key can be a text.
     inside += ["not a", "a key", "half a", "a pair"]
     assert [ngram_set.first_shared(f"so {pair}!") for pair in inside] == inside
@@ -101,7 +103,9 @@ def test_files_as_benchmarks_are_published(tmp_path: Path) -> None:
     line = f'{{"n": {"9" * 5000}, "r": 1e999, "text": "{a}", "text": "{b}"}}\n'
     write(tmp_path / "twice.jsonl.gz", gzip.compress(line.encode()))
     a, b = some("rows.csv", 2)
-    write(tmp_path / "rows.csv", f'id,one,two\n1,"{a[:40]}\n{a[40:]}","{b}"\n'.replace(f"{a[:40]}\n", a[:40].replace(" ", "\n")))
+    write(
+        tmp_path / "rows.csv", f'id,one,two\n1,"{a[:40]}\n{a[40:]}","{b}"\n'.replace(f"{a[:40]}\n", a[:40].replace(" ", "\n"))
+    )
     (a,) = some("wrapped.txt", 1)
     write(tmp_path / "wrapped.txt", a.replace(" ", "\n", 6))
     (a,) = some("tokens.txt", 1)

@@ -47,9 +47,7 @@ def expected(data: bytes, *, unit: str, limit: int) -> list[str]:
 
 
 @pytest.mark.parametrize("unit", ["line", "block"])
-def test_pieces_together_are_the_file_wherever_it_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
-) -> None:
+def test_pieces_together_are_the_file_wherever_it_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str) -> None:
     draw = random.Random(1)
     path = tmp_path / "nasty.txt"
     for _ in range(60):
@@ -216,7 +214,15 @@ def articles(data: bytes, *, limit: int) -> list[tuple[str, str | None]]:
 
 def test_articles_of_wikiextractor_wherever_the_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(3)
-    lines = [b'<doc id="1" title="A > B">\n', b"</doc>\n", b"\n", b"x <doc y>\n", b"A &amp; \xe2\x82\xac\n", b"  \n", b"<docs>\n"]
+    lines = [
+        b'<doc id="1" title="A > B">\n',
+        b"</doc>\n",
+        b"\n",
+        b"x <doc y>\n",
+        b"A &amp; \xe2\x82\xac\n",
+        b"  \n",
+        b"<docs>\n",
+    ]
     path = tmp_path / "wiki_00"
     for _ in range(80):
         data = b"".join(draw.choices(lines, weights=[3, 3, 1, 1, 2, 1, 1], k=draw.randrange(1, 14)))
@@ -253,9 +259,7 @@ def test_a_file_that_is_not_of_wikiextractor_is_refused(tmp_path: Path) -> None:
             found()
 
 
-def test_documents_too_long_are_named_or_left_out_in_bounded_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_too_long_are_named_or_left_out_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "CHUNK_BYTES", 100)
     (tmp_path / "a.txt").write_text("\n\nshort line\n" * 30 + "no empty line\n" * 100 + "\nlast")
     (tmp_path / "b.jsonl").write_text("\n" + "x" * 1001 + '\n{"text": "last"}')

@@ -34,9 +34,7 @@ def corpus(tmp_path: Path) -> list[Path]:
     return [tmp_path / "plain.txt", tmp_path / "packed.txt.gz", tmp_path / "c.parquet"]
 
 
-def test_a_sample_is_even_over_all_inputs_and_repeatable(
-    corpus: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_is_even_over_all_inputs_and_repeatable(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     options = ReadOptions()
     everything = list(sample_texts(corpus, options=options, max_bytes=None))
     assert len(everything) == 12_000
@@ -83,9 +81,7 @@ def test_held_out_text_is_measured_and_not_trained_on(
 ) -> None:
     trained: list[str] = []
 
-    def train(
-        texts: Iterable[str], path: str | Path, *, vocab_size: int, options: VocabularyOptions
-    ) -> TrainingWords:
+    def train(texts: Iterable[str], path: str | Path, *, vocab_size: int, options: VocabularyOptions) -> TrainingWords:
         trained.extend(texts)
         return train_tokenizer(trained[:200], path, vocab_size=vocab_size, options=options)
 

@@ -75,9 +75,7 @@ def _ngram_lengths(uniforms: np.ndarray, *, max_ngram: int) -> np.ndarray:
     return np.searchsorted(cumulative, uniforms * cumulative[-1], side="right") + 1
 
 
-def _official_units(
-    num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig
-) -> np.ndarray:
+def _official_units(num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig) -> np.ndarray:
     """Units of one span per window, ascending; the quota plays no part in where spans lie."""
     window = int(1 / config.mask_probability)
     # A window is at least this long, so this many draws are always enough.
@@ -95,9 +93,7 @@ def _official_units(
     return _expand(starts, ends - starts)
 
 
-def _uniform_units(
-    num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig
-) -> np.ndarray:
+def _uniform_units(num_units: int, *, quota: int, rng: np.random.Generator, config: MaskingConfig) -> np.ndarray:
     """``quota`` units (or all) in disjoint spans, span after span in random order.
 
     A unit has at least one token, hence ``quota`` units are always enough.

@@ -34,13 +34,9 @@ def sources(corpus: TokenCorpus, tokenizer: Tokenizer, tmp_path: Path) -> list[S
     return [Source(name="mixed", corpus=corpus, epochs=1), Source(name="long", corpus=long, epochs=2)]
 
 
-def bucketed(
-    sources: list[Source] | TokenCorpus, tokenizer: Tokenizer, *, lengths: tuple[int, ...] = LENGTHS
-) -> BucketedData:
+def bucketed(sources: list[Source] | TokenCorpus, tokenizer: Tokenizer, *, lengths: tuple[int, ...] = LENGTHS) -> BucketedData:
     sources = sources if isinstance(sources, list) else [Source(corpus=sources)]
-    return BucketedData(
-        sources, tokenizer, lengths=lengths, samples_per_step=SAMPLES, masking=MaskingConfig(), seed=5
-    )
+    return BucketedData(sources, tokenizer, lengths=lengths, samples_per_step=SAMPLES, masking=MaskingConfig(), seed=5)
 
 
 def text_of(batch) -> list[tuple[int, ...]]:

@@ -18,9 +18,7 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 
 
-def data_of(
-    file: TokenFile, tokenizer: Tokenizer, *, length: int = 64, seed: int = 1, shuffle: bool = True
-) -> MaskedLMData:
+def data_of(file: TokenFile, tokenizer: Tokenizer, *, length: int = 64, seed: int = 1, shuffle: bool = True) -> MaskedLMData:
     corpus, masking = open_corpus(file.path), MaskingConfig()
     return MaskedLMData(corpus, tokenizer, max_seq_length=length, masking=masking, seed=seed, shuffle=shuffle)
 
@@ -41,9 +39,7 @@ def test_sequences_are_the_file_cut_into_samples(token_file: TokenFile, tokenize
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_any_split_of_a_range_gives_the_same_batches(
-    token_file: TokenFile, tokenizer: Tokenizer, shuffle: bool
-) -> None:
+def test_any_split_of_a_range_gives_the_same_batches(token_file: TokenFile, tokenizer: Tokenizer, shuffle: bool) -> None:
     data = data_of(token_file, tokenizer, shuffle=shuffle)
     start, count = data.num_samples - 7, 24  # across the end of an epoch
     whole = data.batch(start, count)
@@ -54,9 +50,7 @@ def test_any_split_of_a_range_gives_the_same_batches(
         assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
 
 
-def test_an_epoch_has_every_sample_once_and_the_next_is_different(
-    token_file: TokenFile, tokenizer: Tokenizer
-) -> None:
+def test_an_epoch_has_every_sample_once_and_the_next_is_different(token_file: TokenFile, tokenizer: Tokenizer) -> None:
     data = data_of(token_file, tokenizer)
     size = data.num_samples
     epochs = [data.samples_at(epoch * size, size) for epoch in range(2)]
@@ -77,9 +71,7 @@ def test_masks_differ_per_epoch_and_seed(token_file: TokenFile, tokenizer: Token
         assert torch.equal(*originals)
 
 
-def test_tensors_can_be_written_and_do_not_reach_the_file(
-    token_file: TokenFile, tokenizer: Tokenizer
-) -> None:
+def test_tensors_can_be_written_and_do_not_reach_the_file(token_file: TokenFile, tokenizer: Tokenizer) -> None:
     data = data_of(token_file, tokenizer)
     first = data.batch(0, 2)
     kept = first.input_ids.clone()
@@ -188,7 +180,12 @@ def test_waiting_is_told_where_making_is_slower_than_using() -> None:
 @pytest.mark.parametrize("length", [3, 5, 64, 3000])
 def test_documents_can_be_kept_apart(token_file: TokenFile, tokenizer: Tokenizer, length: int) -> None:
     data = MaskedLMData(
-        open_corpus(token_file.path), tokenizer, max_seq_length=length, masking=MaskingConfig(), seed=1, shuffle=False,
+        open_corpus(token_file.path),
+        tokenizer,
+        max_seq_length=length,
+        masking=MaskingConfig(),
+        seed=1,
+        shuffle=False,
         document_boundaries=True,
     )
     offsets = token_file.document_offsets
@@ -215,8 +212,13 @@ def test_many_short_documents_share_a_sample(tokenizer: Tokenizer, tmp_path: Pat
     ) as writer:
         writer.add_documents(np.full(40, 7), np.ones(40, np.int64))
     data = MaskedLMData(
-        open_corpus(tmp_path / "short.tokens"), tokenizer, max_seq_length=22, masking=MaskingConfig(), seed=1,
-        shuffle=False, document_boundaries=True,
+        open_corpus(tmp_path / "short.tokens"),
+        tokenizer,
+        max_seq_length=22,
+        masking=MaskingConfig(),
+        seed=1,
+        shuffle=False,
+        document_boundaries=True,
     )
     assert data.num_samples == 4
     batch = data.batch(1, 1)

@@ -198,9 +198,7 @@ def test_a_mask_depends_on_seed_epoch_and_sample_only(method: str) -> None:
     assert len(draws) == 5 * 5 * 50
 
 
-@pytest.mark.parametrize(
-    ("method", "digest"), [("official", "76bd69ed35d41639"), ("uniform", "789d801aab43c2e2")]
-)
+@pytest.mark.parametrize(("method", "digest"), [("official", "76bd69ed35d41639"), ("uniform", "789d801aab43c2e2")])
 def test_masks_never_change(method: str, digest: str) -> None:
     """A run resumed by a later version of the program, or of numpy, must see the same masks."""
     ids = 4 + np.arange(LENGTH) * 7919 % (MASK - 4)

@@ -42,7 +42,12 @@ def test_the_first_sample_is_spread_over_seeds() -> None:
 def test_the_order_never_changes() -> None:
     """A run resumed by a later version of the program must see the same order."""
     assert Permutation(1_000_003, seed=1234, epoch=5)(np.arange(6)).tolist() == [
-        63868, 475637, 999078, 324401, 92267, 507278,
+        63868,
+        475637,
+        999078,
+        324401,
+        92267,
+        507278,
     ]
 
 

@@ -19,9 +19,7 @@ def counted(words: dict[str, int]) -> dict[str, int]:
                 counts[word[start:stop]] += count
                 if stop < len(word):
                     followed[word[start:stop]][word[stop]] += count
-    return {
-        piece: count for piece, count in counts.items() if count >= 2 and max(followed[piece].values(), default=0) < count
-    }
+    return {piece: count for piece, count in counts.items() if count >= 2 and max(followed[piece].values(), default=0) < count}
 
 
 @pytest.mark.parametrize("alphabet", ["ab", "abcdefgh", "\u0e01\u0e02\u0e03\u4e00\U0001f600"])

@@ -77,9 +77,7 @@ def test_samples_do_not_depend_on_where_shards_end(
 ) -> None:
     shards = write_shards(tmp_path, token_file, first_documents=[0, 1, 2, 5, 9, 10, 16])
     one, seven = (
-        MaskedLMData(
-            corpus, tokenizer, max_seq_length=48, masking=MaskingConfig(), seed=3, document_boundaries=boundaries
-        )
+        MaskedLMData(corpus, tokenizer, max_seq_length=48, masking=MaskingConfig(), seed=3, document_boundaries=boundaries)
         for corpus in (open_corpus(token_file.path), shards)
     )
     assert one.num_samples == seven.num_samples
@@ -182,9 +180,7 @@ def test_files_that_do_not_belong_are_refused(many: Many, tmp_path: Path) -> Non
         (lambda index: index.update(vocab_size=None), "index.json is damaged"),
     ],
 )
-def test_a_damaged_index_is_refused(
-    many: Many, change: Callable[[dict], object], message: str
-) -> None:
+def test_a_damaged_index_is_refused(many: Many, change: Callable[[dict], object], message: str) -> None:
     change_index(many[1].path, change)
     with pytest.raises(DataError, match=message):
         open_corpus(many[1].path)

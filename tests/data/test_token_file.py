@@ -23,9 +23,7 @@ def write(path: Path, documents: list[list[int]] = DOCUMENTS, *, vocab_size: int
     return path
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(1000, "<u2"), (65536, "<u2"), (65537, "<u4"), (128001, "<u4")]
-)
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, "<u2"), (65536, "<u2"), (65537, "<u4"), (128001, "<u4")])
 def test_round_trip(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     documents = [*DOCUMENTS, [vocab_size - 1]]
     file = TokenFile(write(tmp_path / "a.tokens", documents, vocab_size=vocab_size))
@@ -168,9 +166,7 @@ def test_an_output_that_cannot_be_made_or_finished_is_told(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_ids_beyond_the_vocabulary_in_a_header_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ids_beyond_the_vocabulary_in_a_header_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.tokens")
     header = TokenFile(path)._read_header()
     monkeypatch.setattr(TokenFile, "_read_header", lambda self: header | {"max_token_id": 1000})

@@ -64,9 +64,7 @@ def test_a_different_file_is_never_replaced(texts: list[str], tmp_path: Path) ->
         (["hello"], 1_000_001, ConfigError, "vocab_size = 1000001, expected at most 1,000,000"),
     ],
 )
-def test_training_refuses(
-    given: list[str], vocab_size: int, error: type[Exception], message: str, tmp_path: Path
-) -> None:
+def test_training_refuses(given: list[str], vocab_size: int, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         train_tokenizer(given, tmp_path / "spm.model", vocab_size=vocab_size)
     assert list(tmp_path.iterdir()) == []
@@ -180,9 +178,7 @@ def test_a_long_run_is_cut_and_spoils_nothing(run: str, texts: list[str], tmp_pa
     told = train_tokenizer([*texts[:5], run], tmp_path / "spm.model", vocab_size=700)
     assert (told.num_cut_runs, told.num_cut_characters) == (1, len(run))
     train_tokenizer(texts[:5], tmp_path / "without.model", vocab_size=700)
-    with_run, without = (
-        set(Tokenizer(tmp_path / name).pieces(range(700))) for name in ("spm.model", "without.model")
-    )
+    with_run, without = (set(Tokenizer(tmp_path / name).pieces(range(700))) for name in ("spm.model", "without.model"))
     assert len(with_run & without) > 450
 
 

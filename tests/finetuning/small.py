@@ -85,9 +85,7 @@ def write_start(directory: Path, *, dropout: float, hidden_size: int = 32, vocab
         }
     )
     weights = {n: p.detach().clone() for n, p in DebertaForMaskedLM(config, seed=3).named_parameters()}
-    return write_weights(
-        weights, config=config.to_dict(), tokenizer=model_file, directory=directory / f"dropout-{dropout:g}"
-    )
+    return write_weights(weights, config=config.to_dict(), tokenizer=model_file, directory=directory / f"dropout-{dropout:g}")
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,9 @@ def test_classifier_is_carried_over_by_the_names_of_its_labels(start_directory: 
     same = start.reader(shapes, labels=labels, seed=1)
     assert same("classifier.bias").tolist() == [11.0, 12.0, 10.0] and same("classifier.weight")[:, 0].tolist() == [1, 2, 0]
     assert (same("pooler.dense.weight") == 0.5).all() and "by the names" in start.origin(labels)
-    new = start.reader({**shapes, "classifier.weight": (2, 32), "classifier.bias": (2,)}, labels=("entailment", "not_entailment"), seed=1)
+    new = start.reader(
+        {**shapes, "classifier.weight": (2, 32), "classifier.bias": (2,)}, labels=("entailment", "not_entailment"), seed=1
+    )
     assert new("classifier.bias").tolist() == [0, 0] and new("classifier.weight").shape == (2, 32)
     assert np.isclose(new("classifier.weight").std(), 0.2, rtol=0.3), "random, of the model's range"
     assert (new("pooler.dense.weight") == 0.5).all() and "new classifier" in start.origin(("a", "b"))
@@ -213,7 +215,9 @@ def test_true_of_one_task_is_not_true_of_another(start_directory: Path, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = load_file(source / "model.safetensors")
     weights |= {"pooler.dense.weight": torch.ones(32, 32), "pooler.dense.bias": torch.ones(32)}
-    save_file(weights | {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file(
+        weights | {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.ones(2)}, tmp_path / "model.safetensors"
+    )
     start = open_starting_point(tmp_path, tokenizer=start_directory / "spm.model", verify=True)
     assert "new classifier" in start.origin(("true", "false"))
 

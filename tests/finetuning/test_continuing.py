@@ -97,7 +97,9 @@ def test_more_epochs_continue_the_same_training(
             with pytest.raises(ConfigError, match=message):
                 finetune._run(begin, words(start_directory, tmp_path / "run", "--training.epochs", epochs, *more))
     with pytest.raises(ConfigError, match="settings.optimizer.learning_rate was"):
-        finetune._run(begin, words(start_directory, tmp_path / "run", "--training.epochs", "3", "--optimizer.learning_rate", "1"))
+        finetune._run(
+            begin, words(start_directory, tmp_path / "run", "--training.epochs", "3", "--optimizer.learning_rate", "1")
+        )
     shutil.move(folder, folder.with_name("RTE.epochs-2"))
     (folder.with_name("RTE.epochs-2") / "state").mkdir()
     with pytest.raises(ConfigError, match="RTE.epochs-2 is there without .*: a start ended while"):

@@ -51,7 +51,9 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(sift: bool, start_direct
     assert abs(histories[0][0][0] - without[0][0]) > 1e-4, "dropout was not on"
 
 
-@pytest.mark.parametrize("task", ["ReCoRD", pytest.param("MultiRC", marks=pytest.mark.slow), pytest.param("BoolQ", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "task", ["ReCoRD", pytest.param("MultiRC", marks=pytest.mark.slow), pytest.param("BoolQ", marks=pytest.mark.slow)]
+)
 def test_predictions_are_the_same_however_many_ranks(task: str, start_directory: Path) -> None:
     runs = [run_ranks(data, train, Case(task, data=data, steps=1), start_directory) for data in (1, 3)]
     for ranks in runs:

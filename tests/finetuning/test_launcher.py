@@ -47,7 +47,14 @@ def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr + result.stdout
     release = Release(data)
     for seed in (7, 8):
-        for name, split in (("RTE", "val"), ("RTE", "test"), ("COPA", "val"), ("COPA", "test"), ("AX-b", "test"), ("AX-g", "test")):
+        for name, split in (
+            ("RTE", "val"),
+            ("RTE", "test"),
+            ("COPA", "val"),
+            ("COPA", "test"),
+            ("AX-b", "test"),
+            ("AX-g", "test"),
+        ):
             path = out / f"seed-{seed}" / name / f"{split}.jsonl"
             found = read_predictions(path)
             require_covering(found, release.read(TASKS[name], split), where=path)
@@ -100,7 +107,10 @@ def test_tasks_start_from_mnli_in_bf16(start_directory: Path, tmp_path: Path) ->
     result = start(start_directory, out, *words, *bf16)
     assert result.returncode == 0, result.stderr + result.stdout
     mnli = out / "seed-7" / "MNLI" / "weights"
-    assert f"RTE, seed 7: starts from {mnli}" in result.stdout and "CB, seed 7: starts from " + str(start_directory) in result.stdout
+    assert (
+        f"RTE, seed 7: starts from {mnli}" in result.stdout
+        and "CB, seed 7: starts from " + str(start_directory) in result.stdout
+    )
     assert json.loads((out / "seed-7/RTE/run.json").read_text())["made_from"]["through"] == "MNLI"
     assert not (out / "seed-7" / "RTE" / "weights").exists() and mnli.is_dir()
     # A run that lost the small task starts it from the MNLI model that is there.

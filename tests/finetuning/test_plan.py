@@ -43,7 +43,9 @@ def test_recipe_over_toml_and_command_line_over_recipe(start_directory: Path) ->
     assert list(plan.seeds) == [7, 8] and plan.sift.weight == 5.0 and config.run.directory == Path.cwd() / "x" / "y"
     assert {name: f.split.name for name, f in plan.features.items()} == {"train": "train", "val": "val", "test": "test"}
     assert [f.split.task.name for f in plan.diagnostics] == ["AX-b", "AX-g"]
-    assert "SiFT 5 x symmetric_kl" in describe([plan], start=open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True))
+    assert "SiFT 5 x symmetric_kl" in describe(
+        [plan], start=open_starting_point(start_directory / "dropout-0", tokenizer=None, verify=True)
+    )
 
 
 def test_deepspeed_json_is_checked_as_for_pre_training(start_directory: Path, tmp_path: Path) -> None:
@@ -109,12 +111,18 @@ def test_absolute_positions_have_to_reach_as_far_as_padding(start_directory: Pat
         config = dataclasses.replace(start.config, position_biased_input=True, max_position_embeddings=most)
         given = dataclasses.replace(arguments, overrides=tuple(words))
         made = partial(
-            make_plans, given, toml=start_directory / "finetune.toml", start=dataclasses.replace(start, config=config), world_size=1
+            make_plans,
+            given,
+            toml=start_directory / "finetune.toml",
+            start=dataclasses.replace(start, config=config),
+            world_size=1,
         )
         if most == 50 and not words:
             made()
             continue
-        with pytest.raises(ConfigError, match=r"max_seq_length = 4[89], but .* absolute positions for 4[80] tokens \(a multiple of 8\)"):
+        with pytest.raises(
+            ConfigError, match=r"max_seq_length = 4[89], but .* absolute positions for 4[80] tokens \(a multiple of 8\)"
+        ):
             made()
 
 
@@ -140,7 +148,7 @@ def test_required_words() -> None:
         (lambda d: edit(d, 3, lambda line: line[:-5]), "RTE/train.jsonl, line 3: not valid JSON"),
         (lambda d: edit(d, 2, lambda line: line.replace("entailment", "neutral")), "line 2: label is"),
         (lambda d: edit(d, 5, lambda line: edit_idx(line, 0)), "line 5: idx 0 stands in line 1 already"),
-        (lambda d: shutil.copy(d / "CB/train.jsonl", d / "RTE/train.jsonl"), "RTE has \"entailment\", \"not_entailment\""),
+        (lambda d: shutil.copy(d / "CB/train.jsonl", d / "RTE/train.jsonl"), 'RTE has "entailment", "not_entailment"'),
     ],
     ids=["no-val", "no-test", "torn-line", "foreign-label", "duplicate-idx", "other-task"],
 )

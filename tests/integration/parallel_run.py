@@ -152,9 +152,7 @@ def global_batch(case: Case, step: int) -> Batch:
     if case.documents:
         is_first = torch.rand(shape, generator=generator) < 0.15
         documents = (1 + is_first.cumsum(dim=1)) * mask
-    return Batch(
-        input_ids=torch.where(labels > 0, 202, ids) * mask, attention_mask=mask, labels=labels, document_ids=documents
-    )
+    return Batch(input_ids=torch.where(labels > 0, 202, ids) * mask, attention_mask=mask, labels=labels, document_ids=documents)
 
 
 def rows(batch: Batch, start: int, stop: int) -> Batch:
@@ -182,9 +180,7 @@ def make_trainer(case: Case) -> Trainer:
         sharded_model.DEVICES_WHOSE_PRODUCTS_ADD = ("cpu",)  # in this rank's process
     device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
     config, model_config = case.run_config(), case.model_config()
-    flops = forward_flops(
-        model_config, max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15
-    )
+    flops = forward_flops(model_config, max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15)
     layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=3)
     parts = build(config, layout=layout, deepspeed_config=deepspeed_settings(case), mesh=mesh)
@@ -230,9 +226,7 @@ def train(case: Case) -> dict[str, Any]:
         history.append((result.loss, result.grad_norm))
     for name, gradient in gradients.items():
         dist.all_reduce(gradient, group=trainer._mesh.groups["data"])
-    weights = gather_full_weights(
-        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
-    )
+    weights = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     full_gradients = gather_full_weights(
         trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh, owned=gradients
     )

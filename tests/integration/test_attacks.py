@@ -92,9 +92,7 @@ ATTACKS = {
     "v2-two-layers": Attack(tensor=2, pipeline=2, num_layers=2),
     "v1-biased-two-layers": Attack(pipeline=2, model="v1", num_layers=2, changes=BIASED),
     "no-targets-somewhere": Attack(data=2, steps=4, without_targets=((0, *FIRST), (1, *SECOND), (3, 0, 2))),
-    "no-targets-somewhere-pp-tp": Attack(
-        tensor=2, pipeline=2, data=1, steps=3, without_targets=((0, 0, 2), (1, 2, 4))
-    ),
+    "no-targets-somewhere-pp-tp": Attack(tensor=2, pipeline=2, data=1, steps=3, without_targets=((0, 0, 2), (1, 2, 4))),
     "no-targets-anywhere": Attack(pipeline=2, data=2, steps=4, without_targets=((1, *SECOND), (2, *ALL))),
     "no-targets-anywhere-tp": Attack(tensor=2, steps=3, without_targets=((1, *ALL),)),
 }
@@ -137,9 +135,7 @@ def train_and_look(case: Attack, look_after: tuple[int, ...]) -> dict[str, Any]:
         if step in look_after:
             looked = trainer.evaluate([own_batch(case, 100), own_batch(case, 101)])
             seen.append((looked.loss, looked.accuracy, looked.num_targets))
-    weights = gather_full_weights(
-        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
-    )
+    weights = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     return {"history": history, "seen": seen, "weights": {n: w.numpy() for n, w in weights.items()}}
 
 

@@ -33,9 +33,7 @@ def records(run: Path) -> list[dict]:
 
 def begin(words: list[str], *, run: Path) -> subprocess.Popen[str]:
     """Starts a run and returns when it has saved twice."""
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd="/"
-    )
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd="/")
     deadline = time.monotonic() + 120
     while sum("copy_seconds" in record for record in records(run)) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]

@@ -17,12 +17,7 @@ def slow(case: Case) -> Any:
     return pytest.param(case, marks=pytest.mark.slow)
 
 
-LAYOUTS = [
-    Case(tensor=tensor, pipeline=pipeline, data=data)
-    for tensor in (1, 2)
-    for pipeline in (1, 2)
-    for data in (1, 2)
-] + [
+LAYOUTS = [Case(tensor=tensor, pipeline=pipeline, data=data) for tensor in (1, 2) for pipeline in (1, 2) for data in (1, 2)] + [
     Case(tensor=4),
     Case(pipeline=4, micro_batches=4),
     Case(pipeline=4, micro_batches=1),
@@ -133,9 +128,7 @@ def test_bf16_master_weights_follow_float32(options: dict[str, bool]) -> None:
     expected = oracle(case.global_batch_size, case.model)
     found = run_ranks(case.world_size, train, case)
     # bf16 has 8 bits of mantissa: losses agree to their rounding, and so does the first norm.
-    np.testing.assert_allclose(
-        [loss for loss, _ in found[0]["history"]], [loss for loss, _ in expected["history"]], rtol=2**-8
-    )
+    np.testing.assert_allclose([loss for loss, _ in found[0]["history"]], [loss for loss, _ in expected["history"]], rtol=2**-8)
     assert abs(found[0]["history"][0][1] / expected["history"][0][1] - 1) < 2**-5
     weights = found[0]["weights"]
     assert all(weight.dtype == np.float32 for weight in weights.values())

@@ -75,9 +75,7 @@ def interrupted(whole: Path, directory: Path) -> Path:
 def history(directory: Path) -> list[tuple[float, float, float, int]]:
     """(loss, norm, learning rate, consumed samples) of the steps after the saved one."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (s["loss"], s["grad_norm"], s["lr"], s["consumed_samples"]) for s in lines if "loss" in s and s["step"] > SAVED
-    ]
+    return [(s["loss"], s["grad_norm"], s["lr"], s["consumed_samples"]) for s in lines if "loss" in s and s["step"] > SAVED]
 
 
 def weights(directory: Path) -> dict[str, np.ndarray]:

@@ -11,7 +11,14 @@ from tests.harness import run_ranks
 from tests.integration.parallel_run import LEARNING_RATE, Case, make_trainer, own_batch
 
 # DeepSpeed's gathers and our broadcasts, by the functions that carry them; torch 2.11 and 2.12 lack the "single" names.
-COUNTED = ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor", "broadcast", "reduce")
+COUNTED = (
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "reduce",
+)
 
 
 def count_collectives(case: Case) -> dict[str, list[int]]:
@@ -25,7 +32,9 @@ def count_collectives(case: Case) -> dict[str, list[int]]:
             # One function may be written on top of another: the outermost call is the message.
             if depth[0] == 0:
                 tensor = next(a for a in [*arguments, *options.values()] if torch.is_tensor(a))
-                counts.setdefault(name.replace("into_tensor", "single").replace("_tensor", "_single"), []).append(tensor.numel())
+                counts.setdefault(name.replace("into_tensor", "single").replace("_tensor", "_single"), []).append(
+                    tensor.numel()
+                )
             depth[0] += 1
             try:
                 return originals[name](*arguments, **options)

@@ -126,9 +126,7 @@ def test_heads_of_64_in_bfloat16_do_not_spill(capability, has_positions):
     ],
 )
 def test_kernels_on_rows_do_not_spill(columns, dtype, capability):
-    kernels = json.loads(
-        output_of(_COMPILE_ROWS, json.dumps({"columns": columns, "dtype": dtype, "capability": capability}))
-    )
+    kernels = json.loads(output_of(_COMPILE_ROWS, json.dumps({"columns": columns, "dtype": dtype, "capability": capability})))
     assert len(kernels) == 3
     check_resources(kernels, capability)
 

@@ -65,9 +65,7 @@ def test_bad_tables_are_refused(rows, changes, message):
 def attend(**changes) -> torch.Tensor:
     given = {"query": TOKENS, "key": TOKENS, "value": TOKENS, "rel_key": None, "mask": None, "queries": None, **changes}
     positions = RelativePositions(given.get("rows", POSITIONS.row_of_distance), given["queries"])
-    call = AttentionCall(
-        scale=1.0, positions=positions, mask=given["mask"], dropout_p=0.0, dropout_seed=0, recompute=False
-    )
+    call = AttentionCall(scale=1.0, positions=positions, mask=given["mask"], dropout_p=0.0, dropout_seed=0, recompute=False)
     return fused_attention(given["query"], given["key"], given["value"], given["rel_key"], None, call)
 
 

@@ -86,9 +86,7 @@ def test_masks_and_dtypes(dtype, mask, gathered):
     problem.assert_agreement(mask=MASKS[mask](problem), dropout_p=0.2, dropout_seed=3)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (2, 1, 1, 5), (1, 2, 64, 64), (3, 2, 65, 63), (2, 2, 130, 1), (1, 5, 31, 197)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 5), (1, 2, 64, 64), (3, 2, 65, 63), (2, 2, 130, 1), (1, 5, 31, 197)])
 def test_lengths(shape):
     Problem(*shape).assert_agreement(dropout_p=0.1)
 
@@ -200,9 +198,7 @@ def test_16_bit_factors(as_on_a_gpu, dtype, dropout_p, gathered):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_multiplies_16_bit_factors_with_float32_sums(dtype):
     generator = torch.Generator().manual_seed(0)
-    left, right, start = (
-        torch.randn(*shape, generator=generator).cuda() for shape in ((3, 70, 41), (3, 83, 41), (3, 90, 100))
-    )
+    left, right, start = (torch.randn(*shape, generator=generator).cuda() for shape in ((3, 70, 41), (3, 83, 41), (3, 90, 100)))
     left, right = left.to(dtype), right.to(dtype).transpose(1, 2)
     if not operands.multiplies_halves(left):
         pytest.skip("this GPU has no tensor cores for the dtype")

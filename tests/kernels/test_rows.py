@@ -58,7 +58,9 @@ def test_rows_have_the_numbers_of_the_whole_they_are_of():
     full = row_dropout(whole, p=P, seed=SEED, numbers=RowNumbers())
     for part in range(2):
         own = whole[:, 3 * part : 3 * part + 3].contiguous()
-        assert torch.equal(row_dropout(own, p=P, seed=SEED, numbers=RowNumbers(3, 6, 3 * part)), full[:, 3 * part : 3 * part + 3])
+        assert torch.equal(
+            row_dropout(own, p=P, seed=SEED, numbers=RowNumbers(3, 6, 3 * part)), full[:, 3 * part : 3 * part + 3]
+        )
     padded = torch.cat([whole, torch.randn(2, 2, 16)], dim=1)
     found = row_dropout(padded, p=P, seed=SEED, numbers=RowNumbers(8, 6, 0))
     assert torch.equal(found[:, :6], full)

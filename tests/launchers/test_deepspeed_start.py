@@ -24,7 +24,15 @@ def checkout(tmp_path: Path) -> Path:
     """The launchers and what starts them, with a training that only says that it was called."""
     home = tmp_path / "checkout"
     shutil.copytree(ROOT / "launchers", home / "launchers")
-    for part in ("__init__.py", "errors.py", "foreign.py", "config", "training/__init__.py", "training/launch.py", "training/hostfile.py"):
+    for part in (
+        "__init__.py",
+        "errors.py",
+        "foreign.py",
+        "config",
+        "training/__init__.py",
+        "training/launch.py",
+        "training/hostfile.py",
+    ):
         source, target = ROOT / "deberta_dist" / part, home / "deberta_dist" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
@@ -53,9 +61,7 @@ def test_deepspeed_starts_the_launcher(checkout: Path, tmp_path: Path) -> None:
     script = str(checkout / "launchers" / "pretrain_demo.sh")
     lines = start(["deepspeed", "--num_gpus", "2", script, "--run.directory", "a b"], tmp_path)
     said = ["--local_rank={}", "--run.directory", "a b"]
-    assert lines == [
-        f"HERE {rank} 2 pretrain_demo.sh {[said[0].format(rank), *said[1:]]!r} None" for rank in range(2)
-    ]
+    assert lines == [f"HERE {rank} 2 pretrain_demo.sh {[said[0].format(rank), *said[1:]]!r} None" for rank in range(2)]
 
 
 def test_shell_starts_as_many_as_the_toml_needs(checkout: Path, tmp_path: Path) -> None:
@@ -63,8 +69,7 @@ def test_shell_starts_as_many_as_the_toml_needs(checkout: Path, tmp_path: Path) 
     lines = start(["sh", script, "--training.seed", "3"], tmp_path)
     threads = max(1, (os.cpu_count() or 1) // 8)
     assert lines == [
-        f"HERE {rank} 8 pretrain_demo.sh {[f'--local_rank={rank}', '--training.seed', '3']!r} {threads}"
-        for rank in range(8)
+        f"HERE {rank} 8 pretrain_demo.sh {[f'--local_rank={rank}', '--training.seed', '3']!r} {threads}" for rank in range(8)
     ]
 
 

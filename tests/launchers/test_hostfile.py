@@ -161,7 +161,9 @@ def test_other_fronts_are_left_alone(chain: list[list[str]], monkeypatch: pytest
 def test_processes_above_are_read() -> None:
     code = "from deberta_dist.training import hostfile; print(list(hostfile._commands_above()))"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
-    result = subprocess.run([sys.executable, "-c", outer, "a b"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", outer, "a b"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
+    )
     words = eval(result.stdout)  # noqa: S307
     assert words[0][1] == "-c" and words[0][3] == "a b"
     assert any("pytest" in word for word in words[1])

@@ -73,9 +73,7 @@ def test_without_gpu_processes_and_environment_come_from_the_toml(start: Callabl
 
 
 @pytest.mark.parametrize("shell", [["sh"], ["bash"], []])
-def test_other_directory_and_direct_execution(
-    shell: list[str], tmp_path: Path, start: Callable, called: Callable
-) -> None:
+def test_other_directory_and_direct_execution(shell: list[str], tmp_path: Path, start: Callable, called: Callable) -> None:
     call = called(start(*shell, str(ROOT / DEMO), "--num_gpus", "8", cwd=tmp_path))
     assert call["argv"][0] == "--num_gpus=8"
     assert call["argv"][2:] == [str(ROOT / DEMO)]

@@ -30,10 +30,7 @@ def test_rank_and_coordinate_are_inverse(sizes: tuple[int, int, int]) -> None:
     shape = MeshShape(pipeline=sizes[0], data=sizes[1], tensor=sizes[2])
     found = [shape.coordinate(rank) for rank in range(shape.world_size)]
     assert found == [
-        Coordinate(pipeline=p, data=d, tensor=t)
-        for p in range(sizes[0])
-        for d in range(sizes[1])
-        for t in range(sizes[2])
+        Coordinate(pipeline=p, data=d, tensor=t) for p in range(sizes[0]) for d in range(sizes[1]) for t in range(sizes[2])
     ]
     assert [shape.rank(coordinate) for coordinate in found] == list(range(shape.world_size))
 

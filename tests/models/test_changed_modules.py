@@ -36,7 +36,9 @@ def model_of(config: str, kind: str) -> nn.Module:
     model = MODELS[kind](CONFIGS[config], seed=5).double().eval()
     with torch.no_grad():  # biases start as zeros
         for number, parameter in enumerate(model.parameters()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number), dtype=parameter.dtype)
+            parameter += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(number), dtype=parameter.dtype
+            )
     return model
 
 
@@ -158,7 +160,9 @@ def test_backward_hooks_fire(config: str) -> None:
         if isinstance(module, nn.Linear):
             module.register_full_backward_hook(lambda *_, name=name: seen.update([name]))
     logits_of(model).sum().backward()
-    assert seen == {name: uses(name, CONFIGS[config], "masked") for name, m in leaves(model).items() if isinstance(m, nn.Linear)}
+    assert seen == {
+        name: uses(name, CONFIGS[config], "masked") for name, m in leaves(model).items() if isinstance(m, nn.Linear)
+    }
 
 
 def test_global_hooks_fire() -> None:
@@ -197,7 +201,11 @@ def test_weight_norm_and_pruning_train() -> None:
     for change in (nn.utils.weight_norm, lambda module: prune.random_unstructured(module, "weight", amount=0.5)):
         torch.manual_seed(0)
         model = model_of("v2", "masked")
-        changed = [m for n, m in leaves(model).items() if n.endswith(("query_proj", "key_proj", "intermediate.dense", "word_embeddings"))]
+        changed = [
+            m
+            for n, m in leaves(model).items()
+            if n.endswith(("query_proj", "key_proj", "intermediate.dense", "word_embeddings"))
+        ]
         for module in changed:
             change(module)
         before = logits_of(model)

@@ -18,7 +18,9 @@ from deberta_dist.models.presets import preset
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 90}
 CONFIGS = {
     "v1": preset("tiny-v1", **SMALL),
-    "v1_biased": preset("tiny-v1", **SMALL | {"num_hidden_layers": 1}, position_biased_input=True, type_vocab_size=2, embedding_size=24),
+    "v1_biased": preset(
+        "tiny-v1", **SMALL | {"num_hidden_layers": 1}, position_biased_input=True, type_vocab_size=2, embedding_size=24
+    ),
     "v2": preset("tiny-v2", **SMALL, type_vocab_size=2),
     "v3": preset("tiny-v2", **SMALL, conv_kernel_size=0),
 }

@@ -161,7 +161,9 @@ def test_narrow_whole_numbers_are_labels(dtype: torch.dtype) -> None:
     assert model(IDS, labels=IDS.to(dtype)).loss == model(IDS, labels=IDS).loss
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([1]), torch.tensor([[1], [2]]), torch.tensor([1.0, 2.0]), torch.tensor([1, 7])])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1]), torch.tensor([[1], [2]]), torch.tensor([1.0, 2.0]), torch.tensor([1, 7])]
+)
 def test_cross_entropy_takes_a_label_for_every_row(labels: Tensor) -> None:
     logits, hidden = torch.zeros(2, 7), torch.zeros(2, 3)
     for call in (

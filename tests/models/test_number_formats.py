@@ -20,13 +20,17 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("parts", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)])
+@pytest.mark.parametrize(
+    "parts", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float64)]
+)
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_head_of_another_format_is_told(kind: type[nn.Module], parts: tuple[torch.dtype, torch.dtype]) -> None:
     model = kind(preset("tiny-v2", **SIZES)).eval().to(parts[0])
     model.get_submodule(HEADS[kind]).to(parts[1])
     expected = [re.escape(str(part).removeprefix("torch.")) for part in parts]
-    with pytest.raises(ValueError, match=rf"{expected[0]}: deberta\.embeddings.*{expected[1]}: {HEADS[kind]}.*model\.to") as caught:
+    with pytest.raises(
+        ValueError, match=rf"{expected[0]}: deberta\.embeddings.*{expected[1]}: {HEADS[kind]}.*model\.to"
+    ) as caught:
         model(IDS)
     assert "\n" not in str(caught.value)
     model.to(torch.float32)

@@ -76,4 +76,3 @@ def test_masks():
     assert visibility(tokens).is_of_padding and not visibility(documents).is_of_padding
     with pytest.raises(ValueError, match="attention_mask has shape"):
         visibility(torch.ones(1, 1, 3, 3))
-

@@ -72,9 +72,7 @@ def hashed_and_ours(monkeypatch, function) -> list[list[torch.Tensor]]:
     hashed = function((x + bias).flatten(0, 1), rest.flatten(0, 1), low, high, *limits, weight, norm_bias, eps)
     ours = rows.residual_norm(x, bias, rest, weight, norm_bias, eps=eps, p=p, seed=seed, numbers=numbers)
     leaves = [x, bias, rest, weight, norm_bias]
-    return [
-        [y.detach(), *torch.autograd.grad(y, leaves, outer.detach())] for y in (hashed.view(x.shape), ours)
-    ]
+    return [[y.detach(), *torch.autograd.grad(y, leaves, outer.detach())] for y in (hashed.view(x.shape), ours)]
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])

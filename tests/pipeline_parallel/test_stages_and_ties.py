@@ -41,8 +41,7 @@ def test_balance_equals_brute_force(seed: int) -> None:
     assert [unit for stage in found for unit in stage] == list(range(num_units))
     assert len(found) == num_stages and all(len(stage) >= 1 for stage in found)
     best = min(
-        (max(stage_costs(costs, cut)), sum(c * c for c in stage_costs(costs, cut)))
-        for cut in every_cut(num_units, num_stages)
+        (max(stage_costs(costs, cut)), sum(c * c for c in stage_costs(costs, cut))) for cut in every_cut(num_units, num_stages)
     )
     mine = stage_costs(costs, found)
     assert max(mine) == best[0]
@@ -129,9 +128,7 @@ def test_every_slice_has_one_owner_and_it_is_the_first_user(model: str, tensor: 
                 if name in owned:
                     owners.setdefault((name, part), []).append((p, t))
     expected = {
-        (name, part)
-        for name in found.full_shapes
-        for part in range(tensor if plan.parameter_cut(name).dim is not None else 1)
+        (name, part) for name in found.full_shapes for part in range(tensor if plan.parameter_cut(name).dim is not None else 1)
     }
     assert users.keys() == expected, "a slice that nobody uses, or one of no parameter"
     for piece, places in users.items():

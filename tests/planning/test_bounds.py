@@ -112,7 +112,9 @@ def test_numbers_of_the_model(name: str, toml: Path) -> None:
 
 
 def test_every_size_of_the_model_has_a_bound() -> None:
-    sizes = {field.name for field in dataclasses.fields(DebertaConfig) if any(kind in str(field.type) for kind in ("int", "float"))}
+    sizes = {
+        field.name for field in dataclasses.fields(DebertaConfig) if any(kind in str(field.type) for kind in ("int", "float"))
+    }
     bounded_by_others = {"conv_groups", "padding_idx", "pooler_hidden_size"}
     shares = {"hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_drop_out"}
     assert sizes == {*LARGEST, *bounded_by_others, *shares}

@@ -40,7 +40,9 @@ def test_buckets_of_a_text(token_file: TokenFile) -> None:
         assert told == [str(length), str(rows), f"{sizes.num_pieces[number]:,}", f"{sizes.padding(number):.1%}"]
         # All buckets are used up together, up to a step's sequences.
         assert abs(float(epoch) - expected) * sizes.num_pieces[number] <= 32 * 128 / length
-    shares = ", ".join(f"{length}: {room / sum(sizes.room):.1%}" for length, room in zip((32, 64, 128), sizes.room, strict=True))
+    shares = ", ".join(
+        f"{length}: {room / sum(sizes.room):.1%}" for length, room in zip((32, 64, 128), sizes.room, strict=True)
+    )
     assert f"steps of each length: {shares}; padding in all: {sizes.total_padding:.1%}" in text
     assert sizes.num_pieces[0] < 128 < sizes.num_pieces[2]
     assert f"32: a step takes 128 sequences, an epoch has {sizes.num_pieces[0]}," in text and "128: a step" not in text
@@ -60,7 +62,9 @@ def test_sources_have_their_own_lines_and_a_wrong_length_of_the_run_is_told(toke
 
 def test_memory_is_that_of_the_worst_bucket_and_receive_buffers_are_shared() -> None:
     whole, buckets = rank_reports(plan_of()), rank_reports(plan_of(*BUCKETS))
-    small = rank_reports(plan_of("--data.max_seq_length=32", "--training.micro_batch_size=32", "--training.global_batch_size=128"))
+    small = rank_reports(
+        plan_of("--data.max_seq_length=32", "--training.micro_batch_size=32", "--training.global_batch_size=128")
+    )
     for one, other, short in zip(whole, buckets, small, strict=True):
         assert short.memory.activations < one.memory.activations, "otherwise the worst is not told from the first"
         assert other.memory.activations == one.memory.activations

@@ -28,9 +28,7 @@ BATCH, LENGTH, TARGETS = 3, 64, 8
         ("tiny-v2", {"conv_groups": 4, "conv_kernel_size": 5}),
     ],
 )
-def test_formula_counts_every_product_of_the_model(
-    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_formula_counts_every_product_of_the_model(name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # The model's products are the formula's; the portable attention makes some more to avoid a gather.
     monkeypatch.setattr(attention, "portable_attention", lambda *arguments: reference_attention(*arguments)[0])
     config = preset(name, **changes)
@@ -40,20 +38,14 @@ def test_formula_counts_every_product_of_the_model(
     labels = torch.where(torch.arange(LENGTH) < TARGETS, ids, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids, torch.ones_like(ids), labels)
-    flops = forward_flops(
-        config, max_seq_length=LENGTH, micro_batch_size=BATCH, mask_probability=TARGETS / LENGTH
-    )
+    flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=BATCH, mask_probability=TARGETS / LENGTH)
     assert flops.forward * BATCH * LENGTH == pytest.approx(counter.get_total_flops(), rel=1e-12)
     assert flops.training == 3 * flops.forward
 
 
-@pytest.mark.parametrize(
-    ("micro_batch", "billions"), [(1, 10.53), (2, 9.85), (4, 9.51), (8, 9.34), (16, 9.26), (32, 9.215)]
-)
+@pytest.mark.parametrize(("micro_batch", "billions"), [(1, 10.53), (2, 9.85), (4, 9.51), (8, 9.34), (16, 9.26), (32, 9.215)])
 def test_largest_model_per_token(micro_batch: int, billions: float) -> None:
-    flops = forward_flops(
-        preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=micro_batch, mask_probability=0.15
-    )
+    flops = forward_flops(preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=micro_batch, mask_probability=0.15)
     assert flops.training == pytest.approx(billions * 1e9, abs=0.005e9)
 
 

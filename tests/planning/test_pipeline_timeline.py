@@ -49,7 +49,9 @@ def test_slow_messages_and_uneven_stages_make_it_longer() -> None:
 def test_cores_are_shared_by_those_who_work() -> None:
     alone = equal_stages("1f1b", ranks=2, micro_batches=4)
     assert equal_stages("1f1b", ranks=2, micro_batches=4, cores=2).seconds == pytest.approx(alone.seconds)
-    assert equal_stages("1f1b", ranks=2, micro_batches=4, cores=1).seconds == pytest.approx(24), "nobody waits for a core in vain"
+    assert equal_stages("1f1b", ranks=2, micro_batches=4, cores=1).seconds == pytest.approx(24), (
+        "nobody waits for a core in vain"
+    )
     replicas = equal_stages("1f1b", ranks=2, micro_batches=4, cores=2, processes=2)
     assert replicas.seconds == pytest.approx(24), "two of the four processes are enough to fill two cores"
 

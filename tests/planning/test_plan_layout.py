@@ -65,7 +65,9 @@ def test_nothing_better_is_passed_over() -> None:
     single = []
     parts = itertools.product((1, 2, 4), (1, 2, 4), space.micro_batch, space.schedules, space.recompute, space.deepspeed)
     for tensor, pipeline, micro, schedule, recompute, path in parts:
-        one = Space((path,), (tensor,), (pipeline,), (micro,), recompute=(recompute,), schedules=(schedule,), stages_per_rank=(2,))
+        one = Space(
+            (path,), (tensor,), (pipeline,), (micro,), recompute=(recompute,), schedules=(schedule,), stages_per_rank=(2,)
+        )
         if tensor * pipeline <= 4:
             try:
                 single += find(1e9, space=one).choices

@@ -40,9 +40,7 @@ def at(phase: str, action: Callable[[], Any]) -> Callable[[Progress], None]:
     return progress
 
 
-def test_archives_that_end_early_and_inputs_without_documents(
-    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
-) -> None:
+def test_archives_that_end_early_and_inputs_without_documents(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
     jsonl(tmp_path / "in" / "a.jsonl", *texts[:4])
     (tmp_path / "in" / "b.txt").touch()
     (tmp_path / "in" / "c.jsonl").write_text('\n\n{"text": ""}\n{"text": " "}\n')
@@ -103,9 +101,7 @@ def test_bytes_that_are_not_utf8_are_left_out_and_counted(tokenizer: Tokenizer, 
     assert documents_of(tmp_path / "x" / "train") == [tokenizer.encode("the time"), tokenizer.encode("was late")]
 
 
-def test_an_input_that_changes_costs_its_own_parts_alone(
-    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
-) -> None:
+def test_an_input_that_changes_costs_its_own_parts_alone(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
     steady, changing = jsonl(tmp_path / "a.jsonl", *texts), jsonl(tmp_path / "b.jsonl", "the time")
     output = tmp_path / "x"
 

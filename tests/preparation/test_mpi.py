@@ -36,9 +36,7 @@ def arguments_for(tokenizer: Tokenizer, *, num_workers: int) -> list[object]:
 
 
 @pytest.mark.slow
-def test_killed_ranks_and_workers_of_two_then_four(
-    tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]
-) -> None:
+def test_killed_ranks_and_workers_of_two_then_four(tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]) -> None:
     output = tmp_path / "x"
     two = arguments_for(tokenizer, num_workers=2)
     with Start(output, two, num_ranks=2) as start:

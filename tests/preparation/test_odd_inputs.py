@@ -61,9 +61,7 @@ def test_folders_that_are_missing_are_told(tokenizer: Tokenizer, texts: list[str
     assert outcome.missing == [] and outcome.total.heldout.documents == 1
 
 
-def test_a_document_longer_than_a_token_file_has_one_alone(
-    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
-) -> None:
+def test_a_document_longer_than_a_token_file_has_one_alone(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
     short, long = [f"number {number}" for number in range(4)], " ".join(texts[:4])
     expected = [short[0], long, *short[1:], f"{long} again", f"{long} and again"]
     path = jsonl(tmp_path / "a.jsonl", *expected)

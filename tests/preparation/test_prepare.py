@@ -47,9 +47,7 @@ def test_text_and_jsonl_of_the_same_documents_agree(tokenizer: Tokenizer, texts:
     assert documents_of(tmp_path / "txt" / "train") == documents_of(tmp_path / "jsonl" / "train")
 
 
-def test_every_cut_and_number_of_workers_gives_the_same_bytes(
-    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
-) -> None:
+def test_every_cut_and_number_of_workers_gives_the_same_bytes(tokenizer: Tokenizer, texts: list[str], tmp_path: Path) -> None:
     inputs = [f"a={jsonl(tmp_path / 'a.jsonl', *texts)}", f"b={jsonl(tmp_path / 'b.jsonl', texts[3], 'x y', *texts[:2])}"]
     settings = {"tokenizer": tokenizer, "held_out_percent": 30.0, "shard_bytes": 1 << 15}
     outcome = prepare(inputs, tmp_path / "one", **settings)
@@ -160,9 +158,10 @@ def test_progress_and_report_say_what_was_done(tokenizer: Tokenizer, texts: list
     )
     assert {progress.phase for progress in told} == {"encoding", "finding duplicates", "writing token files"}
     assert max(progress.done_bytes for progress in told) > path.stat().st_size // 2
-    assert str(
-        Progress(phase="encoding", done_bytes=10**8, total_bytes=10**9, num_tokens=25, speed=1e5, seconds_left=9000)
-    ) == "encoding: 10.0% of 1,000.0 MB, 25 tokens, 0.1 MB/s, 2:30:00 left"
+    assert (
+        str(Progress(phase="encoding", done_bytes=10**8, total_bytes=10**9, num_tokens=25, speed=1e5, seconds_left=9000))
+        == "encoding: 10.0% of 1,000.0 MB, 25 tokens, 0.1 MB/s, 2:30:00 left"
+    )
     report = json.loads((tmp_path / "x" / "report.json").read_text())
     assert report["total"]["train"] == {
         "documents": len(texts),

@@ -41,6 +41,7 @@ from tests.pretend_device.cuda_api import replaced
 from tests.pretend_device.places import Place, innermost_line
 from tests.pretend_device.record import Event, Kind, Record
 
+
 @dataclass
 class _Thread:
     """What is known of a thread.

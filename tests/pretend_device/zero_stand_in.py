@@ -37,6 +37,7 @@ def replaced_deepspeed(paused: Paused) -> Iterator[None]:
     Args:
         paused: `PretendDevice.paused`, or ``contextlib.nullcontext`` where nothing is recorded.
     """
+
     def initialize(*, model: nn.Module, optimizer: Any, config: dict[str, Any], mpu: Any) -> tuple[Any, ...]:
         return Engine(model, optimizer=optimizer, config=config, mpu=mpu, paused=paused), None, None, None
 

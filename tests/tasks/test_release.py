@@ -116,7 +116,9 @@ def test_a_faulty_line_is_named(data: Path, task: str, change, message: str) -> 
     assert f"{path}, line 1" in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ['{"idx": 1', "[1]", '{"idx": 1, "idx": 2}', '{"idx": NaN}', "\udcff", '{"premise": "\\ud83d"}'])
+@pytest.mark.parametrize(
+    "text", ['{"idx": 1', "[1]", '{"idx": 1, "idx": 2}', '{"idx": NaN}', "\udcff", '{"premise": "\\ud83d"}']
+)
 def test_a_malformed_line_is_named(data: Path, text: str) -> None:
     path = data / "CB/train.jsonl"
     path.write_bytes(path.read_bytes() + b"\n\n" + text.encode("utf-8", "surrogateescape"))
@@ -133,7 +135,6 @@ def test_numbers_of_any_length_stand_in_fields_that_are_not_read(data: Path) -> 
     path.write_text(lines[0].replace('"idx": ', '"idx": ' + "9" * 5000))
     with pytest.raises(DataError, match=r"CB/train.jsonl, line 1: idx is '9{199}, a whole number"):
         Release(data).read(TASKS["CB"], "train")
-
 
     path.write_text(re.sub('"premise": "[^"]*"', '"premise": ' + "9" * 5000, lines[0]))
     with pytest.raises(DataError, match=r"line 1: premise is LongInteger, str is expected"):

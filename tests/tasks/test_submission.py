@@ -213,7 +213,9 @@ def test_scores_below_a_constant_answer_are_told(release: Release, tmp_path: Pat
     # Constants themselves are not below the best of them, but for the one that MultiRC's F1 makes nothing of.
     (warning,) = [warning for warning in found.warnings if "below" in warning]
     assert warning.startswith("MultiRC.jsonl: 0.0 on the validation split is below the 28.6")
-    assert found.sources["COPA"]["validation"]["constant_score"] == 50.0 and found.sources["COPA"]["runs"] == [{"loss": "NaN", "norm": "1e999"}]
+    assert found.sources["COPA"]["validation"]["constant_score"] == 50.0 and found.sources["COPA"]["runs"] == [
+        {"loss": "NaN", "norm": "1e999"}
+    ]
     assert found.sources["MultiRC"]["validation"]["constant"] == "1"
     path = predictions_file(run, TASKS["COPA"], "val")
     split = release.read(TASKS["COPA"], "val")

@@ -120,9 +120,7 @@ def test_column_then_row_equals_two_linear_layers(ranks: tuple[bool, list[dict[s
 
 
 @pytest.mark.parametrize("padding_idx", [None, PADDING_ID, VOCABULARY - 1])
-def test_embedding_equals_the_whole_table(
-    ranks: tuple[bool, list[dict[str, Any]]], padding_idx: int | None
-) -> None:
+def test_embedding_equals_the_whole_table(ranks: tuple[bool, list[dict[str, Any]]], padding_idx: int | None) -> None:
     found = [rank["tables"][padding_idx] for rank in ranks[1]]
     table = whole_table(padding_idx)
     expected = table(embedded_ids())
@@ -152,8 +150,6 @@ def test_foreign_ids_touch_no_row() -> None:
 def only_foreign_ids() -> Any:
     """Gradient of this rank's slice where all ids are of rank 0."""
     start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
-    table = VocabParallelEmbedding(
-        whole_table(None), padded_size=128, rank=dist.get_rank(), size=2, group=dist.group.WORLD
-    )
+    table = VocabParallelEmbedding(whole_table(None), padded_size=128, rank=dist.get_rank(), size=2, group=dist.group.WORLD)
     table(torch.tensor([0, 1, 63])).sum().backward()
     return table.weight.grad.numpy()

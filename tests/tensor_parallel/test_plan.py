@@ -126,8 +126,16 @@ def test_slices_are_whole_heads() -> None:
 
 @pytest.mark.parametrize(
     ("vocabulary", "size", "rows"),
-    [(70, 1, 70), (128_100, 1, 128_100), (1, 2, 256), (256, 2, 256), (257, 2, 512), (128_100, 2, 128_256),
-     (128_100, 8, 129_024), (50_265, 4, 50_688)],
+    [
+        (70, 1, 70),
+        (128_100, 1, 128_100),
+        (1, 2, 256),
+        (256, 2, 256),
+        (257, 2, 512),
+        (128_100, 2, 128_256),
+        (128_100, 8, 129_024),
+        (50_265, 4, 50_688),
+    ],
 )
 def test_padded_vocabulary(vocabulary: int, size: int, rows: int) -> None:
     found = plan.padded_vocabulary(vocabulary, tensor_parallel_size=size)

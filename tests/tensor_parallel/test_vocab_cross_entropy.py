@@ -79,9 +79,7 @@ def product_of_whole(padded: int) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, F.pad(weight, (0, 0, 0, extra), value=9.0), F.pad(bias, (0, extra), value=1e30)
 
 
-def product_case(
-    loss: CrossEntropy, labels: Tensor, upstream: Tensor, *, chunks: int, rows: int
-) -> dict[str, Any]:
+def product_case(loss: CrossEntropy, labels: Tensor, upstream: Tensor, *, chunks: int, rows: int) -> dict[str, Any]:
     hidden, weight, bias = product_of_whole(rows * dist.get_world_size())
     hidden = hidden[: len(labels)].requires_grad_()
     mine = slice(loss.first_row, loss.first_row + rows)
@@ -121,9 +119,7 @@ def test_loss_and_gradient_equal_the_whole(ranks: list[dict[str, dict[str, Any]]
         assert rank["input_kept"], "the logits were written to"
     gradient = np.concatenate([rank["gradient"] for rank in found], axis=1)
     # bf16 keeps 8 bits of the gradient.
-    np.testing.assert_allclose(
-        gradient[:, :VOCABULARY], whole.grad.numpy(), rtol=2**-8 if name == "bf16" else 2e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(gradient[:, :VOCABULARY], whole.grad.numpy(), rtol=2**-8 if name == "bf16" else 2e-5, atol=1e-6)
     assert not gradient[:, VOCABULARY:].any(), "a padding row has a gradient"
 
 

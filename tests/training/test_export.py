@@ -18,9 +18,7 @@ from tests.integration.parallel_run import SEED, Case, make_trainer
 def gather(case: Case) -> dict[str, np.ndarray]:
     """Weights of a run that has not stepped."""
     trainer = make_trainer(case)
-    full = gather_full_weights(
-        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
-    )
+    full = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     return {name: weight.numpy() for name, weight in full.items()}
 
 
@@ -44,14 +42,10 @@ def test_a_fresh_run_holds_the_initial_values_bit_for_bit(case: Case) -> None:
 def write_from_views(case: Case, directory: str) -> Any:
     """One rank alone: its tensors are views of two flat buffers, which a file must not share."""
     trainer = make_trainer(case)
-    full = gather_full_weights(
-        trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh
-    )
+    full = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     tokenizer = Path(directory).with_name("any.model")
     tokenizer.write_bytes(b"a tokenizer")
-    written = write_weights(
-        full, config=case.model_config().to_dict(), tokenizer=tokenizer, directory=Path(directory)
-    )
+    written = write_weights(full, config=case.model_config().to_dict(), tokenizer=tokenizer, directory=Path(directory))
     return str(written)
 
 

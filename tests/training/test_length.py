@@ -52,7 +52,15 @@ def test_a_finished_run_is_started_again_for_more_steps_alone(
         refuse_finished(check_plan(never, world_size=1))
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[]", "is no result"), ("{}", "holds a finished run"), ('{"steps": -3}', "holds a finished run")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is no result"),
+        ("{}", "holds a finished run"),
+        ('{"steps": -3}', "holds a finished run"),
+    ],
+)
 def test_a_result_that_does_not_tell_its_length_is_not_continued(
     make_run: MakeRun, tmp_path: Path, text: str, message: str
 ) -> None:
@@ -86,7 +94,14 @@ def test_a_result_written_before_results_told_their_length_learns_it(tmp_path: P
 
 @pytest.mark.parametrize(
     ("peak", "warmup_steps", "max_steps", "after"),
-    [(1.0, 0, 10, None), (1.0, 0, 6, None), (1.0, 0, 20, 14 / 20), (1.0, 0, 9, 3 / 9), (2.0, 0, 20, 2 * 14 / 20), (1.0, 10, 20, 7 / 10)],
+    [
+        (1.0, 0, 10, None),
+        (1.0, 0, 6, None),
+        (1.0, 0, 20, 14 / 20),
+        (1.0, 0, 9, 3 / 9),
+        (2.0, 0, 20, 2 * 14 / 20),
+        (1.0, 10, 20, 7 / 10),
+    ],
 )
 def test_learning_rates_before_and_after(
     make_run: MakeRun, peak: float, warmup_steps: int, max_steps: int, after: float | None

@@ -52,7 +52,11 @@ def test_a_good_run_is_resolved(make_run: MakeRun) -> None:
         ({"training": {"global_batch_size": 9}}, ["global_batch_size = 9"]),
         (
             {"parallel": {"tensor_parallel_size": 4, "sequence_parallel": True}, "model": {"conv_kernel_size": 35}},
-            ["8 of 32 tokens on each of parallel.tensor_parallel_size = 4 ranks", "fewer than the 17", "model.conv_kernel_size = 35"],
+            [
+                "8 of 32 tokens on each of parallel.tensor_parallel_size = 4 ranks",
+                "fewer than the 17",
+                "model.conv_kernel_size = 35",
+            ],
         ),
     ],
 )
@@ -99,7 +103,10 @@ def test_weights_that_do_not_say_how_they_decode_are_told_by_the_run(make_run: M
     (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "model_type": "deberta-v2"}))
     save_file(dict(source.named_parameters()), tmp_path / "theirs/model.safetensors")
     words = "deberta.embeddings.word_embeddings.weight"
-    for decoder, note in (("plain", "plain, as model.decoder says"), ("emd", "has no deberta.embeddings.position_embeddings.weight")):
+    for decoder, note in (
+        ("plain", "plain, as model.decoder says"),
+        ("emd", "has no deberta.embeddings.position_embeddings.weight"),
+    ):
         run = make_run(training={"init": tmp_path / "theirs"}, model={"decoder": decoder})
         found = open_initial_weights(check_plan(run, world_size=1), tokenizer_sha256="", verify=True)
         assert torch.equal(found.read(words), source.state_dict()[words]) and note in "; ".join(found.notes)

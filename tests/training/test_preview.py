@@ -112,7 +112,10 @@ def test_without_the_files_a_preset_has_its_own_number_and_auto_needs_one(make_r
 
 def test_auto_with_initial_weights_is_their_number_of_rows(make_run: MakeRun, tmp_path: Path) -> None:
     given = masked_lm(tmp_path / "given", vocab_size=310)
-    for config in (make_run(model={"vocab_size": "auto"}, training={"init": given}), of_preset(make_run(training={"init": given}))):
+    for config in (
+        make_run(model={"vocab_size": "auto"}, training={"init": given}),
+        of_preset(make_run(training={"init": given})),
+    ):
         assert resolve_vocabulary(config).model.overrides["vocab_size"] == 310
         (line,) = notes(config)
         assert line.startswith(f"starts from {given} ")
@@ -120,7 +123,10 @@ def test_auto_with_initial_weights_is_their_number_of_rows(make_run: MakeRun, tm
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"vocab_size": 512, "hidden_size": 32}, "hidden_size = 64 there, 32 here"), ({"vocab_size": 513}, "vocab_size = 512 there, 513")],
+    [
+        ({"vocab_size": 512, "hidden_size": 32}, "hidden_size = 64 there, 32 here"),
+        ({"vocab_size": 513}, "vocab_size = 512 there, 513"),
+    ],
 )
 def test_weights_of_another_model_are_refused_by_the_dry_run(
     make_run: MakeRun, tmp_path: Path, fields: dict[str, Any], message: str

@@ -267,9 +267,15 @@ def test_without_deepspeed_the_plan_says_so_and_still_checks_what_it_reads(
 
     monkeypatch.setattr(settings, "_classes", absent)
     text = describe(read({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": None}}))
-    assert "deepspeed cannot be imported here" in text and "reduce_bucket_size = \"auto\": DeepSpeed's default\n" in text
+    assert "deepspeed cannot be imported here" in text and 'reduce_bucket_size = "auto": DeepSpeed\'s default\n' in text
     for value in ODD:
-        for place in ("reduce_bucket_size", "contiguous_gradients", "offload_optimizer", "offload_optimizer.device", "offload_param"):
+        for place in (
+            "reduce_bucket_size",
+            "contiguous_gradients",
+            "offload_optimizer",
+            "offload_optimizer.device",
+            "offload_param",
+        ):
             try:
                 describe(read(put(f"zero_optimization.{place}", value)))
             except ConfigError as error:

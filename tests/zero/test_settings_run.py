@@ -79,7 +79,11 @@ def test_the_oddest_json_takes_the_steps_of_the_plainest(world_size: int, tmp_pa
     for number, ds in enumerate(({"zero_optimization": {"stage": 3}}, ODDEST)):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(ds))
-        sizes = ("--parallel.tensor_parallel_size=1", "--parallel.pipeline_parallel_size=1", f"--parallel.data_parallel_size={world_size}")
+        sizes = (
+            "--parallel.tensor_parallel_size=1",
+            "--parallel.pipeline_parallel_size=1",
+            f"--parallel.data_parallel_size={world_size}",
+        )
         config = resolve(load_config(DEMO, (f"--run.deepspeed={file}", *sizes)), world_size)
         checked.append(checked_deepspeed(config).values)
     for plain, odd in run_ranks(world_size, steps, checked, timeout=100):

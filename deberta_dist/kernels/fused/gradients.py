@@ -48,9 +48,7 @@ def _sums_of_rows(
     """Of a tile of rows and owners, [rows, owners]; the rows walk their ranges in step."""
     lowest = tl.load(lowest_distance + rows, mask=row_inside, other=0)[:, None]
     highest = tl.load(highest_distance + rows, mask=row_inside, other=-1)[:, None]
-    begin, end = _range_of_row(
-        position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS
-    )
+    begin, end = _range_of_row(position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS)
     length = tl.where(row_inside[:, None] & owner_inside[None, :], end - begin, 0)
     total = tl.zeros([rows.shape[0], owners.shape[0]], tl.float32)
     for step in range(0, tl.max(tl.max(length, 1), 0)):
@@ -67,9 +65,7 @@ def _sums_of_one_row(
 ):  # fmt: skip
     """Of one row, [owners]; BLOCK pairs of its ranges at a time."""
     lowest, highest = tl.load(lowest_distance + row), tl.load(highest_distance + row)
-    begin, end = _range_of_row(
-        position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS
-    )
+    begin, end = _range_of_row(position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS)
     length = tl.where(owner_inside[None, :], end - begin, 0)
     total = tl.zeros([BLOCK, owners.shape[0]], tl.float32)
     for start in range(0, tl.max(length), BLOCK):
@@ -151,21 +147,15 @@ def token_gradient_kernel(
     for start in range(0, num_others, BLOCK_T):
         others = start + tl.arange(0, BLOCK_T)
         inside = others < num_others
-        slopes = tl.load(
-            score_gradient + (owners * score_stride)[:, None] + others[None, :], mask=inside[None, :], other=0.0
-        )
-        tile = tl.load(
-            other + (others * other_stride)[:, None] + head_channels[None, :], mask=inside[:, None], other=0.0
-        )
+        slopes = tl.load(score_gradient + (owners * score_stride)[:, None] + others[None, :], mask=inside[None, :], other=0.0)
+        tile = tl.load(other + (others * other_stride)[:, None] + head_channels[None, :], mask=inside[:, None], other=0.0)
         accumulator += tl.dot(slopes, tile, input_precision=PRECISION)
     if HAS_ROWS:
         for start in range(0, num_rows, BLOCK_T):
             rows = start + tl.arange(0, BLOCK_T)
             inside = rows < num_rows
             sums = tl.load(row_sums + (owners * num_rows)[:, None] + rows[None, :], mask=inside[None, :], other=0.0)
-            tile = tl.load(
-                table + (rows * table_row_stride)[:, None] + head_channels[None, :], mask=inside[:, None], other=0.0
-            )
+            tile = tl.load(table + (rows * table_row_stride)[:, None] + head_channels[None, :], mask=inside[:, None], other=0.0)
             accumulator += tl.dot(sums, tile, input_precision=PRECISION)
 
     gradient += batch.to(tl.int64) * num_owners * gradient_stride + head * HEAD_SIZE

@@ -13,9 +13,7 @@ from typing import NamedTuple
 _LANES = 32
 _DEFINITION = re.compile(r"\s*%(\w+) = [\w.]+ %(\w+)")
 _LAYOUT = re.compile(r"^(#\w+) = (#ttg\..*)$", re.MULTILINE)
-_READ = re.compile(
-    r"= (?:tt\.load|ttg\.async_copy_global_to_local) %(\w+).*?: tensor<((?:\d+x){2,})!tt\.ptr<\w+>, (#\w+)>"
-)
+_READ = re.compile(r"= (?:tt\.load|ttg\.async_copy_global_to_local) %(\w+).*?: tensor<((?:\d+x){2,})!tt\.ptr<\w+>, (#\w+)>")
 
 
 class Read(NamedTuple):

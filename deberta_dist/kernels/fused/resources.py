@@ -54,9 +54,7 @@ class Resources(NamedTuple):
     shared_bytes: int
 
 
-def compiled_kernel(
-    name: str, tile: Tile, *, head_size: int, dtype: str, capability: int, has_positions: bool = False
-) -> Any:
+def compiled_kernel(name: str, tile: Tile, *, head_size: int, dtype: str, capability: int, has_positions: bool = False) -> Any:
     """What Triton makes of one kernel with every feature on: both position terms, document numbers, dropout.
 
     Args:

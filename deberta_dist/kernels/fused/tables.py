@@ -101,9 +101,7 @@ def falls(row_of_distance: tuple[int, ...]) -> bool:
 
 def _check(row_of_distance: tuple[int, ...], *, table_rows: int) -> None:
     if falls(row_of_distance):
-        raise ConfigError(
-            "row_of_distance falls as the distance grows; the fused kernel sums neighbours that share a row"
-        )
+        raise ConfigError("row_of_distance falls as the distance grows; the fused kernel sums neighbours that share a row")
     if row_of_distance[0] < 0 or row_of_distance[-1] >= min(table_rows, 1 << 15):
         raise ConfigError(
             f"row_of_distance has rows {row_of_distance[0]} .. {row_of_distance[-1]}, but the relative table has "
