@@ -23,7 +23,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import (  # noqa: E402
+from deberta_dist.benchmark import (
     convert,
     data,
     head,
@@ -37,7 +37,7 @@ from deberta_dist.benchmark import (  # noqa: E402
     step,
     train,
 )
-from deberta_dist.errors import with_exit_code  # noqa: E402
+from deberta_dist.errors import with_exit_code
 
 VERBS = {
     "convert": convert,

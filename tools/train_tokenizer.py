@@ -13,13 +13,13 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.corpus.arguments import add_reading_arguments, read_options  # noqa: E402
-from deberta_dist.data.vocabulary_options import (  # noqa: E402
+from deberta_dist.corpus.arguments import add_reading_arguments, read_options
+from deberta_dist.data.vocabulary_options import (
     NORMALIZATION_RULES,
     VocabularyOptions,
     read_symbols,
 )
-from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
+from deberta_dist.errors import ConfigError, with_exit_code
 
 VOCAB_SIZE = 128_000
 # In much less there may be no 128,000 pieces.

@@ -131,7 +131,7 @@ def tests(setting: Setting, report: Report) -> None:
         path = Path(folder) / "found.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={path}", *files]
         ended = subprocess.run(command, cwd=ROOT, check=False).returncode
-        counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
+        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
         if path.exists():
             suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
             counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in counts}

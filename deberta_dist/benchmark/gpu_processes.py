@@ -4,6 +4,7 @@ A step that hangs is killed, one that crashes is told, and the others go on. Whi
 imports what it needs: a GPU's minutes are not spent on that.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -175,10 +176,8 @@ class _Process:
 
     def go(self, *, limit: float) -> None:
         self._begun, self._limit = time.monotonic(), limit
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died while it imported; the exit code tells
             self._process.stdin.write(b"go\n")
-        except BrokenPipeError:
-            pass  # it died while it imported; the exit code tells
 
     def has_ended(self) -> bool:
         """Whether it has, or is over its limit and has been made to."""
@@ -189,10 +188,8 @@ class _Process:
 
     def kill(self) -> None:
         """With all that it has started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._process.stdin.close()
 

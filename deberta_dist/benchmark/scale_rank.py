@@ -185,10 +185,10 @@ def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
 
 
 def _count(take: Callable[[int], float]) -> Counted:
-    first_loss = [take(step) for step in range(WARM_UP_STEPS)][0]
+    losses = [take(step) for step in range(WARM_UP_STEPS)]
     with Traffic() as traffic:
         take(WARM_UP_STEPS)
-    return Counted(bytes_by_kind=dict(traffic.bytes_by_kind), first_loss=first_loss)
+    return Counted(bytes_by_kind=dict(traffic.bytes_by_kind), first_loss=losses[0])
 
 
 def main(folder: Path) -> None:

@@ -81,7 +81,7 @@ class CheckpointReader:
         assert state in STATES, state
         entry = self._entry(name)
         part = window(entry.shape, cut=cut)
-        assert 0 <= begin and 0 <= count and begin + count <= part.num_elements, (name, cut, begin, count)
+        assert begin >= 0 and count >= 0 and begin + count <= part.num_elements, (name, cut, begin, count)
         result = np.zeros(count, dtype=np.float32)
         targets = rectangles(part, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1

@@ -7,7 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -163,10 +163,8 @@ def _foreign(target: Path) -> list[str]:
     """What in a directory was not made by a conversion or by a run's export."""
     own = {REPORT_NAME, *EXPORTED}
     if (target / REPORT_NAME).is_file():
-        try:
+        with suppress(CheckpointError):
             own |= strict_json.mapping(read_json(target / REPORT_NAME).get("files"), where=REPORT_NAME).keys()
-        except CheckpointError:
-            pass
     return sorted(entry.name for entry in target.iterdir() if entry.name not in own or not entry.is_file())
 
 

@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies to the published parameter ``name``: not to biases and LayerNorms."""
-    return not (name.endswith("bias") or name.endswith("LayerNorm.weight"))
+    return not (name.endswith(("bias", "LayerNorm.weight")))
 
 
 LAYER_PREFIX = "deberta.encoder.layer."

@@ -10,6 +10,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,17 +100,18 @@ def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part]
     unit_of_part: list[int] = []
     for number, unit in enumerate(units):
         found: list[Part] = []
-
-        def is_complete() -> bool:
-            found[:], is_last = finished_parts(directory, unit)
-            return is_last
-
-        wait_for(f"{unit.file.path}: its parts in {directory} have", is_complete)
+        wait_for(f"{unit.file.path}: its parts in {directory} have", partial(_has_all_parts, directory, unit, found))
         for part in found:
             part.verify_hashes()
         parts += found
         unit_of_part += [number] * len(found)
     return parts, unit_of_part
+
+
+def _has_all_parts(directory: Path, unit: Unit, found: list[Part]) -> bool:
+    """Puts the parts of a unit that are finished by now into ``found``; True if the last one is among them."""
+    found[:], is_last = finished_parts(directory, unit)
+    return is_last
 
 
 class Encoder:

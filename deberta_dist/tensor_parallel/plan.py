@@ -72,7 +72,7 @@ def parameter_cut(name: str) -> Cut:
     """How the parameter with published ``name`` is cut."""
     module, _, leaf = name.rpartition(".")
     kind = module_kind(module)
-    if kind == COLUMN or kind == VOCAB:
+    if kind in (COLUMN, VOCAB):
         return Cut(kind, 0)
     if kind == ROW:
         return Cut(ROW, 1) if leaf == "weight" else Cut(REPLICATE, None)

@@ -19,7 +19,6 @@ from deberta_dist.models.joint_linear import add_gradients_
 from deberta_dist.pipeline_parallel.ties import TiedWeights
 from deberta_dist.zero import WeightStore
 
-
 DEVICES_WHOSE_PRODUCTS_ADD = ("cuda",)
 
 

@@ -147,7 +147,7 @@ def test_a_rehearsed_step_is_right(name: str, tmp_path: Path) -> None:
     assert found.record["figures"] or found.record["checks"]
     # A check of numbers that differ: a comparison of something with itself would find nothing either.
     if name.startswith("attention-") and found.record["checks"]:
-        assert all(0 < check["found"] for check in found.record["checks"] if "at_most" in check)
+        assert all(check["found"] > 0 for check in found.record["checks"] if "at_most" in check)
         assert {check["name"].split(",")[2].split(":")[0].strip() for check in found.record["checks"]} == set(
             gpu_attention.FEATURES
         )

@@ -30,7 +30,7 @@ def test_prediction_and_measurement_agree(capsys: pytest.CaptureFixture[str]) ->
         none, selective, full = (rows[stage, mode]["kept_bytes"] for mode in memory.MODES)
         assert full < selective < none
     assert found["layer_saved_bytes"]["ours"] < found["layer_saved_bytes"][peers.HUGGING_FACE]
-    assert portable.CHUNK_BYTES == chunks
+    assert chunks == portable.CHUNK_BYTES
     assert "largest difference" in capsys.readouterr().out
 
 

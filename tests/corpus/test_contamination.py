@@ -130,7 +130,7 @@ def test_superglue() -> None:
     row = json.loads((DEMO / "BoolQ" / "val.jsonl").read_text().splitlines()[0])
     passage = row["passage"].split()
     assert ngram_set.shares("Some page. " + " ".join(passage[2:40]).upper() + " More of it.")
-    assert not ngram_set.shares(" ".join(passage[2:10] + ["otherwise"] + passage[11:19]))
+    assert not ngram_set.shares(" ".join([*passage[2:10], "otherwise", *passage[11:19]]))
     assert not ngram_set.shares("")
     assert not ngram_set.shares("no " * 1000)
 

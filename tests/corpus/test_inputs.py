@@ -10,7 +10,6 @@ import pytest
 from deberta_dist.corpus.inputs import COMPRESSIONS, find_inputs, list_inputs
 from deberta_dist.errors import DataError
 
-
 WIKI = ("wiki/AA/wiki_00", "wiki/AA/wiki_01.bz2", "wiki/part.00001")
 LEFT = (".hidden.txt", ".git/x.txt", "README.md", "f.csv", "deep/g.parquet.gz", "wiki_00", "h.00001")
 

@@ -215,9 +215,8 @@ def test_the_index_appears_last_and_an_interrupt_between_leaves_neither(
         link(temporary, path)
 
     monkeypatch.setattr(os, "link", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        with MegatronWriter(tmp_path / "a", vocab_size=10) as writer:
-            writer.add_document([1])
+    with pytest.raises(KeyboardInterrupt), MegatronWriter(tmp_path / "a", vocab_size=10) as writer:
+        writer.add_document([1])
     assert linked == ["a.bin", "a.idx"] and list(tmp_path.iterdir()) == []
 
 
@@ -227,9 +226,8 @@ def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             with MegatronWriter(tmp_path / "a", vocab_size=10) as writer:
                 writer.add_document([1])
                 writer.add_document(bad)
-    with pytest.raises(DataError, match="there is no document"):
-        with MegatronWriter(tmp_path / "a", vocab_size=10):
-            pass
+    with pytest.raises(DataError, match="there is no document"), MegatronWriter(tmp_path / "a", vocab_size=10):
+        pass
     monkeypatch.setattr(megatron_writer, "_MAX_LENGTH", 2)
     with pytest.raises(DataError, match="document 0 has 3 ids, the format holds 2"):
         with MegatronWriter(tmp_path / "a", vocab_size=10, append_eod=3) as writer:

@@ -224,7 +224,7 @@ def train(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         result = trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)
         history.append((result.loss, result.grad_norm))
-    for name, gradient in gradients.items():
+    for _name, gradient in gradients.items():
         dist.all_reduce(gradient, group=trainer._mesh.groups["data"])
     weights = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     full_gradients = gather_full_weights(

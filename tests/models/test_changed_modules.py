@@ -186,7 +186,7 @@ class Doubled(nn.Module):
 def test_parametrised_weights_are_the_weights(config: str, kind: str) -> None:
     model = model_of(config, kind)
     expected = logits_of(model)
-    for name, module in leaves(model).items():
+    for _name, module in leaves(model).items():
         with torch.no_grad():
             module.weight /= 2
         parametrize.register_parametrization(module, "weight", Doubled())

@@ -63,7 +63,7 @@ def test_more_stages_than_layers_are_refused_with_numbers() -> None:
 
 
 def test_explicit_stages() -> None:
-    assert explicit_stages((1, 4, 2), num_layers=7, num_stages=3) == [range(0, 1), range(1, 5), range(5, 7)]
+    assert explicit_stages((1, 4, 2), num_layers=7, num_stages=3) == [range(1), range(1, 5), range(5, 7)]
     assert explicit_stages((7,), num_layers=7, num_stages=1) == [range(7)]
 
 

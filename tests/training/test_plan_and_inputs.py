@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from safetensors.torch import save_file
 
 from deberta_dist import preset
