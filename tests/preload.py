@@ -8,6 +8,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed.pipelining  # noqa: F401
 
-from deberta_dist import zero
+from deberta_dist.parallel import zero
 
 zero.import_deepspeed()

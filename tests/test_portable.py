@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist import disk
+from deberta_dist.files import disk
 from tests.conversion.small_models import FOLDER, export, make_model, published_tensors
 from tests.test_architecture import PACKAGE, python_files
 

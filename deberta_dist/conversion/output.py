@@ -18,8 +18,8 @@ from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.conversion.files import read_json
 from deberta_dist.conversion.weights import shorten
-from deberta_dist.disk import may_be_alive, sync_directory
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.disk import may_be_alive, sync_directory
 
 REPORT_NAME = "conversion_report.json"
 EXPORTED = ("config.json", "model.safetensors", "spm.model")

@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 
 # Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
 # messages of megabytes of the nominal bandwidth.

@@ -20,7 +20,7 @@ from deberta_dist.conversion.safetensors_files import read_safetensors, write_sa
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import call, export, make_model, published_tensors, same
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 
 INSPECT = "inspect_checkpoint.py"
 POSITIONS = "deberta.embeddings.position_embeddings.weight"

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
-from deberta_dist.mesh import make_mesh, start_process_group
-from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import is_decayed, plan_layout
-from deberta_dist.training import sharded_model
+from deberta_dist.models.flops import forward_flops
+from deberta_dist.parallel import sharded_model
+from deberta_dist.parallel.layout import is_decayed, plan_layout
+from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.export import gather_full_weights
 from deberta_dist.training.step_batch import StepBatch, pack

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
+from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
