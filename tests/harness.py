@@ -1,4 +1,4 @@
-"""Starts the ranks of a multi-process test and collects what they return.
+"""Starts the ranks of a multi-process test and collects what they return; runs a script as Python would.
 
 Ranks are forked from one server that has imported torch and deepspeed already, which saves seconds per rank;
 they meet through a file, and a rank that dies or hangs ends the test with its traceback.
@@ -6,11 +6,14 @@ they meet through a file, and a rank that dies or hangs ends the test with its t
 
 import multiprocessing as mp
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
         arguments: Picklable.
         timeout: Seconds until everything is killed and the test fails.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context = _server()
     with tempfile.TemporaryDirectory() as directory:
         meeting_file = str(Path(directory) / "meeting")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -52,11 +54,59 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
                 process.join()
 
 
+def run_script(
+    words: Sequence[object], *, cwd: Path | str = ".", env: Mapping[str, str] | None = None, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """What ``subprocess.run([sys.executable, *words])`` captures, without the seconds in which Python imports torch.
+
+    The process is forked from the server, so what the script may not import is not seen here.
+
+    Args:
+        words: The script's path and its arguments.
+        cwd: Where it runs.
+        env: All of its environment; None: this process's.
+        timeout: Seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: The script was killed.
+    """
+    command = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as directory:
+        output, errors = Path(directory) / "output", Path(directory) / "errors"
+        process = _server().Process(
+            target=_script_main, args=(command, str(cwd), dict(os.environ if env is None else env), str(output), str(errors))
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command, timeout, output.read_text(), errors.read_text())
+        return subprocess.CompletedProcess(command, process.exitcode, output.read_text(), errors.read_text())
+
+
 def free_port() -> int:
     """A port for ranks that meet as a launcher's do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _server() -> mp.context.ForkServerContext:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    return context
+
+
+def _script_main(words: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
+    for path, number in ((output, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = words
+    sys.path[0] = str(Path(words[0]).resolve().parent)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _collect(ranks: list[mp.Process], receivers: list[Connection], deadline: float) -> list[Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from tests.harness import run_script
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "launchers" / "pretrain_demo.sh")
@@ -96,7 +97,7 @@ def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path:
 
 def refused(corpus: Path, run: Path, *words: str, **changes: object) -> str:
     """Starts one rank that must refuse; returns its message, which must be one line."""
-    done = start([sys.executable, DEMO, *ONE_RANK, *overrides(corpus, run, **changes), *words], timeout=60)
+    done = run_script([DEMO, *ONE_RANK, *overrides(corpus, run, **changes), *words], env=environment(), cwd="/")
     assert done.returncode in (2, 65), done.stdout + done.stderr
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
@@ -115,7 +116,7 @@ def test_sizes_and_keys_are_refused(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_number_of_processes_is_refused(corpus: Path, tmp_path: Path) -> None:
-    done = start([sys.executable, DEMO, *overrides(corpus, tmp_path / "run")], timeout=60)
+    done = run_script([DEMO, *overrides(corpus, tmp_path / "run")], env=environment(), cwd="/")
     assert done.returncode == 2
     assert "makes 8 processes, but there are 1" in done.stderr
 

@@ -20,6 +20,7 @@ from deberta_dist.planning.machine import GPUS
 from deberta_dist.planning.plan import check_plan
 from deberta_dist.planning.search import Found, Space, search
 from deberta_dist.planning.step_cost import step_cost
+from tests.harness import run_script
 
 ROOT = Path(__file__).parents[2]
 DEMO, TOOL, JSONS = ROOT / "launchers" / "pretrain_demo.toml", ROOT / "tools" / "plan_layout.py", ROOT / "ds_configs"
@@ -99,8 +100,7 @@ def test_no_layout_of_the_large_model_is_faster_than_the_shipped_one() -> None:
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_script([TOOL, *arguments], timeout=120)
 
 
 def test_the_toml_of_the_best_layout_is_accepted_by_a_launcher(tmp_path: Path) -> None:
@@ -114,8 +114,7 @@ def test_the_toml_of_the_best_layout_is_accepted_by_a_launcher(tmp_path: Path) -
     first = result.stdout.splitlines()[1].split()
     launcher.write_bytes((ROOT / "launchers" / "pretrain_1.5b.sh").read_bytes())
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(launcher), "--dry-run"]
-    dry_run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    dry_run = run_script([launcher, "--dry-run"], timeout=120, env=environment)
     assert dry_run.returncode == 0, dry_run.stderr
     assert f"4 = tensor {first[0]} x pipeline {first[1]} x data {first[2]}" in dry_run.stdout
     peaks = re.search(r"^  PEAK +([0-9. ]+)$", dry_run.stdout, re.MULTILINE)[1].split()
