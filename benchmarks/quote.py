@@ -134,6 +134,9 @@ def filled(text: str, *, page: object) -> str:
             return match[0]
         if re.search(_MARK, old):
             raise ResultError(f"{page}: {mark} has no {_END}")
+        if not old.startswith("\n") and text[: match.start()].endswith("\n"):
+            # Markdown would take the whole line for HTML.
+            raise ResultError(f"{page}: {mark} at the start of a line has to stand alone on it")
         try:
             content = block(match["name"], match["quote"])
         except ResultError as error:
