@@ -7,4 +7,4 @@ set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
-exec "$python" -m deberta_dist.benchmark.gpu "$@"
+exec "$python" -m benchmarks.gpu "$@"

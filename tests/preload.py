@@ -5,9 +5,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import torch  # noqa: E402, F401
-import torch.distributed.pipelining  # noqa: E402, F401
+import torch
+import torch.distributed.pipelining  # noqa: F401
 
-from deberta_dist import zero  # noqa: E402
+from deberta_dist.parallel import zero
 
 zero.import_deepspeed()

@@ -22,7 +22,7 @@ if [ "${1:-}" = --with ]; then
     sh launchers/setup_env.sh --with "$with" test
     python="$VENV/bin/python"
     if [ $# -eq 0 ]; then
-        set -- -m "not slow" tests/kernels tests/models tests/tensor_parallel tests/pipeline_parallel tests/integration tests/pretend_device
+        set -- -m "not slow" tests/kernels tests/models tests/parallel/tensor tests/parallel/pipeline tests/integration tests/pretend_device
     fi
 elif [ -n "${TEST_PYTHON:-}" ]; then
     python=$TEST_PYTHON

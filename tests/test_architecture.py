@@ -14,56 +14,63 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "deberta_dist"
 
-# Top to bottom; a room imports from lower floors only, never from its own floor.
+# Top to bottom; a room imports from lower floors only, never from its own floor. A name with a dot is a room within a
+# room: it stands on a floor of its own, and what is not in it stands with the whole room's name.
 FLOORS = (
     ("launchers", "tools"),
-    ("benchmark",),
+    ("benchmarks",),
+    ("operations",),
     ("finetuning",),
     ("training",),
     ("planning", "conversion"),
     ("checkpoint",),
-    ("tensor_parallel", "pipeline_parallel", "zero", "preparation"),
-    ("models", "mesh", "flat_layout", "tasks", "corpus"),
+    ("parallel", "preparation.pipeline"),
+    ("parallel.tensor", "parallel.pipeline", "parallel.zero", "preparation.formats", "preparation.vocabulary"),
+    ("parallel.mesh", "parallel.flat_layout", "preparation.filtering"),
+    ("models", "tasks", "preparation.reading", "preparation"),
     ("kernels", "data"),
-    ("config", "lock"),
-    ("foreign",),
-    ("errors", "disk"),
+    ("config",),
+    ("files",),
+    ("errors",),
 )
 # Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and
 # the model side know nothing of each other, and data knows no configuration.
 CLOSED = {
-    "tensor_parallel": {"models", "kernels", "tasks", "data"},
-    "pipeline_parallel": {"models", "kernels", "tasks", "data"},
-    "zero": {"models", "kernels", "tasks", "data"},
+    "parallel.tensor": {"models", "kernels", "tasks", "data"},
+    "parallel.pipeline": {"models", "kernels", "tasks", "data"},
+    "parallel.zero": {"models", "kernels", "tasks", "data"},
+    "parallel.mesh": {"models", "kernels", "tasks", "data"},
+    "parallel.flat_layout": {"models", "kernels", "tasks", "data"},
     "models": {"data"},
     "tasks": {"kernels"},
-    "mesh": {"kernels", "data"},
-    "corpus": {"config", "kernels"},
-    "preparation": {"config", "kernels", "models", "mesh", "flat_layout", "tasks"},
+    **{
+        f"preparation.{part}": {"config", "kernels", "models", "tasks"}
+        for part in ("reading", "filtering", "vocabulary", "formats", "pipeline")
+    },
     "data": {"config"},
 }
 PLAIN_ROOMS = ("models", "kernels", "tasks")  # nothing of torch.distributed
 DOORS = {
-    "deepspeed": (f"{PACKAGE}/zero/",),
-    "sentencepiece": (f"{PACKAGE}/data/tokenizer.py", f"{PACKAGE}/benchmark/raw_encoding.py"),
-    "mpi4py": (f"{PACKAGE}/preparation/ranks.py",),
-    "filelock": (f"{PACKAGE}/lock.py",),
-    "pyarrow": (f"{PACKAGE}/corpus/parquet.py",),
-    "zstandard": (f"{PACKAGE}/corpus/streams.py",),
+    "deepspeed": (f"{PACKAGE}/parallel/zero/",),
+    "sentencepiece": (f"{PACKAGE}/data/tokenizer.py", "benchmarks/raw_encoding.py"),
+    "mpi4py": (f"{PACKAGE}/preparation/pipeline/ranks.py",),
+    "filelock": (f"{PACKAGE}/files/lock.py",),
+    "pyarrow": (f"{PACKAGE}/preparation/reading/parquet.py",),
+    "zstandard": (f"{PACKAGE}/preparation/reading/streams.py",),
     "apex": (f"{PACKAGE}/training/optimizer.py",),
     "pydantic": (f"{PACKAGE}/config/",),
     # The file of code is not imported here: it is copied beside weights.
     "transformers": (
         "tools/fill_mask.py",
-        f"{PACKAGE}/benchmark/peers.py",
+        "benchmarks/peers.py",
         f"{PACKAGE}/conversion/modeling_deberta_emd.py",
     ),
     "onnx": (f"{PACKAGE}/conversion/onnx_files.py",),
     "onnxscript": (f"{PACKAGE}/conversion/onnx_files.py",),
     "onnxruntime": (f"{PACKAGE}/conversion/onnx_files.py",),
-    "disentangled_flash": (f"{PACKAGE}/benchmark/peers.py",),
+    "disentangled_flash": ("benchmarks/peers.py",),
     "scipy": (f"{PACKAGE}/tasks/significance.py",),
-    "rensa": (f"{PACKAGE}/corpus/near_duplicates.py",),
+    "rensa": (f"{PACKAGE}/preparation/filtering/near_duplicates.py",),
     "triton": (f"{PACKAGE}/kernels/fused/",),
 }
 MAX_LINES = 500
@@ -75,7 +82,7 @@ Imports = dict[str, set[str]]
 
 def python_files(root: Path) -> Iterator[Path]:
     """The program's files, and launchers, whose Python half is in a .sh."""
-    for folder in (PACKAGE, "tools"):
+    for folder in (PACKAGE, "tools", "benchmarks"):
         yield from sorted((root / folder).rglob("*.py"))
     for launcher in sorted((root / "launchers").glob("*.sh")):
         if launcher.with_suffix(".toml").exists():
@@ -89,11 +96,14 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def room_of(module: str) -> str | None:
-    """Room of a module; None for the package itself and for what is not ours."""
+    """Room of a module, the innermost that has a floor; None for the package itself and for what is not ours."""
     parts = module.split(".")
-    if parts[0] in ("launchers", "tools"):
+    if parts[0] in ("launchers", "tools", "benchmarks"):
         return parts[0]
-    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
+    if parts[0] != PACKAGE or len(parts) == 1:
+        return None
+    within_room = ".".join(parts[1:3])
+    return within_room if any(within_room in floor for floor in FLOORS) else parts[1]
 
 
 def imported(path: Path, module: str) -> set[str]:
@@ -152,7 +162,7 @@ def _cycles(names: Imports) -> list[str]:
     graph: Imports = {}
     for module, targets in names.items():
         # the longest prefix that is a module of ours: a.b.c.function -> a.b.c
-        hits = {max((m for m in names if within(target, m)), key=len, default="") for target in targets}
+        hits = {next((name for name in _prefixes(target) if name in names), "") for target in targets}
         graph[module] = hits - {"", module}
     found: list[str] = []
     done: set[str] = set()
@@ -168,6 +178,13 @@ def _cycles(names: Imports) -> list[str]:
     for module in sorted(graph):
         visit(module, ())
     return found
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """a.b.c -> a.b.c, a.b, a"""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _long_files(root: Path) -> list[str]:
@@ -199,18 +216,20 @@ def test_the_checker_sees_the_files() -> None:
         ("tasks/a.py", "def f():\n    from torch.distributed.pipelining import x", "tasks must not import torch.distributed"),
         ("models/a.py", "from deberta_dist.training.build import x", "models must not import training"),
         ("models/a.py", "from deberta_dist import checkpoint", "models must not import checkpoint"),
-        ("models/a.py", "from ..mesh import Mesh", "models must not import mesh"),
-        ("tensor_parallel/a.py", "import deberta_dist.pipeline_parallel.stages", "tensor_parallel must not import pipeline_parallel"),
-        ("pipeline_parallel/a.py", "from deberta_dist.zero import x", "pipeline_parallel must not import zero"),
-        ("zero/a.py", "from deberta_dist.models import x", "zero must not import models"),
+        ("models/a.py", "from ..parallel.mesh import Mesh", "models must not import parallel.mesh"),
+        ("parallel/tensor/a.py", "import deberta_dist.parallel.pipeline.stages", "parallel.tensor must not import parallel.pipeline"),
+        ("parallel/pipeline/a.py", "from deberta_dist.parallel.zero import x", "parallel.pipeline must not import parallel.zero"),
+        ("parallel/zero/a.py", "from deberta_dist.models import x", "parallel.zero must not import models"),
+        ("parallel/zero/a.py", "from deberta_dist.parallel.layout import x", "parallel.zero must not import parallel"),
+        ("preparation/reading/a.py", "from deberta_dist.preparation.formats import x", "must not import preparation.formats"),
         ("config/a.py", "from deberta_dist.data import x", "config must not import data"),
         ("data/a.py", "from deberta_dist.config import x", "data must not import config"),
         ("errors.py", "import deberta_dist.config", "errors must not import config"),
         ("__init__.py", "from deberta_dist.config import x", "it has to stay empty"),
         ("cellar/a.py", "", "room cellar has no floor"),
-        ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/zero/"),
+        ("training/a.py", "import deepspeed.comm", "imports deepspeed; its only door is deberta_dist/parallel/zero/"),
         ("data/a.py", "import sentencepiece", "its only door is deberta_dist/data/tokenizer.py"),
-        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/preparation/ranks.py"),
+        ("training/a.py", "from mpi4py import MPI", "its only door is deberta_dist/preparation/pipeline/ranks.py"),
         ("training/a.py", 'import importlib\nimportlib.import_module("apex.optimizers")', "imports apex"),
         ("kernels/attention.py", "import triton.language as tl", "imports triton; its only door is deberta_dist/kernels/fused/"),
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is tools/fill_mask.py"),
@@ -223,7 +242,7 @@ def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: 
     other.parent.mkdir(parents=True)
     other.write_text("from deberta_dist.data.a import x\n")
     path = tmp_path / PACKAGE / file
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     found = violations(tmp_path)
     assert len(found) == 1
@@ -233,10 +252,10 @@ def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("zero/a.py", "import deepspeed, torch.distributed\nfrom deberta_dist.mesh import Mesh"),
+        ("parallel/zero/a.py", "import deepspeed, torch.distributed\nfrom deberta_dist.parallel.mesh import Mesh"),
         ("models/a.py", "import torch\nfrom deberta_dist.kernels import x\nfrom .b import y\nfrom . import c"),
         ("tasks/a.py", "from deberta_dist.data.tokenizer import x\nimport deberta_dist.config"),
-        ("checkpoint/a.py", "from deberta_dist.tensor_parallel import x\nfrom deberta_dist.models import y"),
+        ("checkpoint/a.py", "from deberta_dist.parallel.tensor import x\nfrom deberta_dist.models import y"),
         ("training/a.py", "from deberta_dist.checkpoint.save import x\nimport apexlike"),
         ("training/optimizer.py", "import apex"),
         ("kernels/fused/kernels.py", "import triton"),

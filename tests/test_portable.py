@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist import disk
+from deberta_dist.files import disk
 from tests.conversion.small_models import FOLDER, export, make_model, published_tensors
 from tests.test_architecture import PACKAGE, python_files
 
@@ -57,7 +57,7 @@ def test_only_a_short_list_asks_for_posix() -> None:
     for path in python_files(FOLDER):
         here = path.relative_to(FOLDER).as_posix()
         if not here.startswith(LINUX_ONLY):
-            names = {name for name in posix_only(path.read_text(encoding="utf-8"))}
+            names = set(posix_only(path.read_text(encoding="utf-8")))
             names -= {f"{room}.{call}" for room, calls in POSIX_CALLS.items() for call in calls & ASKS_FIRST.get(here, set())}
             found |= {here: names} if names else {}
     assert found == {}

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.preparation.reading.texts import read_texts
 
 
 def write_token_file(inputs: Sequence[Path], path: Path, *, tokenizer: Tokenizer) -> None:

@@ -23,21 +23,8 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.benchmark import (  # noqa: E402
-    convert,
-    data,
-    head,
-    layer,
-    layouts,
-    memory,
-    pipeline,
-    save,
-    scale,
-    sift,
-    step,
-    train,
-)
-from deberta_dist.errors import with_exit_code  # noqa: E402
+from benchmarks import convert, data, head, layer, layouts, memory, pipeline, save, scale, sift, step, train
+from deberta_dist.errors import with_exit_code
 
 VERBS = {
     "convert": convert,

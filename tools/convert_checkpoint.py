@@ -17,7 +17,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
+from deberta_dist.errors import ConfigError, with_exit_code
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import with_exit_code  # noqa: E402
+from deberta_dist.errors import with_exit_code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.corpus.convert import convert_corpus
     from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.preparation.formats.convert import convert_corpus
 
     report = convert_corpus(
         arguments.source,

@@ -18,10 +18,10 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.corpus.inputs import find_inputs  # noqa: E402
-from deberta_dist.corpus.reading import read_texts  # noqa: E402
-from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
-from deberta_dist.errors import DataError, with_exit_code  # noqa: E402
+from deberta_dist.errors import DataError, with_exit_code
+from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.preparation.reading.inputs import find_inputs
+from deberta_dist.preparation.reading.texts import read_texts
 
 PREMISE_WORDS, HYPOTHESIS_WORDS = 16, 6
 

@@ -14,12 +14,12 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
-from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code  # noqa: E402
-from deberta_dist.tasks.assemble import assemble  # noqa: E402
-from deberta_dist.tasks.predictions import command_for, predictions_file  # noqa: E402
-from deberta_dist.tasks.release import Release  # noqa: E402
-from deberta_dist.tasks.submission import Verdict, read_zip, validate, zip_bytes  # noqa: E402
+from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
+from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.predictions import command_for, predictions_file
+from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.submission import Verdict, read_zip, validate, zip_bytes
 
 NOTICE = "NOT_FOR_SUBMISSION.txt"
 

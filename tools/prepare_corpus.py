@@ -17,7 +17,7 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.errors import encodable, with_exit_code  # noqa: E402
+from deberta_dist.errors import encodable, with_exit_code
 
 
 def parse_arguments() -> argparse.Namespace | int:
@@ -29,8 +29,8 @@ def parse_arguments() -> argparse.Namespace | int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    from deberta_dist.corpus import filters
-    from deberta_dist.corpus.arguments import add_reading_arguments
+    from deberta_dist.preparation.filtering import filters
+    from deberta_dist.preparation.reading.arguments import add_reading_arguments
 
     parser = argparse.ArgumentParser(
         description="Turn text into a corpus of token files for pre-training.",
@@ -97,7 +97,7 @@ def _parse_arguments() -> argparse.Namespace:
 @with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
-    from deberta_dist.preparation.ranks import Ranks
+    from deberta_dist.preparation.pipeline.ranks import Ranks
 
     ranks = Ranks.of_environment()
     return ranks.run(with_exit_code(lambda: prepare(ranks)))
@@ -108,12 +108,12 @@ def prepare(ranks: "Ranks") -> int:  # noqa: F821
     arguments = ranks.first(parse_arguments)
     if isinstance(arguments, int):
         return arguments
-    from deberta_dist.corpus import filters
-    from deberta_dist.corpus.arguments import read_options
-    from deberta_dist.corpus.contamination import benchmark_ngrams
     from deberta_dist.data.tokenizer import Tokenizer
-    from deberta_dist.preparation.prepare import prepare_corpus
-    from deberta_dist.preparation.recipe import Recipe
+    from deberta_dist.preparation.filtering import filters
+    from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
+    from deberta_dist.preparation.pipeline.prepare import prepare_corpus
+    from deberta_dist.preparation.pipeline.recipe import Recipe
+    from deberta_dist.preparation.reading.arguments import read_options
 
     def check():
         """On one rank: an error is printed once."""

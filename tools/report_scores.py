@@ -12,10 +12,10 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.data.new_file import new_file, refuse_existing  # noqa: E402
-from deberta_dist.errors import with_exit_code  # noqa: E402
-from deberta_dist.tasks.release import Release  # noqa: E402
-from deberta_dist.tasks.report import make_report  # noqa: E402
+from deberta_dist.errors import with_exit_code
+from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.report import make_report
 
 
 def parse_arguments() -> argparse.Namespace:

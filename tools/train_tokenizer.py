@@ -13,13 +13,13 @@ from pathlib import Path
 # A checkout works without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deberta_dist.corpus.arguments import add_reading_arguments, read_options  # noqa: E402
-from deberta_dist.data.vocabulary_options import (  # noqa: E402
+from deberta_dist.data.vocabulary_options import (
     NORMALIZATION_RULES,
     VocabularyOptions,
     read_symbols,
 )
-from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
+from deberta_dist.errors import ConfigError, with_exit_code
+from deberta_dist.preparation.reading.arguments import add_reading_arguments, read_options
 
 VOCAB_SIZE = 128_000
 # In much less there may be no 128,000 pieces.
@@ -104,8 +104,8 @@ def vocabulary_options(arguments: argparse.Namespace) -> VocabularyOptions:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    from deberta_dist.corpus.vocabulary import report_path, take_published, train_vocabulary
     from deberta_dist.data.tokenizer import version_warning
+    from deberta_dist.preparation.vocabulary.vocabulary import report_path, take_published, train_vocabulary
 
     reading, options = read_options(arguments), vocabulary_options(arguments)
     inputs, output, max_bytes = arguments.input, arguments.output, arguments.max_bytes

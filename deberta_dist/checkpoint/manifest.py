@@ -15,7 +15,7 @@ from typing import Any
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 
 FORMAT = "deberta_dist-checkpoint"
 VERSION = 1

@@ -12,9 +12,9 @@ from pathlib import Path
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import LATEST_NAME, checkpoints, step_name, step_of
 from deberta_dist.checkpoint.reader import CheckpointReader
-from deberta_dist.disk import open_file, sync_directory
 from deberta_dist.errors import ConfigError
-from deberta_dist.lock import RunLock
+from deberta_dist.files.disk import open_file, sync_directory
+from deberta_dist.files.lock import RunLock
 
 TEMPORARY, OLD, GONE = ".tmp-", ".old-", ".gone-"
 

@@ -18,9 +18,9 @@ from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest, Piece, Reg
 from deberta_dist.checkpoint.rectangles import Cut, overlap, rectangles, view, window
 from deberta_dist.checkpoint.shard_file import STATES, ShardMaps, hash_file, map_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_parts
-from deberta_dist.flat_layout import FlatLayout, ShardState
-from deberta_dist.foreign import head_of, refuse_foreign
-from deberta_dist.mesh import Coordinate, MeshShape
+from deberta_dist.files.foreign import head_of, refuse_foreign
+from deberta_dist.parallel.flat_layout import FlatLayout, ShardState
+from deberta_dist.parallel.mesh import Coordinate, MeshShape
 
 # Each mapped file holds a descriptor; a checkpoint may have thousands of files.
 MAX_MAPPED_FILES = 64
@@ -81,7 +81,7 @@ class CheckpointReader:
         assert state in STATES, state
         entry = self._entry(name)
         part = window(entry.shape, cut=cut)
-        assert 0 <= begin and 0 <= count and begin + count <= part.num_elements, (name, cut, begin, count)
+        assert begin >= 0 and count >= 0 and begin + count <= part.num_elements, (name, cut, begin, count)
         result = np.zeros(count, dtype=np.float32)
         targets = rectangles(part, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1

@@ -101,7 +101,7 @@ def view(buffer: np.ndarray, rectangle: Rectangle, *, part: Window) -> np.ndarra
     """The elements of ``part``, which lies in the rectangle, as a strided view of the 1-D buffer."""
     first = rectangle.address + (part.top - rectangle.top) * rectangle.stride + part.left - rectangle.left
     last = first + (part.height - 1) * rectangle.stride + part.width
-    assert 0 <= first and last <= buffer.size
+    assert first >= 0 and last <= buffer.size
     item = buffer.itemsize
     return np.lib.stride_tricks.as_strided(
         buffer[first:last], (part.height, part.width), (rectangle.stride * item, item), writeable=buffer.flags.writeable

@@ -16,8 +16,8 @@ import numpy as np
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import FileEntry
-from deberta_dist.disk import open_file
-from deberta_dist.flat_layout import ShardState
+from deberta_dist.files.disk import open_file
+from deberta_dist.parallel.flat_layout import ShardState
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 MAX_HEADER_BYTES = 2**20

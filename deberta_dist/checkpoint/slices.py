@@ -13,9 +13,9 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import FileEntry, Piece, Region, TensorEntry
 from deberta_dist.checkpoint.rectangles import Cut, window
 from deberta_dist.checkpoint.shard_file import STATES
-from deberta_dist.flat_layout import FlatLayout
-from deberta_dist.mesh import Coordinate, MeshShape
-from deberta_dist.tensor_parallel import plan
+from deberta_dist.parallel.flat_layout import FlatLayout
+from deberta_dist.parallel.mesh import Coordinate, MeshShape
+from deberta_dist.parallel.tensor import plan
 
 Place = tuple[int, int]
 """(pipeline rank, tensor rank)."""

@@ -38,7 +38,7 @@ from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.shard_file import file_bytes, write_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_file_name
 from deberta_dist.errors import NO_ROOM
-from deberta_dist.flat_layout import ShardState
+from deberta_dist.parallel.flat_layout import ShardState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError, printable
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 64

@@ -71,7 +71,7 @@ class TaskEvaluation(Section):
 
 
 class SiftSection(Section):
-    """``[sift]``: adversarial training (``deberta_dist/training/sift.py``); defaults are the published code's."""
+    """``[sift]``: adversarial training (``deberta_dist/finetuning/sift.py``); defaults are the published code's."""
 
     enabled: bool = False
     """``--sift`` on the command line is the same as true."""

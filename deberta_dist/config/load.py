@@ -284,9 +284,8 @@ def _shown(value: Any) -> str:
 
 
 def _suggestion(name: str, known: Sequence[str], schema: type[BaseModel]) -> str:
-    if "." not in name:
-        if sections := difflib.get_close_matches(name, schema.model_fields, n=1):
-            return f"; did you mean [{sections[0]}]?"
+    if "." not in name and (sections := difflib.get_close_matches(name, schema.model_fields, n=1)):
+        return f"; did you mean [{sections[0]}]?"
     last = {full.rpartition(".")[2]: full for full in known}
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
         return f"; did you mean {near[0]}?"

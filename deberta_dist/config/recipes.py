@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 
 MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
 

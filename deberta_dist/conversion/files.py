@@ -9,7 +9,7 @@ from typing import Any
 
 from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.foreign import head_of, refuse_foreign, refuse_stand_in
+from deberta_dist.files.foreign import head_of, refuse_foreign, refuse_stand_in
 
 MAX_JSON_BYTES = 64 * 2**20
 

@@ -84,9 +84,9 @@ def own_spm(source: Source) -> Path | None:
         return None
     # Where nothing is stated, v1's class takes its own files if they are there.
     default = class_of(source)
-    if not _stated_class(source) and default == DEFAULT_CLASSES[huggingface.V1]:
-        if not missing_files(default, set(_names_in(source))):
-            return None
+    takes_its_own = not _stated_class(source) and default == DEFAULT_CLASSES[huggingface.V1]
+    if takes_its_own and not missing_files(default, set(_names_in(source))):
+        return None
     return files.inside(source.directory, SPM_NAME)
 
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +18,8 @@ from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.conversion.files import read_json
 from deberta_dist.conversion.weights import shorten
-from deberta_dist.disk import may_be_alive, sync_directory
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.disk import may_be_alive, sync_directory
 
 REPORT_NAME = "conversion_report.json"
 EXPORTED = ("config.json", "model.safetensors", "spm.model")
@@ -163,10 +163,8 @@ def _foreign(target: Path) -> list[str]:
     """What in a directory was not made by a conversion or by a run's export."""
     own = {REPORT_NAME, *EXPORTED}
     if (target / REPORT_NAME).is_file():
-        try:
+        with suppress(CheckpointError):
             own |= strict_json.mapping(read_json(target / REPORT_NAME).get("files"), where=REPORT_NAME).keys()
-        except CheckpointError:
-            pass
     return sorted(entry.name for entry in target.iterdir() if entry.name not in own or not entry.is_file())
 
 

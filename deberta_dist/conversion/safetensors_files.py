@@ -20,7 +20,7 @@ from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
 from deberta_dist.errors import printable
-from deberta_dist.foreign import HEAD_BYTES, begins_like, refuse_foreign
+from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {

@@ -28,7 +28,7 @@ from deberta_dist.conversion.safetensors_files import write_tensor
 from deberta_dist.conversion.weights import Weight, Weights, shorten
 from deberta_dist.conversion.wrappers import tensors_in
 from deberta_dist.errors import printable
-from deberta_dist.foreign import begins_like, format_name, head_of, refuse_foreign
+from deberta_dist.files.foreign import begins_like, format_name, head_of, refuse_foreign
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.data.new_file import new_file
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.errors import DataError, printable
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.new_file import new_file
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1

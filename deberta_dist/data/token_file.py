@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.disk import open_file, read_at
 from deberta_dist.errors import DataError
-from deberta_dist.foreign import begins_like, refuse_foreign
+from deberta_dist.files.disk import open_file, read_at
+from deberta_dist.files.foreign import begins_like, refuse_foreign
 
 MAGIC = b"DDTOKENS"
 FORMAT_VERSION = 1

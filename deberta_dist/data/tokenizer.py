@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from deberta_dist.data.new_file import new_file
 from deberta_dist.data.seed_pieces import seed_pieces
 from deberta_dist.data.sentencepiece_model import without_seeds_file
 from deberta_dist.data.training_words import WORD_START, TrainingWords, count_words
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import ConfigError, DataError, printable
-from deberta_dist.foreign import HEAD_BYTES, begins_like, refuse_foreign
+from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
+from deberta_dist.files.new_file import new_file
 
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"

@@ -22,9 +22,9 @@ from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
 from deberta_dist.finetuning.state import Earlier, open_earlier
-from deberta_dist.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.models.attention_choice import require_attention
-from deberta_dist.planning.layout import DTYPES
+from deberta_dist.parallel.layout import DTYPES
+from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
 from deberta_dist.tasks.registry import TASKS

@@ -11,12 +11,12 @@ from torch import Tensor
 from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
-from deberta_dist.mesh import Mesh
+from deberta_dist.finetuning.sift import Sift, SiftSettings
 from deberta_dist.models.labels import BOOL, require_tensor
+from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.tasks.encoding import Example, Features, has_choices, num_outputs
 from deberta_dist.tasks.predictions import Probabilities
-from deberta_dist.training.sharded_model import ShardedModel
-from deberta_dist.training.sift import Sift, SiftSettings
 from deberta_dist.training.step import optimizer_step
 
 # Decisions whose sequences are in memory at once while predicting.

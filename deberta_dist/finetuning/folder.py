@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.lock import LOCK_NAME, RunLock
+from deberta_dist.files.lock import LOCK_NAME, RunLock
 from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_file, write_predictions
 from deberta_dist.tasks.registry import TASKS, Task
 

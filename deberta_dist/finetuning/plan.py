@@ -16,15 +16,15 @@ from deberta_dist.config import (
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
 from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
+from deberta_dist.finetuning.sift import SiftSettings
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.parallel.layout import Layout, classifier_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.planning.layout import Layout, classifier_layout
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI, read_mnli
 from deberta_dist.tasks.registry import TASKS, Task
 from deberta_dist.tasks.release import Release, Split
-from deberta_dist.training.sift import SiftSettings
 
 RECIPES = "finetune_recipes"
 # Smallest hidden size -> file of recipes; the paper's ranges are for three sizes, the last is the demo's.

@@ -19,9 +19,9 @@ from deberta_dist.finetuning.folder import EARLIER, IDENTITY, TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.finetuning.state import Earlier, write_state
-from deberta_dist.mesh import Mesh
 from deberta_dist.models.attention_choice import describe_attention, set_attention
-from deberta_dist.planning.layout import DTYPES, Layout, meta_classifier
+from deberta_dist.parallel.layout import DTYPES, Layout, meta_classifier
+from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.encoding import has_choices, num_outputs
 from deberta_dist.tasks.mnli import MNLI

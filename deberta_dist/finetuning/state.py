@@ -25,11 +25,11 @@ from deberta_dist.config import precision
 from deberta_dist.errors import ConfigError
 from deberta_dist.finetuning.folder import EARLIER, IDENTITY, STATE_NAME, TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan
-from deberta_dist.flat_layout import ShardState
-from deberta_dist.mesh import Mesh
-from deberta_dist.planning.layout import flat_layouts
+from deberta_dist.parallel.flat_layout import ShardState
+from deberta_dist.parallel.layout import flat_layouts
+from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.training.lr_schedule import learning_rate
-from deberta_dist.training.sharded_model import ShardedModel
 
 
 @dataclass(frozen=True)

@@ -152,10 +152,7 @@ class _Work:
         dV = D^T G, T = D * (G V^T), dscores = T - P rowsum(T).
         """
         operands = self._operands(chunk)
-        if kept is None:
-            signed = self._signed_probabilities(chunk, operands, kept=None)
-        else:
-            signed = kept.to(score_dtype(kept))
+        signed = self._signed_probabilities(chunk, operands, kept=None) if kept is None else kept.to(score_dtype(kept))
         gradient = as_factor(gradient_BCQH.transpose(0, 1)).contiguous()
         if self._call.dropout_p > 0.0:
             attended = self._attended(signed)

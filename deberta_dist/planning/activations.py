@@ -22,10 +22,10 @@ from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import find_targets
-from deberta_dist.planning.layout import decoder_layer, meta_model
-from deberta_dist.tensor_parallel.apply import split_sequence
-from deberta_dist.tensor_parallel.plan import padded_vocabulary
-from deberta_dist.tensor_parallel.sequence import SequenceRanks
+from deberta_dist.parallel.layout import decoder_layer, meta_model
+from deberta_dist.parallel.tensor.apply import split_sequence
+from deberta_dist.parallel.tensor.plan import padded_vocabulary
+from deberta_dist.parallel.tensor.sequence import SequenceRanks
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
-from deberta_dist.planning.layout import DTYPES, FLAT_GROUPS, Layout, flat_layout
+from deberta_dist.parallel.layout import DTYPES, FLAT_GROUPS, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
 
 # float32 largest logit, float32 sum and target logit, int64 winner: per target.

@@ -1,7 +1,7 @@
 """A run's DeepSpeed JSON, checked with DeepSpeed's own classes: the way in for the dry run, the search and the start."""
 
 from deberta_dist.config.deepspeed_json import AnyConfig, DeepSpeedJson, read_deepspeed
-from deberta_dist.zero.settings import examine
+from deberta_dist.parallel.zero.settings import examine
 
 
 def checked_deepspeed(config: AnyConfig) -> DeepSpeedJson:

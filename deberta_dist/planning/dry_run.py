@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from deberta_dist.config import offload_device, precision
+from deberta_dist.models.flops import PEAK_FLOPS
+from deberta_dist.parallel.layout import Layout
+from deberta_dist.parallel.tensor.plan import padded_vocabulary
 from deberta_dist.planning.communication import RankCommunication, layer_messages, rank_communication
-from deberta_dist.planning.flops import PEAK_FLOPS
-from deberta_dist.planning.layout import Layout
 from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memory
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import reading_block, training_paths
-from deberta_dist.tensor_parallel.plan import padded_vocabulary
 
 # The step time is an orientation: this device, at this share of its peak.
 REFERENCE_GPU, REFERENCE_UTILISATION = "H100", 0.4

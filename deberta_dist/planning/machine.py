@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 
 # Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
 # messages of megabytes of the nominal bandwidth.
@@ -221,9 +221,9 @@ def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int,
             changed[key] = {kind: _link(one, key=f"kinds.{kind}", source=source) for kind, one in value.items()}
         elif key in NUMBERS:
             changed[key] = _positive(value, key=key, source=source)
-        elif key in ("cores", "node_size") and type(value) is int and value > 0:
-            changed[key] = value
-        elif key in SWITCHES and isinstance(value, bool):
+        elif (key in ("cores", "node_size") and type(value) is int and value > 0) or (
+            key in SWITCHES and isinstance(value, bool)
+        ):
             changed[key] = value
         elif key in ("cores", "node_size", *SWITCHES):
             wanted = "true or false" if key in SWITCHES else "a positive integer"

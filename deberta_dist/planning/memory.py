@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
+from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.activations import StageActivations, stage_activations
-from deberta_dist.planning.layout import DTYPES, Layout, flat_layout
 
 FLOAT32, INT64 = 4, 8  # bytes
 # DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from deberta_dist.config import precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
-from deberta_dist.planning.layout import DTYPES
+from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.planning.plan import Plan
 

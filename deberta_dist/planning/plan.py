@@ -11,13 +11,13 @@ from typing import Any
 
 from deberta_dist.config import RunConfig, resolve
 from deberta_dist.errors import ConfigError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
+from deberta_dist.models.flops import ForwardFlops, forward_flops
 from deberta_dist.models.presets import preset
+from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.planning.flops import ForwardFlops, forward_flops
-from deberta_dist.planning.layout import Layout, plan_layout
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from deberta_dist.config import Parallel, RunConfig
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.fused.availability import unsupported_reason
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.positions import relative_positions
-from deberta_dist.pipeline_parallel.stages import balance_stages
+from deberta_dist.parallel.layout import Layout, plan_layout
+from deberta_dist.parallel.pipeline.stages import balance_stages
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.planning.flops import ForwardFlops
-from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.plan import Plan, read_flops, read_model_config
 from deberta_dist.planning.search_memory import Choice, MemorySearch

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deberta_dist.config import offload_device, precision
+from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.planning.activations import stage_activations
 from deberta_dist.planning.dry_run import rank_reports
-from deberta_dist.planning.layout import DTYPES
 from deberta_dist.planning.memory import FLOAT32, micro_batches_in_flight, rank_memory
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.step_cost import StepCost

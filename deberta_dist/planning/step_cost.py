@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from deberta_dist.config import offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.parallel.layout import DTYPES, TieSize
 from deberta_dist.planning.communication import CROSS_ENTROPY_BYTES, layer_all_reduces
-from deberta_dist.planning.layout import DTYPES, TieSize
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
 from deberta_dist.planning.pass_work import Work, stage_work

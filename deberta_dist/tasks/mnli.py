@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from deberta_dist.errors import DataError
-from deberta_dist.foreign import refuse_foreign
+from deberta_dist.files.foreign import refuse_foreign
 from deberta_dist.tasks.registry import CLASSIFICATION, Task
 from deberta_dist.tasks.release import Decision, Key, Split
 

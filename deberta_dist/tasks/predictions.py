@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.data.new_file import new_file
 from deberta_dist.errors import DataError, printable
-from deberta_dist.foreign import json_integer, refuse_foreign
+from deberta_dist.files.foreign import json_integer, refuse_foreign
+from deberta_dist.files.new_file import new_file
 from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.foreign import HEAD_BYTES, begins_like, head_of, json_integer, refuse_foreign
+from deberta_dist.files.foreign import HEAD_BYTES, begins_like, head_of, json_integer, refuse_foreign
 from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 
 Key = tuple[int, ...]

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 
 from deberta_dist.checkpoint.slices import shard_parts
 from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
-from deberta_dist.flat_layout import FlatLayout
-from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.attention_choice import set_attention
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.plain import require_unchanged
 from deberta_dist.models.residual import ResidualOutput
-from deberta_dist.pipeline_parallel.runner import PipelineRunner
-from deberta_dist.pipeline_parallel.ties import TiedWeights, make_tie_groups
-from deberta_dist.planning.layout import DTYPES, Layout, decoder_layer, flat_layout, meta_model
-from deberta_dist.tensor_parallel.apply import apply_plan, cut_tensor, split_sequence
-from deberta_dist.tensor_parallel.sequence import SequenceRanks
+from deberta_dist.parallel.flat_layout import FlatLayout
+from deberta_dist.parallel.layout import DTYPES, Layout, decoder_layer, flat_layout, meta_model
+from deberta_dist.parallel.mesh import Mesh, MeshShape
+from deberta_dist.parallel.pipeline.runner import PipelineRunner
+from deberta_dist.parallel.pipeline.ties import TiedWeights, make_tie_groups
+from deberta_dist.parallel.sharded_model import ShardedModel
+from deberta_dist.parallel.tensor.apply import apply_plan, cut_tensor, split_sequence
+from deberta_dist.parallel.tensor.sequence import SequenceRanks
+from deberta_dist.parallel.zero import WeightStore
 from deberta_dist.training.optimizer import make_optimizer
-from deberta_dist.training.sharded_model import ShardedModel
-from deberta_dist.zero import WeightStore
 
 
 @dataclass(frozen=True)

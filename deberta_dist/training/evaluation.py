@@ -8,7 +8,7 @@ from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.unigram import blended_counts, unigram_loss
-from deberta_dist.mesh import Mesh
+from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.length import write_numbers

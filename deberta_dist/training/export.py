@@ -17,11 +17,11 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.conversion.source import SPM_NAME
-from deberta_dist.mesh import Coordinate, Mesh
-from deberta_dist.planning.layout import Layout
-from deberta_dist.tensor_parallel import plan
-from deberta_dist.tensor_parallel.apply import join_slices
-from deberta_dist.training.sharded_model import ShardedModel
+from deberta_dist.parallel.layout import Layout
+from deberta_dist.parallel.mesh import Coordinate, Mesh
+from deberta_dist.parallel.sharded_model import ShardedModel
+from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor.apply import join_slices
 
 
 def gather_full_weights(

@@ -22,13 +22,13 @@ from deberta_dist.config import load_config, precision, smallest_world_size, wri
 from deberta_dist.data.loader import unused_rows
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.errors import ConfigError, DivergedError
-from deberta_dist.lock import RunLock
-from deberta_dist.mesh import Mesh, discover_launch, local_device, make_mesh, start_process_group
+from deberta_dist.files.lock import RunLock
 from deberta_dist.models.attention_choice import describe_attention, require_attention
+from deberta_dist.models.flops import device_peak_flops
 from deberta_dist.models.residual import require_compiler
+from deberta_dist.parallel.layout import DTYPES
+from deberta_dist.parallel.mesh import Mesh, discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.planning.dry_run import describe
-from deberta_dist.planning.flops import device_peak_flops
-from deberta_dist.planning.layout import DTYPES
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.reading import describe_reading
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of

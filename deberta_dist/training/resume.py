@@ -12,16 +12,16 @@ from deberta_dist.checkpoint.publish import is_being_replaced, sweep
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import default_values, precision
 from deberta_dist.errors import ConfigError
-from deberta_dist.flat_layout import ShardState
-from deberta_dist.lock import RunLock
-from deberta_dist.mesh import Mesh
+from deberta_dist.files.lock import RunLock
+from deberta_dist.parallel.flat_layout import ShardState
+from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED
 from deberta_dist.training.build import own_flat_layout
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.length import RESULT_NAME, continue_finished, refuse_finished
 from deberta_dist.training.metrics import METRICS_NAME
-from deberta_dist.training.sharded_model import ShardedModel
 
 # What decides which samples a text has, and which comes when.
 _ORDER_KEYS = ("training.seed", "data.max_seq_length", "data.document_boundaries", "data.bucket_lengths")

@@ -21,8 +21,8 @@ from deberta_dist.checkpoint.manifest import Manifest, TensorEntry, WrittenLayou
 from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import precision
-from deberta_dist.mesh import Mesh
-from deberta_dist.planning.layout import flat_layouts
+from deberta_dist.parallel.layout import flat_layouts
+from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.build import TrainingParts
 from deberta_dist.training.inputs import RunData

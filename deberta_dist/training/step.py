@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deberta_dist.mesh import Mesh
-from deberta_dist.training.sharded_model import ShardedModel
+from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.sharded_model import ShardedModel
 
 
 def optimizer_step(

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.data.loader import Batch
-from deberta_dist.mesh import Mesh
 from deberta_dist.models.dropout import mix_key
-from deberta_dist.pipeline_parallel.runner import MicroBatches
+from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.pipeline.runner import MicroBatches
 from deberta_dist.training.build import TrainingParts
 from deberta_dist.training.step import optimizer_step, world_totals
 from deberta_dist.training.step_batch import StepBatch, pack

@@ -35,7 +35,7 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
         CheckpointError: ``training.init`` cannot be read.
     """
     asked = config.model.overrides.get(_KEY)
-    if asked is not None and asked != AUTO or asked is None and config.model.preset is None:
+    if (asked is not None and asked != AUTO) or (asked is None and config.model.preset is None):
         return config
     rows = _rows(config, preset=PRESETS.get(config.model.preset) if asked is None else None)
     if rows is None and asked is None:

@@ -17,13 +17,13 @@ from deberta_dist.checkpoint.shard_file import STATES
 from deberta_dist.checkpoint.slices import check_table, local_cut, shard_parts, tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import Parallel
-from deberta_dist.flat_layout import FlatLayout, ShardState, lay_out
-from deberta_dist.mesh import MeshShape
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import FLAT_GROUPS, Layout, plan_layout
-from deberta_dist.tensor_parallel import plan
-from deberta_dist.tensor_parallel.apply import cut_tensor
+from deberta_dist.models.flops import forward_flops
+from deberta_dist.parallel.flat_layout import FlatLayout, ShardState, lay_out
+from deberta_dist.parallel.layout import FLAT_GROUPS, Layout, plan_layout
+from deberta_dist.parallel.mesh import MeshShape
+from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor.apply import cut_tensor
 
 TOKENIZER = "ab" * 32
 Known = dict[str, dict[str, Tensor]]

@@ -20,7 +20,7 @@ from deberta_dist.checkpoint.find import checkpoints, newest_complete
 from deberta_dist.checkpoint.publish import sweep
 from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.writer import CheckpointWriter
-from deberta_dist.lock import RunLock
+from deberta_dist.files.lock import RunLock
 from tests.checkpoint.test_slices import Case, assert_readable, known_tensors, write_checkpoint
 
 CASE = Case(data=2)

@@ -14,7 +14,7 @@ class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "deberta_dist":
             raise ImportError(f"{name} must not be imported here")
-        return None
+        return
 
 
 sys.meta_path.insert(0, Blocker())

@@ -44,7 +44,7 @@ def test_huggingface_computes_the_same_and_everything_comes_back(name: str, tmp_
     for auto in classes:
         theirs, info = auto.from_pretrained(exported, output_loading_info=True, local_files_only=True)
         assert not info["mismatched_keys"] and not info["error_msgs"]
-        assert not info["missing_keys"] or auto is not AUTO[kind] and auto is not transformers.AutoModel
+        assert not info["missing_keys"] or (auto is not AUTO[kind] and auto is not transformers.AutoModel)
         for key in info["unexpected_keys"]:
             assert f"`{key.split('.')[0]}." in card, key
         if not info["missing_keys"]:

@@ -8,8 +8,8 @@ import sentencepiece
 import transformers
 
 from deberta_dist.conversion import tokenizer_files
-from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.conversion.tokenizer_files import PROBE, build_tokenizer_json, compare
 from deberta_dist.data.sentencepiece_model import CONTROL, NORMAL, UNKNOWN, parse_model
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer

@@ -16,7 +16,7 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import FOLDER, call, export, make_model, published_tensors, same, write
-from tests.corpus.test_tools import assert_one_line_error, run
+from tests.preparation.test_tools import assert_one_line_error, run
 
 TOOL = "convert_checkpoint.py"
 

@@ -12,7 +12,7 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.errors import ConfigError
 from tests.checkpoint.test_slices import Case, write_checkpoint
 from tests.conversion.small_models import call, export, make_model
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 
 
 def front(directory: Path) -> dict:

@@ -20,7 +20,7 @@ from deberta_dist.conversion.safetensors_files import read_safetensors, write_sa
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import call, export, make_model, published_tensors, same
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 
 INSPECT = "inspect_checkpoint.py"
 POSITIONS = "deberta.embeddings.position_embeddings.weight"
@@ -48,7 +48,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
     names = [name for name in entries if "/data/" in name]
     a, b = next((a, b) for a in names for b in names if len(entries[a]) > len(entries[b]))
     with zipfile.ZipFile(source / "pytorch_model.bin", "w") as archive:
-        for name, content in entries.items():
+        for name in entries:
             archive.writestr(name, entries[{a: b, b: a}.get(name, name)])
     with pytest.raises(CheckpointError, match="larger or smaller than what is stored"):
         convert(source, tmp_path / "target", to="deberta_dist")

@@ -19,7 +19,7 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.encoder import DebertaModel
 from tests.conversion.small_models import call, export, make_model
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 
 CONVERT = "convert_checkpoint.py"
 SIZES = {

@@ -18,7 +18,7 @@ from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from deberta_dist.finetuning.starting_point import open_starting_point
 from tests.conversion.small_models import call, export, make_model, published_tensors, same
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 
 MODEL = make_model("v2")
 TENSORS = published_tensors(MODEL)

@@ -38,7 +38,7 @@ def test_a_batch_equals_its_sequences(method: str, max_ngram: int, monkeypatch: 
             mask_probability=float(random.choice([0.15, 0.01, 0.5, 0.99])),
             max_targets=[None, None, 1, 30][number % 4],
         )
-        vocabulary = dict(is_word_start=starts, special_ids=(0, 1, 2, 3, 39), mask_id=39, vocab_size=40)
+        vocabulary = {"is_word_start": starts, "special_ids": (0, 1, 2, 3, 39), "mask_id": 39, "vocab_size": 40}
         seed = int(random.integers(0, 1 << 64, dtype=np.uint64))
         epochs, samples = random.integers(0, 1 << 40, (2, len(ids)))
         input_ids, labels = mask_batch(

@@ -54,7 +54,7 @@ def test_the_order_never_changes() -> None:
 def test_large_sizes_cost_no_memory() -> None:
     size = 1 << 61
     found = Permutation(size, seed=2**64 - 1, epoch=10**6)(np.arange(size - 1000, size))
-    assert len(set(found.tolist())) == 1000 and 0 <= found.min() and found.max() < size
+    assert len(set(found.tolist())) == 1000 and found.min() >= 0 and found.max() < size
 
 
 def test_position() -> None:

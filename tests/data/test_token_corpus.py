@@ -135,7 +135,7 @@ def change_index(directory: Path, change: Callable[[dict], object]) -> None:
 
 
 def test_files_that_do_not_belong_are_refused(many: Many, tmp_path: Path) -> None:
-    file, corpus = many
+    _file, corpus = many
     directory, third = corpus.path, corpus.path / "002.tokens"
     content = third.read_bytes()
 

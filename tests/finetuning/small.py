@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import train_tokenizer
 from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.batches import batch_key, collate, dealt
 from deberta_dist.finetuning.finetuner import FineTuner, decision_loss
 from deberta_dist.finetuning.plan import TaskPlan, make_plans
+from deberta_dist.finetuning.sift import Sift
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
-from deberta_dist.mesh import Mesh, make_mesh, start_process_group
 from deberta_dist.models.classification import DebertaForSequenceClassification
-from deberta_dist.planning.layout import is_decayed, meta_classifier
+from deberta_dist.parallel.layout import is_decayed, meta_classifier
+from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
+from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.encoding import num_outputs
 from deberta_dist.training.build import build_sharded_model, mesh_shape, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights
-from deberta_dist.training.sift import Sift
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "launchers" / "demo_superglue"

@@ -178,8 +178,8 @@ def open_with(directory: Path, **options) -> StartingPoint:
 
 
 def test_tokenizer_of_another_model(start_directory: Path, tmp_path: Path) -> None:
-    from deberta_dist.corpus.reading import read_texts
     from deberta_dist.data.tokenizer import train_tokenizer
+    from deberta_dist.preparation.reading.texts import read_texts
 
     texts = read_texts([ROOT / "launchers" / "demo_text" / "valid.jsonl"])
     train_tokenizer(texts, tmp_path / "small.model", vocab_size=300)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
-from deberta_dist.mesh import make_mesh, start_process_group
-from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import is_decayed, plan_layout
-from deberta_dist.training import sharded_model
+from deberta_dist.models.flops import forward_flops
+from deberta_dist.parallel import sharded_model
+from deberta_dist.parallel.layout import is_decayed, plan_layout
+from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.export import gather_full_weights
 from deberta_dist.training.step_batch import StepBatch, pack
@@ -224,7 +224,7 @@ def train(case: Case) -> dict[str, Any]:
     for step in range(case.steps):
         result = trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)
         history.append((result.loss, result.grad_norm))
-    for name, gradient in gradients.items():
+    for _name, gradient in gradients.items():
         dist.all_reduce(gradient, group=trainer._mesh.groups["data"])
     weights = gather_full_weights(trainer.parts.sharded_model, layout=trainer.parts.layout, mesh=trainer._mesh)
     full_gradients = gather_full_weights(

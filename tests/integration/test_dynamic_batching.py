@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer
+from deberta_dist.preparation.reading.texts import read_texts
 from tests.integration.conftest import TEXT
 from tests.integration.test_resume import interrupted, run, weights
 from tests.token_files import write_token_file

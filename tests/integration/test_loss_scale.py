@@ -14,7 +14,7 @@ def train_in_fp16(scale_window: int) -> tuple[list[float], dict[str, Any]]:
     """The loss scale of every step, and what training returns."""
     from deepspeed.accelerator import get_accelerator
 
-    from deberta_dist.zero.weight_store import WeightStore
+    from deberta_dist.parallel.zero.weight_store import WeightStore
 
     scales, hand_over = [], WeightStore.hand_over
     fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": scale_window}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deberta_dist.benchmark import gpu_training
+from benchmarks import gpu_training
 
 
 @pytest.mark.gpu

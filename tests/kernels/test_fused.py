@@ -14,9 +14,9 @@ from tests.kernels.fused_cases import DEVICE, Case, random_case, values_and_grad
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels import choice  # noqa: E402
-from deberta_dist.kernels.fused import attention, autograd, launch  # noqa: E402
-from deberta_dist.kernels.fused.tiles import Tile, Tiles  # noqa: E402
+from deberta_dist.kernels import choice
+from deberta_dist.kernels.fused import attention, autograd, launch
+from deberta_dist.kernels.fused.tiles import Tile, Tiles
 
 
 def tiles(rows: int, columns: int) -> Tiles:
@@ -177,7 +177,7 @@ def test_the_interpreter_is_not_chosen():
 
 def test_heads_inside_of_a_wider_projection_are_read_in_place():
     case = Case()
-    batch, heads, length, head_size = case.operands[0].shape
+    _batch, heads, _length, head_size = case.operands[0].shape
     wide = torch.cat([x.transpose(1, 2).flatten(2) for x in case.operands[:3]], dim=-1)
     views = [x.unflatten(-1, (heads, head_size)).transpose(1, 2) for x in wide.chunk(3, dim=-1)]
     assert all(launch.token_rows(x).data_ptr() == x.data_ptr() for x in views)

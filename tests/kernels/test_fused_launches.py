@@ -21,7 +21,7 @@ from deberta_dist.models.presets import preset
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels.fused import launch  # noqa: E402
+from deberta_dist.kernels.fused import launch
 
 B, S, D, HEADS = 2, 48, 64, 2
 # _unsafe_view is a view whose schema does not say so.

@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels.fused.layouts import reads  # noqa: E402
-from deberta_dist.kernels.fused.tiles import HEAD_SIZES  # noqa: E402
+from deberta_dist.kernels.fused.layouts import reads
+from deberta_dist.kernels.fused.tiles import HEAD_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMPILE = """

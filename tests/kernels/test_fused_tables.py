@@ -43,7 +43,7 @@ def test_every_pair_has_its_row_and_every_row_its_distances(buckets, max_distanc
     assert lengths.sum() == queries + keys - 1
     assert {made.first_end, made.last_end} == {int(found.min()), int(found.max())}
     assert made.num_rows == len(lengths) and (made.num_rows % 8 == 0 or made.num_rows == table_rows)
-    assert 0 <= made.first_row and made.first_row + made.num_rows <= table_rows
+    assert made.first_row >= 0 and made.first_row + made.num_rows <= table_rows
 
 
 def test_positions_in_order_and_where_each_starts():

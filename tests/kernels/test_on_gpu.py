@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from deberta_dist.benchmark.gpu_attention import FEATURES, Problem, tolerance
-from deberta_dist.benchmark.gpu_rows import RowsProblem
+from benchmarks.gpu_attention import FEATURES, Problem, tolerance
+from benchmarks.gpu_rows import RowsProblem
 from deberta_dist.kernels import unavailable_reason
 
 

@@ -164,6 +164,6 @@ def test_processes_above_are_read() -> None:
     result = subprocess.run(
         [sys.executable, "-c", outer, "a b"], capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
     )
-    words = eval(result.stdout)  # noqa: S307
+    words = eval(result.stdout)
     assert words[0][1] == "-c" and words[0][3] == "a b"
     assert any("pytest" in word for word in words[1])

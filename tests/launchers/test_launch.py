@@ -29,9 +29,9 @@ def test_tables_equal_deepspeeds_parser(monkeypatch: pytest.MonkeyPatch) -> None
     for action in parsers[0]._actions:
         if action.dest != "help" and action.option_strings:
             (alone if action.nargs == 0 else with_value).update(action.option_strings)
-    assert launch.FLAGS_WITH_VALUE == with_value
-    assert launch.FLAGS_ALONE == alone
-    assert launch.PLACEMENT_FLAGS <= with_value
+    assert with_value == launch.FLAGS_WITH_VALUE
+    assert alone == launch.FLAGS_ALONE
+    assert with_value >= launch.PLACEMENT_FLAGS
 
 
 def test_default_hostfile_is_deepspeeds() -> None:

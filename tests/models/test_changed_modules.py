@@ -18,7 +18,7 @@ from deberta_dist.models.joint_linear import Linear, joint_linear
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.plain import is_plain, require_unchanged
 from deberta_dist.models.presets import preset
-from deberta_dist.tensor_parallel.apply import apply_plan
+from deberta_dist.parallel.tensor.apply import apply_plan
 
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)
 SIZES = {"num_hidden_layers": 2, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 16}
@@ -186,7 +186,7 @@ class Doubled(nn.Module):
 def test_parametrised_weights_are_the_weights(config: str, kind: str) -> None:
     model = model_of(config, kind)
     expected = logits_of(model)
-    for name, module in leaves(model).items():
+    for _name, module in leaves(model).items():
         with torch.no_grad():
             module.weight /= 2
         parametrize.register_parametrization(module, "weight", Doubled())

@@ -7,12 +7,12 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from deberta_dist.models.classification import DebertaForReplacedTokenDetection, DebertaForSequenceClassification
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.classification import DebertaForReplacedTokenDetection, DebertaForSequenceClassification
 from deberta_dist.models.heads import HEADS, model_with_head
 from deberta_dist.models.presets import preset
-from deberta_dist.planning.layout import classifier_layout
-from deberta_dist.tensor_parallel import plan
+from deberta_dist.parallel.layout import classifier_layout
+from deberta_dist.parallel.tensor import plan
 
 
 def test_unknown_labels_are_left_out(batch):

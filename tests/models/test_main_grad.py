@@ -76,7 +76,7 @@ def test_stages_of_their_own_add_to_their_own_tables() -> None:
     results = []
     for model in (plain, adding):
         hidden = None
-        for layers in (range(0, 1), range(1, count)):
+        for layers in (range(1), range(1, count)):
             hidden = model.forward_stage(hidden, **inputs, layers=layers, dropout_key=3)
         hidden[0, 0].backward()
         results.append(model)

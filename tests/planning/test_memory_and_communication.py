@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from deberta_dist.models.flops import forward_flops
+from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.planning.activations import local_model, stage_activations
 from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
-from deberta_dist.planning.flops import forward_flops
-from deberta_dist.planning.layout import Layout, plan_layout
 from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
 from tests.harness import run_ranks
 from tests.integration.parallel_run import (

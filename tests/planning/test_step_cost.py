@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_iter
 
 from deberta_dist.config import load_config
 from deberta_dist.errors import ConfigError
+from deberta_dist.parallel.layout import meta_model, names_of_layers
 from deberta_dist.planning.activations import local_model
 from deberta_dist.planning.communication import rank_communication
-from deberta_dist.planning.layout import meta_model, names_of_layers
 from deberta_dist.planning.machine import GPUS, Link, calibrated, read_calibration
 from deberta_dist.planning.pass_work import stage_work
 from deberta_dist.planning.plan import Plan, check_plan

@@ -205,7 +205,7 @@ def clean(x: Tensor) -> None:
     x[x > 0] = 0.0
     torch.zeros(0, device=CUDA).add(1)  # no element, no kernel
     z.new_empty(3).requires_grad_().detach()
-    x.to(CUDA).reshape(1, 3)[..., None].shape
+    x.to(CUDA).reshape(1, 3)[..., None].size()
 
 
 def line_of_the_product(x: Tensor) -> None:

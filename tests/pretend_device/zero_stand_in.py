@@ -1,6 +1,6 @@
 """Stands in for DeepSpeed's ZeRO-3 engine under the product's weight store.
 
-`deberta_dist.zero.WeightStore` is the product's own and runs as it is, its copies and reductions included. What it calls of
+`deberta_dist.parallel.zero.WeightStore` is the product's own and runs as it is, its copies and reductions included. What it calls of
 DeepSpeed is replaced: ``initialize`` and the engine it gives, ``GatheredParameters``, and the two accessors of master
 weights. The numbers are right (shards of float32 master weights, gradients averaged over the data axis, a norm over all
 ranks, clipping, the optimizer that the product made), so that losses fall as with DeepSpeed. What DeepSpeed itself launches
@@ -25,7 +25,7 @@ from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor, nn
 
-from deberta_dist.zero import weight_store
+from deberta_dist.parallel.zero import weight_store
 
 Paused = Callable[[], contextlib.AbstractContextManager[None]]
 

@@ -85,7 +85,7 @@ def write_run(directory: Path, release: Release, *, first: float = 0.6) -> Path:
             probabilities = {}
             for key, decision in release.read(task, split).decisions.items():
                 rest = (1 - first) / (len(decision.labels) - 1)
-                probabilities[key] = {label: rest for label in decision.labels} | {decision.labels[0]: first}
+                probabilities[key] = dict.fromkeys(decision.labels, rest) | {decision.labels[0]: first}
             write_predictions(predictions_file(directory, task, split), probabilities)
     return directory
 

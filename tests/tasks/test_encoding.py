@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
+from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
@@ -168,7 +168,7 @@ def test_cutting_keeps_marked_words_and_their_neighbours(tokenizer: Tokenizer) -
     assert encode_parts(tokenizer, [Part("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
 
 
-@pytest.mark.parametrize("task", [name for name in TASKS])
+@pytest.mark.parametrize("task", list(TASKS))
 def test_nothing_is_too_long_and_cuts_are_counted(task: str, tokenizer: Tokenizer) -> None:
     split = "test" if TASKS[task].is_diagnostic else "train"
     features = encoded(task, split, tokenizer, Lengths(max_seq_length=24, window_overlap=6, max_windows=2))

@@ -14,7 +14,7 @@ from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.report import make_report
 from tests.conversion.small_models import call
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 from tests.tasks.conftest import write_run
 
 TOOL = "report_scores.py"
@@ -90,7 +90,7 @@ def test_the_average_needs_all_eight(release: Release, tmp_path: Path) -> None:
     means = {name: report.scores[name].spread().mean for name in MAIN_TASKS}
     # Always the first label: half right but in CB (F1 2/3, 0, 0), MultiRC (nothing) and ReCoRD (half).
     assert report.scores["CB"].runs[1].task_score == pytest.approx((200 / 9 + 50) / 2)
-    expected = {name: 75.0 for name in MAIN_TASKS} | {"CB": (100 + (200 / 9 + 50) / 2) / 2, "MultiRC": 50.0}
+    expected = dict.fromkeys(MAIN_TASKS, 75.0) | {"CB": (100 + (200 / 9 + 50) / 2) / 2, "MultiRC": 50.0}
     assert means == pytest.approx(expected)
     mean, ensemble = (report.overall()[kind] for kind in ("mean", "ensemble"))
     assert mean[0] == pytest.approx(sum(expected.values()) / 8) and ensemble == (100.0, "100.0")

@@ -14,7 +14,7 @@ from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.submission import read_zip, validate, zip_bytes
 from tests.conversion.small_models import call
-from tests.corpus.test_tools import assert_one_line_error
+from tests.preparation.test_tools import assert_one_line_error
 from tests.tasks.conftest import write_run
 
 TOOL = "make_submission.py"

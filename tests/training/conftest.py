@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from deberta_dist.config import Data, Evaluation, Model, Optimizer, Parallel, Run, RunConfig, Training
-from deberta_dist.corpus.reading import read_texts
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
+from deberta_dist.preparation.reading.texts import read_texts
 from tests.token_files import write_token_file
 
 TEXT = Path(__file__).parents[2] / "launchers" / "demo_text" / "valid.jsonl"

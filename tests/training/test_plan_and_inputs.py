@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from safetensors.torch import save_file
 
 from deberta_dist import preset
@@ -18,8 +17,8 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.mesh import Mesh, MeshShape
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.parallel.mesh import Mesh, MeshShape
 from deberta_dist.planning.plan import check_plan, read_model_config
 from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
 from deberta_dist.training.inputs import InitialWeights, open_data, open_initial_weights

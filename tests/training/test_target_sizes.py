@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist.training.inputs import open_data
 from deberta_dist.planning.plan import check_plan
+from deberta_dist.training.inputs import open_data
 from deberta_dist.training.target_sizes import NUM_SIZES, TargetSizes, count_targets, num_sampled
 from tests.training.conftest import MakeRun
 

@@ -51,7 +51,7 @@ def _sums_of_rows(
     begin, end = _range_of_row(position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS)
     length = tl.where(row_inside[:, None] & owner_inside[None, :], end - begin, 0)
     total = tl.zeros([rows.shape[0], owners.shape[0]], tl.float32)
-    for step in range(0, tl.max(tl.max(length, 1), 0)):
+    for step in range(tl.max(tl.max(length, 1), 0)):
         total += _gradients_at(
             score_gradient, owners[None, :], begin + step, order, score_stride, step < length, OF_KEYS, HAS_POSITIONS
         )

@@ -1,0 +1,53 @@
+"""What the parts of the verb ``data`` work on: a text, a tokenizer, its tokens, and a place to work.
+
+Made by commands, not here: a process that is measured must not inherit their memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from deberta_dist.operations.measure import ROOT, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInputs:
+    """Files of a benchmark of the data path.
+
+    Attributes:
+        text: Text of the bundled corpus, .jsonl.
+        tokenizer: A sentencepiece model.
+        tokens: A token file made with it, or a directory of them.
+        directory: A place to work, removed at the end.
+    """
+
+    text: Path
+    tokenizer: Path
+    tokens: Path
+    directory: Path
+
+
+def bundled_text() -> Path:
+    """The corpus that comes with the program, .jsonl."""
+    return ROOT / "launchers" / "demo_text" / "train.jsonl"
+
+
+def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
+    """Trains a tokenizer on the bundled text and writes its corpus.
+
+    Args:
+        directory: Where both files appear.
+        vocab_size: Pieces of the tokenizer.
+
+    Returns:
+        The tokenizer and the corpus.
+
+    Raises:
+        BenchmarkError: The text is too small for the vocabulary, or the disk is full.
+    """
+    tokenizer, corpus = directory / "spm.model", directory / "corpus"
+    given = ["--input", str(bundled_text()), "--output"]
+    train, prepare = (str(ROOT / "tools" / name) for name in ("train_tokenizer.py", "prepare_corpus.py"))
+    run_command([sys.executable, train, *given, str(tokenizer), "--vocab-size", str(vocab_size)])
+    run_command([sys.executable, prepare, *given, str(corpus), "--tokenizer", str(tokenizer), "--held-out", "0"])
+    return tokenizer, corpus / "train"

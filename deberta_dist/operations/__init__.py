@@ -1,0 +1,1 @@
+"""What looks after runs and machines from outside."""

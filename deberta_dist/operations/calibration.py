@@ -1,0 +1,82 @@
+"""Numbers of a machine from what the layouts benchmark has measured of primitives: see ``layouts.py``.
+
+Nothing here knows a layout but 1x1x1, which gives what a step costs once.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deberta_dist.operations.calibration_rank import MESSAGES, Case, plan_of
+from deberta_dist.planning.machine import GPUS, Machine, calibrated
+from deberta_dist.planning.pass_work import Work, stage_work
+from deberta_dist.planning.step_cost import step_cost
+
+# (tensor, first layer, layer behind the last, sequences): ends and middles, whole and cut, few and many tokens.
+STAGES = ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 8), (2, 1, 3, 2), (2, 1, 2, 8), (1, 0, 2, 2), (1, 6, 8, 2), (2, 6, 8, 2))
+
+
+def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str, Any]:
+    """Medians of the primitives as a table for ``planning/machine.py``, by number of processes."""
+    works = []
+    for tensor, start, stop, size in STAGES:
+        plan = plan_of(Case(tensor, 1, 1, size))
+        forward, backward = stage_work(plan, range(start, stop), has_fused_attention=False)
+        works.append(forward + backward)
+    processes: dict[str, Any] = {}
+    for count in rounds[0]["stages"]:
+        per_product = statistics.median(one["products"][count] for one in rounds)
+        seconds = [statistics.median(one["stages"][count][i] for one in rounds) for i in range(len(STAGES))]
+        per_byte, per_call = _fit(works, seconds, per_product=per_product)
+        table: dict[str, Any] = {
+            "product_rate": 1 / per_product,
+            "memory_bandwidth": 1 / per_byte,
+            "seconds_per_call": per_call,
+            "kinds": {},
+        }
+        for kind in rounds[0]["messages"].get(count, {}):
+            small, large = (statistics.median(one["messages"][count][kind][i] for one in rounds) for i in range(2))
+            sizes = MESSAGES[kind]
+            latencies, share = {"all_reduce": (2, 1.0), "all_gather": (1, 0.5), "reduce_scatter": (1, 0.5)}.get(kind, (1, 1.0))
+            per_byte = max(large - small, 1e-12 * sizes[1]) / (sizes[1] - sizes[0])
+            latency = max(small - per_byte * sizes[0], 1e-6) / latencies
+            table["kinds"][kind] = {"latency": latency, "bandwidth": share / per_byte}
+        processes[str(count)] = table
+    switches = {"calls_overlap": False, "has_fused_attention": False}
+    return {"name": f"CPU, {cores} cores", "cores": cores, **switches, "processes": processes}
+
+
+def _fit(works: Sequence[Work], seconds: Sequence[float], *, per_product: float) -> tuple[float, float]:
+    """(seconds per byte, seconds per call) of least squared relative error; neither is less than next to nothing.
+
+    Products have been measured by themselves: they grow with the tokens as bytes do, and stages alone could not tell
+    one from the other.
+    """
+    # One unknown after the other in closed form: the best of both, or of one alone where the other would be negative.
+    rest = [max(time - work.products * per_product, 0.0) / time for work, time in zip(works, seconds, strict=True)]
+    by_byte = [work.bytes / time for work, time in zip(works, seconds, strict=True)]
+    by_call = [work.calls / time for work, time in zip(works, seconds, strict=True)]
+
+    def dot(one: Sequence[float], other: Sequence[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    determinant = dot(by_byte, by_byte) * dot(by_call, by_call) - dot(by_byte, by_call) ** 2
+    per_byte = (dot(rest, by_byte) * dot(by_call, by_call) - dot(rest, by_call) * dot(by_byte, by_call)) / determinant
+    per_call = (dot(rest, by_call) * dot(by_byte, by_byte) - dot(rest, by_byte) * dot(by_byte, by_call)) / determinant
+    if per_byte <= 0:
+        per_byte, per_call = 0.0, dot(rest, by_call) / dot(by_call, by_call)
+    elif per_call <= 0:
+        per_byte, per_call = dot(rest, by_byte) / dot(by_byte, by_byte), 0.0
+    return max(per_byte, 1e-14), max(per_call, 1e-9)
+
+
+def with_step_seconds(table: Mapping[str, Any], measured: float) -> dict[str, Any]:
+    """The tables by number of processes with what the layout of one process leaves over of its processor time for a step."""
+    cost = step_cost(plan_of(Case(1, 1, 1)), machine_of(table, 1))
+    once = max(measured - (cost.seconds - cost.once), 1e-6)
+    return {count: {**one, "step_seconds": once} for count, one in table["processes"].items()}
+
+
+def machine_of(table: Mapping[str, Any], processes: int) -> Machine:
+    """What a table says of a machine that runs so many processes."""
+    return calibrated(GPUS["h100"], table, processes=processes, source="this machine")

@@ -1,0 +1,82 @@
+"""Starts the processes of a benchmark that needs several, waits for all of them, and collects what they found."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deberta_dist.operations.measure import ROOT, BenchmarkError
+
+
+def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False) -> list[Any]:
+    """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
+
+    Args:
+        module: Its main program, which reads a launcher's variables; the ranks meet in FOLDER.
+        plan: Written to ``FOLDER/plan.json`` with ``timeout_seconds``.
+        processes: How many.
+        timeout: Seconds for everything.
+        uses_gpus: Whether they may see the GPUs.
+
+    Raises:
+        BenchmarkError: a rank ended with an error, or there was no end in time.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps({"timeout_seconds": timeout, **plan}), encoding="utf-8")
+        ranks = [
+            _start(module, rank, launcher_environment(rank, processes=processes, uses_gpus=uses_gpus), folder=folder)
+            for rank in range(processes)
+        ]
+        try:
+            _wait(ranks, folder=folder, deadline=time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.wait()
+        return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+
+
+def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) -> dict[str, str]:
+    """What a launcher on this machine would set for a rank that runs modules of this checkout."""
+    hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "OMP_NUM_THREADS": "1",
+        **hidden,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+
+
+def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", module, str(folder)]
+    with open(folder / f"rank-{rank}.log", "wb") as log:
+        return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
+    while any(process.poll() is None for process in ranks):
+        if any(process.poll() for process in ranks):
+            break
+        if time.monotonic() > deadline:
+            late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
+            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
+        time.sleep(0.1)
+    for rank, process in enumerate(ranks):
+        if process.poll():
+            raise BenchmarkError(f"rank {rank} ended with {process.returncode}: {_last_words(folder, rank)}")
+
+
+def _last_words(folder: Path, rank: int) -> str:
+    text = (folder / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace")
+    return text[-1000:].strip() or "nothing"

@@ -1,0 +1,92 @@
+"""A rank's model whose parameters exist only while a step needs them.
+
+Between steps the parameters are empty and the weight store holds 1/dp of what this rank owns. ``gather``
+makes every parameter a view of gathered or borrowed weights and gives it a float32 view to sum its gradients over
+micro-batches in; ``hand_over`` completes the owners' sums and reduce-scatters them; ``step`` ends it.
+
+On a GPU the view is the parameter's ``main_grad``: products add weights' gradients to it themselves (see
+`models.joint_linear`), and what the backward pass of a micro-batch leaves in ``.grad`` is added by ``accumulate``, all of it
+at once. On a CPU the view is ``.grad`` itself and autograd adds, product by product: a product that adds would sum in
+another order, and runs go on to the same bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deberta_dist.models.joint_linear import add_gradients_
+from deberta_dist.parallel.pipeline.ties import TiedWeights
+from deberta_dist.parallel.zero import WeightStore
+
+DEVICES_WHOSE_PRODUCTS_ADD = ("cuda",)
+
+
+class ShardedModel:
+    """Joins a cut model, the weight store and the ties.
+
+    Args:
+        model: The rank's model, cut by layers and split by the plan, on the meta device.
+        store: What this rank owns.
+        ties: What it lends and borrows.
+        device: Where it computes.
+    """
+
+    def __init__(self, model: nn.Module, *, store: WeightStore, ties: TiedWeights, device: torch.device) -> None:
+        self.model = model
+        self.store = store
+        self._ties = ties
+        self._products_add = device.type in DEVICES_WHOSE_PRODUCTS_ADD
+        self._owned_gradients: dict[str, Tensor] = {}
+        for name, parameter in list(model.named_parameters()):
+            module_name, _, leaf = name.rpartition(".")
+            empty = nn.Parameter(torch.empty(0, dtype=store.dtype, device=device))
+            # Gradients of low-precision weights are summed over micro-batches in float32; some come in it.
+            empty.grad_dtype = None if self._products_add else torch.float32
+            setattr(model.get_submodule(module_name), leaf, empty)
+            del parameter
+        self._parameters = dict(model.named_parameters())
+
+    def gather(self, *, with_gradients: bool) -> None:
+        """Fills the parameters: one all-gather of what the stage owns, one broadcast per tie."""
+        weights, gradients = self.store.gather(with_gradients=with_gradients)
+        weights |= self._ties.lend(weights)
+        if with_gradients:
+            self._owned_gradients = gradients
+            gradients = gradients | self._ties.gradient_views()
+        for name, parameter in self._parameters.items():
+            parameter.data = weights[name]
+            if with_gradients and self._products_add:
+                parameter.main_grad = gradients[name]
+            elif with_gradients:
+                parameter.grad = gradients[name]
+
+    def accumulate(self) -> None:
+        """Adds what a backward pass has left in ``.grad`` to the sums of micro-batches; after each."""
+        if self._products_add:
+            add_gradients_(self._parameters.values())
+
+    def collect_gradients(self) -> None:
+        """Adds what borrowers accumulated to the owners' gradients."""
+        self._ties.collect(self._owned_gradients)
+
+    def hand_over(self, *, loss_scale: float) -> Tensor:
+        """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.hand_over`."""
+        self.collect_gradients()
+        self._empty()
+        return self.store.hand_over(loss_scale=loss_scale)
+
+    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
+        """One optimizer step, or none where the norm is not finite; see `WeightStore.step`."""
+        self.store.step(norms, learning_rate=learning_rate)
+
+    def release(self) -> None:
+        """Gives the gathered weights up (after an evaluation)."""
+        self._empty()
+        self.store.release()
+
+    def _empty(self) -> None:
+        self._owned_gradients = {}
+        for parameter in self._parameters.values():
+            parameter.grad = parameter.main_grad = None
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)

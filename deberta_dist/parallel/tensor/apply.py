@@ -1,0 +1,163 @@
+"""Cuts a plain model over the tensor-parallel ranks by the plan table.
+
+Called by ``training/build.py`` on a model whose parameters are still on the meta device: layers are swapped
+for their parallel twins under the same names, nothing is computed and nothing is communicated.
+"""
+
+import re
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion
+from deberta_dist.parallel.tensor.cross_entropy import JoinOverRanks
+from deberta_dist.parallel.tensor.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    empty_parameter,
+)
+from deberta_dist.parallel.tensor.sequence import (
+    EnterSequenceRegion,
+    ExchangeHalo,
+    JoinSequence,
+    OwnTokens,
+    ScatterSequence,
+    SequenceRanks,
+    SequenceRowLinear,
+)
+
+
+def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
+    """Refuses a split that does not come out even. Needs no process group.
+
+    Raises:
+        ConfigError: heads or feed-forward features are not divisible by ``tensor_parallel_size``.
+    """
+    size = tensor_parallel_size
+    if num_attention_heads % size:
+        fitting = [n for n in range(1, num_attention_heads + 1) if num_attention_heads % n == 0]
+        raise ConfigError(
+            f"parallel.tensor_parallel_size = {size} does not divide model.num_attention_heads = "
+            f"{num_attention_heads}; sizes that do: {', '.join(map(str, fitting))}"
+        )
+    if intermediate_size % size:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size = {size} does not divide model.intermediate_size = {intermediate_size}"
+        )
+
+
+def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
+    """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
+
+    Args:
+        model: A model with published names; absent parts (other stages) are fine.
+        vocab_size: Rows of the real vocabulary, without padding (tokens).
+        rank: Tensor-parallel rank of this process.
+        size: Number of tensor-parallel ranks; with 1 the model stays as it is.
+        group: Their process group.
+
+    Raises:
+        ConfigError: a layer to be split is of another class than torch's own, or has hooks: both would be lost.
+    """
+    if size == 1:
+        return
+    padded_size = plan.padded_vocabulary(vocab_size, tensor_parallel_size=size)
+    rows = padded_size // size
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(plan.ENTER_PATTERN, name):
+            _replace(model, name, EnterTensorParallelRegion(group))
+            continue
+        if re.fullmatch(plan.SPLIT_DROPOUT_PATTERN, name):
+            module.shard = rank
+            continue
+        kind = plan.module_kind(name)
+        if kind in (plan.COLUMN, plan.ROW):
+            _require_torchs_own(module, nn.Linear, name)
+        elif kind == plan.VOCAB and name.endswith("_embeddings"):
+            _require_torchs_own(module, nn.Embedding, name)
+        if kind == plan.COLUMN:
+            _replace(model, name, ColumnParallelLinear(module, size=size))
+        elif kind == plan.ROW:
+            _replace(model, name, RowParallelLinear(module, size=size, group=group))
+        elif kind == plan.VOCAB and isinstance(module, nn.Embedding):
+            _replace(
+                model,
+                name,
+                VocabParallelEmbedding(module, padded_size=padded_size, rank=rank, size=size, group=group),
+            )
+        elif kind == plan.VOCAB:
+            module.bias = empty_parameter((rows,), module.bias)
+    if (loss := getattr(model, "cross_entropy", None)) is not None:
+        num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
+        model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
+
+
+def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int | None, gathers_again: bool) -> None:
+    """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
+
+    Args:
+        model: A model with published names; absent parts (other stages) are fine.
+        ranks: The tensor-parallel ranks.
+        decoder_layer: See ``plan.in_sequence_region``.
+        gathers_again: Whether column-parallel layers gather their input again in the backward pass. Not where whole layers
+            are computed again anyway, just before it.
+    """
+    for name, module in list(model.named_modules()):
+        if re.fullmatch(plan.WHOLE_SEQUENCE_PATTERN, name):
+            _replace(model, name, JoinSequence(ranks))
+        if not plan.in_sequence_region(name, decoder_layer=decoder_layer):
+            continue
+        kind = plan.module_kind(name)
+        if re.fullmatch(plan.ENTER_PATTERN, name):
+            _replace(model, name, EnterSequenceRegion(ranks, is_made_again=gathers_again))
+        elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
+            _replace(model, name, OwnTokens(ranks))
+        elif re.fullmatch(plan.HALO_PATTERN, name):
+            convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
+            _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
+        elif re.fullmatch(plan.SEQUENCE_DROPOUT_PATTERN, name):
+            module.sequence_part = (ranks.rank, ranks.size)
+        elif kind == plan.ROW:
+            _replace(model, name, SequenceRowLinear(module, ranks=ranks))
+        elif kind == plan.VOCAB:
+            module.reduce = ScatterSequence(ranks)
+
+
+def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:
+    """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
+    cut = plan.parameter_cut(name)
+    if cut.dim is None or size == 1:
+        return full
+    if cut.kind == plan.VOCAB:
+        padding = plan.padded_vocabulary(full.shape[0], tensor_parallel_size=size) - full.shape[0]
+        full = F.pad(full, (0,) * (2 * (full.ndim - 1)) + (0, padding))
+    part = plan.local_slice(full.shape[cut.dim], rank=rank, size=size)
+    return full.narrow(cut.dim, part.start, part.stop - part.start)
+
+
+def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...]) -> Tensor:
+    """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
+    cut = plan.parameter_cut(name)
+    if cut.dim is None or len(slices) == 1:
+        return slices[0]
+    return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])
+
+
+def _require_torchs_own(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if type(module) is not kind or is_hooked or "forward" in vars(module):
+        raise ConfigError(
+            f"{name} is {type(module).__module__}.{type(module).__qualname__}{' with hooks' if is_hooked else ''}: tensor "
+            f"parallelism splits torch's own {kind.__name__} alone; merge adapters into the weights, and remove hooks and "
+            "parametrisations"
+        )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,139 @@
+"""Linear and embedding layers of which a rank holds one slice as ordinary parameters.
+
+They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute
+names, so that everything that looks parameters up by published name works unchanged. Where the layer has a product of its
+own, ``multiply(x, weight, bias)``, they multiply by it, too. ``plain_forward`` says that the model may read their weights
+instead of calling them, as it does those of torch's own classes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deberta_dist.parallel.tensor.collectives import reduce_from_tensor_parallel_region
+
+
+class ColumnParallelLinear(nn.Linear):
+    """Y = X A + b with A = [A_1, ..., A_p] cut along its output features; rank i computes X A_i + b_i.
+
+    The input must have passed an ``enter`` module (EnterTensorParallelRegion); the output stays split.
+
+    Args:
+        full: The whole layer; only its sizes, dtype and device are used.
+        size: Number of tensor-parallel ranks; divides ``full.out_features``.
+    """
+
+    def __init__(self, full: nn.Linear, *, size: int) -> None:
+        super().__init__(
+            full.in_features,
+            full.out_features // size,
+            bias=full.bias is not None,
+            device=full.weight.device,
+            dtype=full.weight.dtype,
+        )
+        self.full_out_features = full.out_features
+        self.multiply = product_of(full)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.multiply(input, self.weight, self.bias)
+
+    plain_forward = forward
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, full_out_features={self.full_out_features}"
+
+
+class RowParallelLinear(nn.Linear):
+    """Y = X A + b with A cut along its input features and X split alike: Y = sum_i X_i A_i + b.
+
+    The bias is whole on every rank and added once, after the sum.
+
+    Args:
+        full: The whole layer; only its sizes, dtype and device are used.
+        size: Number of tensor-parallel ranks; divides ``full.in_features``.
+        group: Their process group.
+    """
+
+    def __init__(self, full: nn.Linear, *, size: int, group: dist.ProcessGroup) -> None:
+        super().__init__(
+            full.in_features // size,
+            full.out_features,
+            bias=full.bias is not None,
+            device=full.weight.device,
+            dtype=full.weight.dtype,
+        )
+        self.full_in_features = full.in_features
+        self.group = group
+        self.multiply = product_of(full)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.without_bias(input)
+        return output if self.bias is None else output + self.bias
+
+    plain_forward = forward
+
+    def without_bias(self, input: Tensor) -> Tensor:
+        """sum_i X_i A_i, for who adds the bias in a pass of their own."""
+        return reduce_from_tensor_parallel_region(self.multiply(input, self.weight, None), self.group)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, full_in_features={self.full_in_features}"
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Embedding of which rank i holds rows [i V/p, (i+1) V/p); foreign ids give zeros, then all are summed.
+
+    Args:
+        full: The whole table; only its width, padding index, dtype and device are used.
+        padded_size: Rows after padding (``plan.padded_vocabulary``).
+        rank, size, group: Place among the tensor-parallel ranks.
+
+    Attributes:
+        reduce: Sums what the ranks have found; sequence parallelism replaces it.
+    """
+
+    def __init__(self, full: nn.Embedding, *, padded_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
+        rows = padded_size // size
+        self.first_row = rank * rows
+        padding = full.padding_idx
+        if padding is not None and not self.first_row <= padding < self.first_row + rows:
+            padding = None
+        super().__init__(
+            rows,
+            full.embedding_dim,
+            padding_idx=None if padding is None else padding - self.first_row,
+            device=full.weight.device,
+            dtype=full.weight.dtype,
+        )
+        self.padded_size = padded_size
+        self.reduce = partial(reduce_from_tensor_parallel_region, group=group)
+
+    def forward(self, input_ids: Tensor, table: Any = None) -> Tensor:
+        """As the model's own word embeddings, which look up in a table that the head shares where there is one."""
+        local = input_ids - self.first_row
+        foreign = (local < 0) | (local >= self.num_embeddings)
+        # A foreign id must not touch any row's gradient: zero the output, not only the index.
+        local = local.masked_fill(foreign, 0)
+        output = super().forward(local) if table is None else table.rows(local, padding_idx=self.padding_idx)
+        output = output.masked_fill(foreign.unsqueeze(-1), 0.0)
+        return self.reduce(output)
+
+    plain_forward = forward
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, first_row={self.first_row}, padded_size={self.padded_size}"
+
+
+def product_of(layer: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What a layer multiplies by: x, weight, bias -> x W^T + b."""
+    return getattr(layer, "multiply", F.linear)
+
+
+def empty_parameter(shape: torch.Size, like: Tensor) -> nn.Parameter:
+    """An uninitialised parameter of ``shape`` with the dtype and device of ``like``."""
+    return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))

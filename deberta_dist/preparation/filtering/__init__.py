@@ -1,0 +1,1 @@
+"""Which documents stay: quality, near-duplicates, texts of benchmarks."""

@@ -1,0 +1,1 @@
+"""Token files: looked into, and to and from the formats of others."""

@@ -1,0 +1,126 @@
+"""Which documents repeat an earlier one, exactly or nearly.
+
+Exactly: in bounded memory, every process takes a range of hashes at a time. The first document of equal hash in the order
+of the input stays. Parts hold their hashes sorted, so a range is one contiguous read from each; how many ranges there are
+depends on the memory allowed, what is found does not. Nearly: one process asks ``NearDuplicates`` in the order of the input.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from deberta_dist.preparation.filtering.near_duplicates import NearDuplicates
+from deberta_dist.preparation.pipeline.parts import Part, checked, read_checked
+from deberta_dist.preparation.pipeline.publish import publish, wait_for
+
+# Per document of a range: hash 16, part and document 4 each, the sort's order 8, and copies of some of them.
+BYTES_PER_DOCUMENT = 64
+
+
+def num_ranges(num_documents: int, *, memory_bytes: int) -> int:
+    """Into how many ranges the hashes are cut so that one fits into ``memory_bytes``."""
+    return max(1, math.ceil(num_documents * BYTES_PER_DOCUMENT / memory_bytes))
+
+
+def bounds(number: int, *, count: int) -> tuple[int, int | None]:
+    """Upper 64 bits of the hashes of range ``number`` of ``count``: from the first, to below the second."""
+    edge = [2**64 * n // count for n in (number, number + 1)]
+    return edge[0], None if number + 1 == count else edge[1]
+
+
+def find_duplicates(parts: Sequence[Part], *, number: int, count: int, path: Path) -> None:
+    """Writes the duplicates of one range of hashes.
+
+    Args:
+        parts: all parts, in the order of the input.
+        number: of the range, 0 .. count - 1.
+        count: how many ranges there are.
+        path: file to write, for ``Dropped``.
+    """
+    low, high = bounds(number, count=count)
+    found = [part.hash_range(low, high) for part in parts]
+    sizes = [len(documents) for _, _, documents in found]
+    which = np.repeat(np.arange(len(parts), dtype=np.uint32), sizes)
+    hash_high, hash_low, documents = (
+        np.concatenate([arrays[i] for arrays in found]) if found else np.empty(0, np.uint64) for i in range(3)
+    )
+    # Least significant first: by hash, then in the order of the input.
+    order = np.lexsort((documents, which, hash_low, hash_high))
+    same = np.zeros(len(order), bool)
+    same[1:] = (np.diff(hash_high[order]) == 0) & (np.diff(hash_low[order]) == 0)
+    write_dropped(path, which=which[order[same]], documents=documents[order[same]], num_parts=len(parts))
+
+
+def find_near_duplicates(parts: Sequence[Part], *, threshold: float, dropped: "Dropped", path: Path) -> None:
+    """Writes the documents that are near an earlier one, exact duplicates aside.
+
+    Args:
+        parts: all parts, in the order of the input.
+        threshold: as of ``NearDuplicates``, which also says how much memory is needed.
+        dropped: documents that are no more, and near nothing.
+        path: file to write, for ``Dropped``.
+    """
+    memory = NearDuplicates(threshold)
+    which: list[int] = []
+    documents: list[int] = []
+    for number, part in enumerate(parts):
+        (signatures,) = part.read("signatures")
+        for document in np.flatnonzero(dropped.keep(number, num_documents=part.num_documents)).tolist():
+            if memory.is_duplicate(signatures[document].tobytes()):
+                which.append(number)
+                documents.append(document)
+    write_dropped(path, which=np.array(which, np.uint32), documents=np.array(documents, np.uint32), num_parts=len(parts))
+
+
+def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_parts: int) -> None:
+    """Writes a list of documents to drop.
+
+    Args:
+        path: file to write.
+        which: part of each, integers [N].
+        documents: its number in that part, integers [N].
+        num_parts: how many parts there are.
+    """
+    order = np.lexsort((documents, which))
+    starts = np.searchsorted(which[order], np.arange(num_parts + 1))
+    tensors = {"documents": documents[order].astype(np.uint32), "starts": starts.astype(np.uint64)}
+    publish(path, checked(tensors))
+
+
+class Dropped:
+    """Lists of documents to drop, read part by part.
+
+    Args:
+        paths: files of ``write_dropped``.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        for path in self._paths:
+            wait_for(f"{path} has", path.exists)
+        self._starts: list[np.ndarray] = []
+        for path in self._paths:
+            # The documents are looked at once, for damage, and not kept.
+            self._starts.append(read_checked(path, "starts", "documents")[0])
+
+    def of(self, part: int) -> np.ndarray:
+        """Numbers of the documents of a part to drop, integers, in no order."""
+        found = [np.empty(0, np.uint32)]
+        for path, starts in zip(self._paths, self._starts, strict=True):
+            start, stop = starts[part : part + 2].tolist()
+            if start < stop:
+                with safe_open(path, "np") as file:
+                    found.append(file.get_slice("documents")[start:stop])
+        return np.concatenate(found)
+
+    def keep(self, part: int, *, num_documents: int) -> np.ndarray:
+        """Which documents of a part stay, bool [num_documents]."""
+        kept = np.ones(num_documents, bool)
+        kept[self.of(part)] = False
+        return kept

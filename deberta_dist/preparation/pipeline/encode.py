@@ -1,0 +1,258 @@
+"""First half of a preparation, by as many processes as there are: a piece of an input becomes parts.
+
+Every document is cleaned, judged by rules that look at it alone, hashed and encoded. What depends on other documents
+(duplicates, shards) comes after all pieces are done.
+"""
+
+import hashlib
+import string
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from deberta_dist.data.token_file import id_dtype
+from deberta_dist.data.tokenizer import Tokenizer, clean_text
+from deberta_dist.preparation.filtering.contamination import NgramSet
+from deberta_dist.preparation.filtering.near_duplicates import signature, signature_bytes
+from deberta_dist.preparation.pipeline.crew import Worker
+from deberta_dist.preparation.pipeline.parts import HASH_BYTES, SUFFIX, Counts, Part, write_part
+from deberta_dist.preparation.pipeline.publish import wait_for
+from deberta_dist.preparation.pipeline.recipe import Recipe
+from deberta_dist.preparation.pipeline.units import Unit
+from deberta_dist.preparation.reading.documents import REPLACED_UTF8
+from deberta_dist.preparation.reading.texts import Document, read_documents
+
+CLEANED = "nul_or_surrogate"
+EMPTY = "empty"
+CONTAMINATED = "contaminated"
+
+_WHITESPACE = string.whitespace.encode("ascii")
+_LOWER = bytes(range(256)).lower()
+_REPORT_BYTES = 1 << 18
+_SEPARATOR = b"\0"  # in no text: clean_text takes it out
+
+
+def document_hash(text: bytes) -> bytes:
+    """128 bits of a document: equal for texts that differ only in case, white space and Unicode's spelling.
+
+    BLAKE2b of the text after NFKC, full case folding and removal of white space.
+
+    Args:
+        text: its text, UTF-8, as ``clean_text`` leaves it.
+    """
+    folded = text if text.isascii() else _folded(text)
+    return hashlib.blake2b(folded.translate(_LOWER, _WHITESPACE), digest_size=HASH_BYTES).digest()
+
+
+def _folded(text: bytes) -> bytes:
+    """``_fold``, but for the case of ASCII letters: looks at the few characters of most texts that are not ASCII alone.
+
+    Each is taken with the ASCII character before it, which a combining mark may join; nothing joins an ASCII character
+    from behind.
+    """
+    content = np.frombuffer(text, np.uint8)
+    is_other = content > 127
+    is_other[:-1] |= is_other[1:]
+    others = content[is_other].tobytes()
+    if 4 * len(others) > len(text):
+        return _fold(text)
+    if _fold(others) == others.lower():
+        return text
+    edges = np.flatnonzero(np.diff(is_other, prepend=False, append=False)).tolist()
+    starts, stops = edges[::2], edges[1::2]
+    runs = _fold(_SEPARATOR.join([text[a:b] for a, b in zip(starts, stops, strict=True)])).split(_SEPARATOR)
+    between = [text[a:b] for a, b in zip(stops, [*starts[1:], len(text)], strict=True)]
+    return text[: starts[0]] + b"".join([piece for pair in zip(runs, between, strict=True) for piece in pair])
+
+
+def _fold(text: bytes) -> bytes:
+    return unicodedata.normalize("NFKC", text.decode("utf-8")).casefold().encode("utf-8")
+
+
+def held_out_below(percent: float) -> int:
+    """A document is held out where the lower 64 bits of its hash are below this: its upper ones order duplicates."""
+    return round(percent / 100 * 2**64)
+
+
+def part_path(directory: Path, unit: Unit, number: int) -> Path:
+    """Where part ``number`` of a unit lies."""
+    return directory / f"{unit.name}.{number}{SUFFIX}"
+
+
+def finished_parts(directory: Path, unit: Unit) -> tuple[list[Part], bool]:
+    """The parts of a unit that are there, in order, and whether they are all of it."""
+    parts: list[Part] = []
+    while (path := part_path(directory, unit, len(parts))).exists():
+        parts.append(Part(path))
+        if parts[-1].is_last:
+            return parts, True
+    return parts, False
+
+
+def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
+    """All parts in order, and the number of the unit of each; no duplicate is sought in damaged ones."""
+    parts: list[Part] = []
+    unit_of_part: list[int] = []
+    for number, unit in enumerate(units):
+        found: list[Part] = []
+        wait_for(f"{unit.file.path}: its parts in {directory} have", partial(_has_all_parts, directory, unit, found))
+        for part in found:
+            part.verify_hashes()
+        parts += found
+        unit_of_part += [number] * len(found)
+    return parts, unit_of_part
+
+
+def _has_all_parts(directory: Path, unit: Unit, found: list[Part]) -> bool:
+    """Puts the parts of a unit that are finished by now into ``found``; True if the last one is among them."""
+    found[:], is_last = finished_parts(directory, unit)
+    return is_last
+
+
+class Encoder:
+    """Turns units into parts, one after another.
+
+    Args:
+        recipe: what is done with each document.
+        tokenizer: the one that the recipe names.
+        ngrams: n-grams of benchmarks, as the recipe names them; None: there are none.
+        directory: where parts are written.
+    """
+
+    def __init__(self, *, recipe: Recipe, tokenizer: Tokenizer, ngrams: NgramSet | None, directory: Path) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.ngrams = ngrams
+        self._directory = directory
+
+    def encode(self, unit: Unit, *, worker: Worker) -> bool:
+        """Writes what is missing of a unit's parts.
+
+        Returns:
+            Whether anything was missing.
+
+        Raises:
+            DataError: as ``read_documents``, or the disk is full. Parts written before stay.
+        """
+        parts, is_complete = finished_parts(self._directory, unit)
+        if is_complete:
+            return False
+        number, skipped = len(parts), sum(part.counts.num_read for part in parts)
+        batch = _Batch(self, all_held_out=unit.held_out)
+        for document in read_documents(unit.file, options=self.recipe.reading, piece=unit.piece):
+            if skipped:
+                skipped -= 1
+                continue
+            if batch.is_full:
+                # Only now: an empty part behind the last document would be one too many.
+                batch.write(part_path(self._directory, unit, number), is_last=False)
+                number += 1
+                batch = _Batch(self, all_held_out=unit.held_out)
+            batch.add(document)
+            if batch.unreported_bytes >= _REPORT_BYTES:
+                batch.report(worker)
+        batch.report(worker)
+        batch.write(part_path(self._directory, unit, number), is_last=True)
+        return True
+
+
+class _Batch:
+    """The documents of a part in the making."""
+
+    def __init__(self, encoder: Encoder, *, all_held_out: bool) -> None:
+        self._encoder = encoder
+        self._recipe = encoder.recipe
+        self._all_held_out = all_held_out
+        self._dtype = id_dtype(encoder.tokenizer.num_tokens)
+        self._began = time.process_time()
+        self._ids: list[np.ndarray] = []
+        self._num_bytes: list[int] = []
+        self._hashes: list[bytes] = []
+        self._signatures: list[bytes] = []
+        self._dropped: Counter[str] = Counter()
+        self._altered: Counter[str] = Counter()
+        self._num_read = self._read_bytes = self._reported_bytes = self._num_tokens = self._reported_tokens = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the part is large enough to be written."""
+        return self._read_bytes >= self._recipe.piece_bytes
+
+    @property
+    def unreported_bytes(self) -> int:
+        """Bytes read since the last ``report``."""
+        return self._read_bytes - self._reported_bytes
+
+    def report(self, worker: Worker) -> None:
+        """Tells how many bytes and tokens came since the last report."""
+        worker.report(num_bytes=self._read_bytes - self._reported_bytes, num_tokens=self._num_tokens - self._reported_tokens)
+        self._reported_bytes, self._reported_tokens = self._read_bytes, self._num_tokens
+
+    def add(self, document: Document) -> None:
+        """Keeps a document, or counts why not."""
+        self._num_read += 1
+        self._read_bytes += document.num_bytes
+        text = clean_text(document.text)
+        dropped = self._keep(text) if document.fault in (None, REPLACED_UTF8) else document.fault
+        if dropped is not None:
+            self._dropped[dropped] += 1
+            return
+        if document.fault is not None:
+            self._altered[REPLACED_UTF8] += 1
+        if text is not document.text:
+            self._altered[CLEANED] += 1
+
+    def _keep(self, text: str) -> str | None:
+        """Encodes a document and keeps it; or the rule by which it is dropped."""
+        if not text or text.isspace():
+            return EMPTY
+        if (failed := self._recipe.filters.first_failed(text)) is not None:
+            return failed
+        if self._encoder.ngrams is not None and self._encoder.ngrams.shares(text):
+            return CONTAMINATED
+        ids = self._encoder.tokenizer.encode_array(text, is_clean=True)
+        if not ids.size:
+            return EMPTY
+        self._ids.append(ids.astype(self._dtype))
+        self._num_tokens += ids.size
+        content = text.encode("utf-8")
+        self._num_bytes.append(len(content))
+        self._hashes.append(document_hash(content))
+        if self._recipe.near_duplicates is not None:
+            self._signatures.append(signature(text))
+        return None
+
+    def write(self, path: Path, *, is_last: bool) -> None:
+        """Writes the part."""
+        # Stored whole; a hash never depends on the machine's byte order.
+        hashes = np.frombuffer(b"".join(self._hashes), ">u8").astype(np.uint64).reshape(-1, 2)
+        held_out = np.full(len(hashes), self._all_held_out)
+        held_out |= hashes[:, 1] < np.uint64(min(held_out_below(self._recipe.held_out_percent), 2**64 - 1))
+        write_part(
+            path,
+            ids=np.concatenate([np.empty(0, self._dtype), *self._ids]),
+            lengths=np.array([ids.size for ids in self._ids], np.uint32),
+            num_bytes=np.array(self._num_bytes, np.uint32),
+            hashes=hashes,
+            held_out=held_out,
+            signatures=self._signature_array(),
+            counts=Counts(
+                num_read=self._num_read,
+                num_bytes=self._read_bytes,
+                kept=len(self._ids),
+                dropped=dict(self._dropped),
+                altered=dict(self._altered),
+                seconds=time.process_time() - self._began,
+            ),
+            is_last=is_last,
+        )
+
+    def _signature_array(self) -> np.ndarray | None:
+        if self._recipe.near_duplicates is None:
+            return None
+        return np.frombuffer(b"".join(self._signatures), np.uint8).reshape(-1, signature_bytes())

@@ -1,0 +1,230 @@
+"""Second half of a preparation: the documents that stay, in the order of the input, as token files of bounded size.
+
+``plan_shards`` decides from the lengths alone which document goes where; then every process writes whole token files.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from deberta_dist.data.token_file import TokenFile, id_dtype
+from deberta_dist.data.token_writer import TokenFileWriter
+from deberta_dist.errors import DataError
+from deberta_dist.preparation.pipeline.duplicates import Dropped
+from deberta_dist.preparation.pipeline.parts import Part, damaged
+
+TRAIN, HELD_OUT = "train", "heldout"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Documents of one part that go into one shard: those of its split that stay, within a range.
+
+    Attributes:
+        part: number of the part.
+        start, stop: documents of the part.
+    """
+
+    part: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One token file to write.
+
+    Attributes:
+        folder: where, below the output: ``train``, ``train/NAME`` or ``heldout``.
+        number: of the shard in its folder, from 0.
+        sections: what goes into it, in order.
+        num_tokens, num_documents: their sums.
+    """
+
+    folder: str
+    number: int
+    sections: tuple[Section, ...]
+    num_tokens: int
+    num_documents: int
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return f"{self.number:05}.tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What of one source goes into one split.
+
+    Attributes:
+        documents, tokens, text_bytes: their numbers.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def __add__(self, other: "Split") -> "Split":
+        return Split(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """Where every document goes.
+
+    Attributes:
+        shards: all token files, those of a folder one after another.
+        splits: what each source gives to each split.
+        dropped: documents of each source that are duplicates, by rule.
+    """
+
+    shards: tuple[Shard, ...]
+    splits: Mapping[tuple[str, str], Split]
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def folders(self) -> dict[str, list[Shard]]:
+        """Shards by folder, in order."""
+        found: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            found.setdefault(shard.folder, []).append(shard)
+        return found
+
+
+class _Folder:
+    """Fills the shards of one folder."""
+
+    def __init__(self, folder: str, *, max_tokens: int) -> None:
+        self.folder = folder
+        self.shards: list[Shard] = []
+        self._max_tokens = max_tokens
+        self._sections: list[Section] = []
+        self._num_tokens = self._num_documents = 0
+
+    def add(self, part: int, *, documents: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents, ascending numbers of one part, with their lengths."""
+        ends = np.cumsum(lengths, dtype=np.int64)
+        start = taken = 0
+        while start < len(documents):
+            room = max(self._max_tokens - self._num_tokens, 0)  # a document alone may be longer
+            stop = int(np.searchsorted(ends, taken + room, side="right"))
+            if stop == start and self._num_documents == 0:
+                stop = start + 1  # longer than a shard: a file of its own
+            if stop == start:
+                self.close()
+                continue
+            tokens = int(ends[stop - 1]) - taken
+            self._sections.append(Section(part=part, start=int(documents[start]), stop=int(documents[stop - 1]) + 1))
+            self._num_tokens += tokens
+            self._num_documents += stop - start
+            start, taken = stop, taken + tokens
+
+    def close(self) -> None:
+        """Ends the shard that is being filled."""
+        if self._num_documents:
+            self.shards.append(
+                Shard(
+                    folder=self.folder,
+                    number=len(self.shards),
+                    sections=tuple(self._sections),
+                    num_tokens=self._num_tokens,
+                    num_documents=self._num_documents,
+                )
+            )
+        self._sections, self._num_tokens, self._num_documents = [], 0, 0
+
+
+def plan_shards(
+    parts: Sequence[Part],
+    *,
+    sources: Sequence[str],
+    duplicates: Mapping[str, Dropped],
+    shard_bytes: int,
+    vocab_size: int,
+) -> ShardPlan:
+    """Which documents go into which token file.
+
+    Args:
+        parts: all parts, in the order of the input.
+        sources: name of the source of each part; "" where sources have no names.
+        duplicates: documents that go nowhere, by rule.
+        shard_bytes: most bytes of ids in one file.
+        vocab_size: decides the bytes of an id.
+    """
+    max_tokens = max(1, shard_bytes // id_dtype(vocab_size).itemsize)
+    folders: dict[str, _Folder] = {}
+    splits: dict[tuple[str, str], Split] = {}
+    dropped: dict[str, Counter[str]] = {}
+    for number, (part, source) in enumerate(zip(parts, sources, strict=True)):
+        lengths, num_bytes, held_out = part.read("lengths", "num_bytes", "held_out")
+        kept = np.ones(part.num_documents, bool)
+        for rule, one in duplicates.items():
+            repeated = one.of(number)
+            kept[repeated] = False
+            dropped.setdefault(source, Counter())[rule] += len(repeated)
+        for split in (TRAIN, HELD_OUT):
+            documents = np.flatnonzero(kept & (held_out.astype(bool) == (split == HELD_OUT)))
+            name = folder_of(source, split=split)
+            folder = folders.setdefault(name, _Folder(name, max_tokens=max_tokens))
+            folder.add(number, documents=documents, lengths=lengths[documents])
+            splits[source, split] = splits.get((source, split), Split()) + Split(
+                documents=len(documents),
+                tokens=int(lengths[documents].sum(dtype=np.int64)),
+                text_bytes=int(num_bytes[documents].sum(dtype=np.int64)),
+            )
+    for folder in folders.values():
+        folder.close()
+    shards = tuple(shard for folder in folders.values() for shard in folder.shards)
+    return ShardPlan(shards=shards, splits=splits, dropped=dropped)
+
+
+def folder_of(source: str, *, split: str) -> str:
+    """Where documents of a source go: ``train`` or ``train/NAME``; ``heldout`` for all sources together."""
+    return f"{TRAIN}/{source}" if split == TRAIN and source else split
+
+
+def write_shard(
+    shard: Shard, *, parts: Sequence[Part], dropped: Dropped, directory: Path, tokenizer_sha256: str, vocab_size: int
+) -> None:
+    """Writes one token file; one that is there, of an earlier start, is compared with its checksum and left.
+
+    Args:
+        shard: which documents.
+        parts: all parts, in the order of the input.
+        dropped: documents that go nowhere.
+        directory: where its folder is made.
+        tokenizer_sha256, vocab_size: of the tokenizer that made the parts.
+
+    Raises:
+        DataError: the disk is full, or a part or the file that is there is damaged.
+    """
+    path = directory / shard.folder / shard.name
+    if path.exists():
+        try:
+            TokenFile(path).verify()
+        except DataError as error:
+            raise damaged(path, "its checksum or header is another") from error
+        return
+    with TokenFileWriter(path, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, source=shard.folder) as writer:
+        for ids, lengths in _documents(shard, parts=parts, dropped=dropped):
+            writer.add_documents(ids, lengths)
+        assert (writer.num_tokens, writer.num_documents) == (shard.num_tokens, shard.num_documents)
+
+
+def _documents(shard: Shard, *, parts: Sequence[Part], dropped: Dropped) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids and lengths of each section."""
+    is_held_out = shard.folder == HELD_OUT
+    for section in shard.sections:
+        part = parts[section.part]
+        ids, lengths, held_out = part.read("ids", "lengths", "held_out")
+        kept = dropped.keep(section.part, num_documents=part.num_documents)
+        kept &= held_out.astype(bool) == is_held_out
+        kept[: section.start] = kept[section.stop :] = False
+        yield ids[np.repeat(kept, lengths)], lengths[kept]

@@ -1,0 +1,215 @@
+"""Text of every kind as a stream of documents, read strictly: what is not text is an error that says where.
+
+Preparation and tokenizer training read through this file, so both see the same documents. A file can be read in
+pieces by several processes: together they see what one sees.
+"""
+
+import codecs
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.preparation.reading.documents import Document, DocumentMaker, ReadOptions
+from deberta_dist.preparation.reading.inputs import ARTICLES, PARQUET, RECORDS, InputFile, Piece, list_inputs
+from deberta_dist.preparation.reading.parquet import read_rows, row_groups
+from deberta_dist.preparation.reading.records import WHOLE_ARRAY, WHOLE_OBJECT
+from deberta_dist.preparation.reading.splitting import Extent, Refuse, line_before, regions, split_blocks, split_lines
+from deberta_dist.preparation.reading.streams import open_input, text_chunks
+from deberta_dist.preparation.reading.wikiextractor import split_articles
+
+__all__ = ["Document", "ReadOptions", "RowRange", "cut", "read_documents", "read_texts", "unit_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRange:
+    """Rows ``[first, last)`` of a Parquet file; ``last`` None: to the end."""
+
+    first: int
+    last: int | None
+
+
+def unit_of(file: InputFile, *, options: ReadOptions) -> str:
+    """What a document of this file is: "line", "block", "record", "article" or "file".
+
+    ``options.document`` is about text files; JSON lines and Parquet files hold records whatever it says.
+    """
+    if file.kind in (RECORDS, PARQUET):
+        return "record"
+    if file.kind == ARTICLES:
+        return "article"
+    return "block" if options.document == "auto" else options.document
+
+
+def cut(file: InputFile, *, piece_bytes: int) -> list[Piece]:
+    """Pieces of about ``piece_bytes`` of the file, in order; together the whole file.
+
+    A document belongs to the piece in which its first byte lies (behind a byte order mark): of a line, its first
+    byte; of a block, the first byte of its first line that is not blank; of a file that is one document, byte 0.
+    Any other positions would serve as well.
+
+    Args:
+        file: the file; a compressed one is one piece, a .parquet file is cut between row groups.
+        piece_bytes: bytes of the file in a piece, about.
+
+    Returns:
+        At least one piece, unless the file is empty.
+
+    Raises:
+        ConfigError: ``piece_bytes`` is less than 1.
+        DataError: as ``row_groups``.
+    """
+    if piece_bytes < 1:
+        raise ConfigError(f"piece_bytes = {piece_bytes}, expected at least 1")
+    if file.compression or not file.num_bytes:
+        return [Piece(start=0, stop=file.num_bytes)] if file.num_bytes else []
+    if file.kind == PARQUET:
+        with open_input(file) as handle:
+            groups = row_groups(file, handle, field=None)
+        pieces, start, num_bytes = [], 0, 0
+        for number, group in enumerate(groups, start=1):
+            num_bytes += group.num_bytes
+            if num_bytes >= piece_bytes or number == len(groups):
+                pieces.append(Piece(start=start, stop=number))
+                start, num_bytes = number, 0
+        return pieces
+    count = max(1, round(file.num_bytes / piece_bytes))
+    bounds = [file.num_bytes * i // count for i in range(count + 1)]
+    return [Piece(start=a, stop=b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def read_documents(file: InputFile, *, options: ReadOptions, piece: Piece | RowRange | None = None) -> Iterator[Document]:
+    """The documents of one file, or of one piece of it.
+
+    Blank lines are no records, and end blocks. A document's text is without its last line end.
+
+    Args:
+        file: the file, in UTF-8; a byte order mark at its start is dropped.
+        options: what a document is and what becomes of bad ones.
+        piece: the piece, from ``cut`` or any other; rows of a Parquet file instead. None: the whole file.
+
+    Yields:
+        Documents; those with a ``fault`` that begins with "dropped", "bad" or "too" are empty, for counting.
+
+    Raises:
+        DataError: the file cannot be read, is damaged or changes while it is read; or, with file and line or row,
+            what ``options`` make an error.
+    """
+    unit = unit_of(file, options=options)
+    maker = DocumentMaker(file=file, options=options, unit=unit)
+    with open_input(file) as handle:
+        if file.kind == PARQUET:
+            yield from _rows(file, handle, maker=maker, piece=piece)
+            return
+        assert not isinstance(piece, RowRange), "a text file has no rows"
+        piece = piece or Piece(start=0, stop=file.num_bytes)
+        if piece.stop <= piece.start:
+            return
+        done = piece.start
+        for start, end, content in _extents(file, handle, unit=unit, piece=piece, maker=maker):
+            if start < piece.start:
+                done = max(done, end)
+                continue
+            document = maker.document(start=start, content=content, num_bytes=end - done)
+            if document is not None:
+                done = end
+                yield document
+
+
+def read_texts(inputs: Iterable[str | Path], *, options: ReadOptions | None = None) -> Iterator[str]:
+    """The texts of all documents that are not dropped.
+
+    Args:
+        inputs: as for ``list_inputs``.
+        options: as for ``read_documents``; None: the defaults.
+
+    Raises:
+        DataError: as ``list_inputs`` and ``read_documents``.
+    """
+    options = options or ReadOptions()
+    for file in list_inputs(inputs, format=options.format):
+        for document in read_documents(file, options=options):
+            if not document.is_dropped:
+                yield document.text
+
+
+def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: Piece, maker: DocumentMaker) -> Iterator[Extent]:
+    """Where documents lie, and their bytes; the first may belong to the piece before."""
+    limit = maker.options.max_document_bytes
+    stop = None if file.compression else piece.stop
+
+    def refuse(start: int) -> None:
+        if start >= piece.start:
+            maker.refuse_long(start)
+
+    if unit == "file":
+        return _whole(text_chunks(file, handle), limit=limit, refuse=refuse) if piece.start == 0 else iter(())
+    inside, is_inside = None, False
+    if file.compression:
+        begin, chunks = _behind_mark(text_chunks(file, handle))
+    else:
+        handle.seek(0)
+        first = _mark_bytes(handle.read(len(codecs.BOM_UTF8)))
+        begin = max(first, piece.start)
+        is_inside = begin > first
+        if is_inside:
+            inside = begin = line_before(handle, start=begin, first=first) if unit == "block" else begin - 1
+        chunks = text_chunks(file, handle, start=begin)
+    if unit == "record" and piece.start == 0:
+        chunks = _lines_of_json(file, chunks)
+    parts = regions(chunks, offset=begin, limit=limit, refuse=refuse)
+    if unit == "block":
+        return split_blocks(parts, stop=stop, limit=limit, inside=inside, refuse=refuse)
+    if unit == "article":
+        return split_articles(parts, stop=stop, limit=limit, inside=is_inside, refuse=refuse)
+    return split_lines(parts, stop=stop, limit=limit)
+
+
+def _mark_bytes(data: bytes) -> int:
+    return len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+
+
+def _behind_mark(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
+    """Where a text begins behind its byte order mark, and what is there."""
+    head = next(chunks, b"")
+    begin = _mark_bytes(head)
+    return begin, itertools.chain([head[begin:]], chunks)
+
+
+def _lines_of_json(file: InputFile, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The chunks of a text; refuses one that is a single JSON value, of which no line is a record."""
+    head = next(chunks, b"")
+    for form, name, advice in ((WHOLE_ARRAY, "array", " '.[]'"), (WHOLE_OBJECT, "object over many lines", " .")):
+        if form.match(head.lstrip()):
+            raise DataError(
+                f"{file.path} is one JSON {name}, expected one object a line: jq -c{advice} {file.path.name} > NEW.jsonl "
+                "makes such lines"
+            )
+    return itertools.chain([head], chunks)
+
+
+def _whole(chunks: Iterator[bytes], *, limit: int, refuse: Refuse) -> Iterator[Extent]:
+    """All of a text as one document."""
+    begin, chunks = _behind_mark(chunks)
+    kept, num_bytes = bytearray(), 0
+    for chunk in chunks:
+        num_bytes += len(chunk)
+        if num_bytes > limit:
+            refuse(0)
+            kept.clear()
+        else:
+            kept += chunk
+    yield 0, begin + num_bytes, kept if num_bytes <= limit else None
+
+
+def _rows(file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: Piece | RowRange | None) -> Iterator[Document]:
+    """Rows of a Parquet file as documents."""
+    if isinstance(piece, Piece):
+        sizes = [group.num_rows for group in row_groups(file, handle, field=None)]
+        piece = RowRange(first=sum(sizes[: piece.start]), last=sum(sizes[: piece.stop]))
+    piece = piece or RowRange(first=0, last=None)
+    field = maker.options.text_field
+    for row, content in read_rows(file, handle, field=field, first=piece.first, last=piece.last):
+        yield maker.row(row=row, content=content)
