@@ -6,7 +6,7 @@
 
 ``benchmarks/results/README.md`` describes the files. A page has ``<!-- result NAME -->`` ... ``<!-- end -->``: between them
 comes the table of ``results/NAME.json`` with its conditions, machine, date and command. ``<!-- result NAME:QUOTE -->`` is
-one of its sentences, without them. A block whose mark stands alone on a line is a paragraph, any other stays on its line.
+one of its sentences, with machine and date where it is a paragraph. A block whose mark stands alone on a line is a paragraph, any other stays on its line.
 
 Needs the standard library alone.
 """
@@ -105,6 +105,12 @@ def provenance(result: dict[str, Any]) -> str:
     return f"{text} {result['notes']}" if "notes" in result else text
 
 
+def origin(result: dict[str, Any]) -> str:
+    """Where and when, in brackets behind a sentence; the result's file has the rest."""
+    recorded = [result[key] for key in ("machine", "date") if result[key] != NOT_RECORDED]
+    return f"({', '.join(recorded) or 'machine and date not recorded'})"
+
+
 def block(name: str, quote: str | None) -> str:
     """What stands between the marks of a block.
 
@@ -142,6 +148,8 @@ def filled(text: str, *, page: object) -> str:
         except ResultError as error:
             raise ResultError(f"{page}: {error}") from None
         is_paragraph = old.startswith("\n") or "\n" in content
+        if is_paragraph and match["quote"] is not None:
+            content += f" {origin(load(match['name']))}"
         return f"{mark}\n{content}\n{_END}" if is_paragraph else f"{mark}{content}{_END}"
 
     fences = [match.span() for match in _FENCE.finditer(text)]
