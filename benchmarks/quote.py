@@ -6,7 +6,8 @@
 
 ``benchmarks/results/README.md`` describes the files. A page has ``<!-- result NAME -->`` ... ``<!-- end -->``: between them
 comes the table of ``results/NAME.json`` with its conditions, machine, date and command. ``<!-- result NAME:QUOTE -->`` is
-one of its sentences, with machine and date where it is a paragraph. A block whose mark stands alone on a line is a paragraph, any other stays on its line.
+one of its sentences, with machine and date where it is a paragraph. A block whose mark stands alone on a line is a
+paragraph, any other stays on its line.
 
 Needs the standard library alone.
 """
@@ -140,7 +141,8 @@ def filled(text: str, *, page: object) -> str:
             return match[0]
         if re.search(_MARK, old):
             raise ResultError(f"{page}: {mark} has no {_END}")
-        if not old.startswith("\n") and text[: match.start()].endswith("\n"):
+        before = text[: match.start()].rpartition("\n")[2]
+        if not before.strip() and not old.startswith("\n"):
             # Markdown would take the whole line for HTML.
             raise ResultError(f"{page}: {mark} at the start of a line has to stand alone on it")
         try:
@@ -150,7 +152,10 @@ def filled(text: str, *, page: object) -> str:
         is_paragraph = old.startswith("\n") or "\n" in content
         if is_paragraph and match["quote"] is not None:
             content += f" {origin(load(match['name']))}"
-        return f"{mark}\n{content}\n{_END}" if is_paragraph else f"{mark}{content}{_END}"
+        if not is_paragraph:
+            return f"{mark}{content}{_END}"
+        # In a list the paragraph belongs to its item.
+        return "\n".join([mark, *(before + line if line else "" for line in content.split("\n")), before + _END])
 
     fences = [match.span() for match in _FENCE.finditer(text)]
     result = _BLOCK.sub(fill, text)
