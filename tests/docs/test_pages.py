@@ -69,7 +69,10 @@ def help_of(*words: str) -> str:
 def flags_of(*words: str) -> set[str]:
     """Flags of a program. A measurement imports what it measures, so its flags are read off its source."""
     if words[0] == "tools/benchmark.py":
+        verb = (ROOT / f"benchmarks/{words[1]}.py").read_text(encoding="utf-8")
+        shared = re.findall(r"^from ([\w.]+) import .*add_\w+_arguments?\b", verb, re.M)
         sources = [ROOT / words[0], ROOT / f"benchmarks/{words[1]}.py"]
+        sources += [ROOT / f"{module.replace('.', '/')}.py" for module in shared]
         return {flag for source in sources for flag in re.findall(r'"(--[a-z][\w-]*)"', source.read_text(encoding="utf-8"))}
     return flags_in(help_of(*words))
 
