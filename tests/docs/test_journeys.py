@@ -66,7 +66,13 @@ class Workplace:
         (programs / "deberta-dist").write_text(script)
         (programs / "deberta-dist").chmod(0o755)
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        self.environment = {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(root),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def follow(self, page: str, *, which: Callable[[Command], bool], more: tuple[str, ...] = ()) -> list[str]:
         """Runs commands of a page in their order; returns what each has printed.
@@ -83,7 +89,13 @@ class Workplace:
                 line = line.replace(large, small)
             line = " ".join([line, *more])
             ran = subprocess.run(
-                ["sh", "-c", line], cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+                ["sh", "-c", line],
+                cwd=self.root,
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+                check=False,
             )
             assert ran.returncode == 0, f"{page}:{command.line}: {line}\n{ran.stdout[-1500:]}\n{ran.stderr[-1500:]}"
             outputs.append(ran.stdout)
@@ -114,7 +126,9 @@ def test_pretraining(workplace: Workplace) -> None:
     (workplace.root / "launchers/pretrain_1.5b.toml").write_text(TOML)
     (workplace.root / "hosts").write_text("localhost slots=2\n")
     starts = [c for c in commands(ROOT / "docs/pretraining.md") if c.words[0] == "deepspeed"]
-    (plan,) = workplace.follow("docs/pretraining.md", which=lambda c: c == starts[0], more=("--training.global_batch_size", "128"))
+    (plan,) = workplace.follow(
+        "docs/pretraining.md", which=lambda c: c == starts[0], more=("--training.global_batch_size", "128")
+    )
     assert "64" in plan
     workplace.follow("docs/pretraining.md", which=lambda c: c == starts[1])
     assert (workplace.root / "runs/pretrain_1.5b/weights/model.safetensors").is_file()
@@ -139,7 +153,16 @@ def test_finetuning_and_submission(workplace: Workplace) -> None:
     shutil.copytree(ROOT / "launchers/demo_superglue", root / "superglue")
     few = ("--num_gpus", "1")  # DeepSpeed's own flags come first
     check, train = [c for c in commands(ROOT / "docs/finetuning.md") if c.words[0] == "deepspeed"]
-    short = ["--training.epochs", "0.02", "--data.max_seq_length", "64", "--data.window_overlap", "8", "--run.keep_state", "false"]
+    short = [
+        "--training.epochs",
+        "0.02",
+        "--data.max_seq_length",
+        "64",
+        "--data.window_overlap",
+        "8",
+        "--run.keep_state",
+        "false",
+    ]
     words = [word for word in train.words if word not in ("--intermediate", "MNLI", "--mnli", "glue/MNLI/", "--sift")]
     for line in (check.words, words):
         ran = subprocess.run(

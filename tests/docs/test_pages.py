@@ -8,6 +8,7 @@ import functools
 import io
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tomllib
@@ -51,7 +52,8 @@ def flags_in(text: str) -> set[str]:
 @functools.cache
 def help_of(*words: str) -> str:
     """What a program of this checkout prints for ``--help``; it runs in this process, which has most imports already."""
-    printed, before = io.StringIO(), (sys.argv, list(sys.path))
+    # A program sets a handler of its own for its process.
+    printed, before, handler = io.StringIO(), (sys.argv, list(sys.path)), signal.getsignal(signal.SIGTERM)
     sys.argv = [*words, "--help"]
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
@@ -61,6 +63,7 @@ def help_of(*words: str) -> str:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     finally:
         sys.argv, sys.path[:] = before
+        signal.signal(signal.SIGTERM, handler)
     assert end.value.code in (0, None), f"{' '.join(words)} --help ends with {end.value.code}"
     return printed.getvalue()
 
