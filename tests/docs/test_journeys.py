@@ -19,7 +19,14 @@ from tests.docs.test_pages import VERBS
 pytestmark = pytest.mark.slow
 TIMEOUT = 900
 # What a page says, and what a test has time for.
-SMALL = {"128000": "600", "--workers 16": "--workers 2", "--document 17": "--document 1", "--seeds 5": "--seeds 1"}
+# A hostfile needs ssh; two CPU processes stand for its machines.
+SMALL = {
+    "--hostfile hosts": "--num_gpus 2",
+    "128000": "600",
+    "--workers 16": "--workers 2",
+    "--document 17": "--document 1",
+    "--seeds 5": "--seeds 1",
+}
 TOML = """
 [model]
 preset = "tiny-v2"
@@ -124,7 +131,6 @@ def test_pretraining(workplace: Workplace) -> None:
     if not (workplace.root / "data/corpus").exists():
         workplace.follow("docs/pretraining.md", which=lambda c: c.words[1] in ("train-tokenizer", "prepare-corpus"))
     (workplace.root / "launchers/pretrain_1.5b.toml").write_text(TOML)
-    (workplace.root / "hosts").write_text("localhost slots=2\n")
     starts = [c for c in commands(ROOT / "docs/pretraining.md") if c.words[0] == "deepspeed"]
     (plan,) = workplace.follow(
         "docs/pretraining.md", which=lambda c: c == starts[0], more=("--training.global_batch_size", "128")
