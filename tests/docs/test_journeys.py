@@ -63,7 +63,7 @@ class Workplace:
         shutil.copytree(ROOT / "ds_configs", root / "ds_configs")
         shutil.copytree(ROOT / "launchers", root / "launchers")
         (root / "text").mkdir()
-        lines = (ROOT / "launchers/demo_text/train.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+        lines = (ROOT / "launchers/demo_text/train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
         paragraphs = [part for line in lines for part in json.loads(line)["text"].split("\n") if len(part) > 40]
         assert len(paragraphs) > 200, "fewer documents may leave nothing to hold out"
         (root / "text/some.txt").write_text("\n\n".join(paragraphs[:600]), encoding="utf-8")
