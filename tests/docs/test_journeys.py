@@ -69,7 +69,7 @@ class Workplace:
         (root / "text/some.txt").write_text("\n\n".join(paragraphs[:600]), encoding="utf-8")
         programs = root / "bin"
         programs.mkdir()
-        cases = "\n".join(f"{verb}) tool={name} ;;" for verb, name in VERBS.items())
+        cases = "\n".join(f"{verb}) tool={name} ;;" for verb, name in VERBS.items() if name)
         script = f'#!/bin/sh\ncase "$1" in\n{cases}\n*) exit 2 ;;\nesac\nshift\nexec "{sys.executable}" "{ROOT}/tools/$tool.py" "$@"\n'
         (programs / "deberta-dist").write_text(script)
         (programs / "deberta-dist").chmod(0o755)

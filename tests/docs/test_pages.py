@@ -21,8 +21,8 @@ from deberta_dist.config.schema import RunConfig
 from tests.docs.markdown import PAGES, ROOT, Command, anchors, code, commands, links
 
 MAX_README_LINES = 180
-# A verb and the file that is the same program.
-VERBS = {
+# A verb and the file in tools/ that is the same program, where there is one.
+VERBS: dict[str, str | None] = {
     "convert": "convert_checkpoint",
     "inspect": "inspect_checkpoint",
     "fill-mask": "fill_mask",
@@ -33,7 +33,10 @@ VERBS = {
     "prepare-corpus": "prepare_corpus",
     "inspect-corpus": "inspect_corpus",
     "convert-corpus": "convert_corpus",
+    "calibrate": None,
 }
+# Verbs that become DeepSpeed's launcher, and a launcher that takes the same flags.
+STARTS = {"pretrain": "pretrain_1.5b", "finetune": "finetune_superglue"}
 # What pages may start beside the package's own programs; nothing of these is checked but that the page means them.
 SHELL_WORDS = {".", "export", "pip", "cd", "rm", "mkdir"}
 # Files that a page tells the reader to make.
@@ -84,10 +87,12 @@ def program(words: tuple[str, ...]) -> tuple[str, ...] | None:
     """The start of Python behind a command of a page, without its own arguments; None where it is no tool."""
     if words[0] == "deberta-dist":
         verb = words[1] if len(words) > 1 and not words[1].startswith("-") else None
-        if verb is None:
+        if verb is None or verb in STARTS:
             return None
         assert verb in VERBS, f"deberta-dist {verb}: no such verb"
-        return ("-m", "deberta_dist", verb) if (ROOT / "deberta_dist/__main__.py").exists() else (f"tools/{VERBS[verb]}.py",)
+        if (ROOT / "deberta_dist/__main__.py").exists():
+            return ("-m", "deberta_dist", verb)
+        return (f"tools/{VERBS[verb]}.py",) if VERBS[verb] else None
     if words[0] == "python" and words[1] == "tools/benchmark.py":
         return words[1:3]
     if words[0] == "python" and words[1].endswith(".py"):
@@ -150,7 +155,7 @@ def wrong_with(words: tuple[str, ...]) -> list[str]:
         if words[0] == "python" and not (ROOT / words[1]).is_file():
             return [f"{words[1]} is not there"]
         start = program(words)
-        known = flags_of(*start) if start else {"--help", "--version"}
+        known = flags_of(*start) if start else launcher_flags(STARTS[words[1]]) if words[1] in STARTS else {"--version"}
         overrides = configuration_keys(RunConfig) if start and "plan" in " ".join(start) else set()
         return [f"{' '.join(words[:2])} has no {flag}" for flag in sorted(given - known - overrides - {"--help"})]
     return [f"{words[0]} is no program that pages may start"]
@@ -210,7 +215,7 @@ def test_commands_in_lines(name: str) -> None:
     # A result says what was run then.
     text = re.sub(r"<!-- result .*?<!-- end -->", "", text, flags=re.DOTALL)
     for words in (tuple(word.split()) for word in code(text)):
-        if words[:1] == ("deberta-dist",) and words[1:] not in ((), ("VERB",)):
+        if words[:1] == ("deberta-dist",) and words[1:2] not in ((), ("VERB",)):
             assert wrong_with(words) == []
         if words[:1] == ("python",) and len(words) > 1 and words[1].startswith("tools/") and words[1] != "tools/NAME.py":
             assert wrong_with(words) == []
@@ -236,6 +241,12 @@ def test_generated_text_is_up_to_date(script: str) -> None:
 def test_every_result_is_quoted() -> None:
     quoted = {name for page in PAGES for name in re.findall(r"<!-- result (\w+)", page.read_text(encoding="utf-8"))}
     assert {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")} <= quoted
+
+
+def test_the_command_line_knows_the_same_verbs() -> None:
+    known = {path.stem.replace("_", "-") for path in (ROOT / "deberta_dist/cli").glob("[a-z]*.py")}
+    assert not known or {*VERBS, *STARTS} <= known
+    assert all(name is None or (ROOT / f"tools/{name}.py").is_file() for name in VERBS.values())
 
 
 class TestTheChecks:
