@@ -3,7 +3,7 @@
 Processes run torch's schedules with stages that sleep instead of computing: a forward pass the time asked for, a backward
 pass twice that, half of it for the gradient of the input and half for those of the weights. What is measured is how well a
 schedule keeps its ranks at work, messages included, on any number of cores. A rank with several stages has as much work as
-one with a single stage. The two zero-bubble schedules are for comparison: runs cannot choose them (README, Limits).
+one with a single stage. The two zero-bubble schedules are for comparison: runs cannot choose them (docs/limits.md).
 """
 
 import argparse

@@ -18,6 +18,12 @@ finetuned=runs/superglue_demo
 submission=$finetuned/submission.zip
 
 say() { echo "demo: $*"; }
+phase() { echo; echo "demo: == $*"; }
+
+say "from text to a SuperGLUE submission with a small DeBERTa, in five phases:"
+say "  1 tokenizer and corpus  2 pre-training  3 Hugging Face  4 fine-tuning with SiFT  5 submission"
+say "about 8 minutes on two CPU cores, most of them phases 2 and 4; a first start installs .venv before that."
+say "Interrupt it at any time: the same command resumes. Finished phases are not repeated."
 
 sh launchers/setup_env.sh huggingface
 PATH="$root/.venv/bin:$PATH"
@@ -26,6 +32,7 @@ export PATH PYTHONPATH
 
 sentence='The Congress [MASK] the United States of America.'
 pieces=4000 # and [MASK]: model.vocab_size in pretrain_demo.toml is this, rounded up
+phase "1/5 tokenizer and corpus"
 mkdir -p "$data"
 if [ ! -f "$data/spm.model" ]; then
     say "training the tokenizer ($pieces pieces)"
@@ -59,12 +66,14 @@ train() {
         --parallel.pipeline_parallel_size "$pipeline" --parallel.data_parallel_size auto "$@"
 }
 
+phase "2/5 pre-training"
 if [ -f "$run/result.json" ]; then
     say "already trained (remove $run to train again):"
     cat "$run/result.txt"
 else
     train "$@"
 fi
+phase "3/5 Hugging Face"
 if [ ! -d "$exported" ]; then
     say "converting the last checkpoint for Hugging Face"
     python tools/convert_checkpoint.py "$run" "$exported" --to huggingface
@@ -75,6 +84,7 @@ python tools/fill_mask.py "$exported" "$sentence"
 say "  transformers, which has no such decoder:"
 python tools/fill_mask.py "$exported" "$sentence" --library transformers
 
+phase "4/5 fine-tuning with SiFT"
 if [ -f "$submission" ]; then
     say "already fine-tuned (remove $finetuned to do it again):"
     cat "$finetuned/scores.txt"
@@ -84,11 +94,29 @@ else
     say "fine-tuning on every task of $tasks with SiFT, $processes processes (real and hand-written rows: see SOURCES.md)"
     sh launchers/finetune_superglue.sh --quiet --num_gpus "$processes" --task all --sift --data "$tasks" \
         --init "$exported" --out "$finetuned"
+fi
+
+phase "5/5 submission"
+if [ ! -f "$submission" ]; then
     say "writing the ten files"
-    python tools/make_submission.py --predictions "$finetuned" --data "$tasks" --out "$submission"
+    made=$(python tools/make_submission.py --predictions "$finetuned" --data "$tasks" --out "$submission" 2>&1) || {
+        echo "$made"
+        exit 1
+    }
+    echo "$made" | tail -n 1
+    warnings=$(echo "$made" | grep -c '^warning: ' || true)
+    say "$warnings warnings, as small splits bring them, are listed in ${submission%.zip}.manifest.json"
 fi
 verdict=$(python tools/make_submission.py --validate "$submission" --data "$tasks" 2>&1) || {
     echo "$verdict"
     exit 1
 }
 say "$(echo "$verdict" | tail -n 1)"
+
+phase "what is there now"
+say "  $data/: tokenizer and corpus, with reports"
+say "  $run/: metrics.jsonl, checkpoints/, weights/, result.txt"
+say "  $exported/: the model for transformers"
+say "  $finetuned/: predictions and scores of every task, and $(basename "$submission")"
+say "next: a model and text of your own (docs/pretraining.md), other checkpoints (docs/conversion.md), fine-tuning on the"
+say "  official data (docs/finetuning.md). Remove the directories above to start over."

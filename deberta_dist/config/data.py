@@ -17,10 +17,9 @@ class Source(Section):
     path: File
     """A token file, or a directory of them, as ``data.train``."""
     proportion: Positive | None = None
-    """Its share of the samples is this over the sum of all proportions, in any stretch of the run."""
+    """Its share of the samples: this over the sum of all proportions, in any stretch of the run."""
     epochs: Positive | None = None
-    """How often it is read while the others are read as often as theirs say. ``training.max_steps`` decides where the
-    run ends."""
+    """Passes over it while the other sources make theirs. ``training.max_steps`` decides where the run ends."""
 
 
 class Data(Section):
@@ -38,8 +37,8 @@ class Data(Section):
     max_seq_length: Length = 512
     """Tokens per sequence, [CLS] and [SEP] included."""
     document_boundaries: bool = False
-    """Documents that share a sequence are separated by [SEP], do not see each other, and each has the positions from 0
-    on. ``false``: they follow each other without a mark, as published."""
+    """Documents that share a sequence are separated by [SEP], do not see each other, and have positions from 0 on each.
+    ``false``: they follow each other without a separator, as published."""
     bucket_lengths: Lengths | None = None
     """Dynamic batching: every document is a sequence, padded to the shortest of these lengths that holds it (tokens,
     ascending, up to ``max_seq_length``; longer ones are cut), and all micro-batches have as many tokens. Absent:

@@ -42,9 +42,9 @@ class FineTuning(Section):
     global_batch_size: Sequences
     """Decisions (rows, answers, queries) per optimizer step over all ranks."""
     micro_batch_size: Sequences = 8
-    """Decisions that a rank computes at once; a COPA row is two sequences, a long passage one per window."""
+    """Decisions that a rank computes at once; a COPA row is two sequences, a long passage one sequence per window."""
     seed: CountOrNone = 42
-    """Decides a new classifier, order of the rows and dropout; further seeds count on from here."""
+    """Decides a new classifier's weights, the order of the rows and dropout; further runs take the next numbers."""
     seeds: Few = 1
     """Runs of every task, each with its own seed."""
     classifier_dropout: Fraction | None = None
@@ -52,11 +52,11 @@ class FineTuning(Section):
     start: Literal["init", "intermediate"] = "init"
     """``intermediate``: where --intermediate is given, start from the model that it made."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""
     attention: Literal["auto", "fused", "portable", "reference"] = AUTO
-    """Who computes the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device),
-    ``reference`` (the formula, slow), or ``auto``: the fastest that can, with a warning where a GPU could have had the
-    fused one. Any other word is a must: the start is refused where it cannot be had."""
+    """Implementation of the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device) or
+    ``reference`` (the formula, slow); a start is refused where it is not available. ``auto`` takes the fastest that is, with a
+    warning on a GPU that does not use the fused one."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 

@@ -63,7 +63,7 @@ class Model(Section):
 
 
 class Training(Section):
-    """``[training]``: batch sizes, length of the run, what is recomputed."""
+    """``[training]``: batch sizes, length of the run, recomputation, start."""
 
     global_batch_size: Sequences
     """Sequences per optimizer step = micro_batch_size x num_micro_batches x data_parallel_size. With dynamic batching
@@ -73,29 +73,29 @@ class Training(Section):
     num_micro_batches: Few | Auto = AUTO
     """Micro-batches per optimizer step of each pipeline."""
     max_steps: Count
-    """Optimizer steps; the learning rate reaches 0 here. A finished run that is started again with more continues."""
+    """Optimizer steps; the learning rate reaches 0 here. A finished run that is started again with more steps resumes."""
     seed: CountOrNone = 42
     """Decides initial weights, order of the data, masks and dropout."""
     recompute: Literal["none", "full", "selective"] = "none"
-    """Activations computed again in the backward pass: none, whole layers, or the attention only."""
+    """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""
     compile: bool = False
     """Dropout, residual and LayerNorm as one kernel made by torch.compile in the first step (up to a minute). Needs Triton
     on a GPU, a C++ compiler on a CPU. The dry run's memory is that without it."""
     attention: Literal["auto", "fused", "portable", "reference"] = AUTO
-    """Who computes the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device),
-    ``reference`` (the formula, slow), or ``auto``: the fastest that can, with a warning where a GPU could have had the
-    fused one. Any other word is a must: the start is refused where it cannot be had."""
+    """Implementation of the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device) or
+    ``reference`` (the formula, slow); a start is refused where it is not available. ``auto`` takes the fastest that is, with a
+    warning on a GPU that does not use the fused one."""
     vocabulary_chunks: Annotated[int, Field(ge=1, le=128)] = 1
-    """Parts in which the head makes the logits, with more than one a second time in the backward pass: their memory
-    divided by as much, for a third more products in the head."""
+    """Chunks of the vocabulary for which the head computes the logits one after another. With more than one they are recomputed
+    in the backward pass: their memory is divided by as much, for a third more matrix products in the head."""
     init: File | None = None
     """Weights to start from instead of random ones, head and decoder included: a directory that
-    ``tools/convert_checkpoint.py --to deberta_dist`` made, or anything it can read. Not looked at by a run that
-    continues from a checkpoint of its own."""
+    ``tools/convert_checkpoint.py --to deberta_dist`` made, or anything it can read. Ignored by a run that
+    resumes from a checkpoint of its own."""
     init_allow_unmapped: Patterns = ()
-    """Keys of ``init`` that nothing explains and that may be left out: patterns as in file names, ``["student.*"]``."""
+    """Keys of ``init`` that may be left out although nothing explains them: patterns as in file names, ``["student.*"]``."""
     init_prefix: str | None = None
-    """What stands before the model's own names in ``init``; by default nothing, or wrappers that are known."""
+    """Prefix of the model's own names in ``init``; by default none, or that of a known wrapper."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 
@@ -137,20 +137,20 @@ class Evaluation(Section):
     every_steps: CountOrNone = 0
     """Optimizer steps between evaluations; 0 = only at the end."""
     num_sequences: Count = 1024
-    """Held-out sequences that are read each time, at most what there are: always the same, drawn from all of them."""
+    """Held-out sequences of each evaluation, at most all there are: always the same ones, drawn from all of them."""
 
 
 class Checkpoint(Section):
-    """``[checkpoint]``: what an interrupted run continues from; written below ``run.directory``."""
+    """``[checkpoint]``: what an interrupted run resumes from; written below ``run.directory``."""
 
     every_steps: CountOrNone = 0
-    """Optimizer steps between two checkpoints; 0 = only one, at the end."""
+    """Optimizer steps between two checkpoints; 0 = one at the end only."""
     keep_last: Count = 2
-    """Newest checkpoints that stay."""
+    """How many of the newest checkpoints stay."""
     keep_every: CountOrNone = 0
-    """Checkpoints of every so many steps stay for ever; 0 = none does."""
+    """Checkpoints at multiples of this many steps are never removed; 0 = none."""
     resume: Literal["auto", "required", "never"] = "auto"
-    """``auto``: continue from the newest complete checkpoint, from the start where there is none.
+    """``auto``: resume from the newest complete checkpoint; start anew where there is none.
     ``required``: none is an error. ``never``: a run directory that holds a run is an error."""
 
 

@@ -185,13 +185,13 @@ class MetricsLog:
         # The first step also sets up; what is left is told from those after it, evaluations included.
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
-        left = format_seconds(elapsed / self._done * steps_left) if self._done else "..."
+        left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""
         padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
         return (
             f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | loss {metrics.loss:7.4f} | "
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
-            f"{padded}{mfu} | left {left}"
+            f"{padded}{mfu}{left}"
         )
 
 

@@ -35,7 +35,7 @@ def test_every_step_is_on_disk_and_some_on_screen(tmp_path: Path, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert [int(re.match(r"step +(\d+)/100 \| ", line)[1]) for line in lines] == [1, *range(10, 101, 10)]
     assert "loss  7.5000 | lr 1.00e-04 | grad norm    1.250 |    12,346 tokens/s | mfu 43.2% | left " in lines[1]
-    assert lines[0].endswith("left ..."), "one step tells nothing of the others"
+    assert "left" not in lines[0] and "tokens/s" in lines[0], "one step tells nothing of the others"
     assert lines[-1].endswith("left 00:00")
 
 

@@ -33,10 +33,13 @@ class Progress:
         """One line; MB are 10**6 bytes."""
         if not self.total_bytes:
             return self.phase
-        left = "?" if self.seconds_left is None else _clock(self.seconds_left)
+        if self.seconds_left is None:
+            left_bytes = self.total_bytes - self.done_bytes
+            found = f", {self.done_bytes / 1e6:,.1f} MB were finished before" if self.done_bytes else ""
+            return f"{self.phase}: {left_bytes / 1e6:,.1f} MB to read{found}"
         return (
             f"{self.phase}: {100 * self.done_bytes / self.total_bytes:.1f}% of {self.total_bytes / 1e6:,.1f} MB, "
-            f"{self.num_tokens:,} tokens, {self.speed / 1e6:.1f} MB/s, {left} left"
+            f"{self.num_tokens:,} tokens, {self.speed / 1e6:.1f} MB/s, {_clock(self.seconds_left)} left"
         )
 
 
