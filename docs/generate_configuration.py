@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from deberta_dist.config.finetune import FineTuneConfig  # noqa: E402
 from deberta_dist.config.schema import RunConfig  # noqa: E402
+from deberta_dist.config.section import Section  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 MODEL_FIELDS = ROOT / "deberta_dist" / "models" / "config.py"
@@ -95,7 +96,7 @@ def rows(section: dict[str, Any]) -> list[str]:
     return lines
 
 
-def sections(model: type, *, leave_out: tuple[str, ...] = ()) -> list[str]:
+def sections(model: type[Section], *, leave_out: tuple[str, ...] = ()) -> list[str]:
     """All sections of a TOML, each with a heading."""
     schema = model.model_json_schema()
     lines: list[str] = []

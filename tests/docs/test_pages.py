@@ -18,6 +18,7 @@ import pytest
 
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
+from deberta_dist.config.section import Section
 from tests.docs.markdown import PAGES, ROOT, Command, anchors, code, commands, links
 
 MAX_README_LINES = 180
@@ -110,7 +111,7 @@ def unwrapped(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
-def configuration_keys(model: type, *, open_sections: tuple[str, ...] = ()) -> set[str]:
+def configuration_keys(model: type[Section], *, open_sections: tuple[str, ...] = ()) -> set[str]:
     """``--section.key`` of every key of a TOML; a section that takes further keys ends with a dot and a star."""
     keys = set()
     for section, field in model.model_fields.items():
@@ -127,7 +128,8 @@ def launcher_flags(name: str) -> set[str]:
         return DEEPSPEED_FLAGS | flags_in(usage) | configuration_keys(FineTuneConfig)
     if name == "benchmark_gpu":
         return set(re.findall(r'"(--[a-z][\w-]*)"', (ROOT / "benchmarks/gpu.py").read_text(encoding="utf-8")))
-    return {"--with"} if name in ("run", "setup_env") else set()
+    script = {"run": "tests/run.sh", "setup_env": "launchers/setup_env.sh"}.get(name)
+    return flags_in((ROOT / script).read_text(encoding="utf-8")) if script else set()
 
 
 def wrong_with(words: tuple[str, ...]) -> list[str]:
