@@ -187,8 +187,8 @@ def main() -> int:
     except ResultError as error:
         print(error, file=sys.stderr)
         return 2
-    for page in stale:
-        print(f"{page} {'is out of date: run python benchmarks/quote.py' if is_check else 'filled'}")
+    for name in stale:
+        print(f"{name} {'is out of date: run python benchmarks/quote.py' if is_check else 'filled'}")
     return 1 if stale and is_check else 0
 
 
