@@ -115,7 +115,7 @@ def configuration_keys(model: type[Section], *, open_sections: tuple[str, ...] =
     """``--section.key`` of every key of a TOML; a section that takes further keys ends with a dot and a star."""
     keys = set()
     for section, field in model.model_fields.items():
-        assert field.annotation is not None and issubclass(field.annotation, Section)
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         keys |= {f"--{section}.{key}" for key in field.annotation.model_fields}
     return keys | {f"--{section}.*" for section in open_sections}
 
