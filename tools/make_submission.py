@@ -19,7 +19,7 @@ from deberta_dist.files.new_file import new_file, refuse_existing
 from deberta_dist.tasks.assemble import assemble
 from deberta_dist.tasks.predictions import command_for, predictions_file
 from deberta_dist.tasks.release import Release
-from deberta_dist.tasks.submission import Verdict, read_zip, validate, zip_bytes
+from deberta_dist.tasks.superglue.submission import Verdict, read_zip, validate, zip_bytes
 
 NOTICE = "NOT_FOR_SUBMISSION.txt"
 

@@ -9,8 +9,8 @@ from typing import NoReturn
 from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.conversion.options import ReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
-from deberta_dist.tasks.mnli import MNLI
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
+from deberta_dist.tasks.glue.mnli import MNLI
+from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
 
 ALL = "all"
 # Natural language inference first, then the small tasks, then the long ones.

@@ -25,12 +25,12 @@ from deberta_dist.finetuning.state import Earlier, open_earlier
 from deberta_dist.models.attention_choice import require_attention
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
-from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.glue.mnli import MNLI
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.report import make_report
 from deberta_dist.tasks.scores import scored_split
+from deberta_dist.tasks.superglue.benchmark import TASKS
 from deberta_dist.training.build import mesh_shape
 from deberta_dist.training.entry import start as start_launcher
 

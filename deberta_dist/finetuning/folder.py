@@ -22,7 +22,7 @@ from typing import Any
 from deberta_dist.errors import ConfigError
 from deberta_dist.files.lock import LOCK_NAME, RunLock
 from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_file, write_predictions
-from deberta_dist.tasks.registry import TASKS, Task
+from deberta_dist.tasks.superglue.benchmark import TASKS, Task
 
 IDENTITY = "made_from"
 EARLIER = "earlier"

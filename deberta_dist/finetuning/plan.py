@@ -22,9 +22,9 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.parallel.layout import Layout, classifier_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
-from deberta_dist.tasks.mnli import MNLI, read_mnli
-from deberta_dist.tasks.registry import TASKS, Task
+from deberta_dist.tasks.glue.mnli import MNLI, read_mnli
 from deberta_dist.tasks.release import Release, Split
+from deberta_dist.tasks.superglue.benchmark import TASKS, Task
 
 RECIPES = "finetune_recipes"
 # Smallest hidden size -> file of recipes; the paper's ranges are for three sizes, the last is the demo's.

@@ -24,7 +24,7 @@ from deberta_dist.parallel.layout import DTYPES, Layout, meta_classifier
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.encoding import has_choices, num_outputs
-from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.glue.mnli import MNLI
 from deberta_dist.tasks.predictions import Probabilities, decide, read_predictions
 from deberta_dist.training.build import build_sharded_model, own_flat_layout, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights

@@ -15,10 +15,10 @@ from deberta_dist.tasks.predictions import (
     predictions_file,
     read_runs,
 )
-from deberta_dist.tasks.registry import TASKS, Task
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.scores import read_scored_split, score_runs, scored_split
-from deberta_dist.tasks.submission import submission_lines
+from deberta_dist.tasks.superglue.benchmark import TASKS, Task
+from deberta_dist.tasks.superglue.submission import submission_lines
 
 
 @dataclass

@@ -41,10 +41,10 @@ import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
-from deberta_dist.tasks import wsc
-from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, Task
 from deberta_dist.tasks.release import Key, Split
 from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, Part, encode_parts, sequences, window_starts
+from deberta_dist.tasks.superglue import wsc
+from deberta_dist.tasks.superglue.benchmark import PER_ANSWER, PER_CANDIDATE, Task
 
 _PAIRS = {
     "BoolQ": ("passage", "question"),

@@ -9,8 +9,8 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
 from deberta_dist.tasks.release import Key, Split
+from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
 
 Answers = Mapping[Key, str]
 """Answer by name for every decision."""

@@ -19,8 +19,8 @@ from typing import Any
 from deberta_dist.errors import DataError, printable
 from deberta_dist.files.foreign import json_integer, refuse_foreign
 from deberta_dist.files.new_file import new_file
-from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
+from deberta_dist.tasks.superglue.benchmark import PER_CANDIDATE, TASKS, Task
 
 Probabilities = Mapping[Key, Mapping[str, float]]
 """Label or candidate -> probability, for every decision."""

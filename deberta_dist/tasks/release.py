@@ -16,7 +16,7 @@ from typing import Any
 
 from deberta_dist.errors import DataError, printable
 from deberta_dist.files.foreign import HEAD_BYTES, begins_like, head_of, json_integer, refuse_foreign
-from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
+from deberta_dist.tasks.superglue.benchmark import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 
 Key = tuple[int, ...]
 """(idx,), or (passage, question, answer) of MultiRC."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from deberta_dist.errors import DataError, encodable, printable
 from deberta_dist.tasks import metrics
-from deberta_dist.tasks.leaderboard import SOURCE, TABLE_5
 from deberta_dist.tasks.predictions import command_for, prediction_folders, predictions_file
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.scores import Spread, TaskScores, read_scored_split, score_runs, scored_split
 from deberta_dist.tasks.significance import Comparison, compare
+from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
+from deberta_dist.tasks.superglue.leaderboard import SOURCE, TABLE_5
 from deberta_dist.tasks.tables import Table, bullets
 
 _TITLE = "SuperGLUE, validation split, percent"

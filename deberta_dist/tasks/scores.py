@@ -11,8 +11,8 @@ from typing import Any
 
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.predictions import average, decide, described, predictions_file, read_runs
-from deberta_dist.tasks.registry import Task
 from deberta_dist.tasks.release import Release, Split
+from deberta_dist.tasks.superglue.benchmark import Task
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from deberta_dist.planning.machine import read_calibration
 from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
 from deberta_dist.preparation.formats.megatron import MegatronFile
 from deberta_dist.preparation.reading.texts import read_texts
-from deberta_dist.tasks.mnli import read_mnli
+from deberta_dist.tasks.glue.mnli import read_mnli
 from deberta_dist.tasks.predictions import described, read_predictions
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 1234567\n"
 ANNEX = b"/annex/objects/SHA256E-s1234--4d7a.bin\n"

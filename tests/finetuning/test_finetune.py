@@ -11,8 +11,8 @@ from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.run import identity
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 from tests.finetuning.small import DATA, Case
 
 

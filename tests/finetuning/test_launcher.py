@@ -15,8 +15,8 @@ from deberta_dist.conversion.source import open_source
 from deberta_dist.finetuning.batches import pad
 from deberta_dist.models.classification import DebertaForSequenceClassification
 from deberta_dist.tasks.predictions import read_predictions, require_covering
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 from tests.finetuning.small import DATA, ROOT, Case
 from tests.finetuning.test_plan import write_mnli
 

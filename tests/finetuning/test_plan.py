@@ -14,7 +14,7 @@ from deberta_dist.finetuning.arguments import ALL, ORDER, parse
 from deberta_dist.finetuning.plan import RECIPES, describe, make_plans, recipe_size
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
 from deberta_dist.models.presets import PRESETS
-from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.glue.mnli import MNLI
 from tests.finetuning.small import DATA, ROOT
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 
 PASSAGE = "Ada met Charles in London. Ada wrote notes; Charles built a machine."
 ENTITIES = [{"start": PASSAGE.index(word), "end": PASSAGE.index(word) + len(word) - 1} for word in ("Ada", "Charles", "London")]

@@ -7,9 +7,9 @@ import pytest
 import sklearn.metrics
 
 from deberta_dist.tasks import metrics
-from deberta_dist.tasks.leaderboard import TABLE_5, Published
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Decision, Release, Split
+from deberta_dist.tasks.superglue.benchmark import TASKS
+from deberta_dist.tasks.superglue.leaderboard import TABLE_5, Published
 
 
 @pytest.mark.parametrize("row", TABLE_5, ids=lambda row: row.name)

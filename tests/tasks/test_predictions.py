@@ -14,8 +14,8 @@ from deberta_dist.tasks.predictions import (
     read_predictions,
     require_covering,
 )
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 from tests.conversion.small_models import call
 from tests.tasks.conftest import write_run
 

@@ -10,12 +10,12 @@ from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.segments import KEPT_CUT, Part, encode_parts, window_starts
-from deberta_dist.tasks.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
+from deberta_dist.tasks.superglue.benchmark import TASKS
+from deberta_dist.tasks.superglue.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEMO = Release(ROOT / "launchers" / "demo_superglue")
 WIDE = Lengths(max_seq_length=512, window_overlap=64, max_windows=4)
 

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Release, Split, json_lines, shown
+from deberta_dist.tasks.superglue.benchmark import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 
 _MAX_FILE_BYTES = 64 * 2**20
 _MOST_PROBLEMS = 20  # of one file

@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import TASKS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = ROOT / "launchers" / "demo_text"
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from deberta_dist.errors import DataError
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
 from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
 from tests.tasks.conftest import rows
 
 

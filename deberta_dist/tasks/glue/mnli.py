@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deberta_dist.errors import DataError
 from deberta_dist.files.foreign import refuse_foreign
-from deberta_dist.tasks.registry import CLASSIFICATION, Task
 from deberta_dist.tasks.release import Decision, Key, Split
+from deberta_dist.tasks.superglue.benchmark import CLASSIFICATION, Task
 
 _FILES = {"train": "train.tsv", "val": "dev_matched.tsv"}
 _COLUMNS = ("index", "sentence1", "sentence2", "gold_label")

@@ -6,7 +6,7 @@ Source: the DeBERTa paper, arXiv 2006.03654, Table 5.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
+from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
 
 SOURCE = "arXiv 2006.03654, Table 5"
 
