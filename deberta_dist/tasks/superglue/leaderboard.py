@@ -3,27 +3,10 @@
 Source: the DeBERTa paper, arXiv 2006.03654, Table 5.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from deberta_dist.tasks.superglue.benchmark import MAIN_TASKS, TASKS
+from deberta_dist.tasks.base import Published
+from deberta_dist.tasks.superglue.tasks import MAIN_TASKS, TASKS
 
 SOURCE = "arXiv 2006.03654, Table 5"
-
-
-@dataclass(frozen=True)
-class Published:
-    """A row of the table.
-
-    Attributes:
-        name: Of the model.
-        metrics: Percent, by task and metric.
-        average: Percent, as published.
-    """
-
-    name: str
-    metrics: Mapping[str, Mapping[str, float]]
-    average: float
 
 
 def _row(name: str, average: float, *values: tuple[float, ...]) -> Published:
