@@ -101,7 +101,7 @@ class Task(ABC):
 
     @abstractmethod
     def data_file(self, split: str) -> str:
-        """Path of a split inside the benchmark's data, e.g. CB/train.jsonl."""
+        """Path of a split inside the benchmark's data."""
 
     @abstractmethod
     def read(self, files: DataFiles, split: str) -> Split:

@@ -62,7 +62,7 @@ def matthews(gold: Sequence[str], found: Sequence[str], *, positive: str) -> flo
 
 
 def normalise_answer(text: str) -> str:
-    """A text as SQuAD's and ReCoRD's scorers compare it: no case, punctuation, articles or extra spaces."""
+    """A text as scorers of answers in words compare it: no case, punctuation, articles or extra spaces."""
     text = "".join(character for character in text.lower() if character not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 

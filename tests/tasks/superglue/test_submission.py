@@ -14,9 +14,8 @@ from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
 from deberta_dist.tasks.superglue.submission import JsonLinesSubmission
 from deberta_dist.tasks.superglue.tasks import TASKS
-from tests.conversion.small_models import call
-from tests.preparation.test_tools import assert_one_line_error
 from tests.tasks.conftest import write_run
+from tests.tool_calls import assert_one_line_error, call
 
 TOOL = "make_submission.py"
 LAUNCHER = "deepspeed launchers/finetune_superglue.sh"
