@@ -88,7 +88,7 @@ def _through(plan: TaskPlan, arguments: Arguments) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TaskRun:
     """A task with a seed that is left to do, and the shorter run that it continues."""
 
     plan: TaskPlan
@@ -98,7 +98,7 @@ class _Job:
     earlier: Earlier | None
 
 
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_Job]:
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_TaskRun]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
     directory = plans[0].config.run.directory
     if (directory / CHECKPOINTS_NAME).exists():
@@ -110,11 +110,11 @@ def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: Start
             folder = TaskFolder(directory, plan.task, seed)
             if not folder.is_done(made_from):
                 earlier = open_earlier(folder, made_from, plan=plan, verify=verify)
-                left.append(_Job(plan, seed, folder, made_from, earlier))
+                left.append(_TaskRun(plan, seed, folder, made_from, earlier))
     return left
 
 
-def _continuations(left: Sequence[_Job]) -> list[str]:
+def _continuations(left: Sequence[_TaskRun]) -> list[str]:
     """One line for each run that continues a shorter one."""
     return [
         f"{job.plan.task.name}, seed {job.seed}: continues {job.folder.final} ({job.earlier.epochs:g} epochs, "
@@ -124,7 +124,7 @@ def _continuations(left: Sequence[_Job]) -> list[str]:
     ]
 
 
-def _run_all(left: Sequence[_Job], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
+def _run_all(left: Sequence[_TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
     if discover_launch().rank == 0:
         for job in left:

@@ -18,7 +18,7 @@ import numpy as np
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.decisions import Answers, Decision, Key
-from deberta_dist.tasks.encoding import Encoder, Example
+from deberta_dist.tasks.encoding import Example, RowEncoder
 from deberta_dist.tasks.json_lines import integer
 
 TRAIN, VALIDATION, TEST = "train", "val", "test"
@@ -112,7 +112,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """Every decision of a split as sequences, in any order.
 
         Raises:
@@ -170,7 +170,7 @@ def whole_numbers(value: Any, *, at: str) -> Key:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedScores:
     """A row of published scores.
 
     Attributes:
@@ -250,7 +250,7 @@ class Benchmark:
     command: str
     data_help: str
     submission: Submission | None = None
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedScores, ...] = ()
     published_source: str = ""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.tasks.decisions import Decision, Key
-from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, Part, encode_parts, window_starts
+from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, TextPart, encode_parts, window_starts
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Lengths:
     max_windows: int
 
 
-class Encoder:
+class RowEncoder:
     """Makes the examples of a split of the segments that its task names.
 
     Args:
@@ -85,7 +85,7 @@ class Encoder:
         """
         return [f"{where}: {what} in {number:,} of {of:,}" for what, number in sorted(self._counts.items())]
 
-    def windowed(self, key: Key, first: Sequence[Part], seconds: Sequence[Sequence[Part]]) -> Example:
+    def windowed(self, key: Key, first: Sequence[TextPart], seconds: Sequence[Sequence[TextPart]]) -> Example:
         """A first segment in windows as long as need be, beside each second one.
 
         Args:
@@ -116,10 +116,10 @@ class Encoder:
         gold = tuple(i for i, label in enumerate(decision.labels) if label in decision.gold)
         return Example(key, first, tuple(second for second, _ in seconds), gold)
 
-    def _cut(self, parts: Sequence[Part], *, limit: int) -> tuple[np.ndarray, str]:
+    def _cut(self, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
         return encode_parts(self._tokenizer, parts, limit=limit)
 
-    def pair(self, key: Key, first: Sequence[Part], second: Sequence[Part]) -> Example:
+    def pair(self, key: Key, first: Sequence[TextPart], second: Sequence[TextPart]) -> Example:
         """Both segments in one sequence without windows: what one does not need of its half, the other has."""
         room = self._lengths.max_seq_length - 3
         tail, tail_cut = self._cut(second, limit=room)
@@ -129,10 +129,10 @@ class Encoder:
         return self._example(key, head, [(tail, tail_cut)], head_cut)
 
 
-def marked(text: str, spans: Sequence[tuple[int, int, str]]) -> list[Part]:
+def marked(text: str, spans: Sequence[tuple[int, int, str]]) -> list[TextPart]:
     """A text with marks around (first character, character after the last) of it."""
     parts, end = [], 0
     for start, stop, mark in sorted(spans):
-        parts += [Part(text[end:start]), Part(f"{mark} {text[start:stop]} {mark}", is_kept=True)]
+        parts += [TextPart(text[end:start]), TextPart(f"{mark} {text[start:stop]} {mark}", is_kept=True)]
         end = stop
-    return [*parts, Part(text[end:])]
+    return [*parts, TextPart(text[end:])]

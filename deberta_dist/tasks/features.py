@@ -7,7 +7,7 @@ import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.tasks.base import Split
-from deberta_dist.tasks.encoding import Encoder, Example, Lengths
+from deberta_dist.tasks.encoding import Example, Lengths, RowEncoder
 from deberta_dist.tasks.segments import sequences
 
 
@@ -46,7 +46,7 @@ def encode_split(split: Split, tokenizer: Tokenizer, lengths: Lengths) -> Featur
     Raises:
         DataError: a row cannot be put to the model; the task's message has file and line.
     """
-    encoder = Encoder(split.decisions, tokenizer, lengths)
+    encoder = RowEncoder(split.decisions, tokenizer, lengths)
     examples = sorted(split.task.examples(split, encoder), key=lambda example: example.key)
     assert [example.key for example in examples] == sorted(split.decisions)
     notes = encoder.notes(f"{split.task.name} {split.name}", of=len(examples))

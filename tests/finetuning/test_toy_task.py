@@ -15,10 +15,10 @@ from deberta_dist.finetuning.arguments import parse, usage
 from deberta_dist.tasks.base import Benchmark, Head, Release, Split, Task
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.decisions import Answers, Decision, Key
-from deberta_dist.tasks.encoding import Encoder, Example
+from deberta_dist.tasks.encoding import Example, RowEncoder
 from deberta_dist.tasks.predictions import read_predictions, require_covering
 from deberta_dist.tasks.report import make_report
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.segments import TextPart
 from tests.harness import free_port, run_ranks
 
 COLOURS = ("red", "green", "blue")
@@ -51,9 +51,9 @@ class ColourTask(Task):
         where, sha256 = files.where(self.data_file(split)), hashlib.sha256(content).hexdigest()
         return Split(task=self, name=split, where=where, sha256=sha256, rows=tuple(rows), decisions=decisions)
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         for row in split.rows:
-            yield encoder.windowed((row["key"],), [Part(row["text"])], [[]])
+            yield encoder.windowed((row["key"],), [TextPart(row["text"])], [[]])
 
     def parse_key(self, value: Any, *, at: str) -> Key:
         if not isinstance(value, str):

@@ -7,7 +7,7 @@ import pytest
 import sklearn.metrics
 
 from deberta_dist.tasks import metrics
-from deberta_dist.tasks.base import Published, Release, Split
+from deberta_dist.tasks.base import PublishedScores, Release, Split
 from deberta_dist.tasks.decisions import Decision
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.leaderboard import TABLE_5
@@ -15,7 +15,7 @@ from deberta_dist.tasks.superglue.tasks import TASKS
 
 
 @pytest.mark.parametrize("row", TABLE_5, ids=lambda row: row.name)
-def test_published_averages(row: Published) -> None:
+def test_published_averages(row: PublishedScores) -> None:
     scores = {name: metrics.task_score(found) for name, found in row.metrics.items()}
     mean, text = SUPERGLUE.overall(scores)
     # Rounded up where the mean is just between two: 84.55 and 89.25.

@@ -14,8 +14,8 @@ from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split, Task
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.decisions import Decision, Key
-from deberta_dist.tasks.encoding import Encoder, Example
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.encoding import Example, RowEncoder
+from deberta_dist.tasks.segments import TextPart
 
 _FILES = {"train": "train.tsv", "val": "dev_matched.tsv"}
 _COLUMNS = ("index", "sentence1", "sentence2", "gold_label")
@@ -33,10 +33,10 @@ class MnliTask(Task):
         """Reads and checks a split of GLUE's ``MNLI/``."""
         return read_mnli(files.path, split)
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """The hypothesis whole, the premise in windows."""
         for row in split.rows:
-            yield encoder.windowed((row["idx"],), [Part(row["premise"])], [[Part(row["hypothesis"], is_kept=True)]])
+            yield encoder.windowed((row["idx"],), [TextPart(row["premise"])], [[TextPart(row["hypothesis"], is_kept=True)]])
 
 
 MNLI = MnliTask(

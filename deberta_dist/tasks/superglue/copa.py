@@ -9,8 +9,8 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
-from deberta_dist.tasks.encoding import Encoder, Example
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.encoding import Example, RowEncoder
+from deberta_dist.tasks.segments import TextPart
 from deberta_dist.tasks.superglue.task import INTEGERS, SuperGlueTask, labelled, row_key
 
 _CONNECTIVES = {"cause": "because", "effect": "so"}
@@ -24,12 +24,12 @@ class CopaTask(SuperGlueTask):
         if row["question"] not in _CONNECTIVES:
             raise DataError(f'{at}: question is {row["question"]!r}, "cause" or "effect" is expected')
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """The premise beside each choice."""
         for row in split.rows:
             word = _CONNECTIVES[row["question"]]
-            seconds = [[Part(f"{word} {row[f'choice{i}']}", is_kept=True)] for i in (1, 2)]
-            yield encoder.windowed(row_key(row), [Part(row["premise"])], seconds)
+            seconds = [[TextPart(f"{word} {row[f'choice{i}']}", is_kept=True)] for i in (1, 2)]
+            yield encoder.windowed(row_key(row), [TextPart(row["premise"])], seconds)
 
 
 COPA = CopaTask(

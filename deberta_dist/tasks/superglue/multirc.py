@@ -13,9 +13,9 @@ from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
 from deberta_dist.tasks.decisions import Answers, Decision, Key, shown
-from deberta_dist.tasks.encoding import Encoder, Example
+from deberta_dist.tasks.encoding import Example, RowEncoder
 from deberta_dist.tasks.json_lines import as_object, integer, require_fields
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.segments import TextPart
 from deberta_dist.tasks.superglue.task import INTEGERS, Submitted, SuperGlueTask, labelled
 
 
@@ -40,14 +40,14 @@ class MultircTask(SuperGlueTask):
                 key = (passage, number, integer(answer.get("idx"), at=there, name="idx"))
                 yield key, Decision(self.labels, self.gold(answer, at=there), line)
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """Every answer with its question against the passage."""
         for row in split.rows:
             for question in row["passage"]["questions"]:
                 for answer in question["answers"]:
                     key = (row["idx"], question["idx"], answer["idx"])
-                    second = [Part(question["question"]), Part(answer["text"], is_kept=True)]
-                    yield encoder.windowed(key, [Part(row["passage"]["text"])], [second])
+                    second = [TextPart(question["question"]), TextPart(answer["text"], is_kept=True)]
+                    yield encoder.windowed(key, [TextPart(row["passage"]["text"])], [second])
 
     def submission_rows(self, answers: Answers) -> Iterator[dict[str, Any]]:
         """A line for every passage."""

@@ -23,8 +23,8 @@ from typing import Any
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
 from deberta_dist.tasks.decisions import Answers
-from deberta_dist.tasks.encoding import Encoder, Example
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.encoding import Example, RowEncoder
+from deberta_dist.tasks.segments import TextPart
 from deberta_dist.tasks.superglue.task import BOOLEAN, THREE_WAY, TWO_WAY, SuperGlueTask, labelled, row_key
 
 
@@ -38,11 +38,11 @@ class PairTask(SuperGlueTask):
 
     pair: tuple[str, str]
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """The second field whole, the first in windows."""
         for row in split.rows:
             first, second = (row[field] for field in self.pair)
-            yield encoder.windowed(row_key(row), [Part(first)], [[Part(second, is_kept=True)]])
+            yield encoder.windowed(row_key(row), [TextPart(first)], [[TextPart(second, is_kept=True)]])
 
 
 class BroadCoverage(PairTask):

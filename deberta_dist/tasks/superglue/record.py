@@ -13,9 +13,9 @@ from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import TRAIN, Head, Split
 from deberta_dist.tasks.decisions import Decision, Key
-from deberta_dist.tasks.encoding import Encoder, Example
+from deberta_dist.tasks.encoding import Example, RowEncoder
 from deberta_dist.tasks.json_lines import as_object, integer, require_fields
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.segments import TextPart
 from deberta_dist.tasks.superglue.task import SuperGlueTask, labelled
 
 _PLACEHOLDER = "@placeholder"
@@ -46,7 +46,7 @@ class RecordTask(SuperGlueTask):
             gold = dict.fromkeys(texts)
             yield (integer(query.get("idx"), at=here, name="idx"),), Decision(tuple(entities), tuple(gold), line)
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """The passage beside the query with each of its candidates."""
         for row in split.rows:
             yield from _queries(row, split, encoder)
@@ -58,9 +58,9 @@ class RecordTask(SuperGlueTask):
         return f"idx {idx}: {json.dumps(label, ensure_ascii=False)} is no {self.candidate}"
 
 
-def _queries(row: Mapping[str, Any], split: Split, encoder: Encoder) -> Iterator[Example]:
+def _queries(row: Mapping[str, Any], split: Split, encoder: RowEncoder) -> Iterator[Example]:
     # Highlights are sentences of their own: the mark between them is no language.
-    passage = [Part(row["passage"]["text"].replace("@highlight", " "))]
+    passage = [TextPart(row["passage"]["text"].replace("@highlight", " "))]
     for query in row["qas"]:
         key = (query["idx"],)
         candidates = split.decisions[key].labels
@@ -74,10 +74,10 @@ def _queries(row: Mapping[str, Any], split: Split, encoder: Encoder) -> Iterator
         yield example
 
 
-def _substituted(query: str, candidate: str) -> list[Part]:
+def _substituted(query: str, candidate: str) -> list[TextPart]:
     before, _, after = query.partition(_PLACEHOLDER)
     # Further placeholders stand for the same.
-    return [Part(before), Part(candidate, is_kept=True), Part(after.replace(_PLACEHOLDER, candidate))]
+    return [TextPart(before), TextPart(candidate, is_kept=True), TextPart(after.replace(_PLACEHOLDER, candidate))]
 
 
 RECORD = RecordTask(

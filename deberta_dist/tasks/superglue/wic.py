@@ -10,7 +10,7 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
-from deberta_dist.tasks.encoding import Encoder, Example, marked
+from deberta_dist.tasks.encoding import Example, RowEncoder, marked
 from deberta_dist.tasks.superglue.task import BOOLEAN, SuperGlueTask, labelled, row_key
 
 
@@ -24,7 +24,7 @@ class WicTask(SuperGlueTask):
             if not 0 <= start < end <= length:
                 raise DataError(f"{at}: characters {start} to {end} lie outside sentence{number} of {length}")
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """Both sentences in one sequence."""
         for row in split.rows:
             both = [marked(row[f"sentence{i}"], [(row[f"start{i}"], row[f"end{i}"], "*")]) for i in (1, 2)]

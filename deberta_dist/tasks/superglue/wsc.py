@@ -16,9 +16,9 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
-from deberta_dist.tasks.encoding import Encoder, Example, marked
+from deberta_dist.tasks.encoding import Example, RowEncoder, marked
 from deberta_dist.tasks.json_lines import require_fields
-from deberta_dist.tasks.segments import Part
+from deberta_dist.tasks.segments import TextPart
 from deberta_dist.tasks.superglue.task import BOOLEAN, SuperGlueTask, labelled, row_key
 
 _PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2014"
@@ -71,13 +71,13 @@ class WscTask(SuperGlueTask):
             if not 0 <= index < words:
                 raise DataError(f"{at}: target: span{number}_index is {index}, the text has {words} words")
 
-    def examples(self, split: Split, encoder: Encoder) -> Iterator[Example]:
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
         """The text and the noun in one sequence."""
         for row in split.rows:
             yield _example(row, encoder)
 
 
-def _example(row: Mapping[str, Any], encoder: Encoder) -> Example:
+def _example(row: Mapping[str, Any], encoder: RowEncoder) -> Example:
     text, target = row["text"], row["target"]
     spans = []
     for number, mark in ((1, "*"), (2, "#")):
@@ -87,7 +87,7 @@ def _example(row: Mapping[str, Any], encoder: Encoder) -> Example:
             encoder.count(f"a span stands {how},")
     if max(spans[0][0], spans[1][0]) < min(spans[0][1], spans[1][1]):
         spans = spans[1:]  # they overlap: the pronoun is what the second segment does not tell
-    return encoder.pair(row_key(row), marked(text, spans), [Part(target["span1_text"], is_kept=True)])
+    return encoder.pair(row_key(row), marked(text, spans), [TextPart(target["span1_text"], is_kept=True)])
 
 
 WSC = WscTask(

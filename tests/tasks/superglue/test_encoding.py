@@ -12,7 +12,7 @@ from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.base import Head, Release
 from deberta_dist.tasks.encoding import Lengths
 from deberta_dist.tasks.features import Features, encode_split
-from deberta_dist.tasks.segments import KEPT_CUT, Part, encode_parts, window_starts
+from deberta_dist.tasks.segments import KEPT_CUT, TextPart, encode_parts, window_starts
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
 from deberta_dist.tasks.superglue.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
@@ -159,15 +159,17 @@ def test_windows_overlap_and_end_at_the_end(length: int) -> None:
 
 
 def test_cutting_keeps_marked_words_and_their_neighbours(tokenizer: Tokenizer) -> None:
-    parts = [Part("one two three " * 30), Part("* bank *", is_kept=True), Part("four five six " * 30)]
+    parts = [TextPart("one two three " * 30), TextPart("* bank *", is_kept=True), TextPart("four five six " * 30)]
     ids, how = encode_parts(tokenizer, parts, limit=20)
     kept = tokenizer.encode("* bank *")
     text = ids.tolist()
     assert len(text) == 20 and how != KEPT_CUT
     place = next(i for i in range(20) if text[i : i + len(kept)] == kept)
     assert abs(place - (20 - len(kept)) / 2) <= 1, "context on both sides"
-    assert encode_parts(tokenizer, [Part("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
-    assert encode_parts(tokenizer, [Part("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
+    assert encode_parts(tokenizer, [TextPart("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
+    assert (
+        encode_parts(tokenizer, [TextPart("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
+    )
 
 
 @pytest.mark.parametrize("task", list(TASKS))
