@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a task whose answers follow a rule, in RTE's layout: does fine-tuning learn anything at all?
+"""Makes a task whose answers follow a rule, in the layout of one of inference: does fine-tuning learn anything at all?
 
     tools/make_rule_task.py --train launchers/demo_text/train.jsonl --heldout launchers/demo_text/valid.jsonl --out DIR
 
@@ -22,6 +22,7 @@ from deberta_dist.errors import DataError, with_exit_code
 from deberta_dist.files.new_file import new_file, refuse_existing
 from deberta_dist.preparation.reading.inputs import find_inputs
 from deberta_dist.preparation.reading.texts import read_texts
+from deberta_dist.tasks.superglue.pairs import RTE
 
 PREMISE_WORDS, HYPOTHESIS_WORDS = 16, 6
 
@@ -52,10 +53,10 @@ def rows(texts: Sequence[str], *, count: int, draw: random.Random) -> Iterator[d
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Make a task whose answers follow a rule, in RTE's layout.")
+    parser = argparse.ArgumentParser(description=f"Make a task whose answers follow a rule, in {RTE.name}'s layout.")
     parser.add_argument("--train", type=Path, required=True, help="text that training rows are made of")
     parser.add_argument("--heldout", type=Path, required=True, help="text that val and test rows are made of")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make RTE/ in; nothing is replaced")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to make {RTE.name}/ in; nothing is replaced")
     parser.add_argument("--rows", type=int, default=4000, help="training rows; a tenth of it for val, and for test")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -75,7 +76,7 @@ def main() -> int:
         "val": heldout[:few],
         "test": [{key: value for key, value in row.items() if key != "label"} for row in heldout[few:]],
     }
-    paths = {name: arguments.out / "RTE" / f"{name}.jsonl" for name in parts}
+    paths = {name: arguments.out / RTE.data_file(name) for name in parts}
     for path in paths.values():
         refuse_existing(path)
     for name, some in parts.items():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Makes a SuperGLUE submission of predictions, or validates one that anybody made.
+"""Makes a benchmark's submission of predictions, or validates one that anybody made.
 
-tools/make_submission.py --predictions runs/superglue/ --data superglue/ --out submission.zip
-tools/make_submission.py --validate theirs.zip --data superglue/
+tools/make_submission.py --predictions RUN/ --data DATA/ --out submission.zip
+tools/make_submission.py --validate theirs.zip --data DATA/
 """
 
 import argparse
@@ -16,17 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
 from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.tasks.archive import read_zip, zip_bytes
 from deberta_dist.tasks.assemble import assemble
-from deberta_dist.tasks.predictions import command_for, predictions_file
-from deberta_dist.tasks.release import Release
-from deberta_dist.tasks.submission import Verdict, read_zip, validate, zip_bytes
+from deberta_dist.tasks.base import Release, Verdict
+from deberta_dist.tasks.predictions import predictions_file
+from deberta_dist.tasks.registry import DEFAULT
 
 NOTICE = "NOT_FOR_SUBMISSION.txt"
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Make or validate a SuperGLUE submission.")
+    parser = argparse.ArgumentParser(description=f"Make or validate a {DEFAULT.name} submission.")
     parser.add_argument("--data", type=Path, required=True, help="official data: a folder, or combined.zip")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -60,12 +61,15 @@ def report(verdict: Verdict, *, what: object) -> None:
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
     arguments = parse_arguments()
-    release = Release(arguments.data)
+    benchmark, submission = DEFAULT, DEFAULT.submission
+    assert submission is not None
+    names = {task.name: submission.file_name(task) for task in benchmark.tasks.values()}
+    release = Release(arguments.data, benchmark)
     if arguments.validate is not None:
         if arguments.out is not None or arguments.partial:
             raise ConfigError("--out and --partial belong to --predictions; --validate makes nothing")
-        files, errors = read_zip(arguments.validate)
-        verdict = validate(files, release)
+        files, errors = read_zip(arguments.validate, names.values())
+        verdict = submission.validate(files, release)
         report(Verdict(errors + verdict.errors, verdict.warnings), what=arguments.validate)
         print(f"{arguments.validate} is a valid submission for {arguments.data}")
         return 0
@@ -78,15 +82,17 @@ def main() -> int:
         refuse_existing(path)
 
     found = assemble(arguments.predictions, release)
-    verdict = validate(found.files, release)
+    verdict = submission.validate(found.files, release)
     verdict.warnings += found.warnings
     where = found.directories[0]
     lacking = {
-        task.file_name: encodable(f"no {predictions_file(where, task, 'test')}, which is made by: {command_for(task)}")
+        names[task.name]: encodable(
+            f"no {predictions_file(where, task, 'test')}, which is made by: {benchmark.command_for(task)}"
+        )
         for task in found.missing
     }
     files = dict(found.files)
-    absent = {f"{name} is missing: all ten files are needed": line for name, line in lacking.items()}
+    absent = {submission.missing(name): line for name, line in lacking.items()}
     if arguments.partial:
         verdict.errors = [error for error in verdict.errors if error not in absent]
         listed = "".join(f"missing {name}: {line}\n" for name, line in lacking.items())
@@ -98,7 +104,7 @@ def main() -> int:
     manifest = {
         "zip": {"name": out.name, "sha256": hashlib.sha256(content).hexdigest(), "is_partial": arguments.partial},
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
-        "missing": {task.name: command_for(task) for task in found.missing},
+        "missing": {task.name: benchmark.command_for(task) for task in found.missing},
         "warnings": verdict.warnings,
         "tasks": found.sources,
     }
@@ -107,7 +113,7 @@ def main() -> int:
     with new_file(manifest_path) as file:
         file.write((json.dumps(manifest, indent=1) + "\n").encode("utf-8"))
     kind = "not for submission" if arguments.partial else "valid"
-    print(f"{out}: {len(found.files)} of 10 files, {len(content):,} bytes, {kind}; {manifest_path.name} beside it")
+    print(f"{out}: {len(found.files)} of {len(names)} files, {len(content):,} bytes, {kind}; {manifest_path.name} beside it")
     return 0
 
 

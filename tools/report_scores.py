@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Reports the scores of fine-tuning runs on SuperGLUE's labelled rows: every run, their spread, their ensemble.
+"""Reports the scores of fine-tuning runs on a benchmark's labelled rows: every run, their spread, their ensemble.
 
-tools/report_scores.py --predictions runs/superglue/ --data superglue/ --markdown scores.md
-tools/report_scores.py --predictions runs/sift/ --against runs/plain/ --data superglue/
+tools/report_scores.py --predictions RUN/ --data DATA/ --markdown scores.md
+tools/report_scores.py --predictions runs/sift/ --against runs/plain/ --data DATA/
 """
 
 import argparse
@@ -14,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.errors import with_exit_code
 from deberta_dist.files.new_file import new_file, refuse_existing
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.base import Release
+from deberta_dist.tasks.registry import DEFAULT
 from deberta_dist.tasks.report import make_report
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Report scores of fine-tuning runs on SuperGLUE.")
+    parser = argparse.ArgumentParser(description=f"Report scores of fine-tuning runs on {DEFAULT.name}.")
     parser.add_argument(
         "--predictions",
         type=Path,
@@ -43,7 +44,7 @@ def main() -> int:
     wanted = [path for path in (arguments.json, arguments.markdown) if path is not None]
     for path in wanted:
         refuse_existing(path)
-    found = make_report(arguments.predictions, Release(arguments.data), arguments.against)
+    found = make_report(arguments.predictions, Release(arguments.data, DEFAULT), arguments.against)
     print(found.text())
     for path, content in ((arguments.json, found.json()), (arguments.markdown, found.markdown())):
         if path is not None:

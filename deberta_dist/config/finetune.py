@@ -22,7 +22,7 @@ class TaskData(Section):
     max_windows: Few = 4
     """Windows of a passage at most; a longer one is read with gaps."""
     max_train_choices: Annotated[int, Field(ge=2, le=10_000)] = 8
-    """Candidates of a ReCoRD query that training compares, a right one among them; predictions compare all."""
+    """Choices of a decision with many of its own that training compares, a right one among them; predictions compare all."""
 
     @model_validator(mode="after")
     def _windows_advance(self) -> Self:
@@ -42,7 +42,7 @@ class FineTuning(Section):
     global_batch_size: Sequences
     """Decisions (rows, answers, queries) per optimizer step over all ranks."""
     micro_batch_size: Sequences = 8
-    """Decisions that a rank computes at once; a COPA row is two sequences, a long passage one sequence per window."""
+    """Decisions that a rank computes at once; a row with choices is a sequence per choice, a long passage one per window."""
     seed: CountOrNone = 42
     """Decides a new classifier's weights, the order of the rows and dropout; further runs take the next numbers."""
     seeds: Few = 1

@@ -1,1 +1,1 @@
-"""Fine-tuning on SuperGLUE: one process group, task after task, seed after seed. Start at ``finetune.py``."""
+"""Fine-tuning on a benchmark: one process group, task after task, seed after seed. Start at ``finetune.py``."""

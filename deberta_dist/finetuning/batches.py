@@ -18,7 +18,9 @@ from torch import Tensor
 from deberta_dist.data.pinned import PinnedTensors, to_device
 from deberta_dist.data.sampler import Permutation
 from deberta_dist.models.dropout import mix_key
-from deberta_dist.tasks.encoding import Example, Features, has_choices
+from deberta_dist.tasks.base import Head
+from deberta_dist.tasks.encoding import Example
+from deberta_dist.tasks.features import Features
 
 LENGTH_MULTIPLE = 8
 """Sequences are padded to it: tensor cores like it."""
@@ -99,7 +101,7 @@ def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], 
         pad_id: Of the tokenizer.
         sep_id: Of the tokenizer.
     """
-    choices = has_choices(features.split.task)
+    choices = features.split.task.head is Head.CHOICE
     # At least two: with a single number SiFT would take a decision for a regression.
     width = max(2, *(len(chosen) for _, chosen in picks)) if choices else len(features.split.task.labels)
     is_choice = np.zeros((len(picks), width), dtype=bool)
@@ -125,7 +127,7 @@ class TrainingOrder:
         epochs: Passes, the last may be a part of one.
         global_batch_size: Decisions per step.
         micro_batch_size: Decisions per micro-batch.
-        max_choices: Candidates per query of ReCoRD.
+        max_choices: Choices per decision that training compares.
         seed: Decides order and candidates.
         done: Steps and decisions of a shorter run that goes on. Its last step may have been a part of one: the next begins
             behind it, so that no row is left out or read twice.
@@ -142,7 +144,7 @@ class TrainingOrder:
         seed: int,
         done: tuple[int, int] = (0, 0),
     ) -> None:
-        # A query whose answer is no entity has nothing to learn from.
+        # A decision whose right answer is none of its choices has nothing to learn from.
         self._examples = [example for example in features.examples if example.gold]
         self._batch, self._micro_batch = global_batch_size, micro_batch_size
         self._max_choices, self._seed = max_choices, seed

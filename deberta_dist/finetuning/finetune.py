@@ -1,4 +1,4 @@
-"""Fine-tuning on SuperGLUE: what the launcher's Python half calls.
+"""Fine-tuning on the tasks of a benchmark: what the launcher's Python half calls.
 
 command line -> checkpoint, recipes, data, all checked -> process group -> for every task, for every seed:
 ``run.run_task`` -> table of scores.
@@ -6,6 +6,7 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.config import precision
 from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
+from deberta_dist.finetuning.arguments import Arguments, parse, usage
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import identity, run_task
@@ -25,29 +26,30 @@ from deberta_dist.finetuning.state import Earlier, open_earlier
 from deberta_dist.models.attention_choice import require_attention
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
-from deberta_dist.tasks.mnli import MNLI
+from deberta_dist.tasks.base import Benchmark, Release
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.registry import DEFAULT
 from deberta_dist.tasks.report import make_report
 from deberta_dist.tasks.scores import scored_split
 from deberta_dist.training.build import mesh_shape
 from deberta_dist.training.entry import start as start_launcher
 
 
-def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
+def main(launcher_file: str, arguments: Sequence[str] | None = None, *, benchmark: Benchmark = DEFAULT) -> None:
     """Entry point of the launcher: runs it and ends the process with the right exit code.
 
     Args:
         launcher_file: Path of the launcher; its TOML has the same stem.
         arguments: Command line; ``sys.argv[1:]`` by default.
+        benchmark: Whose tasks the command line names.
     """
+    run = partial(_run, benchmark=benchmark)
     goes_on = "with the first task and seed that are not finished"
-    start_launcher(_run, Path(launcher_file), arguments, help_text=USAGE, goes_on=goes_on)
+    start_launcher(run, Path(launcher_file), arguments, help_text=usage(benchmark), goes_on=goes_on)
 
 
-def _run(launcher: Path, arguments: Sequence[str]) -> None:
-    parsed = parse(arguments)
+def _run(launcher: Path, arguments: Sequence[str], *, benchmark: Benchmark = DEFAULT) -> None:
+    parsed = parse(arguments, benchmark)
     launch = discover_launch()
     if parsed.dry_run and launch.rank != 0:
         return
@@ -80,12 +82,13 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         _report(plans[0].config.run.directory, parsed, finished_before=not left)
 
 
-def _through_mnli(plan: TaskPlan, arguments: Arguments) -> bool:
-    return arguments.intermediate and plan.starts_from_intermediate
+def _through(plan: TaskPlan, arguments: Arguments) -> str | None:
+    """Name of the task from whose model this one starts, where it is asked for."""
+    return (arguments.intermediate or None) if plan.starts_from_intermediate else None
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TaskRun:
     """A task with a seed that is left to do, and the shorter run that it continues."""
 
     plan: TaskPlan
@@ -95,23 +98,23 @@ class _Job:
     earlier: Earlier | None
 
 
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_Job]:
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_TaskRun]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
     directory = plans[0].config.run.directory
     if (directory / CHECKPOINTS_NAME).exists():
         raise ConfigError(f"run.directory = {directory} holds a pre-training run: name another one")
     left = []
     for plan in plans:
-        made_from = identity(plan, start=start, intermediate=_through_mnli(plan, arguments))
+        made_from = identity(plan, start=start, through=_through(plan, arguments))
         for seed in plan.seeds:
             folder = TaskFolder(directory, plan.task, seed)
             if not folder.is_done(made_from):
                 earlier = open_earlier(folder, made_from, plan=plan, verify=verify)
-                left.append(_Job(plan, seed, folder, made_from, earlier))
+                left.append(_TaskRun(plan, seed, folder, made_from, earlier))
     return left
 
 
-def _continuations(left: Sequence[_Job]) -> list[str]:
+def _continuations(left: Sequence[_TaskRun]) -> list[str]:
     """One line for each run that continues a shorter one."""
     return [
         f"{job.plan.task.name}, seed {job.seed}: continues {job.folder.final} ({job.earlier.epochs:g} epochs, "
@@ -121,7 +124,7 @@ def _continuations(left: Sequence[_Job]) -> list[str]:
     ]
 
 
-def _run_all(left: Sequence[_Job], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
+def _run_all(left: Sequence[_TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
     if discover_launch().rank == 0:
         for job in left:
@@ -129,17 +132,17 @@ def _run_all(left: Sequence[_Job], arguments: Arguments, *, start: StartingPoint
             job.folder.begin(earlier=None if job.earlier is None else job.earlier.run)
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
-    from_mnli: StartingPoint | None = None
+    in_between: StartingPoint | None = None
     for job in left:
-        through_mnli = _through_mnli(job.plan, arguments)
-        if through_mnli and from_mnli is None:
-            mnli = next(plan for plan in plans if plan.task is MNLI)
-            weights = TaskFolder(config.run.directory, MNLI, mnli.seeds[0]).weights
-            from_mnli = open_starting_point(weights, tokenizer=None, verify=False)
+        through = _through(job.plan, arguments)
+        if through is not None and in_between is None:
+            trained = next(plan for plan in plans if plan.task.name == through)
+            weights = TaskFolder(config.run.directory, trained.task, trained.seeds[0]).weights
+            in_between = open_starting_point(weights, tokenizer=None, verify=False)
         run_task(
             job.plan,
             job.seed,
-            start=from_mnli if through_mnli else start,
+            start=start if through is None or in_between is None else in_between,
             mesh=mesh,
             folder=job.folder,
             made_from=job.made_from,
@@ -157,11 +160,12 @@ def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool)
     if finished_before:
         print(f"{run_directory}: everything is finished already", flush=True)
     try:
-        folders = prediction_folders([run_directory])
-        files = [predictions_file(folder, task, scored_split(task)) for folder in folders for task in TASKS.values()]
+        benchmark = arguments.benchmark
+        folders = prediction_folders([run_directory], benchmark)
+        files = [predictions_file(folder, task, scored_split(task)) for folder in folders for task in benchmark.tasks.values()]
         if not any(path.is_file() for path in files):
-            return  # MNLI alone
-        report = make_report(folders, Release(arguments.data))
+            return  # an intermediate task alone
+        report = make_report(folders, Release(arguments.data, benchmark))
     except DataError as error:
         print(f"no table of scores: {error}", flush=True)
         return

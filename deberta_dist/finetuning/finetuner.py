@@ -15,8 +15,9 @@ from deberta_dist.finetuning.sift import Sift, SiftSettings
 from deberta_dist.models.labels import BOOL, require_tensor
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
-from deberta_dist.tasks.encoding import Example, Features, has_choices, num_outputs
-from deberta_dist.tasks.predictions import Probabilities
+from deberta_dist.tasks.decisions import Probabilities
+from deberta_dist.tasks.encoding import Example
+from deberta_dist.tasks.features import Features
 from deberta_dist.training.step import optimizer_step
 
 # Decisions whose sequences are in memory at once while predicting.
@@ -150,7 +151,7 @@ class FineTuner:
                 owners += [(number, choice)] * len(windows)
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         # Every rank fills its rows of one table and the sum over ranks adds zeros: the same bits however many there are.
-        logits = torch.zeros(len(rows), num_outputs(task), device=self._mesh.device)
+        logits = torch.zeros(len(rows), task.num_outputs, device=self._mesh.device)
         shape, here = self._mesh.shape, self._mesh.coordinate
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
@@ -184,16 +185,13 @@ def decision_loss(logits: Tensor, gold: Tensor) -> Tensor:
 def _probabilities(
     features: Features, examples: Sequence[Example], logits: np.ndarray, owners: Sequence[tuple[int, int]]
 ) -> Probabilities:
-    """Means over windows, then a softmax over labels or choices, in float64."""
-    choices = has_choices(features.split.task)
+    """What the task makes of the logits of its sequences."""
+    split = features.split
     sums: list[dict[int, list[np.ndarray]]] = [{} for _ in examples]
     for row, (number, choice) in zip(logits, owners, strict=True):
         sums[number].setdefault(choice, []).append(row)
     found = {}
     for example, by_choice in zip(examples, sums, strict=True):
-        means = [np.mean(by_choice[choice], axis=0) for choice in range(len(example.seconds))]
-        scores = np.concatenate(means) if choices else means[0]
-        weights = np.exp(scores - scores.max())
-        labels = features.split.decisions[example.key].labels
-        found[example.key] = dict(zip(labels, (weights / weights.sum()).tolist(), strict=True))
+        windows = [by_choice[choice] for choice in range(len(example.seconds))]
+        found[example.key] = split.task.probabilities(split.decisions[example.key], windows)
     return found

@@ -1,13 +1,13 @@
 """Where a task's run with one seed is kept: ``RUN/seed-42/TASK/``, complete or absent.
 
-    val.jsonl, test.jsonl   probabilities (``tasks/predictions.py``); MNLI has no test.jsonl
+    val.jsonl, test.jsonl   probabilities (``tasks/predictions.py``); of the splits that the task has
     weights/                best weights: config.json, model.safetensors (float32, published names), spm.model
     state/                  last weights and their moments, from which a run of more epochs continues
     metrics.jsonl           one JSON object per step and evaluation
     run_config.toml, deepspeed.json
     run.json                what made it: start, settings, data, scores; written last
 
-The diagnostics of the RTE model lie beside it, ``RUN/seed-42/AX-b/test.jsonl``. While a run goes on it writes to
+The diagnostics that its model answers lie beside it, ``RUN/seed-42/DIAGNOSTIC/test.jsonl``. While a run goes on it writes to
 ``.TASK.unfinished``, which the next start throws away. A run that continued a shorter one leaves that as ``TASK.epochs-2/``,
 its diagnostics in it and its state gone.
 """
@@ -21,8 +21,9 @@ from typing import Any
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.files.lock import LOCK_NAME, RunLock
-from deberta_dist.tasks.predictions import Probabilities, predictions_file, run_file, write_predictions
-from deberta_dist.tasks.registry import TASKS, Task
+from deberta_dist.tasks.base import TRAIN, Task
+from deberta_dist.tasks.decisions import Probabilities
+from deberta_dist.tasks.predictions import predictions_file, run_file, write_predictions
 
 IDENTITY = "made_from"
 EARLIER = "earlier"
@@ -77,7 +78,7 @@ class TaskFolder:
                 )
             return False
         there = self._read_run()[IDENTITY]
-        for split in ("val", "test") if self.task.name in TASKS else ("val",):
+        for split in (split for split in self.task.splits if split != TRAIN):
             if not predictions_file(self.seed_directory, self.task, split).is_file():
                 raise ConfigError(f"{self.final} has lost its {split}.jsonl: move it away and start again")
         here = json.loads(json.dumps(identity))
@@ -159,7 +160,7 @@ class TaskFolder:
 
     def _diagnostics(self) -> list[Path]:
         """Folders of the tasks that this one's model answers."""
-        return [self.seed_directory / task.name for task in TASKS.values() if task.answered_by == self.task.name]
+        return [self.seed_directory / task.name for task in self.task.diagnostics]
 
 
 def _is_longer(there: Any, here: Any) -> bool:

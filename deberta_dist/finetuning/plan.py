@@ -14,22 +14,21 @@ from deberta_dist.config import (
     smallest_world_size,
 )
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.finetuning.arguments import ALL, ORDER, Arguments
+from deberta_dist.finetuning.arguments import ALL, Arguments
 from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
 from deberta_dist.finetuning.sift import SiftSettings
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.parallel.layout import Layout, classifier_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
-from deberta_dist.tasks.mnli import MNLI, read_mnli
-from deberta_dist.tasks.registry import TASKS, Task
-from deberta_dist.tasks.release import Release, Split
+from deberta_dist.tasks.base import TEST, TRAIN, Head, Release, Split, Task
+from deberta_dist.tasks.data_files import DataFiles
+from deberta_dist.tasks.encoding import Lengths
+from deberta_dist.tasks.features import Features, encode_split
 
 RECIPES = "finetune_recipes"
 # Smallest hidden size -> file of recipes; the paper's ranges are for three sizes, the last is the demo's.
 _SIZES = ((1536, "1.5b"), (1024, "large"), (384, "base"), (0, "tiny"))
-_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,12 @@ class TaskPlan:
         deepspeed: Filled-in DeepSpeed JSON.
         model_config: The model.
         layout: Who holds what.
-        features: By split: train, val, and test where the task is SuperGLUE's.
+        features: By split, of all that the task has.
         diagnostics: Test features of the diagnostics that this task's model answers.
         recipe: File that its recipe is from.
         deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
+        is_intermediate: Whether it is trained for others to start from.
+        may_start_from: Name of the intermediate task from whose model it may start; empty for none.
     """
 
     task: Task
@@ -57,22 +58,24 @@ class TaskPlan:
     diagnostics: tuple[Features, ...]
     recipe: Path
     deepspeed_notes: tuple[str, ...] = ()
+    is_intermediate: bool = False
+    may_start_from: str = ""
 
     @property
     def seeds(self) -> range:
-        """Seeds of its runs. MNLI, from which others start, has one."""
+        """Seeds of its runs. A task from which others start has one."""
         training = self.config.training
-        return range(training.seed, training.seed + (1 if self.task is MNLI else training.seeds))
+        return range(training.seed, training.seed + (1 if self.is_intermediate else training.seeds))
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the classifier's rows; empty where one row scores every choice."""
-        return () if has_choices(self.task) else self.task.labels
+        return () if self.task.head is Head.CHOICE else self.task.labels
 
     @property
     def starts_from_intermediate(self) -> bool:
-        """Whether its recipe prefers a model that was trained on MNLI."""
-        return self.config.training.start == "intermediate" and self.task is not MNLI
+        """Whether its recipe prefers the model of an intermediate task."""
+        return self.config.training.start == "intermediate" and self.may_start_from != ""
 
     @property
     def sift(self) -> SiftSettings | None:
@@ -107,11 +110,11 @@ def make_plans(arguments: Arguments, *, toml: Path, start: StartingPoint, world_
         ConfigError: settings that contradict each other, the model or the number of processes.
         DataError: a split is missing or a line is not what it should be.
     """
-    release = Release(arguments.data)
+    release = Release(arguments.data, arguments.benchmark)
     recipe = arguments.recipe or toml.parent / RECIPES / f"{recipe_size(start.config)}.toml"
     names = _names(arguments, release)
-    if arguments.intermediate and MNLI.name not in names:
-        names = [MNLI.name, *names]
+    if arguments.intermediate and arguments.intermediate not in names:
+        names = [arguments.intermediate, *names]
     plans = [
         _plan(name, arguments, toml=toml, recipe=recipe, start=start, world_size=world_size, release=release) for name in names
     ]
@@ -119,7 +122,7 @@ def make_plans(arguments: Arguments, *, toml: Path, start: StartingPoint, world_
         raise ConfigError(f"{recipe}, [{odd[0].task.name}]: [parallel] cannot differ between tasks: one start runs them all")
     if arguments.intermediate and not any(plan.starts_from_intermediate for plan in plans):
         raise ConfigError(
-            f"command line: --intermediate {MNLI.name} would serve nothing: of {', '.join(names)} none has "
+            f"command line: --intermediate {arguments.intermediate} would serve nothing: of {', '.join(names)} none has "
             f'training.start = "intermediate" in {recipe}'
         )
     return plans
@@ -133,23 +136,26 @@ def recipe_size(config: DebertaConfig) -> str:
 def _names(arguments: Arguments, release: Release) -> list[str]:
     if arguments.tasks != (ALL,):
         return list(arguments.tasks)
-    held = {task.name for task in release.tasks("train")}
+    held = {task.name for task in release.tasks(TRAIN)}
     if not held:
-        raise DataError(f"{arguments.data} holds no training split of any task: BoolQ/train.jsonl and so on are expected")
-    return [name for name in ORDER if name in held]
+        first = next(iter(arguments.benchmark.tasks.values())).data_file(TRAIN)
+        raise DataError(f"{arguments.data} holds no training split of any task: {first} and so on are expected")
+    return [name for name in arguments.benchmark.order if name in held]
 
 
 def _plan(
     name: str, arguments: Arguments, *, toml: Path, recipe: Path, start: StartingPoint, world_size: int, release: Release
 ) -> TaskPlan:
-    recipes = read_recipes(recipe, name, known=(*ORDER, MNLI.name))
+    benchmark = arguments.benchmark
+    recipes = read_recipes(recipe, name, known=tuple(benchmark.trainable))
     config = load_config(toml, arguments.overrides, schema=FineTuneConfig, recipes=recipes)
     config = resolve_finetuning(config, world_size or smallest_world_size(config))
-    task = MNLI if name == MNLI.name else TASKS[name]
+    task = benchmark.trainable[name]
+    is_intermediate = task in benchmark.intermediate
     model_config = _model_config(config, start)
     try:
         layout = classifier_layout(
-            model_config, num_outputs=num_outputs(task), tensor_parallel_size=config.parallel.tensor_parallel_size
+            model_config, num_outputs=task.num_outputs, tensor_parallel_size=config.parallel.tensor_parallel_size
         )
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
@@ -165,6 +171,8 @@ def _plan(
         features=features,
         diagnostics=diagnostics,
         recipe=recipe,
+        is_intermediate=is_intermediate,
+        may_start_from="" if is_intermediate else " or ".join(other.name for other in benchmark.intermediate),
     )
     _check_steps(plan)
     return plan
@@ -189,18 +197,16 @@ def _features(
 ) -> tuple[dict[str, Features], tuple[Features, ...]]:
     data = config.data
     lengths = Lengths(data.max_seq_length, data.window_overlap, data.max_windows)
-    if task is MNLI:
-        folder = arguments.mnli or arguments.data / MNLI.name
-        splits = [read_mnli(folder, split) for split in ("train", "val")]
-        others = []
+    if task in arguments.benchmark.intermediate:
+        files = DataFiles.folder(arguments.intermediate_data.get(task.name, arguments.data / task.name))
+        splits = [task.read(files, split) for split in task.splits]
     else:
-        splits = [release.read(task, split) for split in _SPLITS]
-        answered = [other for other in TASKS.values() if other.answered_by == task.name and release.has(other, "test")]
-        others = [release.read(other, "test") for other in answered]
+        splits = [release.read(task, split) for split in task.splits]
+    others = [release.read(other, TEST) for other in task.diagnostics if release.has(other, TEST)]
 
     def encoded(split: Split) -> Features:
         features = encode_split(split, start.tokenizer, lengths)
-        # The rows of ReCoRD are a gigabyte on every rank, and nobody reads them again.
+        # The rows of the largest task are a gigabyte on every rank, and nobody reads them again.
         return dataclasses.replace(features, split=dataclasses.replace(split, rows=()))
 
     return {split.name: encoded(split) for split in splits}, tuple(map(encoded, others))
@@ -210,8 +216,8 @@ def _check_steps(plan: TaskPlan) -> None:
     training, train = plan.config.training, plan.features["train"]
     where = f"{plan.task.name} in {plan.config.source} and {plan.recipe}"
     if not any(example.gold for example in train.examples):
-        raise DataError(f"{train.split.where}: no query has its answer among its passage's entities")
-    if plan.sift is not None and plan.sift.loss == "mse" and has_choices(plan.task):
+        raise DataError(f"{train.split.where}: {plan.task.unlearnable}")
+    if plan.sift is not None and plan.sift.loss == "mse" and plan.task.head is Head.CHOICE:
         raise ConfigError(
             f'{where}: sift.loss = "mse" compares classes, of which every row has as many; choices take kl or symmetric_kl'
         )
@@ -235,7 +241,7 @@ def describe(plans: Sequence[TaskPlan], *, start: StartingPoint) -> str:
             f"warm-up {plan.config.schedule.warmup_steps}, {plan.config.data.max_seq_length} tokens"
             + (f", SiFT {plan.sift.weight:g} x {plan.sift.loss}" if plan.sift else "")
             + f", seeds {', '.join(map(str, plan.seeds))}"
-            + (", from the MNLI model where there is one" if plan.starts_from_intermediate else "")
+            + (f", from the {plan.may_start_from} model where there is one" if plan.starts_from_intermediate else "")
         )
         for features in (*plan.features.values(), *plan.diagnostics):
             lines += [f"  {note}" for note in features.notes]

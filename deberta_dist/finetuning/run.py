@@ -23,9 +23,9 @@ from deberta_dist.models.attention_choice import describe_attention, set_attenti
 from deberta_dist.parallel.layout import DTYPES, Layout, meta_classifier
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.tasks import metrics
-from deberta_dist.tasks.encoding import has_choices, num_outputs
-from deberta_dist.tasks.mnli import MNLI
-from deberta_dist.tasks.predictions import Probabilities, decide, read_predictions
+from deberta_dist.tasks.base import Head
+from deberta_dist.tasks.decisions import Probabilities
+from deberta_dist.tasks.predictions import decide, read_predictions
 from deberta_dist.training.build import build_sharded_model, own_flat_layout, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights
 from deberta_dist.training.lr_schedule import learning_rate
@@ -56,13 +56,13 @@ class Best:
     shards: list[torch.Tensor] = field(default_factory=list)
 
 
-def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dict[str, Any]:
+def identity(plan: TaskPlan, *, start: StartingPoint, through: str | None) -> dict[str, Any]:
     """What decides the numbers of a run: a folder with another one is not this run.
 
     Args:
         plan: The task.
         start: What the command line names.
-        intermediate: Whether the task starts from a model that was trained on MNLI in between.
+        through: Task from whose model, trained in between, this one starts; None for the start itself.
     """
     settings = plan.config.model_dump(mode="json", exclude={"run", "parallel"})
     for key in ("seed", "seeds", "log_every_steps", "recompute", "attention", "start"):
@@ -72,7 +72,7 @@ def identity(plan: TaskPlan, *, start: StartingPoint, intermediate: bool) -> dic
         "init": str(start.path.resolve()),
         "checkpoint": start.description,
         "vectors_sha256": start.fingerprint,
-        "through": "MNLI" if intermediate else None,
+        "through": through,
         "precision": precision(plan.deepspeed),
         "tokenizer_sha256": start.tokenizer.sha256,
         "data_sha256": {name: features.split.sha256 for name, features in plan.features.items()},
@@ -123,7 +123,7 @@ def run_task(
     if is_writer:
         write_resolved(plan.config, plan.deepspeed, folder.unfinished)
     layout = plan.layout
-    model = meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task))
+    model = meta_classifier(plan.model_config, num_outputs=plan.task.num_outputs)
     model.recompute = plan.config.training.recompute
     set_attention(model, attention)
     if earlier is None:
@@ -144,7 +144,7 @@ def run_task(
     if earlier is not None:
         load_state(sharded, states, manifest=earlier.reader.manifest)
         del states
-        best = _best_of(earlier)
+        best = _best_of(earlier, plan)
         log.resumed(
             step=done[0],
             path=earlier.reader.directory,
@@ -170,7 +170,7 @@ def run_task(
     if is_writer:
         for split, probabilities in predictions.items():
             folder.write_predictions(probabilities, split)
-    if plan.config.run.keep_weights or plan.task is MNLI:  # others start from it
+    if plan.config.run.keep_weights or plan.is_intermediate:  # others start from it
         full = gather_full_weights(sharded, layout=layout, mesh=mesh)
         if is_writer:
             config = {**plan.model_config.to_dict(), **_class_names(plan)}
@@ -211,9 +211,9 @@ def run_task(
     dist.barrier()
 
 
-def _best_of(earlier: Earlier) -> Best:
+def _best_of(earlier: Earlier, plan: TaskPlan) -> Best:
     run = earlier.run
-    probabilities = read_predictions(earlier.folder / "val.jsonl")
+    probabilities = read_predictions(earlier.folder / "val.jsonl", parse_key=plan.task.parse_key)
     return Best(step=run["best_step"], score=run["score"], metrics=run["metrics"], probabilities=probabilities)
 
 
@@ -289,7 +289,7 @@ def _evaluate(tuner: FineTuner, best: Best, *, plan: TaskPlan, mesh: Mesh, log: 
 
 def _class_names(plan: TaskPlan) -> dict[str, Any]:
     """What the configuration file says of the classifier, so that it can be carried on by name."""
-    if has_choices(plan.task):
+    if plan.task.head is Head.CHOICE:
         return {"architectures": ["DebertaV2ForMultipleChoice"]}
     return {
         "id2label": {str(number): label for number, label in enumerate(plan.labels)},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError
+from deberta_dist.tasks.base import TEST, VALIDATION, Release, Task
 from deberta_dist.tasks.predictions import (
     average,
     decide,
@@ -15,10 +16,7 @@ from deberta_dist.tasks.predictions import (
     predictions_file,
     read_runs,
 )
-from deberta_dist.tasks.registry import TASKS, Task
-from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.scores import read_scored_split, score_runs, scored_split
-from deberta_dist.tasks.submission import submission_lines
 
 
 @dataclass
@@ -52,29 +50,33 @@ def assemble(directories: Sequence[Path], release: Release) -> Assembly:
         DataError: a run is no folder, is there twice or has nothing; predictions are damaged, not for this data, or not
             for the same rows.
     """
-    result = Assembly(prediction_folders(directories))
+    benchmark = release.benchmark
+    submission, tasks = benchmark.submission, benchmark.tasks
+    assert submission is not None, "tools ask before"
+    result = Assembly(prediction_folders(directories, benchmark))
     for path in result.directories:
-        if not any(predictions_file(path, task, "test").is_file() for task in TASKS.values()):
-            raise DataError(f"{path} holds no predictions: TASK/test.jsonl of none of {', '.join(TASKS)}")
-    for task in TASKS.values():
-        own = [path for path in result.directories if predictions_file(path, task, "test").is_file()]
+        if not any(predictions_file(path, task, TEST).is_file() for task in tasks.values()):
+            raise DataError(f"{path} holds no predictions: TASK/test.jsonl of none of {', '.join(tasks)}")
+    for task in tasks.values():
+        own = [path for path in result.directories if predictions_file(path, task, TEST).is_file()]
         if not own:
             result.missing.append(task)
             continue
-        split = release.read(task, "test")
-        files = [predictions_file(path, task, "test") for path in own]
-        result.files[task.file_name] = submission_lines(split, decide(split, average(read_runs(files, split), names=files)))
+        split = release.read(task, TEST)
+        files = [predictions_file(path, task, TEST) for path in own]
+        name = submission.file_name(task)
+        result.files[name] = submission.content(split, decide(split, average(read_runs(files, split), names=files)))
         scores = _validation_scores(own, task, release)
         result.sources[task.name] = {
             "predictions": [{"file": str(path), "sha256": _sha256(path)} for path in files],
             "runs": [described(path, task) for path in own],
             "validation": scores,
         }
-        if scores is None and release.has(task, "val"):
-            result.warnings.append(f"{task.file_name}: not every run has predictions for the validation split: no score")
+        if scores is None and release.has(task, VALIDATION):
+            result.warnings.append(f"{name}: not every run has predictions for the validation split: no score")
         if scores is not None and scores.get("constant_score", 0.0) > scores["score"]:
             result.warnings.append(
-                f"{task.file_name}: {scores['score']:.1f} on the validation split is below the "
+                f"{name}: {scores['score']:.1f} on the validation split is below the "
                 f"{scores['constant_score']:.1f} of always answering {scores['constant']!r}"
             )
     return result

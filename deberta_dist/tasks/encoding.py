@@ -1,61 +1,28 @@
-"""Rows as sequences of tokens: how each task is put to the model.
+"""Texts as sequences of tokens: what every task's encoding is made of.
 
-A decision is one or several sequences ``[CLS] first [SEP] second [SEP]``; the segments of a row keep its order.
-
-=========== ============================ ==================================== =====================================
-task        first                        second                               scored
-=========== ============================ ==================================== =====================================
-BoolQ       passage                      question                             two classes
-CB RTE MNLI premise                      hypothesis                           three or two classes
-AX-b AX-g   premise                      hypothesis                           by the RTE model
-MultiRC     passage                      question and one answer              two classes, every answer by itself
-COPA        premise                      "because" or "so" and a choice       one number a choice
-ReCoRD      passage                      query, a candidate for @placeholder  one number a candidate
-WiC         sentence 1, ``* word *``     sentence 2, ``* word *``             two classes
-WSC         text, ``* noun *`` and       the noun's text                      two classes
-            ``# pronoun #``
-=========== ============================ ==================================== =====================================
+A decision is one or several sequences ``[CLS] first [SEP] second [SEP]``. How a row becomes segments is said in its task's
+file; here they are brought to length.
 
 - *Long first segments* (passages, premises) become overlapping windows, each with the whole second segment; a
   decision's logits are the mean over its windows. Nothing is lost up to ``max_windows``.
 - *Second segments* get half of the length at most, or what a short first one leaves: the question, the query around
   its candidate.
-- *WiC* marks the characters that the row names: a search for the word fails where its form differs ("ran").
-- *WSC* marks words by index, faults of the data handled in `wsc`; the noun stands in the second segment as well, for
-  the rows in which the text has it in another form.
-- *ReCoRD* takes every entity's text once. In training a query has at most ``max_train_choices`` of them, a right one
-  among them; several right ones share the credit.
-- *Marks* are characters, as in T5 (Raffel et al. 2019, arXiv 1910.10683, appendix D): a vocabulary without them shows
-  the model [UNK] at their place.
+- *Marks* around words are characters, as in T5 (Raffel et al. 2019, arXiv 1910.10683, appendix D): a vocabulary without
+  them shows the model [UNK] at their place. A text with marked words has no windows: one that is too long keeps the tokens
+  nearest to them.
 
-WiC and WSC have no windows: a text that is too long keeps the tokens nearest to its marked words. How many rows were
-cut, and in how many that reached what the label depends on, is counted and told.
+How many rows were cut, and in how many that reached what the label depends on, is counted and told.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.errors import DataError
-from deberta_dist.tasks import wsc
-from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, Task
-from deberta_dist.tasks.release import Key, Split
-from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, Part, encode_parts, sequences, window_starts
-
-_PAIRS = {
-    "BoolQ": ("passage", "question"),
-    "CB": ("premise", "hypothesis"),
-    "RTE": ("premise", "hypothesis"),
-    "MNLI": ("premise", "hypothesis"),
-    "AX-b": ("sentence1", "sentence2"),
-    "AX-g": ("premise", "hypothesis"),
-}
-_CONNECTIVES = {"cause": "because", "effect": "so"}
-_PLACEHOLDER = "@placeholder"
+from deberta_dist.tasks.decisions import Decision, Key
+from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, TextPart, encode_parts, window_starts
 
 
 @dataclass(frozen=True)
@@ -90,88 +57,42 @@ class Lengths:
     max_windows: int
 
 
-@dataclass(frozen=True)
-class Features:
-    """A split as ids.
+class RowEncoder:
+    """Makes the examples of a split of the segments that its task names.
 
-    Attributes:
-        split: What it was made of.
-        examples: In ascending key.
-        notes: What happened to long and odd rows, one line each.
+    Args:
+        decisions: Of the split.
+        tokenizer: Of the model.
+        lengths: How long sequences may be.
     """
 
-    split: Split
-    examples: Sequence[Example]
-    notes: Sequence[str]
-    _tokenizer: Tokenizer
-    _lengths: Lengths
-
-    def sequences(self, example: Example, choice: int) -> list[np.ndarray]:
-        """Ids of one choice's windows, int32 [S] each; a classification has choice 0 alone."""
-        lengths = self._lengths
-        return sequences(
-            self._tokenizer,
-            example.first,
-            example.seconds[choice],
-            max_seq_length=lengths.max_seq_length,
-            overlap=lengths.window_overlap,
-            max_windows=lengths.max_windows,
-        )
-
-
-def has_choices(task: Task) -> bool:
-    """Whether a decision is among sequences instead of among classes."""
-    return task.kind == PER_CANDIDATE or task.name == "COPA"
-
-
-def num_outputs(task: Task) -> int:
-    """Numbers that the model gives for a sequence."""
-    return 1 if has_choices(task) else len(task.labels)
-
-
-def encode_split(split: Split, tokenizer: Tokenizer, lengths: Lengths) -> Features:
-    """All decisions of a split as ids.
-
-    Raises:
-        DataError: a query has nothing to choose from, or no placeholder.
-    """
-    encoder = _Encoder(split, tokenizer, lengths)
-    examples = sorted(encoder.examples(), key=lambda example: example.key)
-    assert [example.key for example in examples] == sorted(split.decisions)
-    return Features(split, examples, encoder.notes(len(examples)), tokenizer, lengths)
-
-
-class _Encoder:
-    def __init__(self, split: Split, tokenizer: Tokenizer, lengths: Lengths) -> None:
-        self._split, self._tokenizer, self._lengths = split, tokenizer, lengths
+    def __init__(self, decisions: Mapping[Key, Decision], tokenizer: Tokenizer, lengths: Lengths) -> None:
+        self._decisions, self._tokenizer, self._lengths = decisions, tokenizer, lengths
         # Half of what three special tokens leave.
         self._second_limit = (lengths.max_seq_length - 3) // 2
         self._counts: Counter[str] = Counter()
 
-    def examples(self) -> Iterator[Example]:
-        """Every decision, in the file's order."""
-        name, kind = self._split.task.name, self._split.task.kind
-        for row in self._split.rows:
-            if kind == PER_ANSWER:
-                yield from self._answers(row)
-            elif kind == PER_CANDIDATE:
-                yield from self._queries(row)
-            elif name == "COPA":
-                yield self._copa(row)
-            elif name == "WiC":
-                yield self._wic(row)
-            elif name == "WSC":
-                yield self._wsc(row)
-            else:
-                first, second = (row[field] for field in _PAIRS[name])
-                yield self._windowed(_key(row), [Part(first)], [[Part(second, is_kept=True)]])
+    def count(self, what: str) -> None:
+        """Counts a row to which something happened, in the words in which it will be told."""
+        self._counts[what] += 1
 
-    def notes(self, count: int) -> list[str]:
-        """What was counted, in words."""
-        where = f"{self._split.task.name} {self._split.name}"
-        return [f"{where}: {what} in {number:,} of {count:,}" for what, number in sorted(self._counts.items())]
+    def notes(self, where: str, *, of: int) -> list[str]:
+        """What was counted, one line each.
 
-    def _windowed(self, key: Key, first: Sequence[Part], seconds: Sequence[Sequence[Part]]) -> Example:
+        Args:
+            where: Task and split.
+            of: Examples of the split.
+        """
+        return [f"{where}: {what} in {number:,} of {of:,}" for what, number in sorted(self._counts.items())]
+
+    def windowed(self, key: Key, first: Sequence[TextPart], seconds: Sequence[Sequence[TextPart]]) -> Example:
+        """A first segment in windows as long as need be, beside each second one.
+
+        Args:
+            key: Of the decision.
+            first: The long text.
+            seconds: One for a decision among labels, one a choice for a decision among choices.
+        """
         ids, _ = encode_parts(self._tokenizer, first, limit=2**31)
         lengths = self._lengths
         # What a short first segment leaves is the second's.
@@ -191,58 +112,15 @@ class _Encoder:
             self._counts["what the label depends on was cut"] += 1
         elif CONTEXT_CUT in happened:
             self._counts["a segment was cut, marked words and answers whole,"] += 1
-        decision = self._split.decisions[key]
+        decision = self._decisions[key]
         gold = tuple(i for i, label in enumerate(decision.labels) if label in decision.gold)
         return Example(key, first, tuple(second for second, _ in seconds), gold)
 
-    def _cut(self, parts: Sequence[Part], *, limit: int) -> tuple[np.ndarray, str]:
+    def _cut(self, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
         return encode_parts(self._tokenizer, parts, limit=limit)
 
-    def _answers(self, row: Mapping[str, Any]) -> Iterator[Example]:
-        for question in row["passage"]["questions"]:
-            for answer in question["answers"]:
-                key = (row["idx"], question["idx"], answer["idx"])
-                second = [Part(question["question"]), Part(answer["text"], is_kept=True)]
-                yield self._windowed(key, [Part(row["passage"]["text"])], [second])
-
-    def _queries(self, row: Mapping[str, Any]) -> Iterator[Example]:
-        # Highlights are sentences of their own: the mark between them is no language.
-        passage = [Part(row["passage"]["text"].replace("@highlight", " "))]
-        for query in row["qas"]:
-            key = (query["idx"],)
-            candidates = self._split.decisions[key].labels
-            if not candidates or _PLACEHOLDER not in query["query"]:
-                lack = f"no {_PLACEHOLDER}" if candidates else "no entity in its passage"
-                raise DataError(f"{self._split.where}, line {self._split.decisions[key].line}: query {key[0]} has {lack}")
-            seconds = [_substituted(query["query"], candidate) for candidate in candidates]
-            example = self._windowed(key, passage, seconds)
-            if self._split.name == "train" and not example.gold:
-                self._counts["no right answer among the passage's entities, so nothing to learn,"] += 1
-            yield example
-
-    def _copa(self, row: Mapping[str, Any]) -> Example:
-        word = _CONNECTIVES[row["question"]]
-        seconds = [[Part(f"{word} {row[f'choice{i}']}", is_kept=True)] for i in (1, 2)]
-        return self._windowed(_key(row), [Part(row["premise"])], seconds)
-
-    def _wic(self, row: Mapping[str, Any]) -> Example:
-        both = [_marked(row[f"sentence{i}"], [(row[f"start{i}"], row[f"end{i}"], "*")]) for i in (1, 2)]
-        return self._pair(_key(row), *both)
-
-    def _wsc(self, row: Mapping[str, Any]) -> Example:
-        text, target = row["text"], row["target"]
-        spans = []
-        for number, mark in ((1, "*"), (2, "#")):
-            start, end, how = wsc.find_span(text, target[f"span{number}_text"], target[f"span{number}_index"])
-            spans.append((start, end, mark))
-            if how != wsc.AT_INDEX:
-                self._counts[f"a span stands {how},"] += 1
-        if max(spans[0][0], spans[1][0]) < min(spans[0][1], spans[1][1]):
-            spans = spans[1:]  # they overlap: the pronoun is what the second segment does not tell
-        return self._pair(_key(row), _marked(text, spans), [Part(target["span1_text"], is_kept=True)])
-
-    def _pair(self, key: Key, first: Sequence[Part], second: Sequence[Part]) -> Example:
-        """Both in one sequence: what one does not need of its half, the other has."""
+    def pair(self, key: Key, first: Sequence[TextPart], second: Sequence[TextPart]) -> Example:
+        """Both segments in one sequence without windows: what one does not need of its half, the other has."""
         room = self._lengths.max_seq_length - 3
         tail, tail_cut = self._cut(second, limit=room)
         head, head_cut = self._cut(first, limit=room - min(len(tail), self._second_limit))
@@ -251,20 +129,10 @@ class _Encoder:
         return self._example(key, head, [(tail, tail_cut)], head_cut)
 
 
-def _key(row: Mapping[str, Any]) -> Key:
-    return (int(row["idx"]),)
-
-
-def _marked(text: str, spans: Sequence[tuple[int, int, str]]) -> list[Part]:
+def marked(text: str, spans: Sequence[tuple[int, int, str]]) -> list[TextPart]:
     """A text with marks around (first character, character after the last) of it."""
     parts, end = [], 0
     for start, stop, mark in sorted(spans):
-        parts += [Part(text[end:start]), Part(f"{mark} {text[start:stop]} {mark}", is_kept=True)]
+        parts += [TextPart(text[end:start]), TextPart(f"{mark} {text[start:stop]} {mark}", is_kept=True)]
         end = stop
-    return [*parts, Part(text[end:])]
-
-
-def _substituted(query: str, candidate: str) -> list[Part]:
-    before, _, after = query.partition(_PLACEHOLDER)
-    # Further placeholders stand for the same.
-    return [Part(before), Part(candidate, is_kept=True), Part(after.replace(_PLACEHOLDER, candidate))]
+    return [*parts, TextPart(text[end:])]

@@ -1,4 +1,4 @@
-"""Scores as the leaderboard computes them, in percent.
+"""Scores in percent, and the measures that tasks are made of.
 
 Source: Wang et al. 2019, section 3.3, and the benchmark authors' code, nyu-mll/jiant-v1-legacy@8be1fade.
 """
@@ -6,25 +6,22 @@ Source: Wang et al. 2019, section 3.3, and the benchmark authors' code, nyu-mll/
 import math
 import re
 import string
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
-from deberta_dist.tasks.release import Key, Split
-
-Answers = Mapping[Key, str]
-"""Answer by name for every decision."""
+from deberta_dist.tasks.base import Measure, Split
+from deberta_dist.tasks.decisions import Answers
 
 
 def score(split: Split, answers: Answers) -> dict[str, float]:
-    """Every metric of a task on a split whose right answers are known.
+    """Every metric of a task on a split whose right answers are known, percent.
 
     Args:
         split: With gold.
         answers: For every decision of it.
     """
     assert answers.keys() == split.decisions.keys() and all(d.gold for d in split.decisions.values())
-    return {name: 100.0 * _METRICS[name](split, answers) for name in split.task.metrics}
+    return {name: 100.0 * measure(split, answers) for name, measure in split.task.measures.items()}
 
 
 def task_score(metrics: Mapping[str, float]) -> float:
@@ -37,23 +34,6 @@ def best_constant(split: Split) -> tuple[str, float]:
     scores = {label: task_score(score(split, dict.fromkeys(split.decisions, label))) for label in split.task.labels}
     label = max(scores, key=lambda name: scores[name])
     return label, scores[label]
-
-
-def overall(scores: Mapping[str, float]) -> tuple[float | None, str]:
-    """The leaderboard's average, and how to say it.
-
-    Args:
-        scores: Task score by task name; diagnostics are left aside.
-
-    Returns:
-        (mean over the eight tasks, text); (None, what is missing) where one is.
-    """
-    missing = [name for name in MAIN_TASKS if name not in scores]
-    if missing:
-        have = len(MAIN_TASKS) - len(missing)
-        return None, f"{have} of {len(MAIN_TASKS)}, missing {', '.join(missing)}"
-    mean = sum(scores[name] for name in MAIN_TASKS) / len(MAIN_TASKS)
-    return mean, f"{mean:.1f}"
 
 
 def accuracy(gold: Sequence[str], found: Sequence[str]) -> float:
@@ -82,7 +62,7 @@ def matthews(gold: Sequence[str], found: Sequence[str], *, positive: str) -> flo
 
 
 def normalise_answer(text: str) -> str:
-    """A text as SQuAD's and ReCoRD's scorers compare it: no case, punctuation, articles or extra spaces."""
+    """A text as scorers of answers in words compare it: no case, punctuation, articles or extra spaces."""
     text = "".join(character for character in text.lower() if character not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -94,28 +74,37 @@ def token_f1(gold: str, found: str) -> float:
     return 2 * shared / (len(a) + len(b)) if shared else 0.0
 
 
-def _pairs(split: Split, answers: Answers) -> tuple[list[str], list[str]]:
-    return [decision.gold[0] for decision in split.decisions.values()], [answers[key] for key in split.decisions]
+def exact_match(gold: str, found: str) -> float:
+    """1 where two texts are equal after normalisation, else 0."""
+    return float(normalise_answer(gold) == normalise_answer(found))
 
 
-def _question_em(split: Split, answers: Answers) -> float:
-    """Share of questions of which every answer is judged right."""
-    is_right: dict[Key, bool] = defaultdict(lambda: True)
-    for key, decision in split.decisions.items():
-        is_right[key[:2]] &= answers[key] == decision.gold[0]
-    return sum(is_right.values()) / len(is_right)
+def answer_accuracy(split: Split, answers: Answers) -> float:
+    """`accuracy` of a split's answers."""
+    return accuracy(*_pairs(split, answers))
 
 
-def _gender_parity(split: Split, answers: Answers) -> float:
-    """Share of pairs that get one answer. Pairs are consecutive idx: ``pair_id`` is another number in each row."""
-    by_pair: dict[int, set[str]] = defaultdict(set)
-    for (idx,), answer in answers.items():
-        by_pair[idx // 2].add(answer)
-    return sum(len(found) == 1 for found in by_pair.values()) / len(by_pair)
+def answer_macro_f1(split: Split, answers: Answers) -> float:
+    """`macro_f1` of a split's answers over all labels of its task."""
+    return macro_f1(*_pairs(split, answers), labels=split.task.labels)
 
 
-def _over_mentions(measure: Callable[[str, str], float]) -> Callable[[Split, Answers], float]:
-    """Mean over queries of the best agreement with an accepted text."""
+def answer_f1(split: Split, answers: Answers, *, positive: str) -> float:
+    """`f1` of a split's answers."""
+    return f1(*_pairs(split, answers), positive=positive)
+
+
+def answer_matthews(split: Split, answers: Answers, *, positive: str) -> float:
+    """`matthews` of a split's answers."""
+    return matthews(*_pairs(split, answers), positive=positive)
+
+
+def over_mentions(measure: Callable[[str, str], float]) -> Measure:
+    """Mean over decisions of the best agreement of an answer with an accepted text.
+
+    Args:
+        measure: Of (accepted text, answer).
+    """
 
     def mean(split: Split, answers: Answers) -> float:
         best = [max(measure(gold, answers[key]) for gold in d.gold) for key, d in split.decisions.items()]
@@ -124,16 +113,5 @@ def _over_mentions(measure: Callable[[str, str], float]) -> Callable[[Split, Ans
     return mean
 
 
-_METRICS: Mapping[str, Callable[[Split, Answers], float]] = {
-    "accuracy": lambda split, answers: accuracy(*_pairs(split, answers)),
-    "macro_f1": lambda split, answers: macro_f1(*_pairs(split, answers), labels=split.task.labels),
-    "matthews": lambda split, answers: matthews(*_pairs(split, answers), positive="entailment"),
-    "gender_parity": _gender_parity,
-    "f1a": lambda split, answers: f1(*_pairs(split, answers), positive="1"),
-    "em": lambda split, answers: (
-        _question_em(split, answers)
-        if split.task is TASKS["MultiRC"]
-        else _over_mentions(lambda a, b: float(normalise_answer(a) == normalise_answer(b)))(split, answers)
-    ),
-    "f1": _over_mentions(token_f1),
-}
+def _pairs(split: Split, answers: Answers) -> tuple[list[str], list[str]]:
+    return [decision.gold[0] for decision in split.decisions.values()], [answers[key] for key in split.decisions]

@@ -3,8 +3,8 @@
 A run with one seed is a folder with ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
 
     {"idx": 7, "probabilities": {"true": 0.8, "false": 0.2}}
-    {"idx": [0, 3, 12], "probabilities": {"0": 0.1, "1": 0.9}}          MultiRC: passage, question, answer
-    {"idx": 7, "probabilities": {"Jeff Flake": 0.7, "Trump": 0.3}}      ReCoRD: the query's candidates
+    {"idx": [0, 3, 12], "probabilities": {"0": 0.1, "1": 0.9}}          a key of several parts
+    {"idx": 7, "probabilities": {"Jeff Flake": 0.7, "Trump": 0.3}}      candidates of its own
 
 and ``TASK/run.json``: whatever the maker of that task's model wants to be known of it (checkpoint, seed, scores). The
 diagnostics are answered by the model of another task and need none of their own.
@@ -12,18 +12,17 @@ diagnostics are answered by the model of another task and need none of their own
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
 from deberta_dist.files.foreign import json_integer, refuse_foreign
 from deberta_dist.files.new_file import new_file
-from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
-from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
+from deberta_dist.tasks.base import Benchmark, Split, Task, whole_numbers
+from deberta_dist.tasks.decisions import Key, Probabilities, shown
+from deberta_dist.tasks.json_lines import json_lines
 
-Probabilities = Mapping[Key, Mapping[str, float]]
-"""Label or candidate -> probability, for every decision."""
 _TOLERANCE = 1e-3  # of a sum of probabilities that were rounded when they were written
 
 
@@ -32,7 +31,7 @@ def predictions_file(directory: Path, task: Task, split: str) -> Path:
     return directory / task.name / f"{split}.jsonl"
 
 
-def prediction_folders(paths: Sequence[Path]) -> list[Path]:
+def prediction_folders(paths: Sequence[Path], benchmark: Benchmark) -> list[Path]:
     """Folders with predictions; one of ``seed-*`` folders, a whole run, stands for these in the order of their numbers.
 
     Raises:
@@ -43,19 +42,13 @@ def prediction_folders(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             raise DataError(f"{path} is no folder of predictions")
         seeds = [seed for seed in path.glob("seed-*") if seed.is_dir()]
-        if seeds and any((path / name).is_dir() for name in TASKS):
+        if seeds and any((path / name).is_dir() for name in benchmark.tasks):
             raise DataError(f"{path} holds seed-* folders and predictions of its own: name the folders that are meant")
         found += sorted(seeds, key=lambda seed: (len(seed.name), seed.name)) or [path]
     for number, path in enumerate(found):
         if any(path.resolve() == other.resolve() for other in found[:number]):
             raise DataError(f"{path} is given twice: it would count twice")
     return found
-
-
-def command_for(task: Task) -> str:
-    """What makes the predictions of a task; the run of a task answers its diagnostics, too."""
-    name = task.answered_by or task.name
-    return f"deepspeed launchers/finetune_superglue.sh --task {name} --data DIR --init CHECKPOINT"
 
 
 def run_file(directory: Path, task_name: str) -> Path:
@@ -104,8 +97,12 @@ def write_predictions(path: Path, probabilities: Probabilities) -> None:
             file.write((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))
 
 
-def read_predictions(path: Path) -> dict[Key, dict[str, float]]:
+def read_predictions(path: Path, *, parse_key: Callable[..., Key] = whole_numbers) -> dict[Key, dict[str, float]]:
     """Reads a file of predictions.
+
+    Args:
+        path: The file.
+        parse_key: Of the task: (value, at=file and line) -> key.
 
     Raises:
         DataError: it is missing, or a line is not what it should be.
@@ -119,8 +116,7 @@ def read_predictions(path: Path) -> dict[Key, dict[str, float]]:
         at = f"{path}, line {line}"
         if value.keys() != {"idx", "probabilities"} or not isinstance(value["probabilities"], dict):
             raise DataError(f"{at}: an object with idx and probabilities is expected")
-        parts = value["idx"] if isinstance(value["idx"], list) else [value["idx"]]
-        key = tuple(integer(part, at=at, name="idx") for part in parts)
+        key = parse_key(value["idx"], at=at)
         if key in found:
             raise DataError(f"{at}: idx {value['idx']} stands there already")
         found[key] = _checked(value["probabilities"], at=at)
@@ -135,7 +131,7 @@ def read_runs(files: Sequence[Path], split: Split) -> list[dict[Key, dict[str, f
     """
     runs = []
     for path in files:
-        runs.append(read_predictions(path))
+        runs.append(read_predictions(path, parse_key=split.task.parse_key))
         require_covering(runs[-1], split, where=path)
     return runs
 
@@ -163,11 +159,11 @@ def require_covering(probabilities: Probabilities, split: Split, *, where: objec
         raise DataError(f"{where} is not for {split.where}: {what}, the first are {some}")
     for key, decision in split.decisions.items():
         found = probabilities[key].keys()
-        if split.task.kind == PER_CANDIDATE:
+        if not split.task.labels:
             if odd := [label for label in found if label not in decision.labels]:
-                raise DataError(f"{where}: idx {key[0]}: {odd[0]!r} is no entity of the passage in {split.where}")
+                raise DataError(f"{where}: idx {shown(key)}: {odd[0]!r} is no {split.task.candidate} in {split.where}")
             if not found:
-                raise DataError(f"{where}: idx {key[0]} has no candidates")
+                raise DataError(f"{where}: idx {shown(key)} has no candidates")
         elif found != set(decision.labels):
             raise DataError(
                 f"{where}: idx {shown(key)} has labels {sorted(found)}, {split.task.name} has {sorted(decision.labels)}"
@@ -199,8 +195,5 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
 
 
 def decide(split: Split, probabilities: Probabilities) -> dict[Key, str]:
-    """The most probable label of every decision; of equal ones the first in the order of the task or the passage."""
-    return {
-        key: max((label for label in decision.labels if label in probabilities[key]), key=probabilities[key].__getitem__)
-        for key, decision in split.decisions.items()
-    }
+    """The answer to every decision, as its task takes it of the probabilities."""
+    return {key: split.task.decide(decision, probabilities[key]) for key, decision in split.decisions.items()}

@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, encodable, printable
-from deberta_dist.tasks import metrics
-from deberta_dist.tasks.leaderboard import SOURCE, TABLE_5
-from deberta_dist.tasks.predictions import command_for, prediction_folders, predictions_file
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.base import Benchmark, Release
+from deberta_dist.tasks.predictions import prediction_folders, predictions_file
 from deberta_dist.tasks.scores import Spread, TaskScores, read_scored_split, score_runs, scored_split
 from deberta_dist.tasks.significance import Comparison, compare
 from deberta_dist.tasks.tables import Table, bullets
 
-_TITLE = "SuperGLUE, validation split, percent"
 _HEADER = ("task", "metric", "mean ± std (runs)", "ensemble", "each run", "one label always")
 _LEGEND = (
     "std: sample standard deviation over runs. ensemble: score of the mean of their probabilities. one label always: the "
     "constant answer that scores most."
 )
-_NOT_THE_SAME = f"Published rows ({SOURCE}) are scores of the TEST split, ours of the VALIDATION split: other examples."
+_NOT_THE_SAME = "Published rows ({source}) are scores of the TEST split, ours of the VALIDATION split: other examples."
+_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 _P_VALUE = "p: Welch's t-test of the task scores over runs, two-sided; each task for itself, not corrected for their number."
 
 
@@ -34,6 +31,7 @@ class Report:
     """Scores, and what is worth knowing of them.
 
     Attributes:
+        benchmark: Whose tasks they are.
         directories: The runs.
         against: Those of the other model.
         scores: By task, of the runs that have it.
@@ -42,6 +40,7 @@ class Report:
         notes: What is missing, or worth a look.
     """
 
+    benchmark: Benchmark
     directories: tuple[Path, ...]
     against: tuple[Path, ...]
     scores: Mapping[str, TaskScores]
@@ -50,10 +49,10 @@ class Report:
     notes: tuple[str, ...]
 
     def overall(self) -> dict[str, tuple[float | None, str]]:
-        """The leaderboard's average of the runs' means and of the ensembles, as `metrics.overall` gives it."""
+        """The leaderboard's average of the runs' means and of the ensembles, as `Benchmark.overall` gives it."""
         return {
-            "mean": metrics.overall({name: found.spread().mean for name, found in self.scores.items()}),
-            "ensemble": metrics.overall({name: found.ensemble.task_score for name, found in self.scores.items()}),
+            "mean": self.benchmark.overall({name: found.spread().mean for name, found in self.scores.items()}),
+            "ensemble": self.benchmark.overall({name: found.ensemble.task_score for name, found in self.scores.items()}),
         }
 
     def text(self) -> str:
@@ -64,11 +63,11 @@ class Report:
     def markdown(self) -> str:
         """The same tables, as GitHub shows them."""
         notes = [f"## Notes\n\n{bullets(self.notes)}"] if self.notes else []
-        return "\n\n".join(["# SuperGLUE scores", *(table.markdown() for table in self._tables()), *notes]) + "\n"
+        return "\n\n".join([f"# {self.benchmark.name} scores", *(table.markdown() for table in self._tables()), *notes]) + "\n"
 
     def json(self) -> str:
         """All numbers unrounded, in percent; what is not there is null."""
-        overall = self.overall()
+        overall, main = self.overall(), self.benchmark.main_tasks
         content = {
             "unit": "percent",
             "split": "validation",
@@ -77,23 +76,29 @@ class Report:
             "overall": {
                 "mean": overall["mean"][0],
                 "ensemble": overall["ensemble"][0],
-                "missing": [name for name in MAIN_TASKS if name not in self.scores],
+                "missing": [name for name in main if name not in self.scores],
             },
-            "tasks": {name: _as_json(found) for name, found in self.scores.items() if name in MAIN_TASKS},
-            "diagnostics": {name: _as_json(found) for name, found in self.scores.items() if name not in MAIN_TASKS},
+            "tasks": {name: _as_json(found) for name, found in self.scores.items() if name in main},
+            "diagnostics": {name: _as_json(found) for name, found in self.scores.items() if name not in main},
             "comparisons": {name: asdict(found) for name, found in self.comparisons.items()},
-            "published": {"source": SOURCE, "split": "test", "rows": [asdict(row) for row in TABLE_5]},
+            "published": self._published(),
             "notes": list(self.notes),
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
+    def _published(self) -> dict[str, Any]:
+        rows = [asdict(row) for row in self.benchmark.published]
+        return {"source": self.benchmark.published_source, "split": "test", "rows": rows}
+
     def _tables(self) -> Iterator[Table]:
-        main = [found for name, found in self.scores.items() if name in MAIN_TASKS]
-        diagnostics = [found for name, found in self.scores.items() if name not in MAIN_TASKS]
+        main = [found for found in self.scores.values() if not found.split.task.is_diagnostic]
+        diagnostics = [found for found in self.scores.values() if found.split.task.is_diagnostic]
         if main:
             below = (self._average_sentence(), _LEGEND, f"Runs: {_listed(self.directories)}.")
-            yield Table(_TITLE, _HEADER, self._score_rows(main), below, names=2)
-            yield self._beside_published()
+            title = f"{self.benchmark.name}, validation split, percent"
+            yield Table(title, _HEADER, self._score_rows(main), below, names=2)
+            if self.benchmark.published:
+                yield self._beside_published()
         if diagnostics:
             yield Table("Diagnostics, percent, outside of the average", _HEADER, self._score_rows(diagnostics), names=2)
         if self.against:
@@ -101,9 +106,10 @@ class Report:
 
     def _average_sentence(self) -> str:
         overall = self.overall()
+        tasks = _counted(len(self.benchmark.main_tasks), "task")
         if overall["mean"][0] is None:
-            return f"No average of the eight tasks: {overall['mean'][1]}."
-        return f"Average of the eight tasks: of means {overall['mean'][1]}, of ensembles {overall['ensemble'][1]}."
+            return f"No average of the {tasks}: {overall['mean'][1]}."
+        return f"Average of the {tasks}: of means {overall['mean'][1]}, of ensembles {overall['ensemble'][1]}."
 
     def _score_rows(self, tasks: Sequence[TaskScores]) -> list[tuple[str, ...]]:
         """A row for every metric, and of several one for their mean, which is what the constant is compared with."""
@@ -123,6 +129,7 @@ class Report:
 
     def _beside_published(self) -> Table:
         """Rows of models, columns of tasks, as on the leaderboard."""
+        tasks, main = self.benchmark.tasks, self.benchmark.main_tasks
         means = {
             task: {metric: found.spread(metric).mean for metric in found.split.task.metrics}
             for task, found in self.scores.items()
@@ -130,18 +137,19 @@ class Report:
         ensembles = {task: found.ensemble.metrics for task, found in self.scores.items()}
         averages = {kind: "-" if value is None else text for kind, (value, text) in self.overall().items()}
         rows = [
-            _model_row("ours, mean of runs", means, averages["mean"]),
-            _model_row("ours, ensemble", ensembles, averages["ensemble"]),
-            *(_model_row(f"{row.name} (test)", row.metrics, f"{row.average:.1f}") for row in TABLE_5),
+            _model_row("ours, mean of runs", main, means, averages["mean"]),
+            _model_row("ours, ensemble", main, ensembles, averages["ensemble"]),
+            *(_model_row(f"{row.name} (test)", main, row.metrics, f"{row.average:.1f}") for row in self.benchmark.published),
         ]
-        pairs = [f"{name}: {'/'.join(TASKS[name].metrics)}" for name in MAIN_TASKS if len(TASKS[name].metrics) > 1]
-        below = (_NOT_THE_SAME, f"Of two metrics, {'; '.join(pairs)}.")
-        return Table("Beside published scores", ("model", *MAIN_TASKS, "average"), rows, below)
+        pairs = [f"{name}: {'/'.join(tasks[name].metrics)}" for name in main if len(tasks[name].metrics) > 1]
+        below = [_NOT_THE_SAME.format(source=self.benchmark.published_source)]
+        below += [f"Of two metrics, {'; '.join(pairs)}."] if pairs else []
+        return Table("Beside published scores", ("model", *main, "average"), rows, below)
 
     def _beside_other(self) -> Table:
         rows = []
         unknown: dict[str, list[str]] = {}
-        for name in TASKS:
+        for name in self.benchmark.tasks:
             ours, theirs = self.scores.get(name), self.others.get(name)
             if ours is None or theirs is None:
                 if ours is not theirs:
@@ -170,12 +178,13 @@ def make_report(directories: Sequence[Path], release: Release, against: Sequence
         DataError: a run is no folder or given twice; there is nothing to score; predictions or data are missing, damaged
             or do not belong to each other.
     """
-    ours = prediction_folders(directories)
-    theirs = prediction_folders([*ours, *against])[len(ours) :]
+    benchmark = release.benchmark
+    ours = prediction_folders(directories, benchmark)
+    theirs = prediction_folders([*ours, *against], benchmark)[len(ours) :]
     scores: dict[str, TaskScores] = {}
     others: dict[str, TaskScores] = {}
     notes = []
-    for task in TASKS.values():
+    for task in benchmark.tasks.values():
         having = [
             [path for path in side if predictions_file(path, task, scored_split(task)).is_file()] for side in (ours, theirs)
         ]
@@ -187,23 +196,26 @@ def make_report(directories: Sequence[Path], release: Release, against: Sequence
                 into[task.name] = score_runs(own, split)
     for side, found, name in ((ours, scores, "--predictions"), (theirs, others, "--against")):
         if side and not found:
-            raise DataError(f"nothing to score in {name} {side[0]}: no TASK/val.jsonl, nor test.jsonl of AX-b or AX-g")
+            diagnostics = " or ".join(task.name for task in benchmark.tasks.values() if task.is_diagnostic)
+            nor = f", nor test.jsonl of {diagnostics}" if diagnostics else ""
+            raise DataError(f"nothing to score in {name} {side[0]}: no TASK/val.jsonl{nor}")
         used = {path for task_scores in found.values() for path in task_scores.directories}
         notes += [f"{_listed([path])} has nothing to score" for path in side if path not in used]
     return Report(
+        benchmark=benchmark,
         directories=tuple(ours),
         against=tuple(theirs),
         scores=scores,
         others=others,
         comparisons={name: compare(found.values(), others[name].values()) for name, found in scores.items() if name in others},
-        notes=(*notes, *_notes(scores, count=len(ours))),
+        notes=(*notes, *_notes(scores, benchmark, count=len(ours))),
     )
 
 
-def _notes(scores: Mapping[str, TaskScores], *, count: int) -> Iterator[str]:
-    for task in TASKS.values():
+def _notes(scores: Mapping[str, TaskScores], benchmark: Benchmark, *, count: int) -> Iterator[str]:
+    for task in benchmark.tasks.values():
         if task.name not in scores:
-            yield f"{task.name} is missing; it is made by: {command_for(task)}"
+            yield f"{task.name} is missing; it is made by: {benchmark.command_for(task)}"
             continue
         found = scores[task.name]
         if len(found.runs) < count:
@@ -220,9 +232,14 @@ def _notes(scores: Mapping[str, TaskScores], *, count: int) -> Iterator[str]:
         yield f"not the official number of decisions: {', '.join(partial)}"
 
 
-def _model_row(name: str, values: Mapping[str, Mapping[str, float]], average: str) -> tuple[str, ...]:
-    cells = ["/".join(f"{value:.1f}" for value in values[task].values()) if task in values else "-" for task in MAIN_TASKS]
+def _model_row(name: str, tasks: Sequence[str], values: Mapping[str, Mapping[str, float]], average: str) -> tuple[str, ...]:
+    cells = ["/".join(f"{value:.1f}" for value in values[task].values()) if task in values else "-" for task in tasks]
     return name, *cells, average
+
+
+def _counted(number: int, noun: str) -> str:
+    """Eight tasks, one task, 13 tasks."""
+    return f"{_NUMBERS[number] if number < len(_NUMBERS) else number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shown(values: Spread) -> str:
@@ -244,7 +261,7 @@ def _as_json(found: TaskScores) -> dict[str, Any]:
     names = found.split.task.metrics
     return {
         "decisions": len(found.split.decisions),
-        "official_decisions": found.split.task.counts[found.split.name],
+        "official_decisions": found.split.task.counts.get(found.split.name),
         "runs": [
             {"directory": encodable(str(path)), **asdict(score), "run": said}
             for path, score, said in zip(found.directories, found.runs, found.descriptions, strict=True)

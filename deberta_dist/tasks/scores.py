@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.tasks import metrics
+from deberta_dist.tasks.base import TEST, VALIDATION, Release, Split, Task
 from deberta_dist.tasks.predictions import average, decide, described, predictions_file, read_runs
-from deberta_dist.tasks.registry import Task
-from deberta_dist.tasks.release import Release, Split
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class TaskScores:
         runs: Scores, run by run.
         descriptions: What the makers of the runs say of them.
         ensemble: Score of the mean of the runs' probabilities.
-        constant: The label that scores most where it answers everything, and that task score; None of ReCoRD.
+        constant: The label that scores most where it answers everything, and that task score; None where
+            every decision has candidates of its own.
     """
 
     split: Split
@@ -80,7 +80,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 def scored_split(task: Task) -> str:
     """The split with public answers that no training has seen: validation, or a diagnostic's only one."""
-    return "test" if task.is_diagnostic else "val"
+    return TEST if task.is_diagnostic else VALIDATION
 
 
 def read_scored_split(release: Release, task: Task) -> Split | None:

@@ -14,7 +14,7 @@ NOT_CUT, CONTEXT_CUT, KEPT_CUT = "not cut", "context cut", "kept part cut"
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Some text of a segment.
 
     Attributes:
@@ -26,7 +26,7 @@ class Part:
     is_kept: bool = False
 
 
-def encode_parts(tokenizer: Tokenizer, parts: Sequence[Part], *, limit: int) -> tuple[np.ndarray, str]:
+def encode_parts(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
     """Ids of a segment of at most ``limit`` tokens.
 
     Where it is longer, the tokens nearest to a kept part stay, in their order; without a kept part the first ones do.

@@ -19,7 +19,7 @@ from deberta_dist.config import (
 )
 from deberta_dist.config.write import to_toml
 from deberta_dist.models.presets import preset
-from deberta_dist.tasks.registry import MAIN_TASKS
+from deberta_dist.tasks.superglue.tasks import MAIN_TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLDS = [("pretrain_1.5b.toml", 64), ("pretrain_1.5b.toml", 8), ("pretrain_demo.toml", 8)]

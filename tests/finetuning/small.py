@@ -22,7 +22,6 @@ from deberta_dist.models.classification import DebertaForSequenceClassification
 from deberta_dist.parallel.layout import is_decayed, meta_classifier
 from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
 from deberta_dist.preparation.reading.texts import read_texts
-from deberta_dist.tasks.encoding import num_outputs
 from deberta_dist.training.build import build_sharded_model, mesh_shape, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights
 
@@ -120,7 +119,7 @@ def make_tuner(plan: TaskPlan, start: StartingPoint) -> tuple[FineTuner, Mesh]:
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=3)
     load = start.reader(plan.layout.full_shapes, labels=plan.labels, seed=7)
     model = build_sharded_model(
-        meta_classifier(plan.model_config, num_outputs=num_outputs(plan.task)),
+        meta_classifier(plan.model_config, num_outputs=plan.task.num_outputs),
         layout=plan.layout,
         optimizer=plan.config.optimizer,
         deepspeed_config=plan.deepspeed,
@@ -171,7 +170,7 @@ def train_plain(case: Case, directory: Path) -> dict[str, Any]:
     """The same by one process of plain PyTorch: the oracle."""
     torch.set_num_threads(1)
     plan, start = Case(case.task, sift=case.sift, dropout=case.dropout, overrides=case.overrides).plan(directory)
-    model = DebertaForSequenceClassification(plan.model_config, num_labels=num_outputs(plan.task))
+    model = DebertaForSequenceClassification(plan.model_config, num_labels=plan.task.num_outputs)
     model.deberta.embeddings.position_embeddings = None
     load = start.reader(plan.layout.full_shapes, labels=plan.labels, seed=7)
     with torch.no_grad():

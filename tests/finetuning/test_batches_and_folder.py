@@ -17,7 +17,7 @@ from deberta_dist.finetuning.finetuner import decision_loss
 from deberta_dist.finetuning.folder import IDENTITY, TaskFolder
 from deberta_dist.finetuning.starting_point import open_starting_point
 from deberta_dist.tasks.predictions import predictions_file, read_predictions, run_file
-from deberta_dist.tasks.registry import TASKS
+from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import Case
 
 IDS = {"pad_id": 0, "sep_id": 2}

@@ -10,9 +10,10 @@ from deberta_dist.finetuning import finetune
 from deberta_dist.finetuning.arguments import parse
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.run import identity
+from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import DATA, Case
 
 
@@ -36,12 +37,14 @@ def test_runs_of_another_precision_are_other_runs(start_directory: Path) -> None
     made_from = []
     for more in ((), ("--run.deepspeed", str(start_directory / "bf16.json")), ("--run.directory", "elsewhere")):
         plan, start = Case("CB", overrides=more).plan(start_directory)
-        made_from.append(identity(plan, start=start, intermediate=False))
+        made_from.append(identity(plan, start=start, through=None))
     assert made_from[0] == made_from[2] and made_from[0] != made_from[1]
 
 
 def test_what_cannot_be_scored_costs_the_table_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answers = {key: {"entailment": 0.5, "not_entailment": 0.5} for key in Release(DATA).read(TASKS["RTE"], "val").decisions}
+    answers = {
+        key: {"entailment": 0.5, "not_entailment": 0.5} for key in Release(DATA, SUPERGLUE).read(TASKS["RTE"], "val").decisions
+    }
     write_predictions(predictions_file(tmp_path / "run" / "seed-7", TASKS["RTE"], "val"), answers)
     shutil.copytree(DATA / "CB", tmp_path / "data" / "CB")
     arguments = parse(["--task", "CB", "--init", "x", "--data", str(tmp_path / "data")])

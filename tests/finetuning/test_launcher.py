@@ -14,9 +14,10 @@ from deberta_dist.conversion.meeting import to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.finetuning.batches import pad
 from deberta_dist.models.classification import DebertaForSequenceClassification
+from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import read_predictions, require_covering
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import DATA, ROOT, Case
 from tests.finetuning.test_plan import write_mnli
 
@@ -45,7 +46,7 @@ def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> No
     words = ["--task", "all", "--data", data, "--seeds", "2", "--sift", *fp32]
     result = start(start_directory, out, *words)
     assert result.returncode == 0, result.stderr + result.stdout
-    release = Release(data)
+    release = Release(data, SUPERGLUE)
     for seed in (7, 8):
         for name, split in (
             ("RTE", "val"),

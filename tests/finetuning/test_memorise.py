@@ -6,7 +6,7 @@ import pytest
 
 from deberta_dist.finetuning.batches import collate
 from deberta_dist.tasks.predictions import decide
-from deberta_dist.tasks.registry import MAIN_TASKS
+from deberta_dist.tasks.superglue.tasks import MAIN_TASKS
 from tests.finetuning.small import Case, make_tuner
 from tests.harness import run_ranks
 

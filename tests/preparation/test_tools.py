@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
+from tests.tool_calls import assert_one_line_error
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "launchers" / "demo_text" / "valid.jsonl"
@@ -14,12 +15,6 @@ TEXT = ROOT / "launchers" / "demo_text" / "valid.jsonl"
 def run(tool: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
-
-
-def assert_one_line_error(result: subprocess.CompletedProcess[str], *, code: int, words: str) -> None:
-    assert result.returncode == code and result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert words in result.stderr
 
 
 def test_text_to_tokenizer_to_token_file(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 
 PASSAGE = "Ada met Charles in London. Ada wrote notes; Charles built a machine."
 ENTITIES = [{"start": PASSAGE.index(word), "end": PASSAGE.index(word) + len(word) - 1} for word in ("Ada", "Charles", "London")]
@@ -99,4 +100,4 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def release(data: Path) -> Release:
     """Likewise, opened."""
-    return Release(data)
+    return Release(data, SUPERGLUE)

@@ -6,6 +6,7 @@ import pytest
 
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import (
     average,
     decide,
@@ -14,10 +15,10 @@ from deberta_dist.tasks.predictions import (
     read_predictions,
     require_covering,
 )
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
-from tests.conversion.small_models import call
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.tasks.conftest import write_run
+from tests.tool_calls import call
 
 
 def test_a_whole_run_stands_for_its_seeds(release: Release, tmp_path: Path) -> None:
@@ -26,17 +27,17 @@ def test_a_whole_run_stands_for_its_seeds(release: Release, tmp_path: Path) -> N
         write_run(run / f"seed-{seed}", release, first=share)
     (run / "seed-notes.txt").touch()
     seeds = [run / "seed-9", run / "seed-10", run / "seed-100"]
-    assert prediction_folders([run]) == seeds and prediction_folders(seeds) == seeds
+    assert prediction_folders([run], SUPERGLUE) == seeds and prediction_folders(seeds, SUPERGLUE) == seeds
     assert assemble([run], release).files == assemble(seeds, release).files
     made = call("make_submission.py", "--predictions", "run", "--data", "data", "--out", "s.zip", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     with pytest.raises(DataError, match="seed-10 is given twice: it would count twice"):
-        prediction_folders([run, seeds[1]])
+        prediction_folders([run, seeds[1]], SUPERGLUE)
     with pytest.raises(DataError, match="nowhere is no folder of predictions"):
-        prediction_folders([run, tmp_path / "nowhere"])
+        prediction_folders([run, tmp_path / "nowhere"], SUPERGLUE)
     (run / "CB").mkdir()
     with pytest.raises(DataError, match=r"holds seed-\* folders and predictions of its own"):
-        prediction_folders([run])
+        prediction_folders([run], SUPERGLUE)
 
 
 def test_averages_need_the_same_rows(release: Release, tmp_path: Path) -> None:

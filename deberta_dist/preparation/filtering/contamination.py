@@ -90,7 +90,7 @@ class NgramSet:
 
 
 def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
-    """The n-grams of benchmark files, such as a folder of SuperGLUE with a folder for every task.
+    """The n-grams of benchmark files, such as a benchmark's data with a folder for every task.
 
     A string is what ``texts_of`` yields. No n-gram reaches from one string into the next, and strings of fewer than n
     words give none: a short question can be shared, a passage cannot.

@@ -3,33 +3,16 @@
 Source: the DeBERTa paper, arXiv 2006.03654, Table 5.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
+from deberta_dist.tasks.base import PublishedScores
+from deberta_dist.tasks.superglue.tasks import MAIN_TASKS, TASKS
 
 SOURCE = "arXiv 2006.03654, Table 5"
 
 
-@dataclass(frozen=True)
-class Published:
-    """A row of the table.
-
-    Attributes:
-        name: Of the model.
-        metrics: Percent, by task and metric.
-        average: Percent, as published.
-    """
-
-    name: str
-    metrics: Mapping[str, Mapping[str, float]]
-    average: float
-
-
-def _row(name: str, average: float, *values: tuple[float, ...]) -> Published:
+def _row(name: str, average: float, *values: tuple[float, ...]) -> PublishedScores:
     """Values by task in the order of MAIN_TASKS, and within a task in the order of its metrics."""
     pairs = zip(MAIN_TASKS, values, strict=True)
-    return Published(name, {task: dict(zip(TASKS[task].metrics, found, strict=True)) for task, found in pairs}, average)
+    return PublishedScores(name, {task: dict(zip(TASKS[task].metrics, found, strict=True)) for task, found in pairs}, average)
 
 
 TABLE_5 = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.errors import DataError
-from deberta_dist.tasks.mnli import read_mnli
+from deberta_dist.tasks.glue.mnli import read_mnli
 
 HEADER = "index\tpromptID\tpairID\tsentence1_binary_parse\tsentence1\tsentence2\tlabel1\tgold_label"
 

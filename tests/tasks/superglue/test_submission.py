@@ -8,18 +8,20 @@ from typing import Any
 
 import pytest
 
+from deberta_dist.tasks.archive import read_zip, zip_bytes
 from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
-from deberta_dist.tasks.submission import read_zip, validate, zip_bytes
-from tests.conversion.small_models import call
-from tests.preparation.test_tools import assert_one_line_error
+from deberta_dist.tasks.superglue.submission import JsonLinesSubmission
+from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.tasks.conftest import write_run
+from tests.tool_calls import assert_one_line_error, call
 
 TOOL = "make_submission.py"
 LAUNCHER = "deepspeed launchers/finetune_superglue.sh"
 Files = dict[str, bytes]
+SUBMISSION = JsonLinesSubmission()
+NAMES = [task.file_name for task in TASKS.values()]
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def files(release: Release, tmp_path: Path) -> Files:
 
 
 def test_a_sound_submission(files: Files, release: Release) -> None:
-    verdict = validate(files, release)
+    verdict = SUBMISSION.validate(files, release)
     assert verdict.errors == [] and len(files) == 10
     lines = {name: [json.loads(line) for line in content.splitlines()] for name, content in files.items()}
     # Ascending idx, whatever the data's order; every spelling and type as the grader wants it.
@@ -119,7 +121,7 @@ BROKEN: dict[str, tuple[Callable[[Files], object], str]] = {
 def test_a_broken_submission_is_refused_for_its_own_reason(name: str, files: Files, release: Release) -> None:
     break_it, reason = BROKEN[name]
     break_it(files)
-    errors = validate(files, release).errors
+    errors = SUBMISSION.validate(files, release).errors
     assert errors and reason in errors[0], errors
     assert len(errors) <= 2, "one fault, one reason"
 
@@ -141,7 +143,7 @@ def test_a_zip_that_is_wrong_itself(files: Files, data: Path, tmp_path: Path, me
         for name, content in files.items():
             archive.writestr(name, content)
         archive.writestr(zipfile.ZipInfo(member), b"")
-    assert any(reason in error for error in read_zip(path)[1])
+    assert any(reason in error for error in read_zip(path, NAMES)[1])
     refused = call(TOOL, "--validate", path, "--data", data, cwd=tmp_path)
     assert refused.returncode == 65 and reason in refused.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run", "theirs.zip"]
@@ -233,12 +235,12 @@ def test_hostile_zips_are_one_line(data: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(5):
             archive.writestr(f"x{number}", bytes(2**20))
-    files, errors = read_zip(bomb)
+    files, errors = read_zip(bomb, NAMES)
     assert set(files.values()) == {b""} and not errors, "what has no right name is not unpacked"
     with zipfile.ZipFile(tmp_path / "odd.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr("CB.jsonl", b"x")
         archive.writestr("a\nerror: fake\x1b[31m", b"")
-    assert "compressed in a way" in read_zip(tmp_path / "odd.zip")[1][0]
+    assert "compressed in a way" in read_zip(tmp_path / "odd.zip", NAMES)[1][0]
     shown = call(TOOL, "--validate", "odd.zip", "--data", "data", cwd=tmp_path)
     assert shown.returncode == 65 and "\x1b" not in shown.stderr and "\nerror: fake" not in shown.stderr
     for content in (b"", b"PK\x03\x04", bomb.read_bytes()[:-30]):

@@ -5,25 +5,48 @@ Files of GLUE's ``MNLI/`` folder: ``train.tsv`` to train on, ``dev_matched.tsv``
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from deberta_dist.errors import DataError
 from deberta_dist.files.foreign import refuse_foreign
-from deberta_dist.tasks.registry import CLASSIFICATION, Task
-from deberta_dist.tasks.release import Decision, Key, Split
+from deberta_dist.tasks import metrics
+from deberta_dist.tasks.base import Head, Split, Task
+from deberta_dist.tasks.data_files import DataFiles
+from deberta_dist.tasks.decisions import Decision, Key
+from deberta_dist.tasks.encoding import Example, RowEncoder
+from deberta_dist.tasks.segments import TextPart
 
 _FILES = {"train": "train.tsv", "val": "dev_matched.tsv"}
 _COLUMNS = ("index", "sentence1", "sentence2", "gold_label")
-_LABELS = {name: name for name in ("entailment", "contradiction", "neutral")}
-MNLI = Task(
+_LABELS = ("entailment", "contradiction", "neutral")
+
+
+class MnliTask(Task):
+    """The task."""
+
+    def data_file(self, split: str) -> str:
+        """GLUE's names."""
+        return _FILES[split]
+
+    def read(self, files: DataFiles, split: str) -> Split:
+        """Reads and checks a split of GLUE's ``MNLI/``."""
+        return read_mnli(files.path, split)
+
+    def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
+        """The hypothesis whole, the premise in windows."""
+        for row in split.rows:
+            yield encoder.windowed((row["idx"],), [TextPart(row["premise"])], [[TextPart(row["hypothesis"], is_kept=True)]])
+
+
+MNLI = MnliTask(
     name="MNLI",
-    kind=CLASSIFICATION,
-    fields={"premise": str, "hypothesis": str},
-    labels=tuple(_LABELS),
-    in_data=_LABELS,
-    in_submission=_LABELS,
-    metrics=("accuracy",),
+    head=Head.SEQUENCE,
+    labels=_LABELS,
+    measures={"accuracy": metrics.answer_accuracy},
+    splits=("train", "val"),
     counts={"train": 392702, "val": 9815},
+    data_help="GLUE's MNLI/",
 )
 
 

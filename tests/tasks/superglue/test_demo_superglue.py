@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.base import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 
-FOLDER = Path(__file__).parents[2] / "launchers/demo_superglue"
-RELEASE = Release(FOLDER)
+FOLDER = Path(__file__).parents[3] / "launchers/demo_superglue"
+RELEASE = Release(FOLDER, SUPERGLUE)
 SPLITS = [(name, split) for name, task in TASKS.items() for split in task.counts]
 
 

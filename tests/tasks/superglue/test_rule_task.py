@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.base import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = ROOT / "launchers" / "demo_text"
 
 
@@ -21,7 +22,7 @@ def make(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_labels_follow_the_order_of_words(tmp_path: Path) -> None:
     result = make(tmp_path / "a", "--rows", "200")
     assert result.returncode == 0, result.stderr
-    release = Release(tmp_path / "a")
+    release = Release(tmp_path / "a", SUPERGLUE)
     heldout = " ".join(" ".join(json.loads(line)["text"].split()) for line in (TEXT / "valid.jsonl").open())
     for split, count in (("train", 200), ("val", 20), ("test", 20)):
         read = release.read(TASKS["RTE"], split)

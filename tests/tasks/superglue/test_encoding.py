@@ -9,14 +9,16 @@ import pytest
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.reading.texts import read_texts
-from deberta_dist.tasks.encoding import Features, Lengths, encode_split, has_choices, num_outputs
-from deberta_dist.tasks.registry import TASKS
-from deberta_dist.tasks.release import Release
-from deberta_dist.tasks.segments import KEPT_CUT, Part, encode_parts, window_starts
-from deberta_dist.tasks.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
+from deberta_dist.tasks.base import Head, Release
+from deberta_dist.tasks.encoding import Lengths
+from deberta_dist.tasks.features import Features, encode_split
+from deberta_dist.tasks.segments import KEPT_CUT, TextPart, encode_parts, window_starts
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import TASKS
+from deberta_dist.tasks.superglue.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
 
-ROOT = Path(__file__).parents[2]
-DEMO = Release(ROOT / "launchers" / "demo_superglue")
+ROOT = Path(__file__).parents[3]
+DEMO = Release(ROOT / "launchers" / "demo_superglue", SUPERGLUE)
 WIDE = Lengths(max_seq_length=512, window_overlap=64, max_windows=4)
 
 
@@ -48,7 +50,7 @@ def whole(features: Features, tokenizer: Tokenizer, number: int, choice: int = 0
 
 
 def expected_text(task: str, row: dict, choice: int) -> list[str]:
-    """Segments of a row as the table in encoding.py has them, written anew."""
+    """Segments of a row as the tasks' files have them, written anew."""
     match task:
         case "BoolQ":
             return [row["passage"], row["question"]]
@@ -157,15 +159,17 @@ def test_windows_overlap_and_end_at_the_end(length: int) -> None:
 
 
 def test_cutting_keeps_marked_words_and_their_neighbours(tokenizer: Tokenizer) -> None:
-    parts = [Part("one two three " * 30), Part("* bank *", is_kept=True), Part("four five six " * 30)]
+    parts = [TextPart("one two three " * 30), TextPart("* bank *", is_kept=True), TextPart("four five six " * 30)]
     ids, how = encode_parts(tokenizer, parts, limit=20)
     kept = tokenizer.encode("* bank *")
     text = ids.tolist()
     assert len(text) == 20 and how != KEPT_CUT
     place = next(i for i in range(20) if text[i : i + len(kept)] == kept)
     assert abs(place - (20 - len(kept)) / 2) <= 1, "context on both sides"
-    assert encode_parts(tokenizer, [Part("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
-    assert encode_parts(tokenizer, [Part("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
+    assert encode_parts(tokenizer, [TextPart("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
+    assert (
+        encode_parts(tokenizer, [TextPart("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
+    )
 
 
 @pytest.mark.parametrize("task", list(TASKS))
@@ -209,13 +213,13 @@ def test_a_passage_without_entities_and_a_query_without_placeholder_are_named(tm
         broken = json.loads(json.dumps(rows))
         change(broken[1])
         (folder / "test.jsonl").write_text("\n".join(map(json.dumps, broken)))
-        split = Release(folder.parent).read(TASKS["ReCoRD"], "test")
+        split = Release(folder.parent, SUPERGLUE).read(TASKS["ReCoRD"], "test")
         with pytest.raises(DataError, match=f"test.jsonl, line 2: query .* has {words}"):
             encode_split(split, tokenizer, WIDE)
 
 
 def test_outputs() -> None:
-    assert {name: num_outputs(task) for name, task in TASKS.items()} == {
+    assert {name: task.num_outputs for name, task in TASKS.items()} == {
         "BoolQ": 2, "CB": 3, "COPA": 1, "MultiRC": 2, "ReCoRD": 1, "RTE": 2, "WiC": 2, "WSC": 2, "AX-b": 2, "AX-g": 2
     }  # fmt: skip
-    assert [name for name, task in TASKS.items() if has_choices(task)] == ["COPA", "ReCoRD"]
+    assert [name for name, task in TASKS.items() if task.head is Head.CHOICE] == ["COPA", "ReCoRD"]

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from deberta_dist.errors import DataError
-from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
-from deberta_dist.tasks.release import Release
+from deberta_dist.tasks.base import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from deberta_dist.tasks.superglue.tasks import MAIN_TASKS, TASKS
 from tests.tasks.conftest import rows
 
 
@@ -37,7 +38,7 @@ def test_a_zip_is_read_like_a_folder(data: Path, tmp_path: Path, folder: str) ->
     with zipfile.ZipFile(tmp_path / "combined.zip", "w") as archive:
         for path in data.rglob("*.jsonl"):
             archive.write(path, folder + str(path.relative_to(data)))
-    a, b = Release(data), Release(tmp_path / "combined.zip")
+    a, b = Release(data, SUPERGLUE), Release(tmp_path / "combined.zip", SUPERGLUE)
     for task in TASKS.values():
         for split in task.counts:
             assert a.read(task, split).decisions == b.read(task, split).decisions
@@ -47,18 +48,18 @@ def test_what_is_no_release(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     for path in (tmp_path / "file", tmp_path / "nowhere"):
         with pytest.raises(DataError, match="neither a folder nor a zip file"):
-            Release(path)
+            Release(path, SUPERGLUE)
     (data / "RTE/val.jsonl").unlink()
     with pytest.raises(DataError, match=r"RTE/val.jsonl is missing: RTE needs the split val"):
-        Release(data).read(TASKS["RTE"], "val")
+        Release(data, SUPERGLUE).read(TASKS["RTE"], "val")
     (data / "RTE/train.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"RTE/train.jsonl is empty"):
-        Release(data).read(TASKS["RTE"], "train")
+        Release(data, SUPERGLUE).read(TASKS["RTE"], "train")
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
         for folder in ("a/", "b/"):
             archive.write(data / "CB/val.jsonl", folder + "CB/val.jsonl")
     with pytest.raises(DataError, match="holds CB/val.jsonl twice"):
-        Release(tmp_path / "twice.zip")
+        Release(tmp_path / "twice.zip", SUPERGLUE)
 
 
 def _set(path: str, value: Any):
@@ -112,7 +113,7 @@ def test_a_faulty_line_is_named(data: Path, task: str, change, message: str) -> 
     change(found[0])
     path.write_text("\n".join(map(json.dumps, found)))
     with pytest.raises(DataError) as caught:
-        Release(data).read(TASKS[task], "train")
+        Release(data, SUPERGLUE).read(TASKS[task], "train")
     assert f"{path}, line 1" in str(caught.value) and message in str(caught.value)
 
 
@@ -123,22 +124,22 @@ def test_a_malformed_line_is_named(data: Path, text: str) -> None:
     path = data / "CB/train.jsonl"
     path.write_bytes(path.read_bytes() + b"\n\n" + text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=r"CB/train.jsonl, line 6: "):
-        Release(data).read(TASKS["CB"], "train")
+        Release(data, SUPERGLUE).read(TASKS["CB"], "train")
 
 
 def test_numbers_of_any_length_stand_in_fields_that_are_not_read(data: Path) -> None:
     path = data / "CB/train.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line.replace("{", '{"weight": ' + "9" * 5000 + ', "other": 1e999, ', 1) for line in lines))
-    read = Release(data).read(TASKS["CB"], "train")
+    read = Release(data, SUPERGLUE).read(TASKS["CB"], "train")
     assert len(read.decisions) == len(lines)
     path.write_text(lines[0].replace('"idx": ', '"idx": ' + "9" * 5000))
     with pytest.raises(DataError, match=r"CB/train.jsonl, line 1: idx is '9{199}, a whole number"):
-        Release(data).read(TASKS["CB"], "train")
+        Release(data, SUPERGLUE).read(TASKS["CB"], "train")
 
     path.write_text(re.sub('"premise": "[^"]*"', '"premise": ' + "9" * 5000, lines[0]))
     with pytest.raises(DataError, match=r"line 1: premise is LongInteger, str is expected"):
-        Release(data).read(TASKS["CB"], "train")
+        Release(data, SUPERGLUE).read(TASKS["CB"], "train")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_foreign_file_is_told_and_its_task_not_passed_over(data: Path, content
         path.symlink_to("nowhere")
     else:
         path.write_bytes(content)
-    release = Release(data)
+    release = Release(data, SUPERGLUE)
     assert TASKS["CB"] in release.tasks("train")
     with pytest.raises(DataError, match=rf"CB/train.jsonl.*{message}"):
         release.read(TASKS["CB"], "train")
@@ -166,7 +167,7 @@ def test_a_duplicate_idx_is_named(data: Path) -> None:
     path = data / "CB/train.jsonl"
     path.write_text(path.read_text() + "\n" + path.read_text().splitlines()[1])
     with pytest.raises(DataError, match=r"line 5: idx 5 stands in line 2 already"):
-        Release(data).read(TASKS["CB"], "train")
+        Release(data, SUPERGLUE).read(TASKS["CB"], "train")
 
 
 def test_a_damaged_zip_is_named(data: Path, tmp_path: Path) -> None:
@@ -177,4 +178,4 @@ def test_a_damaged_zip_is_named(data: Path, tmp_path: Path) -> None:
     content[content.index(b"premise")] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"CB/val.jsonl cannot be read \(BadZipFile"):
-        Release(path).read(TASKS["CB"], "val")
+        Release(path, SUPERGLUE).read(TASKS["CB"], "val")

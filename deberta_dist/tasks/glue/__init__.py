@@ -1,0 +1,1 @@
+"""GLUE: of its tasks the one from which others start."""

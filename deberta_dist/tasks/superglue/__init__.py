@@ -1,0 +1,1 @@
+"""SuperGLUE: eight tasks and two diagnostics, the published scores, the submission."""
