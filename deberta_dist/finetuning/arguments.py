@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.conversion.options import ReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
+from deberta_dist.training.arguments import parse_arguments
 
 ALL = "all"
 # Natural language inference first, then the small tasks, then the long ones.
@@ -79,12 +79,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     parser.add_argument("--sift", action="store_true")
     parser.add_argument("--seeds")
     parser.add_argument("--out")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--world-size", type=int)
-    parser.add_argument("--local_rank", "--local-rank")  # the launcher's environment says it as well
-    known, overrides = parser.parse_known_args(list(arguments))
-    if known.world_size is not None and (not 1 <= known.world_size <= MOST_RANKS or not known.dry_run):
-        raise ConfigError("command line: --world-size is a number of processes, and belongs to --dry-run")
+    of_run = parse_arguments(arguments)
+    known, overrides = parser.parse_known_args(of_run.rest)
     if known.mnli is not None and known.intermediate is None and MNLI.name not in known.task.split(","):
         raise ConfigError(f"command line: --mnli belongs to --intermediate {MNLI.name} or --task {MNLI.name}")
     short = {"--run.directory": known.out, "--training.seeds": known.seeds}
@@ -99,8 +95,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         recipe=known.recipe,
         mnli=known.mnli,
         intermediate=known.intermediate is not None,
-        dry_run=known.dry_run,
-        world_size=known.world_size,
+        dry_run=of_run.dry_run,
+        world_size=of_run.world_size,
         overrides=tuple(overrides),
     )
 

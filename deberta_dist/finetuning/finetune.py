@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.config import precision
 from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
@@ -22,8 +20,6 @@ from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
 from deberta_dist.finetuning.state import Earlier, open_earlier
-from deberta_dist.models.attention_choice import require_attention
-from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
@@ -32,6 +28,7 @@ from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.report import make_report
 from deberta_dist.tasks.scores import scored_split
 from deberta_dist.training.build import mesh_shape
+from deberta_dist.training.entry import require_machine
 from deberta_dist.training.entry import start as start_launcher
 
 
@@ -58,19 +55,9 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         left = _unfinished(plans, parsed, start=start, verify=False)
         print("\n".join([describe(plans, start=start), *_continuations(left)]))
         return
-    if any(precision(plan.deepspeed) == "fp16" for plan in plans) and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.deepspeed = {plans[0].config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
-        )
     device = local_device(launch)
     for plan in plans:
-        require_attention(
-            plan.config.training.attention,
-            plan.model_config,
-            dtype=DTYPES[precision(plan.deepspeed)],
-            device=device,
-            where=f"{plan.config.source}: training.attention",
-        )
+        require_machine(plan.config, deepspeed=plan.deepspeed, model_config=plan.model_config, device=device)
     left = _unfinished(plans, parsed, start=start, verify=launch.rank == 0)
     if launch.rank == 0:
         print("\n".join([describe(plans, start=start), *_continuations(left)]), flush=True)

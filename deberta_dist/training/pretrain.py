@@ -21,9 +21,9 @@ from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import unused_rows
 from deberta_dist.data.prefetch import Prefetcher
-from deberta_dist.errors import ConfigError, DivergedError
+from deberta_dist.errors import DivergedError
 from deberta_dist.files.lock import RunLock
-from deberta_dist.models.attention_choice import describe_attention, require_attention
+from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.flops import device_peak_flops
 from deberta_dist.models.residual import require_compiler
 from deberta_dist.parallel.layout import DTYPES
@@ -31,8 +31,9 @@ from deberta_dist.parallel.mesh import Mesh, discover_launch, local_device, make
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.reading import describe_reading
+from deberta_dist.training.arguments import parse_arguments
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
-from deberta_dist.training.entry import parse_arguments, start
+from deberta_dist.training.entry import require_machine, start
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
 from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
 from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
@@ -77,7 +78,7 @@ def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
 
 def _run(launcher: Path, arguments: Sequence[str]) -> None:
     parsed = parse_arguments(arguments)
-    config = resolve_vocabulary(load_config(launcher.with_suffix(".toml"), parsed.overrides))
+    config = resolve_vocabulary(load_config(launcher.with_suffix(".toml"), parsed.rest))
     launch = discover_launch()
     if parsed.dry_run:
         if launch.rank == 0:
@@ -87,13 +88,8 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         return
     plan = check_plan(config, world_size=launch.world_size)
     refuse_finished(plan)
-    if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
-        )
     training, device = plan.config.training, local_device(launch)
-    attention = {"dtype": DTYPES[precision(plan.deepspeed)], "device": device}
-    require_attention(training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention")
+    require_machine(plan.config, deepspeed=plan.deepspeed, model_config=plan.model_config, device=device)
     if training.compile:
         require_compiler(device.type)
     data = open_data(plan)
@@ -118,7 +114,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         print_every=training.log_every_steps,
     )
     log.say(headline(plan, device))
-    log.say(describe_attention(training.attention, plan.model_config, **attention))
+    log.say(describe_attention(training.attention, plan.model_config, dtype=DTYPES[precision(plan.deepspeed)], device=device))
     log.say(describe_reading(plan.config, data.train.mixture))
     if unused := unused_rows(data.tokenizer, plan.model_config.vocab_size):
         log.say(f"warning: {unused}")
