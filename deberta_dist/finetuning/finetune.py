@@ -5,9 +5,7 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -17,9 +15,9 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import USAGE, Arguments, parse
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
-from deberta_dist.finetuning.run import identity, run_task
+from deberta_dist.finetuning.run import TaskRun, identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
-from deberta_dist.finetuning.state import Earlier, open_earlier
+from deberta_dist.finetuning.state import open_earlier
 from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.tasks.mnli import MNLI
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
@@ -71,18 +69,7 @@ def _through_mnli(plan: TaskPlan, arguments: Arguments) -> bool:
     return arguments.intermediate and plan.starts_from_intermediate
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A task with a seed that is left to do, and the shorter run that it continues."""
-
-    plan: TaskPlan
-    seed: int
-    folder: TaskFolder
-    made_from: dict[str, Any]
-    earlier: Earlier | None
-
-
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_Job]:
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[TaskRun]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
     directory = plans[0].config.run.directory
     if (directory / CHECKPOINTS_NAME).exists():
@@ -94,44 +81,36 @@ def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: Start
             folder = TaskFolder(directory, plan.task, seed)
             if not folder.is_done(made_from):
                 earlier = open_earlier(folder, made_from, plan=plan, verify=verify)
-                left.append(_Job(plan, seed, folder, made_from, earlier))
+                left.append(TaskRun(plan, seed, folder, made_from, earlier))
     return left
 
 
-def _continuations(left: Sequence[_Job]) -> list[str]:
+def _continuations(left: Sequence[TaskRun]) -> list[str]:
     """One line for each run that continues a shorter one."""
     return [
-        f"{job.plan.task.name}, seed {job.seed}: continues {job.folder.final} ({job.earlier.epochs:g} epochs, "
-        f"{job.earlier.done[0]} steps)"
-        for job in left
-        if job.earlier is not None
+        f"{run.plan.task.name}, seed {run.seed}: continues {run.folder.final} ({run.earlier.epochs:g} epochs, "
+        f"{run.earlier.done[0]} steps)"
+        for run in left
+        if run.earlier is not None
     ]
 
 
-def _run_all(left: Sequence[_Job], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
+def _run_all(left: Sequence[TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
     if discover_launch().rank == 0:
-        for job in left:
+        for run in left:
             # Whoever works on one of them is found before the ranks meet.
-            job.folder.begin(earlier=None if job.earlier is None else job.earlier.run)
+            run.folder.begin(earlier=None if run.earlier is None else run.earlier.run)
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     from_mnli: StartingPoint | None = None
-    for job in left:
-        through_mnli = _through_mnli(job.plan, arguments)
+    for run in left:
+        through_mnli = _through_mnli(run.plan, arguments)
         if through_mnli and from_mnli is None:
             mnli = next(plan for plan in plans if plan.task is MNLI)
             weights = TaskFolder(config.run.directory, MNLI, mnli.seeds[0]).weights
             from_mnli = open_starting_point(weights, tokenizer=None, verify=False)
-        run_task(
-            job.plan,
-            job.seed,
-            start=from_mnli if through_mnli else start,
-            mesh=mesh,
-            folder=job.folder,
-            made_from=job.made_from,
-            earlier=job.earlier,
-        )
+        run_task(run, start=from_mnli if through_mnli else start, mesh=mesh)
     dist.destroy_process_group()
 
 
