@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from deberta_dist.config.section import MOST_RANKS
 from deberta_dist.conversion.options import ReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.base import Benchmark, Task
 from deberta_dist.tasks.registry import DEFAULT
+from deberta_dist.training.arguments import parse_arguments
 
 ALL = "all"
 
@@ -118,12 +118,8 @@ def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> Arguments
     parser.add_argument("--sift", action="store_true")
     parser.add_argument("--seeds")
     parser.add_argument("--out")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--world-size", type=int)
-    parser.add_argument("--local_rank", "--local-rank")  # the launcher's environment says it as well
-    known, overrides = parser.parse_known_args(list(arguments))
-    if known.world_size is not None and (not 1 <= known.world_size <= MOST_RANKS or not known.dry_run):
-        raise ConfigError("command line: --world-size is a number of processes, and belongs to --dry-run")
+    of_run = parse_arguments(arguments)
+    known, overrides = parser.parse_known_args(of_run.rest)
     own_data = {task.name: getattr(known, _data_flag(task).removeprefix("--")) for task in benchmark.intermediate}
     for name, folder in own_data.items():
         if folder is not None and name not in (known.intermediate, *known.task.split(",")):
@@ -142,8 +138,8 @@ def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> Arguments
         recipe=known.recipe,
         intermediate=known.intermediate if intermediate else "",
         intermediate_data={name: folder for name, folder in own_data.items() if folder is not None},
-        dry_run=known.dry_run,
-        world_size=known.world_size,
+        dry_run=of_run.dry_run,
+        world_size=of_run.world_size,
         overrides=tuple(overrides),
     )
 

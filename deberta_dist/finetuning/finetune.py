@@ -5,26 +5,20 @@ command line -> checkpoint, recipes, data, all checked -> process group -> for e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.config import precision
 from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.finetuning.arguments import Arguments, parse, usage
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
-from deberta_dist.finetuning.run import identity, run_task
+from deberta_dist.finetuning.run import TaskRun, identity, run_task
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
-from deberta_dist.finetuning.state import Earlier, open_earlier
-from deberta_dist.models.attention_choice import require_attention
-from deberta_dist.parallel.layout import DTYPES
+from deberta_dist.finetuning.state import open_earlier
 from deberta_dist.parallel.mesh import discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.tasks.base import Benchmark, Release
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
@@ -32,6 +26,7 @@ from deberta_dist.tasks.registry import DEFAULT
 from deberta_dist.tasks.report import make_report
 from deberta_dist.tasks.scores import scored_split
 from deberta_dist.training.build import mesh_shape
+from deberta_dist.training.entry import require_machine
 from deberta_dist.training.entry import start as start_launcher
 
 
@@ -60,19 +55,9 @@ def _run(launcher: Path, arguments: Sequence[str], *, benchmark: Benchmark = DEF
         left = _unfinished(plans, parsed, start=start, verify=False)
         print("\n".join([describe(plans, start=start), *_continuations(left)]))
         return
-    if any(precision(plan.deepspeed) == "fp16" for plan in plans) and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.deepspeed = {plans[0].config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
-        )
     device = local_device(launch)
     for plan in plans:
-        require_attention(
-            plan.config.training.attention,
-            plan.model_config,
-            dtype=DTYPES[precision(plan.deepspeed)],
-            device=device,
-            where=f"{plan.config.source}: training.attention",
-        )
+        require_machine(plan.config, deepspeed=plan.deepspeed, model_config=plan.model_config, device=device)
     left = _unfinished(plans, parsed, start=start, verify=launch.rank == 0)
     if launch.rank == 0:
         print("\n".join([describe(plans, start=start), *_continuations(left)]), flush=True)
@@ -87,18 +72,7 @@ def _through(plan: TaskPlan, arguments: Arguments) -> str | None:
     return (arguments.intermediate or None) if plan.starts_from_intermediate else None
 
 
-@dataclass(frozen=True)
-class _TaskRun:
-    """A task with a seed that is left to do, and the shorter run that it continues."""
-
-    plan: TaskPlan
-    seed: int
-    folder: TaskFolder
-    made_from: dict[str, Any]
-    earlier: Earlier | None
-
-
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[_TaskRun]:
+def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[TaskRun]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
     directory = plans[0].config.run.directory
     if (directory / CHECKPOINTS_NAME).exists():
@@ -110,44 +84,36 @@ def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: Start
             folder = TaskFolder(directory, plan.task, seed)
             if not folder.is_done(made_from):
                 earlier = open_earlier(folder, made_from, plan=plan, verify=verify)
-                left.append(_TaskRun(plan, seed, folder, made_from, earlier))
+                left.append(TaskRun(plan, seed, folder, made_from, earlier))
     return left
 
 
-def _continuations(left: Sequence[_TaskRun]) -> list[str]:
+def _continuations(left: Sequence[TaskRun]) -> list[str]:
     """One line for each run that continues a shorter one."""
     return [
-        f"{job.plan.task.name}, seed {job.seed}: continues {job.folder.final} ({job.earlier.epochs:g} epochs, "
-        f"{job.earlier.done[0]} steps)"
-        for job in left
-        if job.earlier is not None
+        f"{run.plan.task.name}, seed {run.seed}: continues {run.folder.final} ({run.earlier.epochs:g} epochs, "
+        f"{run.earlier.done[0]} steps)"
+        for run in left
+        if run.earlier is not None
     ]
 
 
-def _run_all(left: Sequence[_TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
+def _run_all(left: Sequence[TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
     if discover_launch().rank == 0:
-        for job in left:
+        for run in left:
             # Whoever works on one of them is found before the ranks meet.
-            job.folder.begin(earlier=None if job.earlier is None else job.earlier.run)
+            run.folder.begin(earlier=None if run.earlier is None else run.earlier.run)
     device = start_process_group(timeout_minutes=config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     in_between: StartingPoint | None = None
-    for job in left:
-        through = _through(job.plan, arguments)
+    for run in left:
+        through = _through(run.plan, arguments)
         if through is not None and in_between is None:
             trained = next(plan for plan in plans if plan.task.name == through)
             weights = TaskFolder(config.run.directory, trained.task, trained.seeds[0]).weights
             in_between = open_starting_point(weights, tokenizer=None, verify=False)
-        run_task(
-            job.plan,
-            job.seed,
-            start=start if through is None or in_between is None else in_between,
-            mesh=mesh,
-            folder=job.folder,
-            made_from=job.made_from,
-            earlier=job.earlier,
-        )
+        run_task(run, start=start if through is None or in_between is None else in_between, mesh=mesh)
     dist.destroy_process_group()
 
 

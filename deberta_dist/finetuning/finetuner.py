@@ -47,12 +47,12 @@ class FineTuner:
     """Drives one rank's classifier.
 
     Args:
-        model: This rank's weights.
-        mesh: The grid.
+        model: A classifier, this rank's shards of it.
+        mesh: Its data axis shares out the decisions of a step and the sequences of a split.
         sift: How to perturb; None for plain fine-tuning.
         seed: Of dropout and perturbations.
-        pad_id: Of the tokenizer.
-        sep_id: Of the tokenizer.
+        pad_id: Fills sequences up to the longest of a batch.
+        sep_id: Ends the first of two texts, behind which token types are 1.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FineTuner:
             batches: This data-parallel rank's micro-batches with their numbers in the step.
             num_decisions: Of the step, over all ranks.
             step: Number of the step, from 0.
-            learning_rate: For this step.
+            learning_rate: Of the optimizer in this step.
         """
         loss_scale = self.model.store.loss_scale
 
@@ -125,7 +125,7 @@ class FineTuner:
         """Probabilities of every decision of a split, the same on every data-parallel rank. Collective.
 
         Args:
-            features: The split.
+            features: Encoded sequences of all decisions.
             batch_size: Sequences per forward pass of a rank; sequences of like length meet in one.
 
         Raises:

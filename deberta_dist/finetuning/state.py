@@ -29,7 +29,7 @@ from deberta_dist.parallel.flat_layout import ShardState
 from deberta_dist.parallel.layout import flat_layouts
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
-from deberta_dist.training.lr_schedule import learning_rate
+from deberta_dist.training.loop import learning_rate
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Earlier:
     """A finished run of a task that goes on to more epochs.
 
     Attributes:
-        folder: Where it is.
-        run: Its ``run.json``.
-        reader: Its last state.
+        folder: Of its result, with metrics, predictions and weights.
+        run: What its ``run.json`` holds.
+        reader: Of the state after its last step: weights and moments.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ def open_earlier(folder: TaskFolder, identity: Mapping[str, Any], *, plan: TaskP
     Args:
         folder: Of the task; `TaskFolder.is_done` has found nothing wrong with it.
         identity: What the run would be made from.
-        plan: The task.
+        plan: The longer run; its tensors must be those of the state.
         verify: Compare every byte of the state with its checksums; one rank is enough.
 
     Raises:
@@ -114,12 +114,12 @@ def write_state(
     Args:
         model: This rank's weights, whatever they are by now.
         shards: This rank's state after the last step.
-        plan: The task.
-        seed: Of the run.
-        done: Steps and decisions.
-        tokenizer_sha256: Of the tokenizer.
-        mesh: The grid.
-        folder: Begun by rank 0.
+        plan: Its settings go into the manifest.
+        seed: Likewise.
+        done: Steps and decisions behind the state.
+        tokenizer_sha256: A run with another tokenizer is refused by it.
+        mesh: Every rank writes its shards.
+        folder: The unfinished one of the task, begun by rank 0.
 
     Returns:
         What went wrong, on the ranks that know: a full disk costs the state, not the task.

@@ -1,56 +1,56 @@
-"""How a launcher's Python half begins and ends: its own flags, and one line and an exit code for what goes wrong."""
+"""How a launcher's Python half begins and ends: what the machine must have, one line and an exit code for what goes wrong."""
 
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from deberta_dist.config.section import MOST_RANKS
+from deberta_dist.config import FineTuneConfig, RunConfig, precision
 from deberta_dist.errors import ConfigError, DebertaDistError
+from deberta_dist.models.attention_choice import require_attention
+from deberta_dist.models.config import DebertaConfig
+from deberta_dist.parallel.layout import DTYPES
+from deberta_dist.training.arguments import HELP
 from deberta_dist.training.hostfile import check_front
 from deberta_dist.training.launch import FLAGS_WITH_VALUE
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """A launcher's command line."""
+def require_machine(
+    config: RunConfig | FineTuneConfig,
+    *,
+    deepspeed: Mapping[str, Any],
+    model_config: DebertaConfig,
+    device: torch.device,
+) -> None:
+    """Refuses what this machine cannot compute, before any process group exists.
 
-    overrides: list[str]
-    dry_run: bool
-    world_size: int | None
+    Args:
+        config: Resolved; its ``training.attention`` is checked, and its ``run.deepspeed`` named.
+        deepspeed: Filled-in DeepSpeed JSON, which says the precision.
+        model_config: Decides which kernels can compute it.
+        device: Where this rank will compute.
 
-
-def parse_arguments(arguments: Sequence[str]) -> Arguments:
-    """Takes our own flags and DeepSpeed's ``--local_rank`` out; the rest are overrides for ``load_config``."""
-    overrides: list[str] = []
-    dry_run, world_size = False, None
-    rest = list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name in ("--local_rank", "--local-rank"):
-            if not equals:
-                rest.pop(0)  # the launcher's environment says it as well
-        elif name == "--dry-run":
-            dry_run = True
-        elif name == "--world-size":
-            value = value if equals else (rest.pop(0) if rest else "")
-            if not value.isdecimal() or len(value) > 9 or not 1 <= int(value) <= MOST_RANKS:
-                raise ConfigError(
-                    f"command line: --world-size needs a number of processes, 1 to {MOST_RANKS}, got {value[:40]!r}"
-                )
-            world_size = int(value)
-        else:
-            overrides.append(name + equals + value)
-    if world_size is not None and not dry_run:
-        raise ConfigError("command line: --world-size belongs to --dry-run; a real run has the processes it has")
-    return Arguments(overrides=overrides, dry_run=dry_run, world_size=world_size)
+    Raises:
+        ConfigError: fp16 without a GPU, or an attention that does not run here.
+    """
+    numbers = precision(deepspeed)
+    if numbers == "fp16" and not torch.cuda.is_available():
+        raise ConfigError(f"run.deepspeed = {config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here")
+    require_attention(
+        config.training.attention,
+        model_config,
+        dtype=DTYPES[numbers],
+        device=device,
+        where=f"{config.source}: training.attention",
+    )
 
 
 def start(
@@ -65,14 +65,14 @@ def start(
 
     Args:
         run: Takes the launcher's path and the command line.
-        launcher: Its path.
+        launcher: Its path; the TOML beside it has the same stem.
         arguments: Command line; ``sys.argv[1:]`` by default.
-        help_text: For ``--help``.
+        help_text: What ``--help`` prints.
         goes_on: From where the same command goes on after an interrupt.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
-    if "--help" in arguments or "-h" in arguments:
+    if any(word in arguments for word in HELP):
         if is_speaker:
             print(help_text)
         return

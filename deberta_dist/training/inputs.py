@@ -1,6 +1,6 @@
 """What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -187,14 +187,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
         model = to_published(source, decoder="emd" if config.uses_enhanced_mask_decoder else "plain")
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
-    missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
-    if missing:
-        cure = (
-            f"the masked language model of a v3 release is its generator, {GENERATOR_NAME}"
-            if is_discriminator(model.weights)
-            else "pre-training goes on from a masked language model, not from a backbone or a classifier"
-        )
-        raise CheckpointError(f"{where} ({source.description}) lacks {shorten(missing)}: {cure}")
+    _require_all(model, shapes=shapes, where=f"{where} ({source.description})")
     notes = [f"starts from {path} ({source.description})", *_warnings(model, shapes=shapes)]
     notes += [f"warning: {text}" for text in unread_settings(source)]
     notes += [f"left out of it: {dropped.key} ({dropped.why})" for dropped in model.reading.dropped if "allow" in dropped.why]
@@ -207,6 +200,17 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
         return initial_tensor(name, shapes[name], seed=plan.config.training.seed, std=config.initializer_range)
 
     return InitialWeights(read=read, notes=tuple(notes))
+
+
+def _require_all(model: Published, *, shapes: Collection[str], where: str) -> None:
+    missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
+    if missing:
+        cure = (
+            f"the masked language model of a v3 release is its generator, {GENERATOR_NAME}"
+            if is_discriminator(model.weights)
+            else "pre-training goes on from a masked language model, not from a backbone or a classifier"
+        )
+        raise CheckpointError(f"{where} lacks {shorten(missing)}: {cure}")
 
 
 def _warnings(model: Published, *, shapes: Container[str]) -> list[str]:

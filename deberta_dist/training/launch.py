@@ -17,6 +17,7 @@ from typing import NamedTuple
 from deberta_dist.config import Parallel
 from deberta_dist.config.load import load_table
 from deberta_dist.errors import ConfigError
+from deberta_dist.training.arguments import DRY_RUN, HELP
 from deberta_dist.training.hostfile import DEFAULT_HOSTFILE, check_placement
 
 # DeepSpeed 0.19.8's own flags; a test compares both tables with its parser.
@@ -32,7 +33,7 @@ FLAGS_ALONE = frozenset(
 # Any of these says which processes to start, so none are added.
 PLACEMENT_FLAGS = frozenset("-H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators".split())
 # With one of these the script prints something and starts no ranks.
-ALONE = ("--dry-run", "--help", "-h")
+ALONE = (DRY_RUN, *HELP)
 # The launchers are Python files to DeepSpeed, started with --local_rank.
 IMPOSSIBLE_FLAGS = frozenset(("--module", "--no_python"))
 

@@ -17,7 +17,7 @@ from deberta_dist.config import default_values
 from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError
 from deberta_dist.planning.plan import Plan
-from deberta_dist.training.lr_schedule import learning_rate
+from deberta_dist.training.loop import learning_rate
 
 RESULT_NAME = "result.json"
 WEIGHTS_NAME = "weights"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deberta_dist.planning.dry_run import format_seconds
 
@@ -50,7 +50,7 @@ class MetricsLog:
     """Writes ``metrics.jsonl`` and prints; on ranks other than 0 both do nothing.
 
     Args:
-        directory: Run directory.
+        directory: Of the run; ``metrics.jsonl`` in it is continued where it is there.
         is_writer: True on global rank 0.
         max_steps: Length of the run (optimizer steps), for the time left.
         print_every: Steps between lines on screen.
@@ -65,14 +65,15 @@ class MetricsLog:
         self._max_steps = max_steps
         self._print_every = print_every
         self._first_step_ended: float | None = None
-        self._done = 0
+        self._last_step, self._done = 0, 0
 
-    def step(self, metrics: StepMetrics, **more: float | Mapping[str, float] | None) -> None:
-        """Records one optimizer step, with further numbers for the file."""
+    def step(self, metrics: StepMetrics, **more: Any) -> None:
+        """Records one optimizer step, with more for the file: numbers, and the ``network`` where there are several."""
         if self._first_step_ended is None:
             self._first_step_ended = time.monotonic()
-        else:
+        elif metrics.step != self._last_step:  # another network's record of the same step is not another step
             self._done += 1
+        self._last_step = metrics.step
         self._write({**asdict(metrics), **more})
         if metrics.skipped:
             self.say(
@@ -80,7 +81,12 @@ class MetricsLog:
                 f"(loss {metrics.loss:.4f}); weights unchanged"
             )
         elif metrics.step % self._print_every == 0 or metrics.step in (1, self._max_steps):
-            self.say(self._line(metrics, padding=more.get("padding")))
+            self.say(self._line(metrics, network=more.get("network"), padding=more.get("padding")))
+
+    def left_out(self, *, step: int, consumed_samples: int) -> None:
+        """Records a step whose batch was dropped unread."""
+        self._write({"step": step, "left_out": True, "consumed_samples": consumed_samples})
+        self.say(f"step {step}: left out, its batch is not learned from; weights unchanged")
 
     def evaluation(self, *, step: int, loss: float, accuracy: float, num_targets: int) -> None:
         """Records an evaluation on held-out text."""
@@ -106,8 +112,8 @@ class MetricsLog:
         """Records a finished checkpoint.
 
         Args:
-            step: Of the checkpoint.
-            path: Where it is.
+            step: Steps done when it was made.
+            path: Its directory.
             wait_seconds: Pause until the checkpoint before was finished; 0 unless the disk is too slow for them.
             copy_seconds: Pause for the copy to host memory.
             write_seconds: From then on, in the background.
@@ -135,8 +141,8 @@ class MetricsLog:
         """Records that the run continues from a checkpoint; later lines may repeat steps of an earlier start.
 
         Args:
-            step: Of the checkpoint.
-            path: Where it is.
+            step: Steps done when the checkpoint was made.
+            path: Its directory.
             changed: Settings that differ from the checkpoint's.
             position: Where it stands in each source.
             learning_rates: Of the checkpoint's last step and of the next, where the schedule has changed.
@@ -181,15 +187,16 @@ class MetricsLog:
                     f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}"
                 )
 
-    def _line(self, metrics: StepMetrics, *, padding: float | None) -> str:
+    def _line(self, metrics: StepMetrics, *, network: str | None, padding: float | None) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""
         padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
+        named = "" if network is None else f" | {network}"
         return (
-            f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | loss {metrics.loss:7.4f} | "
+            f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps}{named} | loss {metrics.loss:7.4f} | "
             f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
             f"{padded}{mfu}{left}"
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from time import monotonic
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,8 @@ from deberta_dist.checkpoint.manifest import Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import unused_rows
-from deberta_dist.data.prefetch import Prefetcher
-from deberta_dist.errors import ConfigError, DivergedError
 from deberta_dist.files.lock import RunLock
-from deberta_dist.models.attention_choice import describe_attention, require_attention
+from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.flops import device_peak_flops
 from deberta_dist.models.residual import require_compiler
 from deberta_dist.parallel.layout import DTYPES
@@ -31,14 +29,16 @@ from deberta_dist.parallel.mesh import Mesh, discover_launch, local_device, make
 from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.reading import describe_reading
+from deberta_dist.training.arguments import parse_arguments
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
-from deberta_dist.training.entry import parse_arguments, start
+from deberta_dist.training.entry import require_machine, start
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
 from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
+from deberta_dist.training.hooks import CheckpointHook, EvaluationHook, FiniteGuard, MetricsHook, StopHook
 from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
 from deberta_dist.training.length import WEIGHTS_NAME, keep_earlier_weights, learning_rates, refuse_finished
-from deberta_dist.training.lr_schedule import learning_rate
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.loop import FinishedStep, Loop, Request, learning_rate
+from deberta_dist.training.metrics import MetricsLog
 from deberta_dist.training.preview import preview_start
 from deberta_dist.training.resume import (
     Found,
@@ -51,12 +51,13 @@ from deberta_dist.training.resume import (
 )
 from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.step_batch import StepBatch
+from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
 from deberta_dist.training.vocabulary import resolve_vocabulary
 
 # Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
-BATCHES_AHEAD = 2
+NETWORK = "masked_lm"
 
 
 def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
@@ -77,24 +78,17 @@ def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
 
 def _run(launcher: Path, arguments: Sequence[str]) -> None:
     parsed = parse_arguments(arguments)
-    config = resolve_vocabulary(load_config(launcher.with_suffix(".toml"), parsed.overrides))
+    config = resolve_vocabulary(load_config(launcher.with_suffix(".toml"), parsed.rest))
     launch = discover_launch()
     if parsed.dry_run:
         if launch.rank == 0:
-            plan = check_plan(config, world_size=parsed.world_size or smallest_world_size(config))
-            start_lines = preview_start(plan)
-            print("\n".join([describe(plan), *start_lines] if start_lines else [describe(plan)]).rstrip("\n"))
+            _print_plan(check_plan(config, world_size=parsed.world_size or smallest_world_size(config)))
         return
     plan = check_plan(config, world_size=launch.world_size)
     refuse_finished(plan)
-    if precision(plan.deepspeed) == "fp16" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.deepspeed = {plan.config.run.deepspeed} asks for fp16, which needs a GPU; bf16 and fp32 run here"
-        )
-    training, device = plan.config.training, local_device(launch)
-    attention = {"dtype": DTYPES[precision(plan.deepspeed)], "device": device}
-    require_attention(training.attention, plan.model_config, **attention, where=f"{plan.config.source}: training.attention")
-    if training.compile:
+    device = local_device(launch)
+    require_machine(plan.config, deepspeed=plan.deepspeed, model_config=plan.model_config, device=device)
+    if plan.config.training.compile:
         require_compiler(device.type)
     data = open_data(plan)
     initial_weights = None
@@ -111,27 +105,52 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     start_process_group(timeout_minutes=plan.config.run.timeout_minutes)
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
     checkpoint = share_checkpoint(found.reader, plan=plan, mesh=mesh)
-    log = MetricsLog(
-        directory,
-        is_writer=mesh.rank == 0,
-        max_steps=training.max_steps,
-        print_every=training.log_every_steps,
-    )
-    log.say(headline(plan, device))
-    log.say(describe_attention(training.attention, plan.model_config, **attention))
-    log.say(describe_reading(plan.config, data.train.mixture))
-    if unused := unused_rows(data.tokenizer, plan.model_config.vocab_size):
-        log.say(f"warning: {unused}")
+    log = _open_log(plan, data=data, mesh=mesh)
     parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
     # They keep files open, and with them the space of checkpoints that are removed meanwhile.
     del checkpoint, found, initial_weights
-    trainer = Trainer(parts, mesh=mesh, seed=training.seed)
+    trainer = Trainer(parts, mesh=mesh, seed=plan.config.training.seed)
     checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, data=data, log=log, damaged=damaged)
 
     result = train(trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, manifest=manifest)
 
-    weights = gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh)
+    _write_weights(parts, plan=plan, data=data, mesh=mesh, log=log)
+    dist.barrier()
+    dist.destroy_process_group()
+    if mesh.rank == 0:
+        log.say(write_result(result, plan=plan, data=data, directory=directory))
+    log.close()
+    if lock is not None:
+        lock.release()
+
+
+def _print_plan(plan: Plan) -> None:
+    """What a start would do, for a dry run."""
+    print("\n".join([describe(plan), *preview_start(plan)]).rstrip("\n"))
+
+
+def _open_log(plan: Plan, *, data: RunData, mesh: Mesh) -> MetricsLog:
+    """The run's metrics; its first lines on screen say what runs."""
+    training, model_config = plan.config.training, plan.model_config
+    log = MetricsLog(
+        Path(plan.config.run.directory),
+        is_writer=mesh.rank == 0,
+        max_steps=training.max_steps,
+        print_every=training.log_every_steps,
+    )
+    dtype = DTYPES[precision(plan.deepspeed)]
+    log.say(headline(plan, mesh.device))
+    log.say(describe_attention(training.attention, model_config, dtype=dtype, device=mesh.device))
+    log.say(describe_reading(plan.config, data.train.mixture))
+    if unused := unused_rows(data.tokenizer, model_config.vocab_size):
+        log.say(f"warning: {unused}")
+    return log
+
+
+def _write_weights(parts: TrainingParts, *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
+    """Writes ``weights/``, and keeps those of an earlier result beside it. Collective."""
+    weights, directory = gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh), plan.config.run.directory
     if mesh.rank == 0:
         if earlier := keep_earlier_weights(directory):
             log.say(f"the weights of the earlier result are kept in {earlier}")
@@ -141,13 +160,6 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
             tokenizer=data.tokenizer.path,
             directory=directory / WEIGHTS_NAME,
         )
-    dist.barrier()
-    dist.destroy_process_group()
-    if mesh.rank == 0:
-        log.say(write_result(result, plan=plan, data=data, directory=directory))
-    log.close()
-    if lock is not None:
-        lock.release()
 
 
 def make_parts(
@@ -180,6 +192,88 @@ def make_parts(
     return make()
 
 
+class PretrainingSteps:
+    """The steps of a run, for the loop.
+
+    Args:
+        trainer: Packs batches and takes steps.
+        plan: Says how many sequences a step has, and its FLOPs.
+        data: Its training text is read from where the checkpoint stands.
+        mesh: Says which rows of a step are this rank's.
+        manifest: Of the checkpoint that the run continues from; None at its beginning.
+        sizes: To pad targets to; None: they are not padded.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        plan: Plan,
+        data: RunData,
+        mesh: Mesh,
+        manifest: Manifest | None,
+        sizes: TargetSizes | None,
+    ) -> None:
+        self._trainer, self._plan, self._data, self._mesh, self._sizes = trainer, plan, data, mesh, sizes
+        self.first_step = 0 if manifest is None else manifest.step
+        self._consumed_before = 0 if manifest is None else data.resume_at(manifest.consumed_samples)
+        device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+        self._peak_flops = device_peak_flops(device_name)
+
+    def consumed_samples(self, num_steps: int) -> int:
+        """Sequences that the run has read after so many steps."""
+        return self._consumed_before + (num_steps - self.first_step) * self._plan.config.training.global_batch_size
+
+    def make_batch(self, step: int) -> StepBatch:
+        """This rank's micro-batches of a step."""
+        batch = own_rows(self._data.train, plan=self._plan, mesh=self._mesh, start=self.consumed_samples(step))
+        return self._trainer.pack(batch, sizes=self._sizes)
+
+    def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> dict[str, StepResult]:
+        """Takes a step."""
+        return {NETWORK: self._trainer.step(batch, step=step, learning_rate=learning_rate)}
+
+    def numbers(self, step: FinishedStep[StepBatch], result: StepResult) -> dict[str, Any]:
+        """What a record tells beside the loop's own: ``mfu``, epochs and, with dynamic batching, lengths and padding."""
+        flops, mfu = self._plan.flops_of_bucket(step.batch.input_ids.shape[1]).training, None
+        if self._peak_flops is not None:
+            mfu = result.num_tokens / step.seconds * flops / (self._peak_flops * self._mesh.shape.world_size)
+        return {
+            "mfu": mfu,
+            "epochs": self._data.epochs(step.consumed_samples),
+            **bucket_metrics(step.batch, result, plan=self._plan),
+        }
+
+
+class HeldOutEvaluation:
+    """Evaluates on the held-out text and keeps the last result.
+
+    Args:
+        trainer: Runs the forward passes.
+        plan: Says how many sequences are read, ``evaluation.num_sequences``.
+        data: Its held-out text is read, the same sequences every time.
+        mesh: Says which of them are this rank's.
+        log: Where results are recorded.
+        sizes: To pad targets to; None: they are not padded.
+
+    Attributes:
+        result: Of the last evaluation; None before the first.
+    """
+
+    def __init__(
+        self, trainer: Trainer, *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog, sizes: TargetSizes | None
+    ) -> None:
+        self._evaluate = partial(evaluate, trainer, plan=plan, validation=data.validation, mesh=mesh, sizes=sizes)
+        self._log = log
+        self.result: EvaluationResult | None = None
+
+    def run(self, step: int) -> EvaluationResult:
+        """Evaluates after ``step`` steps. Collective."""
+        self.result = self._evaluate()
+        self._log.evaluation(step=step, **asdict(self.result))
+        return self.result
+
+
 def train(
     trainer: Trainer,
     *,
@@ -190,78 +284,35 @@ def train(
     checkpointing: Checkpointing,
     manifest: Manifest | None,
 ) -> EvaluationResult:
-    """All optimizer steps that are left, evaluations and checkpoints of a run; returns the last evaluation.
+    """All optimizer steps that are left, evaluations and checkpoints of a run; returns the last evaluation. Collective.
 
     Raises:
         DivergedError: too many steps in a row had a non-finite gradient.
     """
-    training, optimizer = plan.config.training, plan.config.optimizer
-    device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    peak = device_peak_flops(device_name)
-    skipped_in_a_row = 0
-    result: EvaluationResult | None = None
-    first_step = 0 if manifest is None else manifest.step
-    consumed_before = 0 if manifest is None else data.resume_at(manifest.consumed_samples)
-
-    def consumed(step: int) -> int:
-        return consumed_before + (step - first_step) * training.global_batch_size
-
+    max_steps, optimizer = plan.config.training.max_steps, plan.config.optimizer
     sizes = held_out_sizes = None
     if mesh.device.type == "cuda":
         sizes, held_out_sizes = data.target_sizes(plan.config.micro_batch_shapes)
         log.say(f"targets: {sizes.padded_share():.1%} padding, so that a shape of micro-batches has few sizes of them")
-
-    def make_batch(step: int) -> StepBatch:
-        return trainer.pack(own_rows(data.train, plan=plan, mesh=mesh, start=consumed(step)), sizes=sizes)
-
-    def held_out() -> EvaluationResult:
-        return evaluate(trainer, plan=plan, validation=data.validation, mesh=mesh, sizes=held_out_sizes)
-
-    with Prefetcher(make_batch, start=first_step, depth=BATCHES_AHEAD, stop=training.max_steps) as batches:
-        for step, batch in enumerate(batches, start=first_step):
-            started = monotonic()
-            lr = learning_rate(
-                step,
-                peak=optimizer.learning_rate,
-                warmup_steps=plan.config.schedule.warmup_steps,
-                max_steps=training.max_steps,
-            )
-            outcome = trainer.step(batch, step=step, learning_rate=lr)
-            per_second = outcome.num_tokens / (monotonic() - started)
-            flops = plan.flops_of_bucket(batch.input_ids.shape[1]).training
-            log.step(
-                StepMetrics(
-                    step=step + 1,
-                    loss=outcome.loss,
-                    grad_norm=outcome.grad_norm,
-                    lr=lr,
-                    tokens_per_second=per_second,
-                    mfu=None if peak is None else per_second * flops / (peak * mesh.shape.world_size),
-                    consumed_samples=consumed(step + 1),
-                    data_seconds=batches.waited_seconds,
-                    skipped=outcome.skipped,
-                ),
-                epochs=data.epochs(consumed(step + 1)),
-                **bucket_metrics(batch, outcome, plan=plan),
-            )
-            skipped_in_a_row = skipped_in_a_row + 1 if outcome.skipped else 0
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise DivergedError(
-                    f"{skipped_in_a_row} steps in a row had a non-finite gradient, the last one step {step + 1}; "
-                    "lower optimizer.learning_rate or look at the data"
-                )
-            every, is_last = plan.config.evaluation.every_steps, step + 1 == training.max_steps
-            if is_last or (every and (step + 1) % every == 0):
-                result = held_out()
-                log.evaluation(step=step + 1, **asdict(result))
-            checkpointing.poll()
-            if checkpointing.is_due(step + 1):
-                checkpointing.save(step=step + 1, consumed_samples=consumed(step + 1))
-    checkpointing.poll(wait=True)
-    if result is None:  # a run that was stopped after its last step has only this left
-        result = held_out()
-        log.evaluation(step=first_step, **asdict(result))
-    return result
+    steps = PretrainingSteps(trainer, plan=plan, data=data, mesh=mesh, manifest=manifest, sizes=sizes)
+    held_out = HeldOutEvaluation(trainer, plan=plan, data=data, mesh=mesh, log=log, sizes=held_out_sizes)
+    hooks = [
+        FiniteGuard(most_skipped=MAX_SKIPPED_IN_A_ROW),
+        MetricsHook(log, more=steps.numbers),
+        EvaluationHook(held_out.run, every=plan.config.evaluation.every_steps),
+        CheckpointHook(checkpointing),
+        StopHook(max_steps, with_it=Request.EVALUATE | Request.SAVE),
+    ]
+    loop = Loop(
+        steps,
+        hooks=hooks,
+        first_step=steps.first_step,
+        max_steps=max_steps,
+        learning_rate=partial(learning_rate, peak=optimizer.learning_rate, warmup_steps=plan.config.schedule.warmup_steps),
+    )
+    loop.run()
+    # A run that was stopped after its last step has only this left.
+    return held_out.result or held_out.run(steps.first_step)
 
 
 def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.finetuning import finetune, run
+from deberta_dist.finetuning import finetune, steps
 from deberta_dist.finetuning.batches import TrainingOrder
 from tests.finetuning.small import DATA, Case
 from tests.harness import free_port, run_ranks
@@ -28,8 +28,8 @@ def fine_tune(directory: Path, arguments: list[str], port: int, first_of: int | 
     """One rank; with ``first_of`` the first steps have the learning rates of a run of so many."""
     os.environ["MASTER_PORT"] = str(port)
     if first_of is not None:
-        of_length = run.learning_rate
-        run.learning_rate = lambda step, **schedule: of_length(
+        of_length = steps.learning_rate
+        steps.learning_rate = lambda step, **schedule: of_length(
             step, **{**schedule, **({"max_steps": first_of} if step < first_of else {})}
         )
     finetune._run(directory / "finetune.sh", arguments)

@@ -1,0 +1,144 @@
+"""The hooks of a run, in the order in which the loop calls them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deberta_dist.errors import DivergedError
+from deberta_dist.training.loop import FinishedStep, Hook, NetworkResult, Place, Request
+from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.saving import Checkpointing
+
+
+class FiniteGuard(Hook):
+    """Ends a run whose weights are beyond repair: too many steps in a row had a non-finite gradient.
+
+    Args:
+        most_skipped: Steps in a row that no rank could take before the run gives up.
+        run: What its message calls the run; "" where there is one alone.
+    """
+
+    place = Place.GUARD
+
+    def __init__(self, *, most_skipped: int, run: str = "") -> None:
+        self._most_skipped, self._run = most_skipped, run
+        self._skipped_in_a_row = 0
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Counts the steps in a row that no rank took; a step that was left out neither counts nor ends the row."""
+        if step.results:
+            is_skipped = any(result.grad_norm is None for result in step.results.values())
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
+        return Request.NOTHING
+
+    def act(self, step: FinishedStep, requests: Request) -> None:
+        """Raises DivergedError; by then the metrics of the step are recorded."""
+        if self._skipped_in_a_row >= self._most_skipped:
+            raise DivergedError(
+                f"{f'{self._run}: ' if self._run else ''}{self._skipped_in_a_row} steps in a row had a non-finite gradient, "
+                f"the last one step {step.number}; lower optimizer.learning_rate or look at the data"
+            )
+
+
+class MetricsHook(Hook):
+    """Records every step: a record of each network's.
+
+    Args:
+        log: The run's; on ranks other than 0 it does nothing.
+        more: Further numbers of a step and a network; ``mfu`` among them is the model FLOPs utilisation.
+    """
+
+    place = Place.METRICS
+
+    def __init__(self, log: MetricsLog, *, more: Callable[[FinishedStep, Any], Mapping[str, Any]]) -> None:
+        self._log, self._more = log, more
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Records at once, so that the record is there whatever the hooks do about the step."""
+        if not step.results:
+            self._log.left_out(step=step.number, consumed_samples=step.consumed_samples)
+        for name, result in step.results.items():
+            self._record(step, result, {"network": name} if len(step.results) > 1 else {})
+        return Request.NOTHING
+
+    def _record(self, step: FinishedStep, result: NetworkResult, more: dict[str, Any]) -> None:
+        more |= self._more(step, result)
+        self._log.step(
+            StepMetrics(
+                step=step.number,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=step.learning_rate,
+                tokens_per_second=result.num_tokens / step.seconds,
+                mfu=more.pop("mfu", None),
+                consumed_samples=step.consumed_samples,
+                data_seconds=step.waited_seconds,
+                skipped=result.grad_norm is None,
+            ),
+            **more,
+        )
+
+
+class EvaluationHook(Hook):
+    """Evaluates after every so many steps, and whenever a hook asks for it.
+
+    Args:
+        evaluate: Evaluates after a number of steps, and records it. Collective.
+        every: Steps from one evaluation to the next; 0: only where another hook asks.
+    """
+
+    place = Place.EVALUATION
+    answers = Request.EVALUATE
+
+    def __init__(self, evaluate: Callable[[int], None], *, every: int) -> None:
+        self._evaluate, self._every = evaluate, every
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Whether one is due."""
+        return Request.EVALUATE if self._every and step.number % self._every == 0 else Request.NOTHING
+
+    def act(self, step: FinishedStep, requests: Request) -> None:
+        """Evaluates where it is due or asked for."""
+        if Request.EVALUATE in requests:
+            self._evaluate(step.number)
+
+
+class CheckpointHook(Hook):
+    """Saves when a checkpoint is due, and whenever a hook asks for it; completes what is written in the background."""
+
+    place = Place.CHECKPOINT
+    answers = Request.SAVE
+
+    def __init__(self, checkpointing: Checkpointing) -> None:
+        self._checkpointing = checkpointing
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Whether one is due."""
+        return Request.SAVE if self._checkpointing.is_due(step.number) else Request.NOTHING
+
+    def act(self, step: FinishedStep, requests: Request) -> None:
+        """Saves; after the evaluation, so that the log tells of the two in the order of the steps they are of."""
+        self._checkpointing.poll()
+        if Request.SAVE in requests:
+            self._checkpointing.save(step=step.number, consumed_samples=step.consumed_samples)
+
+    def after_training(self) -> None:
+        """Waits until the last checkpoint is whole."""
+        self._checkpointing.poll(wait=True)
+
+
+class StopHook(Hook):
+    """Ends the run after its last step.
+
+    Args:
+        max_steps: Steps of the run.
+        with_it: What the last step is followed by whether or not it is due.
+    """
+
+    place = Place.STOP
+
+    def __init__(self, max_steps: int, *, with_it: Request) -> None:
+        self._max_steps, self._with_it = max_steps, with_it
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Asks to stop at the end."""
+        return Request.STOP | self._with_it if step.number == self._max_steps else Request.NOTHING

@@ -1,0 +1,219 @@
+"""The training loop: pre-training and fine-tuning both drive it, and hooks do everything beside the steps.
+
+    batch, made ahead -> step -> every hook sees what it did and says what it asks for -> every hook acts on what all asked
+
+Ranks have to ask for the same, or one of them evaluates while another waits in the next step. No message is spent on that:
+what a hook asks for may follow only from what is equal on all ranks, which is the number of the step, the configuration,
+and the results, sums over all ranks that come out of the one reduction of a step (`training.step.world_totals`). What a
+single rank knows (a signal, its clock, its disk) has to go into those sums and come back in a result.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Flag, IntEnum, auto
+from time import monotonic
+from typing import Generic, Protocol, TypeVar
+
+from deberta_dist.data.prefetch import Prefetcher
+
+BATCHES_AHEAD = 2
+
+B = TypeVar("B")
+LearningRate = Callable[..., float]
+"""(number of a step, max_steps=steps of the run) -> its learning rate."""
+
+
+class Request(Flag):
+    """What hooks ask for; several may be joined with ``|``."""
+
+    NOTHING = 0
+    SKIP = auto()
+    """Leave the step out that is about to be taken: its batch is dropped, no weight moves, the step counts as done."""
+    ROLL_BACK = auto()
+    """Undo steps, back to where `Loop`'s ``roll_back`` says. Evaluations, saves and a stop asked with it are dropped."""
+    EVALUATE = auto()
+    SAVE = auto()
+    STOP = auto()
+    """End after this step, once every hook has acted."""
+
+
+class Place(IntEnum):
+    """When a hook's turn comes."""
+
+    GUARD = auto()
+    METRICS = auto()
+    EVALUATION = auto()
+    CHECKPOINT = auto()
+    STOP = auto()
+
+
+class NetworkResult(Protocol):
+    """What a step did to one network, the same on all ranks."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the step's targets (nats), before the update."""
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm before clipping; None where a gradient was not finite, so that no rank moved a weight."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step over all ranks, padding left out."""
+
+
+@dataclass(frozen=True)
+class FinishedStep(Generic[B]):
+    """A step as hooks see it.
+
+    Attributes:
+        number: Steps done, this one included.
+        batch: What was read, this rank's part.
+        results: By the name of a network; empty where the step was left out.
+        learning_rate: Of the step.
+        consumed_samples: Read since the start of the run, this step included.
+        seconds: That the step took here, waiting for the batch left out.
+        waited_seconds: For its batch, here.
+    """
+
+    number: int
+    batch: B
+    results: Mapping[str, NetworkResult]
+    learning_rate: float
+    consumed_samples: int
+    seconds: float
+    waited_seconds: float
+
+
+class Steps(Protocol[B]):
+    """What the loop needs of a run; ``step`` counts from 0."""
+
+    def make_batch(self, step: int) -> B:
+        """This rank's batch, a function of the step alone. Called ahead, in another thread."""
+
+    def take(self, batch: B, *, step: int, learning_rate: float) -> Mapping[str, NetworkResult]:
+        """Takes the step; what it did, by the name of a network. Collective."""
+
+    def consumed_samples(self, num_steps: int) -> int:
+        """Samples read by the first ``num_steps`` steps of the run."""
+
+
+class Hook:
+    """Something that happens beside the steps. The methods of this class do nothing and ask for nothing.
+
+    Attributes:
+        place: Its turn, whatever the order in which hooks are given.
+        answers: Requests that it fulfils, its own or another hook's.
+    """
+
+    place: Place
+    answers = Request.NOTHING
+
+    def before_step(self, step: int) -> Request:
+        """`Request.SKIP` where the step (from 0) is to be left out; the same on all ranks."""
+        return Request.NOTHING
+
+    def after_step(self, step: FinishedStep) -> Request:
+        """Takes note of a step; returns what this hook asks for, the same on all ranks."""
+        return Request.NOTHING
+
+    def act(self, step: FinishedStep, requests: Request) -> None:
+        """Fulfils ``requests``, everything that the hooks asked for after ``step``, as far as they are its own. Collective."""
+
+    def after_training(self) -> None:
+        """Completes what is outstanding. Collective; not called where training ends by an error."""
+
+
+class Loop(Generic[B]):
+    """Takes the steps of a run that are left.
+
+    Args:
+        steps: Makes batches and takes steps.
+        hooks: Sorted here by `Hook.place`; those of one place keep their order.
+        first_step: Steps done before.
+        max_steps: Steps of the run.
+        learning_rate: Of a step, counted from 0.
+        roll_back: For `Request.ROLL_BACK`: restores an earlier state and returns the steps done by then. Collective.
+    """
+
+    def __init__(
+        self,
+        steps: Steps[B],
+        *,
+        hooks: Sequence[Hook],
+        first_step: int,
+        max_steps: int,
+        learning_rate: LearningRate,
+        roll_back: Callable[[], int] | None = None,
+    ) -> None:
+        self._steps = steps
+        self._hooks = sorted(hooks, key=lambda hook: hook.place)
+        self._first_step, self._max_steps = first_step, max_steps
+        self._learning_rate, self._roll_back = learning_rate, roll_back
+        self._answered = Request.SKIP | Request.STOP | (Request.ROLL_BACK if roll_back else Request.NOTHING)
+        for hook in self._hooks:
+            self._answered |= hook.answers
+
+    def run(self) -> None:
+        """Runs to the last step, or until a hook asks to stop."""
+        first: int | None = self._first_step
+        while first is not None:
+            first = self._run_from(first)
+        for hook in self._hooks:
+            hook.after_training()
+
+    def _run_from(self, first: int) -> int | None:
+        """Takes steps; returns where to go on after a roll back, None at the end."""
+        with Prefetcher(self._steps.make_batch, start=first, depth=BATCHES_AHEAD, stop=self._max_steps) as batches:
+            for step, batch in enumerate(batches, start=first):
+                requests = self._step(batch, step=step, waited_seconds=batches.waited_seconds)
+                if requests & (Request.STOP | Request.ROLL_BACK):
+                    break
+            else:
+                return None
+        if Request.ROLL_BACK not in requests:
+            return None
+        assert self._roll_back is not None
+        return self._roll_back()
+
+    def _step(self, batch: B, *, step: int, waited_seconds: float) -> Request:
+        """One step with its hooks; returns what they asked for."""
+        is_left_out = Request.SKIP in self._joined(hook.before_step(step) for hook in self._hooks)
+        started = monotonic()
+        learning_rate = self._learning_rate(step, max_steps=self._max_steps)
+        results = {} if is_left_out else self._steps.take(batch, step=step, learning_rate=learning_rate)
+        seconds = monotonic() - started
+        finished = FinishedStep(
+            number=step + 1,
+            batch=batch,
+            results=results,
+            learning_rate=learning_rate,
+            consumed_samples=self._steps.consumed_samples(step + 1),
+            seconds=seconds,
+            waited_seconds=waited_seconds,
+        )
+        requests = self._joined(hook.after_step(finished) for hook in self._hooks)
+        if Request.ROLL_BACK in requests:
+            requests = Request.ROLL_BACK
+        for hook in self._hooks:
+            hook.act(finished, requests)
+        return requests
+
+    def _joined(self, asked: Iterable[Request]) -> Request:
+        requests = Request.NOTHING
+        for request in asked:
+            requests |= request
+        assert not requests & ~self._answered, f"no hook answers {requests & ~self._answered}"
+        return requests
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """Learning rate of optimizer step ``step`` (counted from 0): linear warm-up, then linear decay (paper, Table 8).
+
+    (step + 1) / warmup_steps of the peak while warming up, so that the first step already learns and step
+    warmup_steps - 1 runs at the peak; then (max_steps - step) / (max_steps - warmup_steps) of it.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max_steps - step) / (max_steps - warmup_steps)
