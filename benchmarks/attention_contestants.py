@@ -215,13 +215,14 @@ class Case:
 def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
     """What one layer of the 1.5B model keeps for one sequence of 512 tokens in bfloat16, counted on the meta device."""
     from deberta_dist.planning.activations import stage_activations  # needs pydantic; the contestants do not
+    from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
     config = preset("v2-xxlarge")
     found = {}
     for name, recompute in (("ours", "none"), ("ours, selective recomputation", "selective")):
         two, three = (
             stage_activations(
-                config,
+                MaskedLMNetwork(config=config),
                 layers=range(1, stop),
                 tensor_parallel_size=1,
                 batch_shape=(4, 512),

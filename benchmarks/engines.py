@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.parallel.layout import is_decayed
+from deberta_dist.parallel.network import is_decayed
 from deberta_dist.parallel.zero import import_deepspeed
 
 IGNORED = -100

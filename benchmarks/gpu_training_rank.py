@@ -26,6 +26,7 @@ from deberta_dist.parallel.flat_layout import ShardState
 from deberta_dist.parallel.layout import DTYPES, plan_layout
 from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
 from deberta_dist.training.build import build, mesh_shape, own_flat_layout
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.resume import load_state
 from deberta_dist.training.trainer import Trainer
 
@@ -94,7 +95,7 @@ class Runs:
         )
         self._mesh = self._mesh or make_mesh(mesh_shape(run), device=self._device, timeout_minutes=run.run.timeout_minutes)
         flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=MICRO_BATCH_SIZE, mask_probability=0.15)
-        layout = plan_layout(config, parallel=run.parallel, flops=flops)
+        layout = plan_layout(MaskedLMNetwork(config=config), parallel=run.parallel, flops=flops)
         weights = None if shards is None else [shard.weight for shard in shards]
         parts = build(run, layout=layout, deepspeed_config=self._deepspeed, mesh=self._mesh, shards=weights)
         return Trainer(parts, mesh=self._mesh, seed=SEED)

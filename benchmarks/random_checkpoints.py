@@ -21,8 +21,9 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.models.presets import preset
 from deberta_dist.parallel.flat_layout import ShardState
-from deberta_dist.parallel.layout import Layout, flat_layouts, meta_model, plan_layout
+from deberta_dist.parallel.layout import Layout, flat_layouts, plan_layout
 from deberta_dist.parallel.mesh import MeshShape
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
 def write_weights(config: DebertaConfig, directory: Path) -> None:
@@ -31,7 +32,7 @@ def write_weights(config: DebertaConfig, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
     weights = {
         name: Weight(tuple(p.shape), torch.float32, lambda shape=tuple(p.shape): random_tensor(shape), (name,))
-        for name, p in meta_model(config).named_parameters()
+        for name, p in MaskedLMNetwork(config=config).meta_model().named_parameters()
     }
     with open(directory / "model.safetensors", "wb") as file:
         write_safetensors(file, weights)
@@ -42,7 +43,7 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
     shape = MeshShape(pipeline=4, data=1, tensor=2)
     flops = forward_flops(config, max_seq_length=128, micro_batch_size=1, mask_probability=0.15)
     sizes = {"tensor_parallel_size": shape.tensor, "pipeline_parallel_size": shape.pipeline}
-    layout = plan_layout(config, parallel=Parallel(**sizes, data_parallel_size=shape.data), flops=flops)
+    layout = plan_layout(MaskedLMNetwork(config=config), parallel=Parallel(**sizes, data_parallel_size=shape.data), flops=flops)
     layouts = flat_layouts(layout, data_parallel_size=shape.data)
     writers = [CheckpointWriter(directory / "checkpoints", rank=rank) for rank in range(shape.world_size)]
     for rank, writer in enumerate(writers):

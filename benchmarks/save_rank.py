@@ -29,6 +29,7 @@ from deberta_dist.parallel.flat_layout import ShardState
 from deberta_dist.parallel.layout import Layout, flat_layouts, plan_layout
 from deberta_dist.parallel.mesh import Mesh, MeshShape, make_mesh, start_process_group
 from deberta_dist.parallel.zero import WeightStore
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.optimizer import make_optimizer
 
 SHAPE = MeshShape(pipeline=1, data=1, tensor=1)
@@ -136,7 +137,7 @@ def main(folder: Path, preset_name: str, rounds: int) -> None:
     device = start_process_group(timeout_minutes=10, init_method=f"file://{folder}/meeting")
     mesh = make_mesh(SHAPE, device=device, timeout_minutes=10)
     flops = forward_flops(preset(preset_name), max_seq_length=128, micro_batch_size=1, mask_probability=0.15)
-    layout = plan_layout(preset(preset_name), parallel=Parallel(data_parallel_size=1), flops=flops)
+    layout = plan_layout(MaskedLMNetwork(config=preset(preset_name)), parallel=Parallel(data_parallel_size=1), flops=flops)
     state = State(layout, mesh=mesh, folder=folder)
     ways = {
         save.OURS: state.ours,

@@ -28,6 +28,7 @@ from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.trainer import Trainer
 
 SEED, LENGTH, MICRO_BATCH_SIZE, LEARNING_RATE = 7, 16, 1, 1e-3
@@ -125,7 +126,7 @@ def layout_of(case: Case) -> Layout:
     """
     config = model_config()
     flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=MICRO_BATCH_SIZE, mask_probability=0.15)
-    return plan_layout(config, parallel=run_config(case).parallel, flops=flops)
+    return plan_layout(MaskedLMNetwork(config=config), parallel=run_config(case).parallel, flops=flops)
 
 
 def own_batch(case: Case, *, step: int, replica: int) -> Batch:

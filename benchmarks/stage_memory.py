@@ -17,9 +17,10 @@ from deberta_dist.models.joint_linear import add_gradients_
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 from deberta_dist.models.targets import find_targets
-from deberta_dist.parallel.layout import meta_model, plan_layout
+from deberta_dist.parallel.layout import plan_layout
 from deberta_dist.parallel.sharded_model import DEVICES_WHOSE_PRODUCTS_ADD
 from deberta_dist.planning.activations import LiveBytes, local_config, stage_activations
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> 
     config = preset(name)
     flops = forward_flops(config, max_seq_length=shape[1], micro_batch_size=shape[0], mask_probability=_mask_probability())
     parallel = Parallel(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=1)
-    found = plan_layout(config, parallel=parallel, flops=flops).stages
+    found = plan_layout(MaskedLMNetwork(config=config), parallel=parallel, flops=flops).stages
     chosen = sorted({0, min(1, pipeline - 1), pipeline - 1})
     return [Stage(config, found[index], tensor) for index in chosen]
 
@@ -51,7 +52,7 @@ def compare(
     """Bytes predicted and measured: kept from forward to backward, and at the peak, with the difference as a share."""
     targets = max(1, round(_mask_probability() * shape[1]))
     predicted = stage_activations(
-        stage.config,
+        MaskedLMNetwork(config=stage.config),
         layers=stage.layers,
         tensor_parallel_size=stage.tensor_parallel_size,
         batch_shape=shape,
@@ -77,7 +78,8 @@ def compare(
 
 def _real_model(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> DebertaForMaskedLM:
     """One rank's shapes with random weights, and gradients in place as in a run."""
-    model = meta_model(local_config(stage.config, tensor_parallel_size=stage.tensor_parallel_size)).to(dtype)
+    local = local_config(stage.config, tensor_parallel_size=stage.tensor_parallel_size)
+    model = MaskedLMNetwork(config=local).meta_model().to(dtype)
     model.keep_layers(stage.layers)
     model.to_empty(device=device).train()
     fill_(model.named_parameters(), std=stage.config.initializer_range)

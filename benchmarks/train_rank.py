@@ -29,6 +29,7 @@ from deberta_dist.operations.random_batch import masked_batch
 from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
 from deberta_dist.training.build import build, mesh_shape, own_flat_layout
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.trainer import Trainer
 
 SEED, LEARNING_RATE, MASK_PROBABILITY, WARM_UP_STEPS = 7, 1e-4, 0.15, 2
@@ -125,7 +126,7 @@ def ours(setting: Setting) -> Contestant:
         run=Run(directory="unused", deepspeed="unused"),
     )
     mesh = make_mesh(mesh_shape(config), device=setting.device, timeout_minutes=config.run.timeout_minutes)
-    layout = plan_layout(setting.model_config, parallel=config.parallel, flops=flops(setting))
+    layout = plan_layout(MaskedLMNetwork(config=setting.model_config), parallel=config.parallel, flops=flops(setting))
     json_config = setting.json_config(batch=data, micro_batch=1, accumulation=1)
     shards = device_shards(layout, mesh=mesh) if plan["device_weights"] else None
     parts = build(config, layout=layout, deepspeed_config=json_config, mesh=mesh, shards=shards)

@@ -18,23 +18,30 @@ _TRAINING_FIELDS = frozenset(
 )
 
 
-def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer_sha256: str) -> None:
-    """Refuses to go on with another model or vocabulary than the checkpoint's.
+def compatible(
+    manifest: Manifest,
+    *,
+    model_config: Mapping[str, Any],
+    tokenizer_sha256: str,
+    networks: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Refuses to go on with another model or vocabulary, or other networks, than the checkpoint's.
 
     Args:
         manifest: Of the checkpoint.
         model_config: Published configuration of the model that is to be loaded.
         tokenizer_sha256: Of the SentencePiece model in use.
+        networks: Configurations of the run's further networks by name; None where they do not matter.
 
     Raises:
         ConfigError: they differ; the message has every difference.
     """
-    mine, theirs = strict_json.plain(model_config), manifest.model_config
-    found = [
-        f"model.{key} is {json.dumps(mine[key]) if key in mine else 'absent'}, in the checkpoint "
-        f"{json.dumps(theirs[key]) if key in theirs else 'absent'}"
-        for key in differing_keys(mine, theirs)
-    ]
+    found = _differences(model_config, manifest.model_config, what="model")
+    if networks is not None:
+        there = manifest.networks
+        found += [f"network {name} is in one of the two alone" for name in sorted(networks.keys() ^ there.keys())]
+        for name in sorted(networks.keys() & there.keys()):
+            found += _differences(networks[name], there[name].model_config, what=f"{name}: model")
     if tokenizer_sha256 != manifest.tokenizer_sha256:
         found.append(
             f"data.tokenizer has sha256 {tokenizer_sha256[:12]}..., in the checkpoint "
@@ -42,6 +49,15 @@ def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer
         )
     if found:
         raise ConfigError(f"the checkpoint of step {manifest.step} is of another model: {'; '.join(found)}")
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any], *, what: str) -> list[str]:
+    mine = strict_json.plain(here)
+    return [
+        f"{what}.{key} is {json.dumps(mine[key]) if key in mine else 'absent'}, in the checkpoint "
+        f"{json.dumps(there[key]) if key in there else 'absent'}"
+        for key in differing_keys(mine, there)
+    ]
 
 
 def same_tensors(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, where: object) -> None:

@@ -94,6 +94,21 @@ class WrittenLayout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkState:
+    """What the manifest says of a network beside the one whose tensors have their published names.
+
+    Attributes:
+        optimizer_steps: Steps that moved its weights.
+        loss_scale: State of its fp16 loss scaler, None for other precisions.
+        model_config: Published model configuration.
+    """
+
+    optimizer_steps: int
+    loss_scale: Mapping[str, Any] | None
+    model_config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a checkpoint holds besides the numbers.
 
@@ -109,8 +124,9 @@ class Manifest:
         data_sha256: Of the token files, by what they are for; only to tell that they have changed.
         precision: Of the run: fp32, bf16 or fp16; only to tell that it has changed.
         layout: Who wrote it.
-        tensors: Every published tensor by name, in model order.
+        tensors: Every published tensor by name, in model order; those of further networks behind their network's name.
         files: Every shard file by name. ``CheckpointWriter.commit`` fills it in.
+        networks: Further networks by name. Absent from the file where there are none.
     """
 
     step: int
@@ -126,6 +142,7 @@ class Manifest:
     layout: WrittenLayout
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    networks: Mapping[str, NetworkState] = field(default_factory=dict)
 
 
 def to_json(manifest: Manifest) -> bytes:
@@ -152,6 +169,8 @@ def to_json(manifest: Manifest) -> bytes:
         "files": {name: vars(entry) for name, entry in manifest.files.items()},
         "tensors": {name: _tensor_to_json(entry) for name, entry in manifest.tensors.items()},
     }
+    if manifest.networks:
+        document["networks"] = {name: vars(network) for name, network in manifest.networks.items()}
     document = strict_json.plain(document)
     document["sha256"] = _checksum(document)
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode("utf-8")
@@ -190,6 +209,7 @@ def from_json(text: bytes, *, file: object = MANIFEST_NAME) -> Manifest:
             f"{file} has format version {version}, and this program reads versions up to {VERSION}: "
             "use the program that wrote it, or a newer one"
         )
+    document.setdefault("networks", {})
     document = strict_json.fields(document, keys=("format", "version", *Manifest.__dataclass_fields__), where=str(file))
 
     def number(key: str) -> int:
@@ -214,6 +234,7 @@ def from_json(text: bytes, *, file: object = MANIFEST_NAME) -> Manifest:
         layout=_layout(document["layout"], where=f"{file}: layout"),
         files={name: file_entry(name, raw, where=f"{file}: files") for name, raw in table("files").items()},
         tensors={name: _tensor(raw, where=f"{file}: {name[:200]}") for name, raw in table("tensors").items()},
+        networks={name: _network(raw, where=f"{file}: networks.{name[:100]}") for name, raw in table("networks").items()},
     )
 
 
@@ -252,6 +273,16 @@ def _sha256(value: Any, *, where: str) -> str:
     if not _SHA256.fullmatch(strict_json.string(value, where=where)):
         raise CheckpointError(f"{where}: 64 hexadecimal digits are expected")
     return value
+
+
+def _network(raw: Any, *, where: str) -> NetworkState:
+    raw = strict_json.fields(raw, keys=tuple(NetworkState.__dataclass_fields__), where=where)
+    scale = raw["loss_scale"]
+    return NetworkState(
+        optimizer_steps=strict_json.integer(raw["optimizer_steps"], where=f"{where}.optimizer_steps"),
+        loss_scale=None if scale is None else strict_json.mapping(scale, where=f"{where}.loss_scale"),
+        model_config=strict_json.mapping(raw["model_config"], where=f"{where}.model_config"),
+    )
 
 
 def _layout(raw: Any, *, where: str) -> WrittenLayout:

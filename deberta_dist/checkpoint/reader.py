@@ -6,6 +6,7 @@ when a slice first needs them, and only the pages that hold the slice are read.
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from deberta_dist.checkpoint.slices import check_table, shard_parts
 from deberta_dist.files.foreign import head_of, refuse_foreign
 from deberta_dist.parallel.flat_layout import FlatLayout, ShardState
 from deberta_dist.parallel.mesh import Coordinate, MeshShape
+from deberta_dist.parallel.tensor.plan import PLAN, Rules
 
 # Each mapped file holds a descriptor; a checkpoint may have thousands of files.
 MAX_MAPPED_FILES = 64
@@ -101,26 +103,36 @@ class CheckpointReader:
                         self.bytes_copied += 4 * common.num_elements
         return torch.from_numpy(result)
 
-    def read_shards(self, layout: FlatLayout, *, shape: MeshShape, coordinate: Coordinate) -> list[ShardState]:
+    def read_shards(
+        self,
+        layout: FlatLayout,
+        *,
+        shape: MeshShape,
+        coordinate: Coordinate,
+        rules: Rules = PLAN,
+        saved_name: Callable[[str], str] = str,
+    ) -> list[ShardState]:
         """A rank's shard of every flat parameter, as ``WeightStore.copy_shards`` gave it to the writer.
 
         Args:
             layout: What the rank's place owns.
             shape: The reader's grid.
             coordinate: The rank.
+            rules: How the network's modules are split.
+            saved_name: What the checkpoint calls a parameter of the layout.
 
         Raises:
             CheckpointError: as for ``read``.
         """
-        full_shapes = {name: self.shape(name) for name in layout.places}
-        parts = shard_parts(layout, shape=shape, coordinate=coordinate, full_shapes=full_shapes)
+        full_shapes = {name: self.shape(saved_name(name)) for name in layout.places}
+        parts = shard_parts(layout, shape=shape, coordinate=coordinate, full_shapes=full_shapes, rules=rules)
         shards = []
         for size, own in zip(layout.sizes, parts, strict=True):
             values = {state: torch.zeros(size // shape.data) for state in STATES}
             for part in own:
                 for state in STATES:
                     values[state][part.offset : part.offset + part.count] = self.read_range(
-                        part.name, begin=part.begin, count=part.count, state=state, cut=part.cut
+                        saved_name(part.name), begin=part.begin, count=part.count, state=state, cut=part.cut
                     )
             shards.append(ShardState(**values))
         return shards

@@ -45,9 +45,9 @@ def shard_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int) -> Cut | None:
+def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int, rules: plan.Rules = plan.PLAN) -> Cut | None:
     """The slice of a published tensor that tensor-parallel ``rank`` of ``size`` holds, vocabulary padding included."""
-    cut = plan.parameter_cut(name)
+    cut = plan.parameter_cut(name, rules)
     if cut.dim is None or size == 1:
         return None
     length = full_shape[cut.dim]
@@ -58,14 +58,21 @@ def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int) -> 
 
 
 def tensor_table(
-    layouts: Mapping[Place, FlatLayout], *, shape: MeshShape, full_shapes: Mapping[str, tuple[int, ...]]
+    layouts: Mapping[Place, FlatLayout],
+    *,
+    shape: MeshShape,
+    full_shapes: Mapping[str, tuple[int, ...]],
+    rules: plan.Rules = plan.PLAN,
+    first_flat: int = 0,
 ) -> dict[str, TensorEntry]:
-    """The manifest's ``tensors`` for everything that a layout owns.
+    """The manifest's ``tensors`` for everything that a network's layout owns.
 
     Args:
         layouts: What the ranks at each (pipeline, tensor) place own, every place of the grid.
         shape: The grid.
         full_shapes: Full shape of every published parameter.
+        rules: How the network's modules are split.
+        first_flat: Number of its first flat parameter in a rank's file: behind those of the networks before it.
     """
     owners: dict[str, list[Place]] = {name: [] for name in full_shapes}
     for place in sorted(layouts, key=lambda place: place[1]):
@@ -73,23 +80,29 @@ def tensor_table(
             owners[name].append(place)
     table: dict[str, TensorEntry] = {}
     for name, full_shape in full_shapes.items():
-        dim = plan.parameter_cut(name).dim
+        dim = plan.parameter_cut(name, rules).dim
         expected = [None] if dim is None else list(range(shape.tensor))
         assert len(owners[name]) == len(expected), f"{name} is owned by {owners[name]}"
         regions = []
         for tensor, place in zip(expected, owners[name], strict=True):
             assert tensor in (None, place[1]), f"slice {tensor} of {name} is owned by {place}"
-            cut = local_cut(name, full_shape=full_shape, rank=place[1], size=shape.tensor)
+            cut = local_cut(name, full_shape=full_shape, rank=place[1], size=shape.tensor, rules=rules)
             start, stop = cut[1:] if cut else (0, full_shape[dim or 0] if full_shape else 1)
             local_shape = layouts[place].places[name][2]
             assert math.prod(local_shape) == window(full_shape, cut=cut).num_elements, (name, local_shape)
-            regions.append(Region(start, stop, _pieces(name, layouts[place], shape=shape, place=place)))
+            pieces = _pieces(name, layouts[place], shape=shape, place=place, first_flat=first_flat)
+            regions.append(Region(start, stop, pieces))
         table[name] = TensorEntry(shape=tuple(full_shape), cut_dim=dim, regions=tuple(regions))
     return table
 
 
 def shard_parts(
-    layout: FlatLayout, *, shape: MeshShape, coordinate: Coordinate, full_shapes: Mapping[str, tuple[int, ...]]
+    layout: FlatLayout,
+    *,
+    shape: MeshShape,
+    coordinate: Coordinate,
+    full_shapes: Mapping[str, tuple[int, ...]],
+    rules: plan.Rules = plan.PLAN,
 ) -> tuple[tuple[ShardPart, ...], ...]:
     """What a rank's shard of each flat parameter consists of, in order; between the parts lies padding.
 
@@ -98,10 +111,11 @@ def shard_parts(
         shape: The grid.
         coordinate: The rank.
         full_shapes: Full shape of every published parameter.
+        rules: How the network's modules are split.
     """
     parts: list[list[ShardPart]] = [[] for _ in layout.sizes]
     for name, (flat, offset, local_shape) in layout.places.items():
-        cut = local_cut(name, full_shape=full_shapes[name], rank=coordinate.tensor, size=shape.tensor)
+        cut = local_cut(name, full_shape=full_shapes[name], rank=coordinate.tensor, size=shape.tensor, rules=rules)
         for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
             if data == coordinate.data:
                 parts[flat].append(ShardPart(name, cut, begin, count, shard_offset))
@@ -167,12 +181,12 @@ def _problem(entry: TensorEntry) -> str | None:
     return None
 
 
-def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: Place) -> tuple[Piece, ...]:
+def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: Place, first_flat: int) -> tuple[Piece, ...]:
     flat, offset, local_shape = layout.places[name]
     pieces = []
     for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
         rank = shape.rank(Coordinate(pipeline=place[0], data=data, tensor=place[1]))
-        pieces.append(Piece(shard_file_name(rank), flat, shard_offset, begin, count))
+        pieces.append(Piece(shard_file_name(rank), first_flat + flat, shard_offset, begin, count))
     return tuple(pieces)
 
 

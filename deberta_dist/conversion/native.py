@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, newest_complete
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -47,6 +48,11 @@ class NativeCheckpoint:
             self._reader = found
         self.directory: Path = self._reader.directory
         self.manifest: Manifest = self._reader.manifest
+        if self.manifest.networks:  # a table may be a sum of two networks'
+            raise CheckpointError(
+                f"{self.directory} holds several networks ({', '.join(self.manifest.networks)} beside the model): give the "
+                "run's weights/, which its end writes, instead"
+            )
         self.weights: Weights = {
             name: Weight(self._reader.shape(name), torch.float32, _InCheckpoint(self, name), (name,))
             for name in self._reader.names

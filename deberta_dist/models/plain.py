@@ -78,7 +78,7 @@ def require_unchanged(model: nn.Module) -> None:
     changed = [
         f"{name} ({type(module).__module__}.{type(module).__qualname__})"
         for name, module in model.named_modules()
-        if type(module) not in _WITHOUT_WEIGHTS and not _is_ours(module)
+        if type(module) not in _WITHOUT_WEIGHTS and not _is_ours(module, is_whole=module is model)
     ]
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -88,12 +88,15 @@ def require_unchanged(model: nn.Module) -> None:
         )
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_ours(module: nn.Module, *, is_whole: bool) -> bool:
+    """``is_whole``: the model itself, whose class is its network's affair; what it holds is cut, not what it does."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooks or "forward" in module.__dict__:
         return False
     if is_of_plain_class(module):
         return has_own_weight(module) or not module._parameters
+    if is_whole and not module._parameters:
+        return True
     return type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 

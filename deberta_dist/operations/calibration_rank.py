@@ -29,8 +29,9 @@ from deberta_dist.operations.random_batch import masked_batch
 from deberta_dist.parallel.layout import plan_layout
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.planning.memory import expected_targets
-from deberta_dist.planning.plan import Plan, read_flops
+from deberta_dist.planning.plan import Plan, network_flops
 from deberta_dist.training.build import build, mesh_shape
+from deberta_dist.training.objectives.masked_lm import masked_lm
 from deberta_dist.training.trainer import Trainer
 
 SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
@@ -110,8 +111,11 @@ def plan_of(case: Case) -> Plan:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    flops = read_flops(config, model)
-    return Plan(config, deepspeed, model, flops, plan_layout(model, parallel=config.parallel, flops=flops))
+    objective = masked_lm(config, model)
+    (network,) = objective.networks
+    flops = network_flops(config, network)
+    layout = plan_layout(network, parallel=config.parallel, flops=flops)
+    return Plan(config, deepspeed, model, objective, (layout,), (flops,))
 
 
 def batch_of(plan: Plan, sequences: int) -> Batch:

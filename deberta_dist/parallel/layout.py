@@ -9,15 +9,15 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from deberta_dist.config import Parallel
 from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.heads import model_with_head
-from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.parallel.flat_layout import FlatLayout, lay_out
+from deberta_dist.parallel.network import Network
 from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names
 from deberta_dist.parallel.tensor import plan
@@ -26,15 +26,7 @@ from deberta_dist.parallel.tensor.apply import check_split, cut_tensor
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the published parameter ``name``: not to biases and LayerNorms."""
-    return not (name.endswith(("bias", "LayerNorm.weight")))
-
-
 LAYER_PREFIX = "deberta.encoder.layer."
-
-# Flat parameters of the weight store in order, as ``optimizer.make_optimizer`` expects them.
-FLAT_GROUPS = (is_decayed, lambda name: not is_decayed(name))
 
 
 @dataclass(frozen=True)
@@ -71,10 +63,10 @@ class RankWeights:
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout of one model.
+    """One layout of one network.
 
     Attributes:
-        config: The model.
+        network: The model.
         tensor_parallel_size: Ranks that share every layer.
         stages: Layers of every pipeline stage.
         stages_by_rank: Stage indices of every pipeline rank.
@@ -83,13 +75,18 @@ class Layout:
         sequence_parallel: Whether activations between the split computations are split along the sequence.
     """
 
-    config: DebertaConfig
+    network: Network
     tensor_parallel_size: int
     stages: tuple[range, ...]
     stages_by_rank: tuple[tuple[int, ...], ...]
     names_by_rank: tuple[tuple[str, ...], ...]
     full_shapes: Mapping[str, tuple[int, ...]]
     sequence_parallel: bool = False
+
+    @property
+    def config(self) -> DebertaConfig:
+        """Of the network."""
+        return self.network.config
 
     @cached_property
     def ties(self) -> list[Tie]:
@@ -106,10 +103,10 @@ class Layout:
         return self.tensor_parallel_size if self.sequence_parallel else 1
 
     def _tie_kind(self, name: str) -> str:
-        kind = plan.parameter_cut(name).kind
+        kind = plan.parameter_cut(name, self.network.rules).kind
         if kind in (plan.COLUMN, plan.ROW, plan.VOCAB):
             return "split"
-        if self.sequence_parallel and plan.in_sequence_region(name, decoder_layer=decoder_layer(self.config)):
+        if self.sequence_parallel and plan.in_sequence_region(name, decoder_layer=self.network.decoder_layer):
             return plan.PARTIAL
         return kind
 
@@ -150,26 +147,22 @@ class Layout:
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the slice of ``name`` on any tensor-parallel rank."""
         full = torch.empty(self.full_shapes[name], device="meta")
-        return tuple(cut_tensor(full, name, rank=0, size=self.tensor_parallel_size).shape)
+        cut = cut_tensor(full, name, rank=0, size=self.tensor_parallel_size, rules=self.network.rules)
+        return tuple(cut.shape)
 
 
-def decoder_layer(config: DebertaConfig) -> int | None:
-    """Number of the layer that runs as the enhanced mask decoder, whose rows are targets; None without one."""
-    return config.num_hidden_layers - 1 if config.uses_enhanced_mask_decoder else None
-
-
-def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlops) -> Layout:
-    """Lays a masked language model out.
+def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) -> Layout:
+    """Lays a network out.
 
     Args:
-        config: The model.
+        network: The model.
         parallel: Resolved sizes.
         flops: Cost of every layer, by which stages are balanced.
 
     Raises:
         ConfigError: heads or features do not divide, or stages do not fit the layers.
     """
-    config.require_masked_lm()
+    config = network.config
     check_split(
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
@@ -191,42 +184,42 @@ def plan_layout(config: DebertaConfig, *, parallel: Parallel, flops: ForwardFlop
         for rank in range(parallel.pipeline_parallel_size)
     ]
     names_by_rank = tuple(
-        names_of_layers(config, tuple(layer for index in indices for layer in stages[index])) for indices in stages_by_rank
+        names_of_layers(network, tuple(layer for index in indices for layer in stages[index])) for indices in stages_by_rank
     )
     return Layout(
-        config=config,
+        network=network,
         tensor_parallel_size=parallel.tensor_parallel_size,
         stages=tuple(stages),
         stages_by_rank=tuple(stages_by_rank),
         names_by_rank=names_by_rank,
-        full_shapes=full_shapes(config),
+        full_shapes=full_shapes(network),
         sequence_parallel=parallel.sequence_parallel,
     )
 
 
 @lru_cache(maxsize=16)
-def full_shapes(config: DebertaConfig) -> Mapping[str, tuple[int, ...]]:
+def full_shapes(network: Network) -> Mapping[str, tuple[int, ...]]:
     """Full shape of every published parameter, in model order."""
-    return MappingProxyType({name: tuple(p.shape) for name, p in meta_model(config).named_parameters()})
+    return MappingProxyType({name: tuple(p.shape) for name, p in network.meta_model().named_parameters()})
 
 
 @lru_cache(maxsize=4096)
-def names_of_layers(config: DebertaConfig, layers: tuple[int, ...]) -> tuple[str, ...]:
+def names_of_layers(network: Network, layers: tuple[int, ...]) -> tuple[str, ...]:
     """Published names of the parameters that a pipeline rank with these layers uses, in model order.
 
     Layers between the first and the last keep the same beside their own weights, so one of them is asked for all: a
     model for every rank of every layout would take seconds.
     """
-    last = config.num_hidden_layers - 1
+    last = network.config.num_hidden_layers - 1
     kinds = {min(layer, 1) if layer < last else last for layer in layers}
-    kept = frozenset[str]().union(*(_names_beside_layers(config, kind) for kind in kinds))
+    kept = frozenset[str]().union(*(_names_beside_layers(network, kind) for kind in kinds))
     prefixes = tuple(f"{LAYER_PREFIX}{layer}." for layer in layers)
-    return tuple(name for name in full_shapes(config) if name in kept or name.startswith(prefixes))
+    return tuple(name for name in full_shapes(network) if name in kept or name.startswith(prefixes))
 
 
 @lru_cache(maxsize=64)
-def _names_beside_layers(config: DebertaConfig, layer: int) -> frozenset[str]:
-    model = meta_model(config)
+def _names_beside_layers(network: Network, layer: int) -> frozenset[str]:
+    model = network.meta_model()
     model.keep_layers([layer])
     return frozenset(name for name, _ in model.named_parameters() if not name.startswith(LAYER_PREFIX))
 
@@ -248,10 +241,10 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
         intermediate_size=config.intermediate_size,
         tensor_parallel_size=tensor_parallel_size,
     )
-    model = meta_classifier(config, num_outputs=num_outputs, head=head)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    network = ClassifierNetwork(config=config, num_outputs=num_outputs, head=head)
+    shapes = full_shapes(network)
     return Layout(
-        config=config,
+        network=network,
         tensor_parallel_size=tensor_parallel_size,
         stages=(range(config.num_hidden_layers),),
         stages_by_rank=((0,),),
@@ -260,19 +253,29 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
     )
 
 
-def meta_classifier(config: DebertaConfig, *, num_outputs: int, head: str = "sequence") -> ModelWithBackbone:
-    """The whole classifier without any memory, and without the positions that only a mask decoder adds."""
-    with without_memory():
-        model = model_with_head(config, head, num_labels=num_outputs)
-    if not config.position_biased_input:
-        model.deberta.embeddings.position_embeddings = None
-    return model
+@dataclass(frozen=True, kw_only=True)
+class ClassifierNetwork(Network):
+    """An encoder with a head of fine-tuning, without the positions that only a mask decoder adds.
+
+    Attributes:
+        num_outputs: Rows of the classifier, where its head has as many as there are labels.
+        head: A key of `models.heads.HEADS`.
+    """
+
+    num_outputs: int
+    head: str = "sequence"
+
+    def make(self) -> ModelWithBackbone:
+        """The classifier."""
+        model = model_with_head(self.config, self.head, num_labels=self.num_outputs)
+        if not self.config.position_biased_input:
+            model.deberta.embeddings.position_embeddings = None
+        return model
 
 
-def meta_model(config: DebertaConfig) -> DebertaForMaskedLM:
-    """The whole model without any memory."""
-    with without_memory():
-        return DebertaForMaskedLM(config)
+def meta_classifier(config: DebertaConfig, *, num_outputs: int, head: str = "sequence") -> nn.Module:
+    """The whole classifier without any memory."""
+    return ClassifierNetwork(config=config, num_outputs=num_outputs, head=head).meta_model()
 
 
 def flat_layouts(layout: Layout, *, data_parallel_size: int) -> dict[tuple[int, int], FlatLayout]:
@@ -287,4 +290,5 @@ def flat_layouts(layout: Layout, *, data_parallel_size: int) -> dict[tuple[int, 
 def flat_layout(layout: Layout, *, pipeline_rank: int, tensor_rank: int, data_parallel_size: int) -> FlatLayout:
     """The flat parameters of one rank's weight store."""
     shapes = {name: layout.local_shape(name) for name in layout.owned(pipeline_rank, tensor_rank)}
-    return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)
+    groups = [group.holds for group in layout.network.flat_groups]
+    return lay_out(shapes, groups=groups, data_parallel_size=data_parallel_size)

@@ -2,7 +2,7 @@
 
 Between steps the parameters are empty and the weight store holds 1/dp of what this rank owns. ``gather``
 makes every parameter a view of gathered or borrowed weights and gives it a float32 view to sum its gradients over
-micro-batches in; ``hand_over`` completes the owners' sums and reduce-scatters them; ``step`` ends it.
+micro-batches in; ``reduce`` completes the owners' sums, reduce-scatters them and frees both; ``apply`` moves the weights.
 
 On a GPU the view is the parameter's ``main_grad``: products add weights' gradients to it themselves (see
 `models.joint_linear`), and what the backward pass of a micro-batch leaves in ``.grad`` is added by ``accumulate``, all of it
@@ -70,15 +70,15 @@ class ShardedModel:
         """Adds what borrowers accumulated to the owners' gradients."""
         self._ties.collect(self._owned_gradients)
 
-    def hand_over(self, *, loss_scale: float) -> Tensor:
-        """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.hand_over`."""
+    def reduce(self, *, loss_scale: float) -> Tensor:
+        """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.reduce`."""
         self.collect_gradients()
         self._empty()
-        return self.store.hand_over(loss_scale=loss_scale)
+        return self.store.reduce(loss_scale=loss_scale)
 
-    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
-        """One optimizer step, or none where the norm is not finite; see `WeightStore.step`."""
-        self.store.step(norms, learning_rate=learning_rate)
+    def apply(self, norms: Sequence[float], *, learning_rate: float, joint_norm: float | None = None) -> None:
+        """One optimizer step, or none where the norm is not finite; see `WeightStore.apply`."""
+        self.store.apply(norms, learning_rate=learning_rate, joint_norm=joint_norm)
 
     def release(self) -> None:
         """Gives the gathered weights up (after an evaluation)."""

@@ -19,13 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import find_targets
-from deberta_dist.parallel.layout import decoder_layer, meta_model
 from deberta_dist.parallel.tensor.apply import split_sequence
 from deberta_dist.parallel.tensor.plan import padded_vocabulary
 from deberta_dist.parallel.tensor.sequence import SequenceRanks
+from deberta_dist.training.objectives.base import TrainedNetwork
+from deberta_dist.training.step_batch import StepBatch
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StageActivations:
 
 
 def stage_activations(
-    config: DebertaConfig,
+    network: TrainedNetwork,
     *,
     layers: range,
     tensor_parallel_size: int,
@@ -65,7 +65,7 @@ def stage_activations(
     the layers above hold nothing any more; then a stage that is not the first tells what its start takes.
 
     Args:
-        config: The model.
+        network: The model.
         layers: Of the stage.
         tensor_parallel_size: Ranks that share them.
         batch_shape: (B, S), sequences and tokens.
@@ -76,12 +76,14 @@ def stage_activations(
         vocabulary_chunks: ``training.vocabulary_chunks``.
         sequence_parallel: Whether those ranks split the sequence.
     """
+    config = network.config
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
     def measure(count: int, *, is_first: bool = is_first) -> StageActivations:
         start = 0 if is_first else 1
+        shorter = dataclasses.replace(config, num_hidden_layers=start + count + (0 if is_last else 1))
         return _measure(
-            dataclasses.replace(config, num_hidden_layers=start + count + (0 if is_last else 1)),
+            dataclasses.replace(network, config=shorter),
             layers=range(start, start + count),
             tensor_parallel_size=tensor_parallel_size,
             batch_shape=batch_shape,
@@ -104,7 +106,7 @@ def stage_activations(
 
 @lru_cache(maxsize=1024)
 def _measure(
-    config: DebertaConfig,
+    network: TrainedNetwork,
     *,
     layers: range,
     tensor_parallel_size: int,
@@ -116,44 +118,51 @@ def _measure(
     vocabulary_chunks: int = 1,
     sequence_parallel: bool = False,
 ) -> StageActivations:
-    batch, length = batch_shape
+    config, (batch, length) = network.config, batch_shape
     model = local_model(
-        config, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype, recompute=recompute,
+        network, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype, recompute=recompute,
         sequence_parallel=sequence_parallel,
     )  # fmt: skip
-    model.vocabulary_chunks = vocabulary_chunks
+    if hasattr(model, "vocabulary_chunks"):
+        model.vocabulary_chunks = vocabulary_chunks
     own_length = length // tensor_parallel_size if sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
     # Which tokens are targets decides shapes, so they are found on the host.
     labels = torch.zeros(batch, length, dtype=torch.int64)
     labels[:, :targets_per_sequence] = 1
-    targets = find_targets(labels > 0, labels).to(torch.device("meta")) if is_last else None
+    targets = find_targets(labels > 0, labels).to(torch.device("meta"))
     model.deberta.encoder.relative_positions(torch.device("meta"))  # kept for all micro-batches
     with torch.device("meta"):
-        inputs = {"attention_mask": torch.empty(batch, length, dtype=torch.int64)}
-        if document_boundaries:
-            inputs["document_ids"] = torch.empty(batch, length, dtype=torch.int64)
-        if layers.start == 0:
-            hidden, inputs["input_ids"] = None, torch.empty(batch, length, dtype=torch.int64)
-        else:
-            hidden, inputs["input_ids"] = _hidden(batch, own_length, config.hidden_size, dtype=dtype), None
+        tokens = [torch.empty(batch, length, dtype=torch.int64) for _ in range(4)]
+        made = StepBatch(
+            input_ids=tokens[0],
+            attention_mask=tokens[1],
+            document_ids=tokens[2] if document_boundaries else None,
+            targets=(targets,),
+            counts=torch.empty(2, dtype=torch.int64),
+        )
+        micro_batches = network.micro_batches(made, dropout_keys=[1], handed=tokens[3] if network.is_handed else None)
+        inputs = {"input_ids": micro_batches.input_ids if layers.start == 0 else None, **micro_batches.fields[0]}
+        hidden = None if layers.start == 0 else _hidden(batch, own_length, config.hidden_size, dtype=dtype)
     gradient = _hidden(batch, own_length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
     with LiveBytes() as live:
-        output = model.forward_stage(hidden, **inputs, targets=targets, layers=layers, dropout_key=1)
+        output = model.forward_stage(hidden, **inputs, layers=layers)
         saved = live.now
         if is_last:
-            output[0, 0].backward()
+            (output[0] if network.hands_on else output)[0, 0].backward()
         else:
             output.backward(gradient)
     logits = 0
     if is_last:
         rows = batch * targets_per_sequence
         with LiveBytes() as head:
-            words, lm_head = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head
-            entered = lm_head.transform(_hidden(rows, config.hidden_size, dtype=dtype))
-            result = model.cross_entropy.of_product(entered, words, lm_head.bias, targets.ids_P, num_chunks=vocabulary_chunks)
-            del entered
-            logits = head.now
+            result = network.head_loss(
+                model,
+                hidden=_hidden(rows, config.hidden_size, dtype=dtype),
+                targets=targets.ids_P,
+                num_chunks=vocabulary_chunks,
+            )
+            logits = 0 if result is None else head.now
             del result
     return StageActivations(saved=saved - logits, logits=logits, working=live.peak - saved)
 
@@ -171,20 +180,21 @@ def local_config(config: DebertaConfig, *, tensor_parallel_size: int) -> Deberta
 
 
 def local_model(
-    config: DebertaConfig,
+    network: TrainedNetwork,
     *,
     layers: range,
     tensor_parallel_size: int,
     dtype: torch.dtype,
     recompute: str = "none",
     sequence_parallel: bool = False,
-) -> DebertaForMaskedLM:
+) -> Any:
     """A model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
 
     It lacks the copies that all-reduces work on; they are gone at once. Sequence parallelism is the real one, but that
     nothing is sent.
     """
-    model = meta_model(local_config(config, tensor_parallel_size=tensor_parallel_size)).to(dtype)
+    local = local_config(network.config, tensor_parallel_size=tensor_parallel_size)
+    model = dataclasses.replace(network, config=local).meta_model().to(dtype)
     model.recompute = recompute
     model.keep_layers(layers)
     for module in model.modules():
@@ -196,10 +206,12 @@ def local_model(
         split_sequence(
             model,
             ranks=_RanksOnMeta(tensor_parallel_size),
-            decoder_layer=decoder_layer(config),
+            decoder_layer=network.decoder_layer,
             gathers_again=recompute != "full",
+            rules=network.rules,
         )
-    model.cross_entropy = _CrossEntropyOnMeta()
+    if hasattr(model, "cross_entropy"):
+        model.cross_entropy = _CrossEntropyOnMeta()
     for parameter in model.parameters():
         parameter.grad_dtype = torch.float32
         parameter.grad = torch.empty_like(parameter, dtype=torch.float32)

@@ -30,11 +30,8 @@ import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
-from deberta_dist.parallel.layout import DTYPES, FLAT_GROUPS, Layout, flat_layout
-from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
-
-# float32 largest logit, float32 sum and target logit, int64 winner: per target.
-CROSS_ENTROPY_BYTES = 4 + 2 * 4 + 8
+from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
+from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduced_width
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def rank_communication(
     hidden = tokens * layout.config.hidden_size * width * training.num_micro_batches
     in_decoder, in_head = _target_bytes(layout, config=config, width=width, targets=targets)
     is_split, has_last = layout.tensor_parallel_size > 1, last in stages
-    decodes = has_last and layout.config.uses_enhanced_mask_decoder
+    decodes = has_last and layout.network.decoder_layer is not None
     layers = len(layout.layers_of_rank(pipeline_rank)) - decodes
     per_layer = layer_messages(config)
     embedding = tokens * layout.config.embedding_width * width * training.num_micro_batches
@@ -158,9 +155,9 @@ def rank_communication(
         tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),
         tensor_head=is_split * (has_last * in_head + (not decodes) * joined),
         tensor_halves=is_sequence * (in_layers + in_embedding + joined),
-        pipeline_activations=sum(index < last for index in stages) * hidden // shards,
+        pipeline_activations=sum(index < last for index in stages) * hidden // shards + _handed_bytes(layout, config),
         pipeline_gradients=sum(index > 0 for index in stages) * hidden // shards,
-        scalars=_scalars(config, deepspeed_config),
+        scalars=_scalars(layout, config, deepspeed_config),
     )
 
 
@@ -191,15 +188,23 @@ def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Seq
     rows = sum(sequences * max(one.widest, 1) for one in targets)
     decoder = NUM_DECODER_PASSES * layer_all_reduces(config) * rows * layout.config.hidden_size * width
     total = sum(one.total for one in targets)
-    return decoder, total * (layout.config.embedding_width * width + CROSS_ENTROPY_BYTES)
+    return decoder, total * layout.network.head_message_bytes(width=width)
 
 
-def _scalars(config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
-    """Int64 targets and tokens over the data axis, float64 [3] over the world, a float64 norm of every flat gradient over the
+def _handed_bytes(layout: Layout, config: RunConfig) -> int:
+    """Ids for the next network, broadcast over the pipeline axis, int64."""
+    training, is_cut = config.training, config.parallel.pipeline_parallel_size > 1
+    tokens = training.num_micro_batches * training.micro_batch_size * config.data.max_seq_length
+    return INT64 * tokens * (layout.network.hands_on and is_cut)
+
+
+def _scalars(layout: Layout, config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
+    """Int64 targets and tokens over the data axis, the network's float64 results over the world, a float64 norm of every flat gradient over the
     data axis and over the ranks that share the data.
     """
     parallel = config.parallel
     replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     offload = offload_device(deepspeed_config, "optimizer")
-    norms = 8 * len(FLAT_GROUPS) * (offload == "none")
-    return (16 + norms) * (replicas > 1) + 24 * (replicas * model > 1) + norms * (model > 1)
+    norms = 8 * len(layout.network.flat_groups) * (offload == "none")
+    results = 8 * len(layout.network.results)
+    return (16 + norms) * (replicas > 1) + results * (replicas * model > 1) + norms * (model > 1)

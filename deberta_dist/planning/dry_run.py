@@ -45,18 +45,25 @@ class RankReport:
     communication: RankCommunication
 
 
-def rank_reports(plan: Plan) -> list[RankReport]:
-    """The numbers of every pipeline rank, first to last."""
-    layout, reports = plan.layout, []
+def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
+    """The numbers of every pipeline rank, first to last, while one network runs.
+
+    Args:
+        plan: The run.
+        number: Index of the network; by default of the one whose weights are the run's result.
+    """
+    number = plan.objective.main if number is None else number
+    layout, flops, reports = plan.layouts[number], plan.network_flops[number], []
+    others = [*plan.layouts[:number], *plan.layouts[number + 1 :]]
     for pipeline_rank in range(len(layout.stages_by_rank)):
         # The first tensor-parallel rank owns what is replicated, the second borrows it, and so do all others.
         tensor_ranks = range(min(layout.tensor_parallel_size, 2))
         options = {"config": plan.config, "deepspeed_config": plan.deepspeed, "pipeline_rank": pipeline_rank}
-        memories = [rank_memory(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
+        memories = [rank_memory(layout, **options, tensor_rank=rank, others=others) for rank in tensor_ranks]
         messages = [rank_communication(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
         reports.append(
             RankReport(
-                flops=sum(plan.flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
+                flops=sum(flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
                 owned=max(memory.owned for memory in memories),
                 borrowed=max(memory.borrowed for memory in memories),
                 memory=max(memories, key=lambda memory: memory.peak),
@@ -86,17 +93,20 @@ def bubble_fraction(plan: Plan) -> float:
 def step_seconds(plan: Plan) -> float:
     """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
     world = _world_size(plan)
-    return plan.flops.training * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
+    return plan.training_flops * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
 
 
 def describe(plan: Plan) -> str:
     """The dry run's text."""
-    reports = rank_reports(plan)
+    tables = []
+    for number, layout in enumerate(plan.layouts):
+        reports = rank_reports(plan, number)
+        if len(plan.layouts) > 1:
+            tables.append(f"NETWORK     {layout.network.name or 'whose weights are the result'}")
+        tables += [_stages(plan, number, reports), _memory(reports), _communication(plan, reports)]
     blocks = [
         _headline(plan),
-        _stages(plan, reports),
-        _memory(plan, reports),
-        _communication(plan, reports),
+        *tables,
         _compute(plan),
         *reading_block(plan.config),
         _notes(plan),
@@ -134,17 +144,17 @@ def _headline(plan: Plan) -> str:
     return "\n".join(f"{label:<12}{line}" for label, line in lines)
 
 
-def _stages(plan: Plan, reports: Sequence[RankReport]) -> str:
-    layout = plan.layout
-    total = plan.flops.forward
+def _stages(plan: Plan, number: int, reports: Sequence[RankReport]) -> str:
+    layout, units = plan.layouts[number], plan.network_flops[number].units
+    total = plan.network_flops[number].forward
     unit, size = ("G", 1e9) if total >= 1e8 else ("M", 1e6)
     lines = [f"STAGES                      {unit}FLOP/token   share   parameters of a rank (millions)",
              "  rank stage layers             forward              owned   borrowed   also holds"]  # fmt: skip
     for rank, (stages, report) in enumerate(zip(layout.stages_by_rank, reports, strict=True)):
-        for number, index in enumerate(stages):
+        for place, index in enumerate(stages):
             layers = layout.stages[index]
-            flops = sum(plan.flops.units[layer] for layer in layers)
-            owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if number == 0 else " " * 22
+            flops = sum(units[layer] for layer in layers)
+            owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if place == 0 else " " * 22
             span = f"{layers.start}-{layers.stop - 1} ({len(layers)})"
             lines.append(
                 f"  {rank:>4} {index:>5} {span:<13} {flops / size:12.3f} {flops / total:8.1%}{owned}   "
@@ -161,11 +171,11 @@ def _also_holds(layout: Layout, index: int) -> str:
     if index == 0:
         parts += ["embedding"] + ["conv"] * (config.conv_kernel_size > 0)
     if index == len(layout.stages) - 1:
-        parts += ["EMD, head"] if config.uses_enhanced_mask_decoder else ["head"]
+        parts += ["head"] if layout.network.decoder_layer is None else ["EMD, head"]
     return ", ".join([*parts, "rel. table"])
 
 
-def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
+def _memory(reports: Sequence[RankReport]) -> str:
     memories = [report.memory for report in reports]
     offload = memories[0].offload
     where = "" if offload == "none" else f" [{offload}]"
@@ -176,6 +186,7 @@ def _memory(plan: Plan, reports: Sequence[RankReport]) -> str:
         (f"gradient shard, 1/dp{where}", [m.gradient_shard for m in memories]),
         ("ZeRO reduce bucket", [m.reduce_bucket for m in memories]),
         ("pipeline receive buffers", [m.receive_buffers for m in memories]),
+        *([("other networks at rest", [m.others_at_rest for m in memories])] if memories[0].others_at_rest else []),
         ("= between steps", [m.at_rest for m in memories]),
         ("batch", [m.batch for m in memories]),
         ("weights gathered", [m.gathered for m in memories]),
@@ -238,14 +249,14 @@ def _table(title: str, rows: Sequence[tuple[str, Sequence[int]]], *, per: str = 
 
 
 def _compute(plan: Plan) -> str:
-    flops, seconds = plan.flops, step_seconds(plan)
-    per_step = flops.training * _tokens_per_step(plan)
+    seconds, forward = step_seconds(plan), sum(flops.forward for flops in plan.network_flops)
+    per_step = plan.training_flops * _tokens_per_step(plan)
     peak = PEAK_FLOPS[REFERENCE_GPU] / 1e12
     time = f"{seconds:,.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:,.2f} ms"
     days = seconds * plan.config.training.max_steps / 86400
     whole = f"{days:,.1f} days" if days >= 1 else format_seconds(days * 86400)
     return (
-        f"COMPUTE     {_scaled(flops.forward)}FLOP/token forward, {_scaled(flops.training)}FLOP/token training; "
+        f"COMPUTE     {_scaled(forward)}FLOP/token forward, {_scaled(plan.training_flops)}FLOP/token training; "
         f"{_scaled(per_step)}FLOP per step\n"
         f"  orientation: {time} per step, {whole} for the run, if every process is one "
         f"{REFERENCE_GPU}\n  at {REFERENCE_UTILISATION:.0%} of its {peak:.0f} TFLOP/s dense bf16 "

@@ -5,6 +5,7 @@ keeps is measured (``activations.py``). Not in the numbers: the allocator's frag
 libraries, the framework itself. ``dry_run.py`` prints them; tests hold them to what a real run holds.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class RankMemory:
             what is borrowed, and the gradient rounded to the compute dtype.
         offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
             ``"nvme"``.
+        others_at_rest: What the run's other networks hold on the device between their parts of a step.
     """
 
     owned: int
@@ -65,6 +67,7 @@ class RankMemory:
     working: int
     hand_over: int
     offload: str
+    others_at_rest: int = 0
 
     @property
     def optimizer(self) -> int:
@@ -75,7 +78,7 @@ class RankMemory:
     def at_rest(self) -> int:
         """On the device between steps."""
         optimizer = self.optimizer if self.offload == "none" else 0
-        return self.weights + optimizer + self.reduce_bucket + self.receive_buffers
+        return self.weights + optimizer + self.reduce_bucket + self.receive_buffers + self.others_at_rest
 
     @property
     def in_micro_batches(self) -> int:
@@ -95,17 +98,30 @@ class RankMemory:
 
 
 def rank_memory(
-    layout: Layout, *, config: RunConfig, deepspeed_config: dict[str, Any], pipeline_rank: int, tensor_rank: int
+    layout: Layout,
+    *,
+    config: RunConfig,
+    deepspeed_config: dict[str, Any],
+    pipeline_rank: int,
+    tensor_rank: int,
+    others: Sequence[Layout] = (),
 ) -> RankMemory:
-    """Adds up one rank; all its data-parallel replicas hold the same.
+    """Adds up one rank while one network runs; all its data-parallel replicas hold the same.
 
     Args:
         layout: From ``plan_layout``.
         config: Resolved configuration.
         deepspeed_config: Filled-in DeepSpeed JSON.
         pipeline_rank, tensor_rank: The rank's place.
+        others: Of the run's other networks, which are at rest meanwhile.
     """
     parallel, training = config.parallel, config.training
+    place = {
+        "config": config,
+        "deepspeed_config": deepspeed_config,
+        "pipeline_rank": pipeline_rank,
+        "tensor_rank": tensor_rank,
+    }
     dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
     zero = deepspeed_config.get("zero_optimization", {})
     flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
@@ -155,6 +171,7 @@ def rank_memory(
             flat * dtype.itemsize if dtype.itemsize < FLOAT32 else 0,
         ),
         offload=offload,
+        others_at_rest=sum(rank_memory(other, **place).at_rest for other in others),
     )
 
 
@@ -165,7 +182,7 @@ def _in_flight(
     parallel, training = config.parallel, config.training
     stages = [
         stage_activations(
-            layout.config,
+            layout.network,
             layers=layout.stages[index],
             tensor_parallel_size=layout.tensor_parallel_size,
             sequence_parallel=layout.sequence_parallel,

@@ -5,6 +5,7 @@ a run's data is read here.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.files.foreign import refuse_foreign
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
-from deberta_dist.models.flops import ForwardFlops, forward_flops
+from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.presets import preset
 from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
+from deberta_dist.training.objectives.base import Objective, TrainedNetwork, check_folds
+from deberta_dist.training.objectives.masked_lm import masked_lm
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,59 @@ class Plan:
     Attributes:
         config: Resolved.
         deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model.
-        flops: Its cost per token in sequences of ``data.max_seq_length``.
-        layout: Who holds what.
+        model_config: The model of ``[model]``.
+        objective: What is trained.
+        layouts: Who holds what of each of its networks.
+        network_flops: Their cost per token in sequences of ``data.max_seq_length``.
         deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
     """
 
     config: RunConfig
     deepspeed: dict[str, Any]
     model_config: DebertaConfig
-    flops: ForwardFlops
-    layout: Layout
+    objective: Objective
+    layouts: tuple[Layout, ...]
+    network_flops: tuple[ForwardFlops, ...]
     deepspeed_notes: tuple[str, ...] = ()
 
+    @property
+    def layout(self) -> Layout:
+        """Of the network whose weights are the run's result."""
+        return self.layouts[self.objective.main]
+
+    @property
+    def flops(self) -> ForwardFlops:
+        """Of the network whose weights are the run's result."""
+        return self.network_flops[self.objective.main]
+
+    @property
+    def training_flops(self) -> float:
+        """Of all networks, forward and backward, per token."""
+        return sum(flops.training for flops in self.network_flops)
+
+    @property
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every parameter of the run, by its name in a checkpoint."""
+        return {layout.network.saved_name(name): shape for layout in self.layouts for name, shape in layout.full_shapes.items()}
+
     def flops_of_bucket(self, length: int) -> ForwardFlops:
-        """The model's cost per token in a bucket's sequences of ``length`` tokens, which take less attention."""
-        return _flops(self.config, self.model_config, length=length)
+        """The cost per token in a bucket's sequences of ``length`` tokens, which take less attention; of all networks."""
+        found = [network_flops(self.config, network, length=length) for network in self.objective.networks]
+        return ForwardFlops(units=tuple(unit for flops in found for unit in flops.units))
 
 
-def check_plan(config: RunConfig, *, world_size: int) -> Plan:
+def check_plan(
+    config: RunConfig,
+    *,
+    world_size: int,
+    make_objective: Callable[[RunConfig, DebertaConfig], Objective] = masked_lm,
+) -> Plan:
     """Checks sizes, model and DeepSpeed JSON. Reads no data file.
+
+    Args:
+        config: As loaded.
+        world_size: Processes.
+        make_objective: What is trained, from the resolved configuration and the model of ``[model]``.
 
     Raises:
         ConfigError: with file, key and value.
@@ -59,10 +95,16 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
             f"{config.source}: data.max_seq_length = {config.data.max_seq_length} is over "
             f"model.max_position_embeddings = {model_config.max_position_embeddings}"
         )
-    _check_convolution(config, model_config)
-    flops = read_flops(config, model_config)
     try:
-        layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
+        objective = make_objective(config, model_config)
+        for network in objective.networks:
+            _check_convolution(config, network.config)
+        flops = tuple(network_flops(config, network) for network in objective.networks)
+        layouts = tuple(
+            plan_layout(network, parallel=config.parallel, flops=cost)
+            for network, cost in zip(objective.networks, flops, strict=True)
+        )
+        check_folds(objective, layouts)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
     return Plan(
@@ -70,8 +112,9 @@ def check_plan(config: RunConfig, *, world_size: int) -> Plan:
         deepspeed=ds.values,
         deepspeed_notes=ds.notes,
         model_config=model_config,
-        flops=flops,
-        layout=layout,
+        objective=objective,
+        layouts=layouts,
+        network_flops=flops,
     )
 
 
@@ -83,25 +126,17 @@ def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:
     shortest = min(length for _, length in config.micro_batch_shapes)
     if (taps - 1) // 2 > shortest // size:
         raise ConfigError(
-            f"{config.source}: parallel.sequence_parallel = true leaves {shortest // size} of {shortest} tokens on each of "
+            f"parallel.sequence_parallel = true leaves {shortest // size} of {shortest} tokens on each of "
             f"parallel.tensor_parallel_size = {size} ranks, fewer than the {(taps - 1) // 2} beside a token that "
             f"model.conv_kernel_size = {taps} looks at; take fewer tensor ranks or longer sequences"
         )
 
 
-def read_flops(config: RunConfig, model_config: DebertaConfig) -> ForwardFlops:
-    """The model's cost per token in sequences of ``data.max_seq_length``."""
-    return _flops(config, model_config, length=config.data.max_seq_length)
-
-
-def _flops(config: RunConfig, model_config: DebertaConfig, *, length: int) -> ForwardFlops:
+def network_flops(config: RunConfig, network: TrainedNetwork, *, length: int | None = None) -> ForwardFlops:
+    """A network's cost per token in sequences of ``length`` tokens, by default ``data.max_seq_length``."""
+    length = config.data.max_seq_length if length is None else length
     sequences = {length: count for count, length in config.micro_batch_shapes}
-    return forward_flops(
-        model_config,
-        max_seq_length=length,
-        micro_batch_size=sequences[length],
-        mask_probability=config.data.mask_probability,
-    )
+    return network.flops(length=length, micro_batch_size=sequences[length])
 
 
 def read_model_config(config: RunConfig) -> DebertaConfig:

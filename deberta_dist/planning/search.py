@@ -22,12 +22,14 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.parallel.layout import Layout, plan_layout
+from deberta_dist.parallel.network import Network
 from deberta_dist.parallel.pipeline.stages import balance_stages
 from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.machine import Machine
-from deberta_dist.planning.plan import Plan, read_flops, read_model_config
+from deberta_dist.planning.plan import Plan, network_flops, read_model_config
 from deberta_dist.planning.search_memory import Choice, MemorySearch
 from deberta_dist.planning.step_cost import least_seconds, step_cost
+from deberta_dist.training.objectives.masked_lm import masked_lm
 
 INTERLEAVED = "interleaved_1f1b"
 
@@ -142,6 +144,8 @@ def _can_be_fused(config: RunConfig) -> bool:
 def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
     """Every plan of the space that passes the checks of a run, without what they cost beyond ``least_seconds``."""
     model = read_model_config(config)
+    objective = masked_lm(config, model)
+    (network,) = objective.networks  # what a step costs in time is a model of one network's step
     batch, length = config.training.global_batch_size, config.data.max_seq_length
     for tensor, pipeline, data in _sizes(config, model, world_size=world_size, space=space):
         settings = [(path, _deepspeed(path, config, data=data)) for path in space.deepspeed]
@@ -153,9 +157,9 @@ def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: S
             training = config.training.model_copy(
                 update={"micro_batch_size": micro, "num_micro_batches": batch // data // micro}
             )
-            flops = read_flops(config.model_copy(update={"training": training}), model)
+            flops = network_flops(config.model_copy(update={"training": training}), network)
             for parallel in _schedules(config, model, (tensor, pipeline, data), training.num_micro_batches, space):
-                layout = _layout(model, parallel, flops)
+                layout = _layout(network, parallel, flops)
                 for recompute in space.recompute:
                     for path, deepspeed in settings:
                         changed = {
@@ -163,7 +167,7 @@ def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: S
                             "training": training.model_copy(update={"recompute": recompute}),
                             "run": config.run.model_copy(update={"deepspeed": path}),
                         }
-                        plan = Plan(config.model_copy(update=changed), deepspeed, model, flops, layout)
+                        plan = Plan(config.model_copy(update=changed), deepspeed, model, objective, (layout,), (flops,))
                         yield Candidate(plan, least_seconds(plan, machine))
 
 
@@ -210,10 +214,10 @@ def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
     return checked_deepspeed(config.model_copy(update={"parallel": parallel, "run": run})).values
 
 
-def _layout(model: DebertaConfig, parallel: Parallel, flops: ForwardFlops) -> Layout:
+def _layout(network: Network, parallel: Parallel, flops: ForwardFlops) -> Layout:
     stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
     return _layout_of(
-        model,
+        network,
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.stages_per_rank,
@@ -228,7 +232,7 @@ def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _layout_of(model: DebertaConfig, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]) -> Layout:
+def _layout_of(network: Network, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]) -> Layout:
     parallel = Parallel(
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,
@@ -236,7 +240,7 @@ def _layout_of(model: DebertaConfig, tensor: int, pipeline: int, loops: int, sch
         schedule=schedule,
         layers_per_stage=layers,
     )
-    return plan_layout(model, parallel=parallel, flops=ForwardFlops(units=()))
+    return plan_layout(network, parallel=parallel, flops=ForwardFlops(units=()))
 
 
 def restricted(space: Space, **changed: Any) -> Space:

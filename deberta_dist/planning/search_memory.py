@@ -128,17 +128,18 @@ def _activation_floor(plan: Plan) -> float:
 
     One layer's, measured with four sequences; with more of them a sequence keeps up to 3% less.
     """
-    config = plan.config
+    run = plan.config
     options = {
-        "tensor_parallel_size": config.parallel.tensor_parallel_size,
-        "batch_shape": (4, config.data.max_seq_length),
+        "tensor_parallel_size": run.parallel.tensor_parallel_size,
+        "batch_shape": (4, run.data.max_seq_length),
         "targets_per_sequence": 1,
         "dtype": DTYPES[precision(plan.deepspeed)],
-        "recompute": config.training.recompute,
-        "document_boundaries": config.data.document_boundaries,
+        "recompute": run.training.recompute,
+        "document_boundaries": run.data.document_boundaries,
     }
-    model = dataclasses.replace(plan.model_config, num_hidden_layers=6)
-    three, four = (stage_activations(model, layers=range(1, stop), **options).saved for stop in (4, 5))
+    config = dataclasses.replace(plan.model_config, num_hidden_layers=6)
+    network = dataclasses.replace(plan.layout.network, config=config)
+    three, four = (stage_activations(network, layers=range(1, stop), **options).saved for stop in (4, 5))
     layers = [len(plan.layout.stages[index]) for index in plan.layout.stages_by_rank[0]]
     kept = max(sum(n * count for n, count in zip(counts, layers, strict=True)) for counts, _ in _moments(plan))
-    return 0.95 * (four - three) / 4 * config.training.micro_batch_size * kept
+    return 0.95 * (four - three) / 4 * run.training.micro_batch_size * kept

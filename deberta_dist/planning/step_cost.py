@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from deberta_dist.config import offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, TieSize
-from deberta_dist.planning.communication import CROSS_ENTROPY_BYTES, layer_all_reduces
+from deberta_dist.planning.communication import layer_all_reduces
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.memory import FLOAT32, expected_targets, reduced_width
 from deberta_dist.planning.pass_work import Work, stage_work
 from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE, Timeline, orders, play
 from deberta_dist.planning.plan import Plan
+from deberta_dist.training.objectives.masked_lm import CROSS_ENTROPY_BYTES
 
 # Bytes that pass through memory per element, reads and writes.
 # Gradients: zeroed 4; read to be scaled and rounded 4; the norm in float64 4 + 8 + 8 of a shard.

@@ -21,7 +21,7 @@ from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.plain import require_unchanged
 from deberta_dist.models.residual import ResidualOutput
 from deberta_dist.parallel.flat_layout import FlatLayout
-from deberta_dist.parallel.layout import DTYPES, Layout, decoder_layer, flat_layout, meta_model
+from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.parallel.mesh import Mesh, MeshShape
 from deberta_dist.parallel.pipeline.runner import PipelineRunner
 from deberta_dist.parallel.pipeline.ties import TiedWeights, make_tie_groups
@@ -29,12 +29,13 @@ from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.parallel.tensor.apply import apply_plan, cut_tensor, split_sequence
 from deberta_dist.parallel.tensor.sequence import SequenceRanks
 from deberta_dist.parallel.zero import WeightStore
+from deberta_dist.training.objectives.base import TrainedNetwork
 from deberta_dist.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
 class TrainingParts:
-    """What a training loop drives.
+    """What a training loop drives of one network.
 
     Attributes:
         layout: Who holds what.
@@ -65,24 +66,27 @@ def build(
     mesh: Mesh,
     shards: Sequence[Tensor] | None = None,
 ) -> TrainingParts:
-    """Makes this rank's part of a run. Collective.
+    """Makes this rank's part of one network of a run. Collective.
 
     Args:
         config: Resolved configuration.
-        layout: From ``plan_layout`` for the same configuration.
+        layout: From ``plan_layout`` for the same configuration and a network of the objective.
         deepspeed_config: Filled-in DeepSpeed JSON.
         mesh: The grid.
         shards: This rank's part of every flat parameter to start with; by default initial values, which are a
             function of (seed, name) alone.
     """
+    network = layout.network
+    assert isinstance(network, TrainedNetwork), network
     here = mesh.coordinate
     if shards is None:
         shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))
 
-    model = meta_model(layout.config)
+    model = network.meta_model()
     model.recompute = config.training.recompute
     set_attention(model, config.training.attention)
-    model.vocabulary_chunks = config.training.vocabulary_chunks
+    if hasattr(model, "vocabulary_chunks"):  # a model with a head over the vocabulary
+        model.vocabulary_chunks = config.training.vocabulary_chunks
     for module in model.modules():
         if isinstance(module, ResidualOutput):
             module.joined = config.training.compile
@@ -102,6 +106,8 @@ def build(
         hidden_size=layout.config.hidden_size,
         sequence_shards=layout.sequence_shards,
         dtype=DTYPES[precision(deepspeed_config)],
+        num_results=len(network.results),
+        hands_on=network.hands_on,
         after_backward=sharded_model.accumulate,
     )
     return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
@@ -138,19 +144,22 @@ def build_sharded_model(
         rank=here.tensor,
         size=shape.tensor,
         group=mesh.groups["tensor"],
+        rules=layout.network.rules,
     )
     if layout.sequence_parallel:
         split_sequence(
             model,
             ranks=SequenceRanks(mesh.groups["tensor"]),
-            decoder_layer=decoder_layer(layout.config),
+            decoder_layer=layout.network.decoder_layer,
             gathers_again=model.recompute != "full",
+            rules=layout.network.rules,
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    decayed = [group.is_decayed for group in layout.network.flat_groups]
     store = WeightStore(
         shards,
         layout=own_flat_layout(layout, mesh=mesh),
-        make_optimizer=lambda flats: make_optimizer(flats, settings=optimizer),
+        make_optimizer=lambda flats: make_optimizer(flats, settings=optimizer, decayed=decayed),
         deepspeed_config=deepspeed_config,
         mesh=mesh,
         dtype=dtype,
@@ -169,7 +178,10 @@ def own_flat_layout(layout: Layout, *, mesh: Mesh) -> FlatLayout:
 
 def initial_value(name: str, *, layout: Layout, seed: int) -> Tensor:
     """Where a published parameter starts: full, float32, a function of (seed, name)."""
-    return initial_tensor(name, layout.full_shapes[name], seed=seed, std=layout.config.initializer_range)
+    network, shape = layout.network, layout.full_shapes[name]
+    if name in network.tables_added:
+        return torch.zeros(shape)
+    return initial_tensor(network.saved_name(name), shape, seed=seed, std=network.config.initializer_range)
 
 
 def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> list[Tensor]:
@@ -183,9 +195,10 @@ def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> l
     here, shape = mesh.coordinate, mesh.shape
     flat = own_flat_layout(layout, mesh=mesh)
     shards = [torch.zeros(size // shape.data) for size in flat.sizes]
-    own = shard_parts(flat, shape=shape, coordinate=here, full_shapes=layout.full_shapes)
+    rules = layout.network.rules
+    own = shard_parts(flat, shape=shape, coordinate=here, full_shapes=layout.full_shapes, rules=rules)
     for shard, parts in zip(shards, own, strict=True):
         for part in parts:
-            values = cut_tensor(load(part.name), part.name, rank=here.tensor, size=shape.tensor).flatten()
+            values = cut_tensor(load(part.name), part.name, rank=here.tensor, size=shape.tensor, rules=rules).flatten()
             shard[part.offset : part.offset + part.count] = values[part.begin : part.begin + part.count]
     return shards

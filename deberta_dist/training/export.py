@@ -6,7 +6,7 @@ Every slice is asked of its owner by name, joined by the plan and stripped of vo
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,8 @@ from deberta_dist.parallel.mesh import Coordinate, Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.parallel.tensor import plan
 from deberta_dist.parallel.tensor.apply import join_slices
+from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.objectives.base import Objective, add_folds
 
 
 def gather_full_weights(
@@ -55,9 +57,25 @@ def gather_full_weights(
                 dist.recv(received, src=source)
                 slices.append(received)
         if mesh.rank == 0:
-            assert len(slices) == (1 if plan.parameter_cut(name).dim is None else mesh.shape.tensor), name
-            full[name] = join_slices(slices, name, full_shape=shape).contiguous()
+            assert len(slices) == (1 if plan.parameter_cut(name, layout.network.rules).dim is None else mesh.shape.tensor), name
+            full[name] = join_slices(slices, name, full_shape=shape, rules=layout.network.rules).contiguous()
     return full
+
+
+def gather_networks(networks: Sequence[TrainingParts], *, objective: Objective, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
+    """Full float32 tensors by published name, by network, as each network reads them; on rank 0 alone. Collective.
+
+    Args:
+        networks: This rank's parts of every network.
+        objective: What stands between them.
+        mesh: The grid.
+    """
+    found = {
+        parts.layout.network.name: gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh)
+        for parts in networks
+    }
+    add_folds(objective, found)
+    return found
 
 
 def keep_tokenizer(tokenizer: Path, directory: Path) -> None:

@@ -13,9 +13,6 @@ from torch import nn
 from deberta_dist import config as run_config
 from deberta_dist.errors import ConfigError
 
-# Flat parameters of the weight store in order: decayed, not decayed.
-DECAYED, NOT_DECAYED = 0, 1
-
 
 def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
     """NVIDIA apex's FusedAdam where it can run, else None."""
@@ -28,19 +25,22 @@ def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
         return None
 
 
-def make_optimizer(flats: Sequence[nn.Parameter], *, settings: run_config.Optimizer) -> torch.optim.Optimizer:
-    """AdamW with decoupled weight decay on the first flat parameter only.
+def make_optimizer(
+    flats: Sequence[nn.Parameter], *, settings: run_config.Optimizer, decayed: Sequence[bool] = (True, False)
+) -> torch.optim.Optimizer:
+    """AdamW with decoupled weight decay.
 
     Args:
-        flats: Flat parameters, decayed and not decayed.
+        flats: Flat parameters.
         settings: ``[optimizer]`` of the run.
+        decayed: Which of them decay; see `Network.flat_groups`.
 
     Raises:
         ConfigError: apex is asked for by name and is not there.
     """
     groups = [
-        {"params": [flats[DECAYED]], "weight_decay": settings.weight_decay},
-        {"params": [flats[NOT_DECAYED]], "weight_decay": 0.0},
+        {"params": [flat], "weight_decay": settings.weight_decay if decays else 0.0}
+        for flat, decays in zip(flats, decayed, strict=True)
     ]
     options = {"lr": settings.learning_rate, "betas": tuple(settings.betas), "eps": settings.eps}
     fused_adam = apex_fused_adam() if settings.name in ("auto", "apex_fused_adam") else None

@@ -33,7 +33,7 @@ from deberta_dist.training.arguments import parse_arguments
 from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
 from deberta_dist.training.entry import require_machine, start
 from deberta_dist.training.evaluation import evaluate, own_rows, write_result
-from deberta_dist.training.export import gather_full_weights, keep_tokenizer, write_weights
+from deberta_dist.training.export import gather_networks, keep_tokenizer, write_weights
 from deberta_dist.training.hooks import CheckpointHook, EvaluationHook, FiniteGuard, MetricsHook, StopHook
 from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
 from deberta_dist.training.length import WEIGHTS_NAME, keep_earlier_weights, learning_rates, refuse_finished
@@ -106,16 +106,16 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
     checkpoint = share_checkpoint(found.reader, plan=plan, mesh=mesh)
     log = _open_log(plan, data=data, mesh=mesh)
-    parts = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
+    networks = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
     # They keep files open, and with them the space of checkpoints that are removed meanwhile.
     del checkpoint, found, initial_weights
-    trainer = Trainer(parts, mesh=mesh, seed=plan.config.training.seed)
-    checkpointing = Checkpointing(plan, parts=parts, mesh=mesh, data=data, log=log, damaged=damaged)
+    trainer = Trainer(*networks, mesh=mesh, seed=plan.config.training.seed, objective=plan.objective)
+    checkpointing = Checkpointing(plan, networks=networks, mesh=mesh, data=data, log=log, damaged=damaged)
 
     result = train(trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, manifest=manifest)
 
-    _write_weights(parts, plan=plan, data=data, mesh=mesh, log=log)
+    _write_weights(networks, plan=plan, data=data, mesh=mesh, log=log)
     dist.barrier()
     dist.destroy_process_group()
     if mesh.rank == 0:
@@ -148,18 +148,20 @@ def _open_log(plan: Plan, *, data: RunData, mesh: Mesh) -> MetricsLog:
     return log
 
 
-def _write_weights(parts: TrainingParts, *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
+def _write_weights(networks: Sequence[TrainingParts], *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
     """Writes ``weights/``, and keeps those of an earlier result beside it. Collective."""
-    weights, directory = gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh), plan.config.run.directory
+    weights, directory = gather_networks(networks, objective=plan.objective, mesh=mesh), plan.config.run.directory
     if mesh.rank == 0:
         if earlier := keep_earlier_weights(directory):
             log.say(f"the weights of the earlier result are kept in {earlier}")
-        write_weights(
-            weights,
-            config=plan.model_config.to_dict(),
-            tokenizer=data.tokenizer.path,
-            directory=directory / WEIGHTS_NAME,
-        )
+        # The run's result first: further networks lie in folders of their own within its folder.
+        for network in sorted(plan.objective.networks, key=lambda network: network.name):
+            write_weights(
+                weights[network.name],
+                config=network.config.to_dict(),
+                tokenizer=data.tokenizer.path,
+                directory=directory / WEIGHTS_NAME / network.name,
+            )
 
 
 def make_parts(
@@ -170,13 +172,17 @@ def make_parts(
     log: MetricsLog,
     checkpoint: CheckpointReader | None,
     initial_weights: InitialWeights | None,
-) -> TrainingParts:
-    """This rank's parts, where a checkpoint left them, with given weights, or anew. Collective."""
-    make = partial(build, plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
+) -> list[TrainingParts]:
+    """This rank's parts of every network, where a checkpoint left them, with given weights, or anew. Collective."""
+    make = partial(build, plan.config, deepspeed_config=plan.deepspeed, mesh=mesh)
     if checkpoint is not None:
-        shards, manifest = read_shards(checkpoint, plan=plan, mesh=mesh), checkpoint.manifest
-        parts = make(shards=[shard.weight for shard in shards])
-        load_state(parts.sharded_model, shards, manifest=manifest)
+        networks, manifest = [], checkpoint.manifest
+        for layout in plan.layouts:
+            shards = read_shards(checkpoint, layout=layout, mesh=mesh)
+            parts = make(layout=layout, shards=[shard.weight for shard in shards])
+            load_state(parts.sharded_model, shards, manifest=manifest, network=layout.network.name)
+            networks.append(parts)
+            del shards
         log.resumed(
             step=manifest.step,
             path=checkpoint.directory,
@@ -184,12 +190,20 @@ def make_parts(
             position=data.position(manifest.consumed_samples),
             learning_rates=learning_rates(plan, manifest),
         )
-        return parts
+        return networks
     log.starts_over()
     if initial_weights is not None:
         log.say("\n".join(initial_weights.notes))
-        return make(shards=shards_of(plan.layout, mesh=mesh, load=initial_weights.read))
-    return make()
+    return [
+        make(
+            layout=layout,
+            # training.init is of the model of [model]; further networks start at random.
+            shards=None
+            if initial_weights is None or layout.network.name
+            else shards_of(layout, mesh=mesh, load=initial_weights.read),
+        )
+        for layout in plan.layouts
+    ]
 
 
 class PretrainingSteps:
@@ -326,7 +340,7 @@ def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict
 def headline(plan: Plan, device: torch.device) -> str:
     """One line on what is about to run."""
     parallel, training = plan.config.parallel, plan.config.training
-    count = sum(torch.Size(shape).numel() for shape in plan.layout.full_shapes.values())
+    count = sum(torch.Size(shape).numel() for shape in plan.full_shapes.values())
     return (
         f"{count:,} parameters on {mesh_shape(plan.config).world_size} x {device.type}: "
         f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} x "

@@ -14,6 +14,7 @@ from deberta_dist.config import default_values, precision
 from deberta_dist.errors import ConfigError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.parallel.flat_layout import ShardState
+from deberta_dist.parallel.layout import Layout
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.planning.plan import Plan
@@ -117,8 +118,9 @@ def check_checkpoint(
         reader.manifest,
         model_config=plan.model_config.to_dict(),
         tokenizer_sha256=tokenizer_sha256 or reader.manifest.tokenizer_sha256,
+        networks={network.name: network.config.to_dict() for network in plan.objective.networks if network.name},
     )
-    same_tensors(reader.manifest, plan.layout.full_shapes, where=reader.directory)
+    same_tensors(reader.manifest, plan.full_shapes, where=reader.directory)
     if data is not None:
         _same_sources(reader, plan=plan, data=data)
     if reader.manifest.step > plan.config.training.max_steps:
@@ -173,17 +175,30 @@ def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan, mesh: Mesh)
     return CheckpointReader(checkpoint_directory(plan) / step_name(step))
 
 
-def read_shards(reader: CheckpointReader, *, plan: Plan, mesh: Mesh) -> list[ShardState]:
-    """This rank's part of every flat parameter, and nothing else, from a checkpoint of any layout."""
-    layout = own_flat_layout(plan.layout, mesh=mesh)
-    return reader.read_shards(layout, shape=mesh.shape, coordinate=mesh.coordinate)
+def read_shards(reader: CheckpointReader, *, layout: Layout, mesh: Mesh) -> list[ShardState]:
+    """This rank's part of every flat parameter of a network, and nothing else, from a checkpoint of any layout."""
+    network = layout.network
+    return reader.read_shards(
+        own_flat_layout(layout, mesh=mesh),
+        shape=mesh.shape,
+        coordinate=mesh.coordinate,
+        rules=network.rules,
+        saved_name=network.saved_name,
+    )
 
 
-def load_state(model: ShardedModel, shards: Sequence[ShardState], *, manifest: Manifest) -> None:
-    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the model was built."""
-    store = model.store
-    store.load_moments(shards, optimizer_steps=manifest.optimizer_steps)
-    store.load_loss_scale_state(manifest.loss_scale)
+def load_state(model: ShardedModel, shards: Sequence[ShardState], *, manifest: Manifest, network: str = "") -> None:
+    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the model was built.
+
+    Args:
+        model: This rank's weights.
+        shards: From `read_shards`.
+        manifest: Of the checkpoint.
+        network: Name of the network that the model is.
+    """
+    store, state = model.store, manifest.networks[network] if network else manifest
+    store.load_moments(shards, optimizer_steps=state.optimizer_steps)
+    store.load_loss_scale_state(state.loss_scale)
 
 
 def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[str]:

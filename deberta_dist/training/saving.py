@@ -7,7 +7,7 @@ A disk that is full costs the checkpoint, not the run.
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.manifest import Manifest, TensorEntry, WrittenLayout
+from deberta_dist.checkpoint.manifest import Manifest, NetworkState, TensorEntry, WrittenLayout
 from deberta_dist.checkpoint.slices import tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import precision
@@ -44,7 +44,7 @@ class Checkpointing:
 
     Args:
         plan: The run.
-        parts: This rank's parts.
+        networks: This rank's parts of every network.
         mesh: The grid.
         data: Its texts.
         log: Where saves are told.
@@ -55,13 +55,13 @@ class Checkpointing:
         self,
         plan: Plan,
         *,
-        parts: TrainingParts,
+        networks: Sequence[TrainingParts],
         mesh: Mesh,
         data: RunData,
         log: MetricsLog,
         damaged: Collection[Path] = (),
     ) -> None:
-        self._plan, self._parts, self._mesh, self._log = plan, parts, mesh, log
+        self._plan, self._networks, self._mesh, self._log = plan, networks, mesh, log
         self._data, self._damaged = data, damaged
         self._writer = CheckpointWriter(checkpoint_directory(plan), rank=mesh.rank)
         # 63 bits of the time and the process, the same on all ranks: whose parts belong together.
@@ -83,7 +83,7 @@ class Checkpointing:
         asked = time.monotonic()
         self.poll(wait=True)
         started = time.monotonic()
-        shards = self._parts.sharded_model.store.copy_shards()
+        shards = [shard for parts in self._networks for shard in parts.sharded_model.store.copy_shards()]
         copied = time.monotonic()
         self._times = SaveTimes(wait_seconds=started - asked, copy_seconds=copied - started, copied_at=copied)
         self._pending = self._manifest(step=step, consumed_samples=consumed_samples)
@@ -147,19 +147,37 @@ class Checkpointing:
             self._log.say(f"warning: {error}; the run goes on")
 
     def _tensor_table(self) -> dict[str, TensorEntry]:
-        shape, layout = self._mesh.shape, self._parts.layout
-        layouts = flat_layouts(layout, data_parallel_size=shape.data)
-        return tensor_table(layouts, shape=shape, full_shapes=layout.full_shapes)
+        shape, table, first_flat = self._mesh.shape, {}, 0
+        for layout in (parts.layout for parts in self._networks):
+            network = layout.network
+            found = tensor_table(
+                flat_layouts(layout, data_parallel_size=shape.data),
+                shape=shape,
+                full_shapes=layout.full_shapes,
+                rules=network.rules,
+                first_flat=first_flat,
+            )
+            table |= {network.saved_name(name): entry for name, entry in found.items()}
+            first_flat += len(network.flat_groups)
+        return table
 
     def _manifest(self, *, step: int, consumed_samples: int) -> Manifest:
         plan, shape = self._plan, self._mesh.shape
-        store = self._parts.sharded_model.store
+        states = {
+            parts.layout.network.name: NetworkState(
+                optimizer_steps=parts.sharded_model.store.optimizer_steps,
+                loss_scale=parts.sharded_model.store.loss_scale_state(),
+                model_config=parts.layout.network.config.to_dict(),
+            )
+            for parts in self._networks
+        }
+        main = states.pop("")
         return Manifest(
             step=step,
             consumed_samples=consumed_samples,
-            optimizer_steps=store.optimizer_steps,
+            optimizer_steps=main.optimizer_steps,
             seed=plan.config.training.seed,
-            loss_scale=store.loss_scale_state(),
+            loss_scale=main.loss_scale,
             run_config=plan.config.model_dump(mode="json"),
             model_config=plan.model_config.to_dict(),
             tokenizer_sha256=self._data.tokenizer.sha256,
@@ -172,4 +190,5 @@ class Checkpointing:
                 schedule=plan.config.parallel.schedule,
             ),
             tensors=self._tensors,
+            networks=states,
         )

@@ -1,11 +1,16 @@
-"""One optimizer step of any model: weights gathered once, all micro-batches, one hand-over, agreed by all ranks.
+"""One optimizer step of any network in two halves, agreed by all ranks.
+
+Weights are gathered once, all micro-batches run, gradients are reduced once and the memory of both is free: the first
+half. The second moves the weights. Between the halves of one network another may take its first, and several may take
+their second together.
 
 The host reads the device once, at the end, everything in one tensor: until then it only queues work, so that the device
 never waits for the host.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,6 +20,77 @@ from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
 
 
+@dataclass(frozen=True)
+class Half:
+    """The first half of a network's step, on the device: nothing has been read by the host.
+
+    Attributes:
+        model: This rank's weights.
+        totals: Float64 sums over all ranks.
+        norms: What `WeightStore.reduce` returned.
+    """
+
+    model: ShardedModel
+    totals: Tensor
+    norms: Tensor
+
+
+def reduce_half(
+    model: ShardedModel,
+    *,
+    mesh: Mesh,
+    count: Tensor,
+    forward_backward: Callable[[Tensor], Tensor],
+    weight: float = 1.0,
+) -> Half:
+    """Gathers a network's weights, runs its micro-batches and reduces their gradients; frees both. Collective.
+
+    Args:
+        model: This rank's weights.
+        mesh: The grid.
+        count: What the loss is the mean over, of the step over all data-parallel ranks, a scalar on the device.
+        forward_backward: Runs this rank's micro-batches with gradients of its argument times the sum of losses; returns
+            float32 sums on the device, e.g. of losses and targets, equal on all tensor-parallel ranks.
+        weight: Factor on the loss.
+    """
+    loss_scale = model.store.loss_scale
+    model.gather(with_gradients=True)
+    # DeepSpeed averages gradients over the data axis; the loss is a mean over the targets of all of it.
+    sums = forward_backward(loss_scale * weight * mesh.shape.data / count.clamp(min=1))
+    norms = model.reduce(loss_scale=loss_scale)
+    return Half(model=model, totals=world_totals(sums, mesh=mesh), norms=norms)
+
+
+def apply_halves(
+    halves: Sequence[Half], *, learning_rate: float, may_step: bool = True, known: Tensor | None = None
+) -> tuple[list[list[float]], list[float], float | None]:
+    """Takes the steps whose first halves are done, all or none of them, after one read of the device.
+
+    Args:
+        halves: Of one network, or of several that are clipped by one norm.
+        learning_rate: For this step.
+        may_step: False where a network before these could not step: then none does.
+        known: Further numbers on the device, the same on all ranks, that the host wants to read.
+
+    Returns:
+        (sums over all ranks of each half; ``known``; their gradient norm before clipping, None where a gradient was not
+        finite on some rank, so that no rank stepped).
+    """
+    parts = [part for half in halves for part in (half.totals, half.norms)]
+    numbers = torch.cat([part.double() for part in [*parts, *([] if known is None else [known])]]).tolist()
+    read, start = [], 0
+    for part in parts:
+        read.append(numbers[start : start + len(part)])
+        start += len(part)
+    sums, norms = read[::2], read[1::2]
+    norm = norms[0][0] if len(norms) == 1 else math.sqrt(sum(one[0] ** 2 for one in norms))
+    if not may_step:
+        norm = math.inf
+    for half, own in zip(halves, norms, strict=True):
+        half.model.apply(own, learning_rate=learning_rate, joint_norm=None if len(norms) == 1 and may_step else norm)
+    return sums, numbers[start:], norm if math.isfinite(norm) else None
+
+
 def optimizer_step(
     model: ShardedModel,
     *,
@@ -22,34 +98,19 @@ def optimizer_step(
     count: Tensor,
     learning_rate: float,
     forward_backward: Callable[[Tensor], Tensor],
-    known: Tensor | None = None,
 ) -> tuple[list[float], float | None]:
-    """Takes a step whose loss is a mean over ``count`` targets of all ranks. Collective.
+    """Takes a step of one network. Collective.
 
     Args:
-        model: This rank's weights.
-        mesh: The grid.
-        count: Targets of the step over all data-parallel ranks, a scalar on the device.
+        model, mesh, count, forward_backward: See `reduce_half`.
         learning_rate: For this step.
-        forward_backward: Runs this rank's micro-batches with gradients of its argument times the sum of losses; returns
-            float32 sums on the device, e.g. of losses and targets, equal on all tensor-parallel ranks.
-        known: Further numbers on the device, the same on all ranks, that the host wants to read.
 
     Returns:
-        (the sums over all ranks, then ``known``; gradient norm before clipping, None where a gradient was not finite on
-        some rank, so that no rank stepped).
+        (the sums over all ranks; gradient norm before clipping, None where no rank stepped).
     """
-    loss_scale = model.store.loss_scale
-    model.gather(with_gradients=True)
-    # DeepSpeed averages gradients over the data axis; the loss is a mean over the targets of all of it.
-    sums = forward_backward(loss_scale * mesh.shape.data / count.clamp(min=1))
-    norms = model.hand_over(loss_scale=loss_scale)
-    parts = [world_totals(sums, mesh=mesh), norms, *([] if known is None else [known])]
-    numbers = torch.cat([part.double() for part in parts]).tolist()
-    norms_end = len(sums) + len(norms)
-    norms = numbers[len(sums) : norms_end]
-    model.step(norms, learning_rate=learning_rate)
-    return numbers[: len(sums)] + numbers[norms_end:], norms[0] if math.isfinite(norms[0]) else None
+    half = reduce_half(model, mesh=mesh, count=count, forward_backward=forward_backward)
+    (sums,), _, norm = apply_halves([half], learning_rate=learning_rate)
+    return sums, norm
 
 
 def world_totals(sums: Tensor, *, mesh: Mesh) -> Tensor:

@@ -14,6 +14,9 @@ from deberta_dist.data.pinned import PinnedTensors
 from deberta_dist.models.targets import Targets, find_targets
 from deberta_dist.training.target_sizes import TargetSizes
 
+COUNTS = ("targets", "tokens")
+"""What a batch counts, in the order of `StepBatch.counts`; padding is left out of both."""
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -24,7 +27,7 @@ class StepBatch:
         attention_mask: 1 for real tokens, int64 [R, S].
         document_ids: int64 [R, S], see `Batch`; None where a sequence is one text.
         targets: of each micro-batch.
-        counts: int64 [2]: targets and tokens, padding left out.
+        counts: int64 [2], see `COUNTS`.
         pinned: where all of them lie, for a GPU.
     """
 

@@ -4,20 +4,38 @@ The loop above knows nothing of parallelism: it asks for step s and gets its los
 step is a function of (seed, step), so a step is the same wherever and whenever it runs.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.parallel.mesh import Mesh
-from deberta_dist.parallel.pipeline.runner import MicroBatches
 from deberta_dist.training.build import TrainingParts
-from deberta_dist.training.step import optimizer_step, world_totals
+from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone, check_folds
+from deberta_dist.training.step import Half, apply_halves, reduce_half, world_totals
 from deberta_dist.training.step_batch import StepBatch, pack
 from deberta_dist.training.target_sizes import TargetSizes
+
+
+@dataclass(frozen=True)
+class NetworkResult:
+    """What one optimizer step was for one of several networks.
+
+    Attributes:
+        loss: Mean over what its loss is the mean over (nats), before the update.
+        grad_norm: Global norm of its gradient before clipping; None when no rank stepped.
+        sums: What its last stage added up, over all ranks, by `TrainedNetwork.results`.
+    """
+
+    loss: float
+    grad_norm: float | None
+    sums: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -25,16 +43,18 @@ class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        loss: Mean over all targets of the step (nats), before the update.
-        grad_norm: Global norm before clipping; None when the step was skipped.
+        loss: Of all networks together, each with its weight (nats), before the update; each the mean over its targets.
+        grad_norm: Global norm before clipping, over all networks; None when one of them was skipped.
         num_targets: Targets of the step over all ranks.
         num_tokens: Tokens of the step over all ranks, padding left out.
+        networks: Of each network by name.
     """
 
     loss: float
     grad_norm: float | None
     num_targets: int
     num_tokens: int
+    networks: Mapping[str, NetworkResult] = field(default_factory=dict)
 
     @property
     def skipped(self) -> bool:
@@ -44,11 +64,11 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Masked-token prediction on held-out text.
+    """What a network's loss asks for, on held-out text: masked tokens, of masked language modelling.
 
     Attributes:
         loss: Mean over all targets (nats).
-        accuracy: Share of targets whose most likely token is the right one.
+        accuracy: Share of targets whose most likely answer is the right one.
         num_targets: How many there were.
     """
 
@@ -61,17 +81,27 @@ class Trainer:
     """Drives the parts of one rank.
 
     Args:
-        parts: From ``build``.
+        parts: From ``build``, of every network of the objective, in its order.
         mesh: The grid.
         seed: Seed of dropout.
+        objective: What stands between the networks; a network alone is its own.
 
     A batch that is `pack`-ed ahead, in another thread, costs the step one copy; any other is packed here.
     """
 
-    def __init__(self, parts: TrainingParts, *, mesh: Mesh, seed: int) -> None:
-        self.parts = parts
+    def __init__(self, *parts: TrainingParts, mesh: Mesh, seed: int, objective: Objective | None = None) -> None:
+        self.objective = alone(parts[0].layout.network) if objective is None else objective
+        assert [one.layout.network for one in parts] == list(self.objective.networks)
+        check_folds(self.objective, [one.layout for one in parts])
+        self.networks = parts
+        self._by_name = {one.layout.network.name: one for one in parts}
         self._mesh = mesh
         self._seed = seed
+
+    @property
+    def parts(self) -> TrainingParts:
+        """Of the network whose weights are the run's result."""
+        return self.networks[self.objective.main]
 
     def pack(self, batch: Batch, *, sizes: TargetSizes | None = None) -> StepBatch:
         """Makes a batch of this data-parallel rank ready for `step`, in any thread.
@@ -84,61 +114,120 @@ class Trainer:
         return pack(batch, num_micro_batches=count, device=device, sizes=sizes)
 
     def step(self, batch: Batch | StepBatch, *, step: int, learning_rate: float) -> StepResult:
-        """One optimizer step. Collective.
+        """One optimizer step of every network. Collective.
 
         Args:
             batch: This data-parallel rank's micro-batches, stacked or packed.
             step: Number of the step, from 0.
             learning_rate: For this step.
         """
-        mesh = self._mesh
         here = self._here(batch)
-        micro_batches = self._micro_batches(here, dropout_keys=self._dropout_keys(step))
         # Of all micro-batches on all replicas: sequences of a bucket may be many or few, every target weighs the same.
         counts = here.counts.clone()
-        dist.all_reduce(counts, group=mesh.groups["data"])
-        numbers, grad_norm = optimizer_step(
-            self.parts.sharded_model,
-            mesh=mesh,
-            count=counts[0],
-            learning_rate=learning_rate,
-            forward_backward=lambda scale: self.parts.runner.forward_backward(micro_batches, loss_scale=scale),
-            known=counts[1:],
+        dist.all_reduce(counts, group=self._mesh.groups["data"])
+        halves, sums, norms, known, handed = [], [], [], [], None
+        for parts in self.networks:
+            half, handed = self._reduce(parts, here, step=step, counts=counts, handed=handed)
+            halves.append(half)
+            is_last = len(sums) + len(halves) == len(self.networks)
+            if is_last or not self.objective.is_joint:
+                found, known, norm = apply_halves(
+                    halves, learning_rate=learning_rate, may_step=None not in norms, known=counts if is_last else None
+                )
+                sums, norms, halves = sums + found, [*norms, norm], []
+        return self._result(sums, norms, num_targets=int(known[0]), num_tokens=int(known[1]))
+
+    def _reduce(
+        self, parts: TrainingParts, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
+    ) -> tuple[Half, Tensor | None]:
+        """The first half of a network's step, and what it hands on."""
+        network, found = parts.layout.network, None
+        keys = self._dropout_keys(step, network=network)
+        micro_batches = network.micro_batches(here, dropout_keys=keys, handed=handed)
+
+        def forward_backward(scale: Tensor) -> Tensor:
+            nonlocal found
+            sums, found = parts.runner.forward_backward(micro_batches, loss_scale=scale)
+            return sums
+
+        self._fold(network)
+        half = reduce_half(
+            parts.sharded_model,
+            mesh=self._mesh,
+            count=counts[network.counted],
+            forward_backward=forward_backward,
+            weight=network.loss_weight,
         )
-        loss_sum, _, num_targets, num_tokens = numbers
+        return half, self._hand_on(network, found, like=here)
+
+    def _fold(self, network: TrainedNetwork) -> None:
+        """Before a gather: what the network reads of others' tables."""
+        for fold in self.objective.folds_of(network.name):
+            store, base = (self._by_name[name].sharded_model.store for name in (fold.reader, fold.owner))
+            store.fold(fold.table, base)
+
+    def _hand_on(self, network: TrainedNetwork, found: Tensor | None, *, like: StepBatch) -> Tensor | None:
+        """Ids from the last pipeline rank on all: the first needs them, the others cost nothing on a wire. Collective."""
+        if not network.hands_on:
+            return None
+        ids = torch.empty_like(like.input_ids) if found is None else found.contiguous()
+        dist.broadcast(ids, group_src=self._mesh.shape.pipeline - 1, group=self._mesh.groups["pipeline"])
+        return ids
+
+    def _result(
+        self, sums: Sequence[Sequence[float]], norms: Sequence[float | None], *, num_targets: int, num_tokens: int
+    ) -> StepResult:
+        networks, loss = {}, 0.0
+        for number, (network, found) in enumerate(zip(self.objective.networks, sums, strict=True)):
+            by_name = dict(zip(network.results, found, strict=True))
+            own = by_name["loss"] / max(by_name[network.mean_over], 1)
+            loss += network.loss_weight * own
+            norm = norms[0 if self.objective.is_joint else number]
+            networks[network.name] = NetworkResult(loss=own, grad_norm=norm, sums=by_name)
         return StepResult(
-            loss=loss_sum / max(num_targets, 1), grad_norm=grad_norm, num_targets=int(num_targets), num_tokens=int(num_tokens)
+            loss=loss,
+            grad_norm=None if None in norms else norms[0] if len(norms) == 1 else math.hypot(*norms),
+            num_targets=num_targets,
+            num_tokens=num_tokens,
+            networks=networks,
         )
 
     def evaluate(self, batches: Iterable[Batch | StepBatch]) -> EvaluationResult:
-        """Forward passes without dropout over this data-parallel rank's batches. Collective."""
-        model = self.parts.sharded_model
-        model.gather(with_gradients=False)
-        totals = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
-        for batch in batches:
-            keys = [0] * self.parts.runner.num_micro_batches
-            sums = self.parts.runner.evaluate(self._micro_batches(self._here(batch), dropout_keys=keys))
-            totals += world_totals(sums, mesh=self._mesh)
-        model.release()
-        loss, correct, num_targets = totals.tolist()
-        return EvaluationResult(
-            loss=loss / max(num_targets, 1), accuracy=correct / max(num_targets, 1), num_targets=int(num_targets)
-        )
+        """Of the network whose weights are the run's result; see `evaluate_networks`. Collective."""
+        return self.evaluate_networks(batches)[""]
 
-    def _dropout_keys(self, step: int) -> list[int]:
+    def evaluate_networks(self, batches: Iterable[Batch | StepBatch]) -> dict[str, EvaluationResult]:
+        """Forward passes of every network, by name, without dropout over this data-parallel rank's batches. Collective."""
+        found: dict[str, EvaluationResult] = {}
+        if len(self.networks) > 1:  # one network after the other takes all of them
+            batches = list(batches)
+        handed: Iterable[Tensor | None] = itertools.repeat(None)
+        for parts in self.networks:
+            network, passed_on = parts.layout.network, []
+            self._fold(network)
+            parts.sharded_model.gather(with_gradients=False)
+            totals = torch.zeros(len(network.results), dtype=torch.float64, device=self._mesh.device)
+            for batch, before in zip(batches, handed, strict=False):
+                here, keys = self._here(batch), [0] * parts.runner.num_micro_batches
+                micro_batches = network.micro_batches(here, dropout_keys=keys, handed=before)
+                sums, ids = parts.runner.evaluate(micro_batches)
+                totals += world_totals(sums, mesh=self._mesh)
+                passed_on.append(self._hand_on(network, ids, like=here))
+            parts.sharded_model.release()
+            handed = passed_on
+            by_name = dict(zip(network.results, totals.tolist(), strict=True))
+            count = by_name[network.mean_over]
+            found[network.name] = EvaluationResult(
+                loss=by_name["loss"] / max(count, 1), accuracy=by_name["correct"] / max(count, 1), num_targets=int(count)
+            )
+        return found
+
+    def _dropout_keys(self, step: int, *, network: TrainedNetwork) -> list[int]:
         """Keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""
         count = self.parts.runner.num_micro_batches
         first = self._mesh.coordinate.data * count
         # 63 bits, as keys once travelled: their runs go on with the same masks.
-        return [mix_key(self._seed, step, number) >> 1 for number in range(first, first + count)]
+        return [mix_key(self._seed, step, number, *network.own_key) >> 1 for number in range(first, first + count)]
 
     def _here(self, batch: Batch | StepBatch) -> StepBatch:
         return (batch if isinstance(batch, StepBatch) else self.pack(batch)).to(self._mesh.device)
-
-    def _micro_batches(self, batch: StepBatch, *, dropout_keys: Sequence[int]) -> MicroBatches:
-        count = len(dropout_keys)
-        masks = batch.attention_mask.chunk(count)
-        documents = [None] * count if batch.document_ids is None else batch.document_ids.chunk(count)
-        names = ("attention_mask", "document_ids", "targets", "dropout_key")
-        values = zip(masks, documents, batch.targets, dropout_keys, strict=True)
-        return MicroBatches(input_ids=batch.input_ids, fields=[dict(zip(names, found, strict=True)) for found in values])

@@ -20,10 +20,12 @@ from deberta_dist.config import Parallel
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.parallel.flat_layout import FlatLayout, ShardState, lay_out
-from deberta_dist.parallel.layout import FLAT_GROUPS, Layout, plan_layout
+from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import MeshShape
+from deberta_dist.parallel.network import is_decayed, is_not_decayed
 from deberta_dist.parallel.tensor import plan
 from deberta_dist.parallel.tensor.apply import cut_tensor
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 TOKENIZER = "ab" * 32
 Known = dict[str, dict[str, Tensor]]
@@ -72,11 +74,11 @@ class Case:
             schedule="1f1b" if self.stages_per_rank == 1 else "interleaved_1f1b",
             stages_per_rank=self.stages_per_rank,
         )
-        return plan_layout(config, parallel=parallel, flops=flops)
+        return plan_layout(MaskedLMNetwork(config=config), parallel=parallel, flops=flops)
 
     def flat_layout(self, pipeline: int, tensor: int) -> FlatLayout:
         shapes = {name: self.layout.local_shape(name) for name in self.layout.owned(pipeline, tensor)}
-        return lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=self.data)
+        return lay_out(shapes, groups=(is_decayed, is_not_decayed), data_parallel_size=self.data)
 
     @functools.cached_property
     def table(self) -> dict[str, TensorEntry]:

@@ -19,8 +19,9 @@ from deberta_dist.finetuning.plan import TaskPlan, make_plans
 from deberta_dist.finetuning.sift import Sift
 from deberta_dist.finetuning.starting_point import StartingPoint, open_starting_point
 from deberta_dist.models.classification import DebertaForSequenceClassification
-from deberta_dist.parallel.layout import is_decayed, meta_classifier
+from deberta_dist.parallel.layout import meta_classifier
 from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
+from deberta_dist.parallel.network import is_decayed
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.training.build import build_sharded_model, mesh_shape, shards_of
 from deberta_dist.training.export import gather_full_weights, write_weights

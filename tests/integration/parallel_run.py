@@ -13,10 +13,12 @@ from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.parallel import sharded_model
-from deberta_dist.parallel.layout import is_decayed, plan_layout
+from deberta_dist.parallel.layout import plan_layout
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
+from deberta_dist.parallel.network import is_decayed
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.export import gather_full_weights
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.step_batch import StepBatch, pack
 from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import Trainer
@@ -181,7 +183,7 @@ def make_trainer(case: Case) -> Trainer:
     device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
     config, model_config = case.run_config(), case.model_config()
     flops = forward_flops(model_config, max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15)
-    layout = plan_layout(model_config, parallel=config.parallel, flops=flops)
+    layout = plan_layout(MaskedLMNetwork(config=model_config), parallel=config.parallel, flops=flops)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=3)
     parts = build(config, layout=layout, deepspeed_config=deepspeed_settings(case), mesh=mesh)
     return Trainer(parts, mesh=mesh, seed=SEED)

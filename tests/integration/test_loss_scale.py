@@ -16,7 +16,7 @@ def train_in_fp16(scale_window: int) -> tuple[list[float], dict[str, Any]]:
 
     from deberta_dist.parallel.zero.weight_store import WeightStore
 
-    scales, hand_over = [], WeightStore.hand_over
+    scales, hand_over = [], WeightStore.reduce
     fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": scale_window}
     settings = parallel_run.deepspeed_settings
 
@@ -27,7 +27,7 @@ def train_in_fp16(scale_window: int) -> tuple[list[float], dict[str, Any]]:
     with (
         mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True),
         mock.patch.object(parallel_run, "deepspeed_settings", lambda case: {**settings(case), "fp16": fp16}),
-        mock.patch.object(WeightStore, "hand_over", noted),
+        mock.patch.object(WeightStore, "reduce", noted),
     ):
         # Unclipped, since clipping would hide a gradient that is halved.
         trained = parallel_run.train(parallel_run.Case(precision="fp16", dropout=0.0, clipping=100.0))

@@ -7,14 +7,15 @@ import torch
 
 from deberta_dist.config import load_config
 from deberta_dist.parallel.flat_layout import ALIGNMENT, lay_out
-from deberta_dist.parallel.layout import FLAT_GROUPS, flat_layout, is_decayed
+from deberta_dist.parallel.layout import flat_layout
+from deberta_dist.parallel.network import is_decayed, is_not_decayed
 from deberta_dist.planning.plan import check_plan
 
 
 @pytest.mark.parametrize("data_parallel_size", [1, 2, 3, 8])
 def test_flat_places_are_aligned_and_do_not_overlap(data_parallel_size: int) -> None:
     shapes = {"a.weight": (3, 5), "a.bias": (65,), "b.weight": (64,), "c.LayerNorm.weight": (1,), "d.weight": (7, 2, 3)}
-    layout = lay_out(shapes, groups=FLAT_GROUPS, data_parallel_size=data_parallel_size)
+    layout = lay_out(shapes, groups=(is_decayed, is_not_decayed), data_parallel_size=data_parallel_size)
     assert list(layout.places) == list(shapes)
     flats = [torch.zeros(size) for size in layout.sizes]
     for name, view in layout.views(flats).items():
@@ -30,9 +31,9 @@ def test_flat_places_are_aligned_and_do_not_overlap(data_parallel_size: int) -> 
 
 
 def test_an_empty_group_is_one_row_of_padding() -> None:
-    layout = lay_out({"a.weight": (2, 2)}, groups=FLAT_GROUPS, data_parallel_size=4)
+    layout = lay_out({"a.weight": (2, 2)}, groups=(is_decayed, is_not_decayed), data_parallel_size=4)
     assert layout.sizes == (ALIGNMENT * 4, ALIGNMENT * 4)
-    assert lay_out({}, groups=FLAT_GROUPS, data_parallel_size=2).sizes == (ALIGNMENT * 2,) * 2
+    assert lay_out({}, groups=(is_decayed, is_not_decayed), data_parallel_size=2).sizes == (ALIGNMENT * 2,) * 2
 
 
 def test_every_name_belongs_to_exactly_one_group() -> None:

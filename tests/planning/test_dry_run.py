@@ -13,6 +13,7 @@ from deberta_dist.planning.communication import rank_communication
 from deberta_dist.planning.dry_run import bubble_fraction, count_parameters, describe, rank_reports, step_seconds
 from deberta_dist.planning.memory import rank_memory
 from deberta_dist.planning.plan import Plan, check_plan
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 ROOT = Path(__file__).parents[2]
 LARGE, DEMO = ROOT / "launchers" / "pretrain_1.5b.toml", ROOT / "launchers" / "pretrain_demo.toml"
@@ -160,8 +161,8 @@ def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str, s
                 "recompute": recompute,
                 "sequence_parallel": sequence_parallel,
             }
-            measured = activations._measure(config, **options)
-            estimated = activations.stage_activations(config, **options)
+            measured = activations._measure(MaskedLMNetwork(config=config), **options)
+            estimated = activations.stage_activations(MaskedLMNetwork(config=config), **options)
             assert (estimated.saved, estimated.logits) == (measured.saved, measured.logits), (name, layers)
             # Where the embeddings' gradient is the highest moment, the estimate is a little high for short stages.
             assert measured.working <= estimated.working <= 1.05 * measured.working, (name, layers)

@@ -13,6 +13,7 @@ from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.planning.activations import local_model, stage_activations
 from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
 from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from tests.harness import run_ranks
 from tests.integration.parallel_run import (
     LEARNING_RATE,
@@ -121,7 +122,7 @@ def layout_of(case: Case) -> Layout:
     flops = forward_flops(
         case.model_config(), max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15
     )
-    return plan_layout(case.model_config(), parallel=case.run_config().parallel, flops=flops)
+    return plan_layout(MaskedLMNetwork(config=case.model_config()), parallel=case.run_config().parallel, flops=flops)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_prediction_equals_a_real_step(case: Case) -> None:
 def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     config, batch, length = Case().model_config(), 2, LENGTH
     layers = range(1, 3)
-    model = local_model(config, layers=layers, tensor_parallel_size=2, dtype=torch.bfloat16)
+    model = local_model(MaskedLMNetwork(config=config), layers=layers, tensor_parallel_size=2, dtype=torch.bfloat16)
     hidden = torch.empty(batch, length, config.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
     saved: dict[int, torch.Tensor] = {}
     known = {tensor.untyped_storage()._cdata for tensor in (hidden, *model.parameters())}
@@ -205,7 +206,7 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     remember(output)
     found = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
     measured = stage_activations(
-        config,
+        MaskedLMNetwork(config=config),
         layers=layers,
         tensor_parallel_size=2,
         batch_shape=(batch, length),
@@ -222,7 +223,7 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
 
 def measure(layers: range, *, recompute: str = "none", tensor_parallel_size: int = 1) -> tuple[int, int, int]:
     found = stage_activations(
-        Case().model_config(),
+        MaskedLMNetwork(config=Case().model_config()),
         layers=layers,
         tensor_parallel_size=tensor_parallel_size,
         batch_shape=(2, LENGTH),

@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_iter
 
 from deberta_dist.config import load_config
 from deberta_dist.errors import ConfigError
-from deberta_dist.parallel.layout import meta_model, names_of_layers
+from deberta_dist.parallel.layout import names_of_layers
 from deberta_dist.planning.activations import local_model
 from deberta_dist.planning.communication import rank_communication
 from deberta_dist.planning.machine import GPUS, Link, calibrated, read_calibration
 from deberta_dist.planning.pass_work import stage_work
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.step_cost import around_pipeline, least_seconds, stage_all_reduces, step_cost, work_seconds
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 DEMO = Path(__file__).parents[2] / "launchers" / "pretrain_demo.toml"
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -54,7 +55,9 @@ def counted(plan: Plan, layers: range) -> list[tuple[int, int]]:
     """(bytes, calls) of a middle stage, forward and backward, on the meta device."""
     tensor, batch = plan.config.parallel.tensor_parallel_size, plan.config.training.micro_batch_size
     shape = (batch, plan.config.data.max_seq_length, plan.model_config.hidden_size)
-    model = local_model(plan.model_config, layers=layers, tensor_parallel_size=tensor, dtype=torch.float32)
+    model = local_model(
+        MaskedLMNetwork(config=plan.model_config), layers=layers, tensor_parallel_size=tensor, dtype=torch.float32
+    )
     model.recompute = plan.config.training.recompute
     model.deberta.encoder.relative_positions(torch.device("meta"))
     with torch.device("meta"):
@@ -113,9 +116,9 @@ def test_weights_of_ranks_are_those_of_the_flat_layout() -> None:
         assert weights.used == sum(sizes.values())
         assert weights.owned == sum(sizes[name] for name in plan.layout.owned(pipeline_rank, 0))
     for layers in ((0,), (1,), (1, 2), (0, 3), (3,), (2, 3), (0, 1, 2, 3)):
-        model = meta_model(plan.model_config)
+        model = plan.layout.network.meta_model()
         model.keep_layers(layers)
-        assert names_of_layers(plan.model_config, layers) == tuple(name for name, _ in model.named_parameters())
+        assert names_of_layers(plan.layout.network, layers) == tuple(name for name, _ in model.named_parameters())
 
 
 def test_a_step_is_the_sum_of_its_terms_and_never_less_than_the_least() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.config import Optimizer
 from deberta_dist.errors import ConfigError
-from deberta_dist.parallel.layout import is_decayed
+from deberta_dist.parallel.network import is_decayed
 from deberta_dist.training.optimizer import apex_fused_adam, make_optimizer
 
 

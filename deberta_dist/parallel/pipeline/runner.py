@@ -116,7 +116,7 @@ class SharingStage(PipelineStage):
 
 
 class ScaledLoss:
-    """Scaled sum of target losses from the last stage's [1, 3] output (loss sum, correct, targets).
+    """Scaled sum of losses from what the last stage returns: its sums [1, N], the loss first, alone or with ids beside them.
 
     Attributes:
         scale: Of the step that runs.
@@ -124,8 +124,9 @@ class ScaledLoss:
 
     scale: float | Tensor = 1.0
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        return output[0, 0] * self.scale
+    def __call__(self, output: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        sums = output[0] if isinstance(output, tuple) else output
+        return sums[0, 0] * self.scale
 
 
 class PipelineRunner:
@@ -143,6 +144,8 @@ class PipelineRunner:
         hidden_size: D.
         sequence_shards: Parts of the sequence, of which a rank's hidden states hold one.
         dtype: Compute dtype, of the hidden states that travel.
+        num_results: N, what the last stage's float32 [1, N] holds, the loss first.
+        hands_on: Whether the last stage returns int64 [B, S] beside it.
         after_backward: Called after the backward pass of each micro-batch on each of this rank's stages.
     """
 
@@ -159,6 +162,8 @@ class PipelineRunner:
         hidden_size: int,
         sequence_shards: int,
         dtype: torch.dtype,
+        num_results: int,
+        hands_on: bool = False,
         after_backward: Callable[[], None] = lambda: None,
     ) -> None:
         self.num_micro_batches = num_micro_batches
@@ -167,7 +172,8 @@ class PipelineRunner:
         self._has_last = len(stages) - 1 in local_stages
         self._model = model
         self._loss = ScaledLoss()
-        result = torch.empty(1, 3, dtype=torch.float32, device="meta", requires_grad=True)
+        self._num_results, self._hands_on = num_results, hands_on
+        result = torch.empty(1, num_results, dtype=torch.float32, device="meta", requires_grad=True)
         # By the shape of all micro-batches together, (M * B, S).
         self._schedules = {}
         buffers: dict[tuple[int, str, int, int], Tensor] = {}
@@ -182,7 +188,7 @@ class PipelineRunner:
                     len(stages),
                     mesh.device,
                     input_args=(ids if index == 0 else hidden,),
-                    output_args=(result if index == len(stages) - 1 else hidden,),
+                    output_args=(hidden,) if index < len(stages) - 1 else (result, ids) if hands_on else (result,),
                     group=mesh.groups["pipeline"],
                 )
                 for index in local_stages
@@ -192,23 +198,23 @@ class PipelineRunner:
             made = _make_schedule(schedule, pipeline_stages, num_micro_batches, len(stages), loss=self._loss)
             self._schedules[num_micro_batches * batch, length] = made
 
-    def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> Tensor:
+    def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Runs all micro-batches; gradients of ``loss_scale`` times the loss sum accumulate in ``.grad``.
 
         Returns:
-            Float32 [3] on this rank's device: (sum of target losses, correct targets, targets) over the
-            micro-batches on ranks of the last stage, zeros on the others.
+            Sums, float32 [num_results] on this rank's device, over the micro-batches on ranks of the last stage, zeros on
+            the others; and what the last stage hands on, int64 [M * B, S], there alone, None elsewhere.
         """
         self._model.train()
         return self._run(batch, loss_scale=loss_scale, backward=True)
 
-    def evaluate(self, batch: MicroBatches) -> Tensor:
+    def evaluate(self, batch: MicroBatches) -> tuple[Tensor, Tensor | None]:
         """Forward only, without dropout; returns as ``forward_backward``."""
         self._model.eval()
         with torch.no_grad():
             return self._run(batch, loss_scale=1.0, backward=False)
 
-    def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> Tensor:
+    def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
         schedule = self._schedules[tuple(batch.input_ids.shape)]
         call = schedule.step if backward else schedule.eval
         self._loss.scale = loss_scale
@@ -221,8 +227,9 @@ class PipelineRunner:
             batch=batch,
         )
         if not self._has_last:
-            return torch.zeros(3, dtype=torch.float32, device=batch.input_ids.device)
-        return output.detach().sum(dim=0)
+            return torch.zeros(self._num_results, dtype=torch.float32, device=batch.input_ids.device), None
+        sums, ids = output if self._hands_on else (output, None)
+        return sums.detach().sum(dim=0), ids
 
 
 def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss):

@@ -51,7 +51,9 @@ def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_para
         )
 
 
-def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
+def apply_plan(
+    model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup, rules: plan.Rules = plan.PLAN
+) -> None:
     """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
 
     Args:
@@ -60,6 +62,7 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
         rank: Tensor-parallel rank of this process.
         size: Number of tensor-parallel ranks; with 1 the model stays as it is.
         group: Their process group.
+        rules: How the model's modules are split.
 
     Raises:
         ConfigError: a layer to be split is of another class than torch's own, or has hooks: both would be lost.
@@ -75,7 +78,7 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
         if re.fullmatch(plan.SPLIT_DROPOUT_PATTERN, name):
             module.shard = rank
             continue
-        kind = plan.module_kind(name)
+        kind = plan.module_kind(name, rules)
         if kind in (plan.COLUMN, plan.ROW):
             _require_torchs_own(module, nn.Linear, name)
         elif kind == plan.VOCAB and name.endswith("_embeddings"):
@@ -97,7 +100,14 @@ def apply_plan(model: nn.Module, *, vocab_size: int, rank: int, size: int, group
         model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
 
 
-def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int | None, gathers_again: bool) -> None:
+def split_sequence(
+    model: nn.Module,
+    *,
+    ranks: SequenceRanks,
+    decoder_layer: int | None,
+    gathers_again: bool,
+    rules: plan.Rules = plan.PLAN,
+) -> None:
     """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
 
     Args:
@@ -106,13 +116,14 @@ def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int
         decoder_layer: See ``plan.in_sequence_region``.
         gathers_again: Whether column-parallel layers gather their input again in the backward pass. Not where whole layers
             are computed again anyway, just before it.
+        rules: How the model's modules are split.
     """
     for name, module in list(model.named_modules()):
         if re.fullmatch(plan.WHOLE_SEQUENCE_PATTERN, name):
             _replace(model, name, JoinSequence(ranks))
         if not plan.in_sequence_region(name, decoder_layer=decoder_layer):
             continue
-        kind = plan.module_kind(name)
+        kind = plan.module_kind(name, rules)
         if re.fullmatch(plan.ENTER_PATTERN, name):
             _replace(model, name, EnterSequenceRegion(ranks, is_made_again=gathers_again))
         elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
@@ -128,9 +139,9 @@ def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int
             module.reduce = ScatterSequence(ranks)
 
 
-def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:
+def cut_tensor(full: Tensor, name: str, *, rank: int, size: int, rules: plan.Rules = plan.PLAN) -> Tensor:
     """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
-    cut = plan.parameter_cut(name)
+    cut = plan.parameter_cut(name, rules)
     if cut.dim is None or size == 1:
         return full
     if cut.kind == plan.VOCAB:
@@ -140,9 +151,9 @@ def cut_tensor(full: Tensor, name: str, *, rank: int, size: int) -> Tensor:
     return full.narrow(cut.dim, part.start, part.stop - part.start)
 
 
-def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...]) -> Tensor:
+def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: plan.Rules = plan.PLAN) -> Tensor:
     """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
-    cut = plan.parameter_cut(name)
+    cut = plan.parameter_cut(name, rules)
     if cut.dim is None or len(slices) == 1:
         return slices[0]
     return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])

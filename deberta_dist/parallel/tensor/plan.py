@@ -24,10 +24,12 @@ from dataclasses import dataclass
 
 COLUMN, ROW, VOCAB, REPLICATE, PARTIAL = "column", "row", "vocab", "replicate", "partial"
 
+Rules = tuple[tuple[str, str], ...]
+
 _LAYER = r"deberta\.encoder\.layer\.\d+\."
 
-# Module name pattern -> kind. Parameters of modules that match nothing are replicated.
-PLAN: tuple[tuple[str, str], ...] = (
+# Module name pattern -> kind. Parameters of modules that match nothing are replicated. A network may have rules of its own.
+PLAN: Rules = (
     (_LAYER + r"attention\.self\.(query|key|value|pos_key|pos_query)_proj", COLUMN),
     (_LAYER + r"attention\.output\.dense", ROW),
     (_LAYER + r"intermediate\.dense", COLUMN),
@@ -63,15 +65,15 @@ class Cut:
     dim: int | None
 
 
-def module_kind(name: str) -> str:
+def module_kind(name: str, rules: Rules = PLAN) -> str:
     """Kind of the module called ``name`` (published name)."""
-    return next((kind for pattern, kind in PLAN if re.fullmatch(pattern, name)), REPLICATE)
+    return next((kind for pattern, kind in rules if re.fullmatch(pattern, name)), REPLICATE)
 
 
-def parameter_cut(name: str) -> Cut:
+def parameter_cut(name: str, rules: Rules = PLAN) -> Cut:
     """How the parameter with published ``name`` is cut."""
     module, _, leaf = name.rpartition(".")
-    kind = module_kind(module)
+    kind = module_kind(module, rules)
     if kind in (COLUMN, VOCAB):
         return Cut(kind, 0)
     if kind == ROW:

@@ -94,13 +94,15 @@ class WeightStore:
         return weights, self.layout.views(self._gradients)
 
     def release(self) -> None:
-        """Gives the gathered weights up without a step (evaluation, a skipped step)."""
+        """Gives the gathered weights up (evaluation; the end of `reduce`)."""
         self._gathered.__exit__(None, None, None)
         self._gathered = None
         self._gradients = []
 
-    def hand_over(self, *, loss_scale: float) -> Tensor:
-        """Reduce-scatters the accumulated gradients and takes their norm, without waiting for the device.
+    def reduce(self, *, loss_scale: float) -> Tensor:
+        """First half of a step: reduce-scatters the accumulated gradients and takes their norm, without waiting for the device.
+
+        Gathered weights and whole gradients are free after it, for another network that is gathered before `apply`.
 
         Args:
             loss_scale: The ``loss_scale`` that the backward passes ran with.
@@ -108,11 +110,12 @@ class WeightStore:
         Returns:
             Float64 [1 + F] on the device, the same on all ranks: the global gradient norm before clipping, over every
             weight of the model once and not finite where any gradient of any rank is not, or the compute dtype cannot
-            hold it; then those of each of F flat parameters, as `step` needs them.
+            hold it; then those of each of F flat parameters, as `apply` needs them.
         """
         loss = self._engine(self._gradients, 1.0 / loss_scale)
         self._gradients = []  # the loss holds them until the backward pass has taken each
         self._engine.backward(loss)
+        self.release()
         norms = self._norms()
         self._norm_dtype = norms.dtype
         norm = torch.linalg.vector_norm(norms).reshape(1) / self._engine.optimizer.loss_scale
@@ -140,21 +143,23 @@ class WeightStore:
             found.append(square.sqrt())
         return torch.stack(found)
 
-    def step(self, norms: Sequence[float], *, learning_rate: float) -> None:
-        """One optimizer step with the gradients that were handed over, or none where their norm is not finite.
+    def apply(self, norms: Sequence[float], *, learning_rate: float, joint_norm: float | None = None) -> None:
+        """Second half: one optimizer step with the gradients that were reduced, or none where their norm is not finite.
 
         All ranks give the same numbers, so no weight moves on any rank where a gradient of one is not finite; under
         fp16 the loss scale falls.
 
         Args:
-            norms: What `hand_over` returned, as read by the host.
+            norms: What `reduce` returned, as read by the host.
             learning_rate: For this step.
+            joint_norm: Of the gradients of several networks that step together, by which all of them are clipped.
         """
         optimizer = self._engine.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        is_finite = math.isfinite(norms[0])
-        known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (norms[1:] if is_finite else [math.inf])]
+        is_finite = math.isfinite(norms[0] if joint_norm is None else joint_norm)
+        clipped_by = norms[1:] if joint_norm is None else [joint_norm * optimizer.loss_scale]
+        known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (clipped_by if is_finite else [math.inf])]
         later = []
         # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device. A loss scale that grows
         # it would use at once, for gradients that were made with the one before.
@@ -169,8 +174,30 @@ class WeightStore:
             self._engine.step()
         for has_overflow in later:
             optimizer._update_scale(has_overflow)
-        self.release()
         self.optimizer_steps += is_finite
+
+    @torch.no_grad()
+    def fold(self, table: str, base: "WeightStore") -> None:
+        """What is gathered of ``table`` becomes the sum of this store's and ``base``'s float32 weights, rounded once.
+
+        For the next `gather`. The weights themselves stay, and this store's own come back with its next step.
+
+        Args:
+            table: A tensor with a flat parameter of its own in both stores, or owned by neither rank.
+            base: Of another network on the same mesh.
+        """
+        assert (table in self.layout.places) == (table in base.layout.places), table
+        if table not in self.layout.places:
+            return
+        mine, theirs = self.layout.places[table], base.layout.places[table]
+        assert mine[1:] == theirs[1:] and self.layout.sizes[mine[0]] == base.layout.sizes[theirs[0]], (mine, theirs)
+        parameter = self._parameters[mine[0]]
+        own, other = self._flat_states()[mine[0]][0], base._flat_states()[theirs[0]][0]
+        at_rest = parameter.ds_tensor.data
+        # What DeepSpeed keeps gathered it would not read here, and where it shared its memory the weights would be lost.
+        assert not parameter.ds_persist, "stage3_param_persistence_threshold must be 0"
+        assert at_rest.untyped_storage().data_ptr() != own.untyped_storage().data_ptr()
+        at_rest.copy_((own + other).view_as(at_rest))
 
     @torch.no_grad()
     def copy_shards(self) -> list[ShardState]:

@@ -16,6 +16,7 @@ from deberta_dist.parallel.mesh import MeshShape
 from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names, tie_ranks
 from deberta_dist.parallel.tensor import plan
+from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
 def stage_costs(costs: list[float], stages: list[range]) -> list[float]:
@@ -101,7 +102,7 @@ def layout(model: str, *, tensor: int, pipeline: int, stages_per_rank: int = 1, 
         stages_per_rank=stages_per_rank,
     )
     flops = forward_flops(model_config, max_seq_length=32, micro_batch_size=2, mask_probability=0.15)
-    return plan_layout(model_config, parallel=parallel, flops=flops)
+    return plan_layout(MaskedLMNetwork(config=model_config), parallel=parallel, flops=flops)
 
 
 LAYOUTS = [

@@ -66,7 +66,7 @@ def _steps(ds: dict[str, Any], layout: Any, mesh: Any) -> dict[str, list[float]]
         _, gradients = store.gather(with_gradients=True)
         for gradient in gradients.values():
             gradient.copy_(torch.randn(gradient.shape, generator=torch.Generator().manual_seed(10 * step + here)))
-        store.step(store.hand_over(loss_scale=1.0).tolist(), learning_rate=1e-2)
+        store.apply(store.reduce(loss_scale=1.0).tolist(), learning_rate=1e-2)
     weights = {name: weight.flatten().tolist() for name, weight in store.master_weights().items()}
     assert [shard.exp_avg.numel() for shard in store.copy_shards()] == [size // mesh.shape.data for size in layout.sizes]
     store.close()

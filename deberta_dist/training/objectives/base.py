@@ -1,0 +1,182 @@
+"""What an objective says. `masked_lm` is the one that is shipped.
+
+A step takes the networks in order. Of each, weights are gathered, the pipeline runs all micro-batches, and the gradients
+are reduce-scattered, whereupon its memory is free for the next; what its last stage hands on (ids, never hidden states)
+goes to the first stage of the next. The optimizer's halves come one network after the other, or all at the end where the
+objective is joint.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deberta_dist.errors import ConfigError
+from deberta_dist.models.flops import ForwardFlops
+from deberta_dist.parallel.layout import Layout
+from deberta_dist.parallel.network import Network
+from deberta_dist.parallel.pipeline.runner import MicroBatches
+from deberta_dist.training.step_batch import COUNTS, StepBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedNetwork(Network):
+    """A network with a loss: its model has ``forward_stage``, whose last stage returns float32 [1, len(results)].
+
+    Attributes:
+        loss_weight: Factor on its loss.
+    """
+
+    loss_weight: float = 1.0
+
+    @property
+    @abstractmethod
+    def results(self) -> tuple[str, ...]:
+        """What the last stage adds up over a micro-batch: "loss" first, which alone has a gradient, "correct" among them."""
+
+    @property
+    @abstractmethod
+    def mean_over(self) -> str:
+        """What the loss is the mean over: one of `results`, which is as many as one of `step_batch.COUNTS`."""
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether the last stage returns, beside its sums, int64 [B, S] for the next network's first stage."""
+        return False
+
+    @property
+    def is_handed(self) -> bool:
+        """Whether it takes what the network before it hands on."""
+        return False
+
+    @abstractmethod
+    def flops(self, *, length: int, micro_batch_size: int) -> ForwardFlops:
+        """Forward FLOPs of every layer, per token of micro-batches of so many sequences of ``length`` tokens."""
+
+    @abstractmethod
+    def micro_batches(self, batch: StepBatch, *, dropout_keys: Sequence[int], handed: Tensor | None) -> MicroBatches:
+        """What ``forward_stage`` takes of a batch.
+
+        Args:
+            batch: The micro-batches of a step, stacked.
+            dropout_keys: One for each.
+            handed: What the network before handed on, int64 [R, S], where `is_handed`.
+        """
+
+    def head_loss(self, model: nn.Module, *, hidden: Tensor, targets: Tensor, num_chunks: int) -> object | None:
+        """For planners: the loss of the head alone, so that what its logits take is shown; None without logits worth a row.
+
+        Args:
+            model: With the last layer.
+            hidden: One row for every target.
+            targets: Their ids.
+            num_chunks: ``training.vocabulary_chunks``.
+        """
+        return None
+
+    def head_message_bytes(self, *, width: int) -> int:
+        """Bytes per target that the head sends over the tensor axis, hidden states being ``width`` bytes an element."""
+        return 0
+
+    @property
+    def counted(self) -> int:
+        """Index of `mean_over` in `step_batch.COUNTS`."""
+        return COUNTS.index(self.mean_over)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A table that ``reader`` reads as the sum of ``owner``'s and its own, without a gradient to ``owner``.
+
+    Both networks have a flat parameter for the table alone, so the shards coincide: each rank adds its part of the
+    float32 weights and rounds once, before the reader's ordinary gather. No message, no second gather. The reader's own
+    part starts at zero.
+
+    Attributes:
+        owner, reader: Names of the networks; the owner comes first.
+        table: The published name of the parameter in both.
+    """
+
+    owner: str
+    reader: str
+    table: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The networks of a run and what stands between them.
+
+    Attributes:
+        networks: In the order in which a step takes them; exactly one has no name, and its weights are the run's result.
+        folds: Tables that one reads of another.
+        is_joint: One gradient norm and one clip for all networks, which step at the end together; otherwise each steps
+            before the next is gathered.
+    """
+
+    networks: tuple[TrainedNetwork, ...]
+    folds: tuple[Fold, ...] = ()
+    is_joint: bool = False
+
+    def __post_init__(self) -> None:
+        names = [network.name for network in self.networks]
+        assert len(set(names)) == len(names) and names.count("") == 1, names
+        gives = [False, *(network.hands_on for network in self.networks)]
+        takes = [*(network.is_handed for network in self.networks), False]
+        assert gives == takes, "what one network hands on, the next takes"
+        for network in self.networks:
+            assert network.mean_over in COUNTS and network.mean_over in network.results, network
+            assert network.results[0] == "loss" and "correct" in network.results, network.results
+            folded = tuple(fold.table for fold in self.folds_of(network.name))
+            assert network.tables_added == folded, "a table that starts at zero is added to one of another network"
+        for fold in self.folds:
+            assert names.index(fold.owner) < names.index(fold.reader), fold
+            assert all(fold.table in self.networks[names.index(name)].tables_apart for name in (fold.owner, fold.reader)), fold
+
+    @property
+    def main(self) -> int:
+        """Index of the network whose weights are published under their own names."""
+        return [network.name for network in self.networks].index("")
+
+    def folds_of(self, reader: str) -> list[Fold]:
+        """The tables that a network reads of others."""
+        return [fold for fold in self.folds if fold.reader == reader]
+
+
+def alone(network: TrainedNetwork) -> Objective:
+    """The objective of one network."""
+    return Objective((network,))
+
+
+def check_folds(objective: Objective, layouts: Sequence[Layout]) -> None:
+    """Refuses tables that cannot be added shard by shard.
+
+    Raises:
+        ConfigError: a folded table has two shapes.
+    """
+    by_name = {layout.network.name: layout for layout in layouts}
+    for fold in objective.folds:
+        owner, reader = by_name[fold.owner], by_name[fold.reader]
+        shapes = [layout.full_shapes[fold.table] for layout in (owner, reader)]
+        if shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"{fold.table} is {list(shapes[0])} in one network and {list(shapes[1])} in the other that reads it: "
+                "vocabulary and embedding_size of both must be equal"
+            )
+        for pipeline_rank in range(len(owner.stages_by_rank)):
+            for tensor_rank in range(owner.tensor_parallel_size):
+                owned = [fold.table in layout.owned(pipeline_rank, tensor_rank) for layout in (owner, reader)]
+                assert owned[0] == owned[1], (fold, pipeline_rank, tensor_rank)
+
+
+def add_folds(objective: Objective, weights: dict[str, dict[str, Tensor]]) -> None:
+    """Completes exported tables in place: what a reader reads is the sum, float32.
+
+    Args:
+        objective: The run's.
+        weights: Full tensors by published name, by name of the network; empty where a rank has none.
+    """
+    for fold in objective.folds:
+        if fold.table in weights[fold.reader]:
+            weights[fold.reader][fold.table] = torch.add(weights[fold.reader][fold.table], weights[fold.owner][fold.table])
