@@ -69,7 +69,7 @@ DOORS = {
     "onnxscript": (f"{PACKAGE}/conversion/onnx_files.py",),
     "onnxruntime": (f"{PACKAGE}/conversion/onnx_files.py",),
     "disentangled_flash": ("benchmarks/peers.py",),
-    "scipy": (f"{PACKAGE}/tasks/significance.py",),
+    "scipy": (),
     "rensa": (f"{PACKAGE}/preparation/filtering/near_duplicates.py",),
     "triton": (f"{PACKAGE}/kernels/fused/",),
 }

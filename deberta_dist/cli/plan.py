@@ -13,11 +13,11 @@ from pathlib import Path
 
 from deberta_dist.config import RunConfig, load_config
 from deberta_dist.errors import ConfigError, with_exit_code
+from deberta_dist.files.shipped import is_installed, shipped
 from deberta_dist.planning.machine import GPUS, PRODUCTS_REACH, WITHOUT_BF16, Machine, calibrated, read_calibration
 
-ROOT = Path(__file__).resolve().parents[2]
-BASE = ROOT / "launchers" / "pretrain_1.5b.toml"
-JSONS = ROOT / "ds_configs"
+BASE = "launchers/pretrain_1.5b.toml"
+JSONS = "ds_configs"
 PAIRS = (("zero3_bf16.json", "zero3_offload.json"), ("zero3_fp16.json", "zero3_fp16_offload.json"))
 """DeepSpeed JSONs that differ in offload alone."""
 STEPS = 1_000_000
@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         epilog="Times are a model's, not measurements; deberta_dist/planning/machine.py has the numbers and their sources.",
         allow_abbrev=False,
     )
-    parser.add_argument("toml", nargs="?", help=f"a run's TOML: model, data and recipe (default: {BASE.name})")
+    parser.add_argument("toml", nargs="?", help=f"a run's TOML: model, data and recipe (default: {BASE})")
     parser.add_argument("--model", help="a published model in the TOML's place of its own: v2-xxlarge, xxlarge-v2, ...")
     parser.add_argument("--gpus", "--world-size", dest="gpus", type=_count, help="processes, one per GPU")
     parser.add_argument("--scaling", type=_counts, metavar="N,N,...", help="instead of --gpus: the best layout of each number")
@@ -126,15 +126,28 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunCo
         name = preset_name(arguments.model)
         changed = [f"--model.preset={name}"]
         if arguments.toml is None and not any(word.startswith("--run.directory") for word in overrides):
-            changed.append(f"--run.directory={ROOT / 'runs' / f'pretrain_{name}'}")
+            changed.append(f"--run.directory={home() / 'runs' / f'pretrain_{name}'}")
     if arguments.global_batch is not None:
         changed.append(f"--training.global_batch_size={arguments.global_batch}")
     # What is searched for need not divide the batch that is asked for.
     searched = {"--training.micro_batch_size": "1", "--training.num_micro_batches": "auto"}
     changed += [f"{key}={value}" for key, value in searched.items() if not any(w.startswith(key) for w in overrides)]
     if arguments.toml is None and arguments.gpu in WITHOUT_BF16:
-        changed.append(f"--run.deepspeed={JSONS / PAIRS[1][0]}")
-    return load_config(arguments.toml or BASE, [*changed, *overrides])
+        changed.append(f"--run.deepspeed={shipped(JSONS) / PAIRS[1][0]}")
+    if arguments.toml is None and is_installed():
+        # The shipped TOML's relative paths would lead into the installed package.
+        paths = {"data.train": "corpus/train", "data.validation": "corpus/heldout", "data.tokenizer": "spm.model"}
+        changed += [f"--{key}={home() / 'data' / name}" for key, name in paths.items() if not _is_given(key, overrides)]
+    return load_config(arguments.toml or shipped(BASE), [*changed, *overrides])
+
+
+def home() -> Path:
+    """Where a run without a TOML of its own has its data and its directory: the checkout, or the current directory."""
+    return Path.cwd() if is_installed() else shipped(BASE).parents[1]
+
+
+def _is_given(key: str, overrides: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == f"--{key}" for word in overrides)
 
 
 def machine_of(arguments: argparse.Namespace, *, processes: int) -> Machine:
@@ -180,16 +193,16 @@ def deepspeed_jsons(config: RunConfig, arguments: argparse.Namespace) -> tuple[P
     from deberta_dist.config import offload_device, precision, resolve, smallest_world_size
     from deberta_dist.planning.deepspeed import checked_deepspeed
 
-    own = config.run.deepspeed
+    own, jsons = config.run.deepspeed, shipped(JSONS)
     ds = checked_deepspeed(resolve(config, smallest_world_size(config))).values
     if precision(ds) == "bf16" and arguments.gpu in WITHOUT_BF16:
         raise ConfigError(
             f"run.deepspeed = {own} asks for bf16, which a {GPUS[arguments.gpu].name} does not have; add --run.deepspeed "
-            f"{JSONS / PAIRS[1][0]}"
+            f"{jsons / PAIRS[1][0]}"
         )
-    pair = next((pair for pair in PAIRS if own in [JSONS / name for name in pair]), None)
+    pair = next((pair for pair in PAIRS if own in [jsons / name for name in pair]), None)
     if pair is not None:
-        by_offload = dict(zip(("none", "cpu"), (JSONS / name for name in pair), strict=True))
+        by_offload = dict(zip(("none", "cpu"), (jsons / name for name in pair), strict=True))
     else:
         by_offload = {offload_device(ds, "optimizer"): own}
     asked = arguments.offload or tuple(by_offload)
@@ -241,12 +254,21 @@ def main() -> int:
         return 0
     best = found.choices[0]
     print(report.describe(found, machine=machine, limit=limit, prices=prices))
-    text = report.toml_of(best, machine=machine, folder=(arguments.output or BASE).absolute().parent)
+    folder = home() if is_installed() else shipped(BASE).parent
+    if arguments.output is not None:
+        folder = arguments.output.absolute().parent
+    text = report.toml_of(best, machine=machine, folder=folder)
     if arguments.output is None:
-        print(f"\nThe TOML of the first line, as from {BASE.parent} (--toml FILE writes it):\n\n{text}", end="")
+        print(f"\nThe TOML of the first line, as from {folder} (--toml FILE writes it):\n\n{text}", end="")
         return 0
     arguments.output.write_text(text, encoding="utf-8")
-    launcher = arguments.output.with_suffix(".sh")
-    copy = "" if launcher.exists() else f"cp {BASE.with_suffix('.sh')} {launcher} && "
-    print(f"\nwritten: {arguments.output}; {copy}deepspeed --hostfile hosts {launcher}")
+    print(f"\nwritten: {arguments.output}; {_start_command(arguments.output)}")
     return 0
+
+
+def _start_command(toml: Path) -> str:
+    launcher = toml.with_suffix(".sh")
+    if is_installed():
+        return f"deberta-dist pretrain {toml} --hostfile hosts"
+    copy = "" if launcher.exists() else f"cp {shipped(BASE).with_suffix('.sh')} {launcher} && "
+    return f"{copy}deepspeed --hostfile hosts {launcher}"
