@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.operations.measure import ROOT, run_command
+from benchmarks import ROOT
+from deberta_dist.operations.measure import run_command
 
 
 @dataclass(frozen=True, kw_only=True)

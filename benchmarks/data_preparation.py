@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.data_inputs import DataInputs
 from deberta_dist.files.disk import num_usable_cores
-from deberta_dist.operations.measure import ROOT, BenchmarkError, Contestant, Sample, interleaved, run_command, summary
+from deberta_dist.operations.measure import BenchmarkError, Contestant, Sample, interleaved, run_command, summary
 
 RAW, OURS = "raw sentencepiece", "prepare_corpus.py"
 CORPUS_BYTES = 160e9  # of the paper

@@ -29,11 +29,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_wheels
+from benchmarks import ROOT, gpu_wheels
 from benchmarks.gpu_processes import NOT_RUN, Place, Step, run_steps
 from benchmarks.gpu_worker import DONE, versions, write_json
 from deberta_dist.errors import ConfigError, with_exit_code
-from deberta_dist.operations.measure import ROOT, TRAINER_NEEDS
+from deberta_dist.operations.measure import TRAINER_NEEDS
 
 _CHECKS, _SPEED = "benchmarks.gpu_checks", "benchmarks.gpu_speed"
 _OUT = Path("runs/benchmark_gpu")

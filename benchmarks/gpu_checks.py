@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks import gpu_training
+from benchmarks import ROOT, gpu_training
 from benchmarks.gpu_attention import FEATURES, Agreement, Problem, tolerance
 from benchmarks.gpu_rows import RowsProblem
 from benchmarks.gpu_worker import Report, Setting
@@ -19,7 +19,7 @@ from benchmarks.stopwatch import Contestant, race
 from deberta_dist.kernels.fused.availability import triton_reason, triton_version
 from deberta_dist.models.attention_choice import describe_attention
 from deberta_dist.models.presets import preset
-from deberta_dist.operations.measure import ROOT, TRAINER_NEEDS, machine
+from deberta_dist.operations.measure import TRAINER_NEEDS, machine
 
 
 def device(setting: Setting, report: Report) -> None:

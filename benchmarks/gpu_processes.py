@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import ROOT
 from benchmarks.gpu_worker import FAILED, NO_GPU, RUNNING, write_json
 from deberta_dist.errors import ConfigError
-from deberta_dist.operations.measure import ROOT
 
 KILLED, CRASHED, NOT_RUN = "killed", "crashed", "not run"
 _POLL_SECONDS = 0.05

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import ROOT
 from deberta_dist.errors import ConfigError
-from deberta_dist.operations.measure import ROOT
 
 DEEPSPEED = "deepspeed"
 # What the steps import beside torch, Triton and numpy, found by leaving out one after the other. DeepSpeed asks for ninja and

@@ -2,7 +2,7 @@
 
 Gloo on the CPU. Measured first, with as many processes at once as the layouts have: passes of single stages (from which
 seconds per FLOP, per byte through memory and per operation follow), and messages of two sizes of every kind. The layout
-1x1x1, alone, gives what a step costs once, in processor time. All other layouts are predicted from that and from nothing of
+1x1x1, alone, gives what a step costs once, in processor time (``operations/calibration.py``). All other layouts are predicted from that and from nothing of
 their own. Processes share the cores of this machine, and the model is told how many there are: what computes takes so many
 times as long as there are processes for a core. Rounds are interleaved, figures are medians. Other work on the machine
 makes layouts slower and predictions hardly: "cores busy" is what the layout's own processes had of them.
@@ -13,15 +13,11 @@ import itertools
 import json
 import os
 import statistics
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.operations.calibration_world import World
 from deberta_dist.operations.measure import machine
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
@@ -54,26 +50,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.steps < 1 or arguments.rounds < 1:
         raise ConfigError(f"--steps {arguments.steps} and --rounds {arguments.rounds} must be positive")
     cases = parse_layouts(arguments.layouts)
-    from deberta_dist.operations.calibration import calibration, with_step_seconds
+    from deberta_dist.operations.calibration import calibrated_table, measure
 
     before = machine()
     cores = before["cores"]
-    deadline = time.monotonic() + arguments.timeout
-    rounds: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="benchmark-layouts-") as name:
-        worlds = {count: World(count, folder=Path(name), deadline=deadline) for count in sorted({c.processes for c in cases})}
-        try:
-            for number in range(arguments.rounds):
-                print(f"round {number + 1} of {arguments.rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-                rounds.append(_one_round(worlds, cases, steps=arguments.steps))
-        finally:
-            for world in worlds.values():
-                world.end()
-    table = calibration(rounds, cores=cores)
+    counts = {case.processes for case in cases}
+    rounds = measure(cases, counts=sorted(counts), rounds=arguments.rounds, steps=arguments.steps, timeout=arguments.timeout)
+    table = calibrated_table(rounds, cores=cores)
     measured, processor = (
         {case.name: [s for one in rounds for s in one[key][case.name]] for case in cases} for key in ("layouts", "processor")
     )
-    table["processes"] = with_step_seconds(table, statistics.median(processor[CALIBRATES]))
     rows = compare(measured, processor, table, cases)
     print(
         describe(
@@ -107,38 +93,6 @@ def parse_layouts(text: str) -> list["Case"]:
         plan_of(case)
         cases.append(case)
     return cases
-
-
-def _one_round(worlds: Mapping[int, World], cases: Sequence["Case"], *, steps: int) -> dict[str, Any]:
-    """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
-    from deberta_dist.operations.calibration import STAGES
-
-    found: dict[str, Any] = {
-        "load": os.getloadavg()[0],
-        "products": {},
-        "stages": {},
-        "messages": {},
-        "layouts": {},
-        "processor": {},
-    }
-    for count, world in worlds.items():
-        repeats = max(3, 8 // count)
-        found["products"][count] = statistics.mean(world.ask("product", repeats=repeats))
-        found["stages"][count] = [
-            statistics.mean(world.ask("stage", tensor=t, start=start, stop=stop, micro_batch=size, repeats=repeats))
-            for t, start, stop, size in STAGES
-        ]
-        if count > 1:
-            answers = world.ask("messages", repeats=15)
-            found["messages"][count] = {
-                kind: [statistics.mean(answer[kind][i] for answer in answers) for i in range(2)] for kind in answers[0]
-            }
-    for case in cases:
-        sizes = {"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data}
-        ranks = worlds[case.processes].ask("layout", **sizes, steps=steps)
-        found["layouts"][case.name] = [wall for wall, _ in ranks[0]]
-        found["processor"][case.name] = [sum(rank[step][1] for rank in ranks) for step in range(steps)]
-    return found
 
 
 def compare(

@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.operations.measure import ROOT, machine, run_command
+from benchmarks import ROOT
+from deberta_dist.operations.measure import machine, run_command
 
 OURS, PAUSE = "ours, to the commit", "ours, the pause"
 

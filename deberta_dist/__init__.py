@@ -6,6 +6,8 @@ The names below are found on first use, so that tools which only read configurat
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "DebertaConfig": "deberta_dist.models.config",
     "DebertaForMaskedLM": "deberta_dist.models.masked_lm",

@@ -46,6 +46,28 @@ class DivergedError(DebertaDistError):
     exit_code = 76
 
 
+# What `pip install deberta_dist` leaves out, and the extra that brings it.
+_EXTRAS = {
+    "deepspeed": "train",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "pyarrow": "data",
+    "zstandard": "data",
+    "rensa": "data",
+    "mpi4py": "mpi",
+    "transformers": "huggingface",
+    "triton": "triton",
+}
+_CORE = ("filelock", "numpy", "pydantic", "safetensors", "sentencepiece", "torch", "tqdm")
+
+
+def missing_package(name: str) -> str:
+    """What to say where a package cannot be imported because it is not installed."""
+    extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+    return f"{name} is not installed: pip install 'deberta_dist{extra}'"
+
+
 def printable(name: str) -> str:
     """A name out of a file as it can be printed: it may be long, or hold line ends or a terminal's commands."""
     return name[:200] if name.isprintable() else ascii(name[:200])
@@ -59,7 +81,7 @@ def encodable(name: str) -> str:
 def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
     """Makes one line and an exit code of what can go wrong in a tool's ``main`` without being our fault.
 
-    Beside our own errors: a file that cannot be read or written (74), a reader of the output that has gone away
+    Beside our own errors: a package that is not installed (2), a file that cannot be read or written (74), a reader of the output that has gone away
     (141), an interrupt (130).
     """
 
@@ -73,6 +95,12 @@ def with_exit_code(main: Callable[[], int]) -> Callable[[], int]:
         except DebertaDistError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        except ModuleNotFoundError as error:
+            # A module that a package of ours lacks is another matter: a fault.
+            if error.name not in (*_EXTRAS, *_CORE):
+                raise
+            print(f"error: {missing_package(error.name)}", file=sys.stderr)
+            return ConfigError.exit_code
         except BrokenPipeError:
             # The interpreter would flush once more at its end, and complain.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

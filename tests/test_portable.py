@@ -29,9 +29,9 @@ POSIX_CALLS = {
     ),
 }
 # Path -> why. Each asks whether the system has the call before it is made.
-ASKS_FIRST = {f"{PACKAGE}/disk.py": POSIX_CALLS["os"], f"{PACKAGE}/preparation/crew.py": POSIX_CALLS["signal"]}
+ASKS_FIRST = {f"{PACKAGE}/files/disk.py": POSIX_CALLS["os"], f"{PACKAGE}/preparation/pipeline/crew.py": POSIX_CALLS["signal"]}
 # Measurements are made on Linux.
-LINUX_ONLY = f"{PACKAGE}/benchmark/"
+LINUX_ONLY = ("benchmarks/", f"{PACKAGE}/operations/")
 
 
 def posix_only(text: str) -> set[str]:

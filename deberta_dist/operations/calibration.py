@@ -1,19 +1,95 @@
-"""Numbers of a machine from what the layouts benchmark has measured of primitives: see ``layouts.py``.
+"""Numbers of this machine for the planner, from primitives measured here: ``deberta-dist calibrate``.
 
-Nothing here knows a layout but 1x1x1, which gives what a step costs once.
+Measured with as many processes at once as the layouts will have: passes of single stages (from which seconds per FLOP, per
+byte through memory and per operation follow), and messages of two sizes of every kind. The layout 1x1x1, alone, gives what a
+step costs once, in processor time; no other layout is measured. ``benchmarks/layouts.py`` compares predictions from these
+numbers with measured steps. Gloo on the CPU.
 """
 
+import os
 import statistics
+import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from deberta_dist.operations.calibration_rank import MESSAGES, Case, plan_of
+from deberta_dist.operations.calibration_world import World
 from deberta_dist.planning.machine import GPUS, Machine, calibrated
 from deberta_dist.planning.pass_work import Work, stage_work
 from deberta_dist.planning.step_cost import step_cost
 
 # (tensor, first layer, layer behind the last, sequences): ends and middles, whole and cut, few and many tokens.
 STAGES = ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 8), (2, 1, 3, 2), (2, 1, 2, 8), (1, 0, 2, 2), (1, 6, 8, 2), (2, 6, 8, 2))
+
+
+CALIBRATES = Case(1, 1, 1)
+
+
+def measure(cases: Sequence[Case], *, counts: Sequence[int], rounds: int, steps: int, timeout: float) -> list[dict[str, Any]]:
+    """Starts the processes and measures primitives and layouts in interleaved rounds.
+
+    Args:
+        cases: Layouts whose steps are timed; ``counts`` has their numbers of processes.
+        counts: Numbers of processes whose primitives are measured.
+        rounds: Of everything.
+        steps: Timed steps of a layout and round.
+        timeout: Seconds for everything.
+
+    Raises:
+        BenchmarkError: a rank failed or hung.
+    """
+    deadline = time.monotonic() + timeout
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="calibration-") as name:
+        worlds = {count: World(count, folder=Path(name), deadline=deadline) for count in sorted(counts)}
+        try:
+            for number in range(rounds):
+                print(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+                found.append(one_round(worlds, cases, steps=steps))
+        finally:
+            for world in worlds.values():
+                world.end()
+    return found
+
+
+def calibrated_table(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str, Any]:
+    """The whole table, with what a step costs once: ``plan --calibration`` reads it."""
+    table = calibration(rounds, cores=cores)
+    processor = statistics.median(seconds for one in rounds for seconds in one["processor"][CALIBRATES.name])
+    return table | {"processes": with_step_seconds(table, processor)}
+
+
+def one_round(worlds: Mapping[int, World], cases: Sequence[Case], *, steps: int) -> dict[str, Any]:
+    """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
+    found: dict[str, Any] = {
+        "load": os.getloadavg()[0],
+        "products": {},
+        "stages": {},
+        "messages": {},
+        "layouts": {},
+        "processor": {},
+    }
+    for count, world in worlds.items():
+        repeats = max(3, 8 // count)
+        found["products"][count] = statistics.mean(world.ask("product", repeats=repeats))
+        found["stages"][count] = [
+            statistics.mean(world.ask("stage", tensor=t, start=start, stop=stop, micro_batch=size, repeats=repeats))
+            for t, start, stop, size in STAGES
+        ]
+        if count > 1:
+            answers = world.ask("messages", repeats=15)
+            found["messages"][count] = {
+                kind: [statistics.mean(answer[kind][i] for answer in answers) for i in range(2)] for kind in answers[0]
+            }
+    for case in cases:
+        sizes = {"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data}
+        ranks = worlds[case.processes].ask("layout", **sizes, steps=steps)
+        found["layouts"][case.name] = [wall for wall, _ in ranks[0]]
+        found["processor"][case.name] = [sum(rank[step][1] for rank in ranks) for step in range(steps)]
+    return found
 
 
 def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str, Any]:

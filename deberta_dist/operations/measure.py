@@ -18,8 +18,6 @@ from typing import Any
 from deberta_dist.errors import DebertaDistError
 from deberta_dist.files.disk import num_usable_cores
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The checkout."""
 TRAINER_NEEDS = ("deepspeed", "pydantic", "sentencepiece")
 """Packages, by the names they are imported by, that the trainer needs and kernels and models do not."""
 PAGE_CACHE_CHUNK = 64 * 2**20

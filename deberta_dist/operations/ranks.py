@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.operations.measure import ROOT, BenchmarkError
+from deberta_dist.files.shipped import find_package
+from deberta_dist.operations.measure import BenchmarkError
 
 
 def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False) -> list[Any]:
@@ -44,8 +45,10 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
 
 
 def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) -> dict[str, str]:
-    """What a launcher on this machine would set for a rank that runs modules of this checkout."""
+    """What a launcher on this machine would set for a rank that runs modules of this package."""
     hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    found = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    find_package(found)
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -54,7 +57,7 @@ def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) 
         "MASTER_PORT": "0",
         "OMP_NUM_THREADS": "1",
         **hidden,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **found,
     }
 
 

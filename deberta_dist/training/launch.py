@@ -129,8 +129,16 @@ def processes_needed(script: Path, script_arguments: Sequence[str]) -> int:
     return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * replicas
 
 
-def command(script: Path, split: Split, environment: MutableMapping[str, str]) -> list[str]:
+def command(
+    script: Path, split: Split, environment: MutableMapping[str, str], *, start: tuple[str, str] | None = None
+) -> list[str]:
     """The words to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs.
+
+    Args:
+        script: A launcher, whose Python half every process runs; or, with ``start``, the TOML of a run.
+        split: The command line.
+        environment: Of the process that will execute the words.
+        start: The module that every process runs in the place of a launcher, and its first argument; the TOML is the second.
 
     Raises:
         ConfigError: DeepSpeed's flags name no machines, or wrong ones; ``processes_needed``.
@@ -139,8 +147,9 @@ def command(script: Path, split: Split, environment: MutableMapping[str, str]) -
     gpu = has_gpu(environment)
     if not gpu:
         environment.setdefault("DS_ACCELERATOR", "cpu")
+    program = [*(start or ()), str(script)]
     if split.is_alone:
-        return [sys.executable, str(script), *split.script]
+        return [sys.executable, *(["-m"] if start else []), *program, *split.script]
     flags = list(split.deepspeed)
     local = not os.path.isfile(DEFAULT_HOSTFILE) and split.value("-H", "--hostfile") is None
     if local and "--master_port" not in split.names():
@@ -153,7 +162,7 @@ def command(script: Path, split: Split, environment: MutableMapping[str, str]) -
         if count is not None and count.isdecimal():
             # DeepSpeed leaves every process all cores; together they would be far too many threads.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
-    return ["deepspeed", *flags, str(script), *split.script]
+    return ["deepspeed", *flags, *(["--module"] if start else []), *program, *split.script]
 
 
 def _free_port() -> int:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from deberta_dist.tasks.significance import compare
+from deberta_dist.tasks.significance import compare, two_sided_p
 
 # Example 1 of "Welch's t-test" in Wikipedia: t = -2.46, 25.0 degrees of freedom, P = 0.021.
 A = (27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4)
@@ -24,6 +24,14 @@ def test_by_hand() -> None:
     ours, theirs = ([(middle + step) for step in (-scale, 0.0, scale)] for middle in (90.0, 92.0))
     u = 3 / math.sqrt(1 + 9 / 4)
     assert compare(ours, theirs).p_value == pytest.approx(2 * (1 - (0.5 + 3 / 8 * u * (1 - u * u / 12))))
+
+
+def test_scipy_says_the_same() -> None:
+    student = pytest.importorskip("scipy.stats", reason="scipy is not installed: an oracle of the tests alone").t
+    for freedom in (1.0, 1.3, 2.0, 3.7, 8.0, 25.5, 200.0):
+        for t in (0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 50.0):
+            assert two_sided_p(t, freedom=freedom) == pytest.approx(2 * student.sf(t, freedom), rel=1e-9), (t, freedom)
+            assert two_sided_p(-t, freedom=freedom) == two_sided_p(t, freedom=freedom)
 
 
 @pytest.mark.filterwarnings("error")

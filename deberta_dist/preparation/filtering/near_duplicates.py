@@ -144,7 +144,5 @@ def _rensa(num_permutations: int) -> ModuleType:
     try:
         import rensa
     except ImportError:
-        raise ConfigError(
-            'near-duplicates need rensa, which is not installed: pip install "deberta_dist[near_duplicates]"'
-        ) from None
+        raise ConfigError('near-duplicates need rensa, which is not installed: pip install "deberta_dist[data]"') from None
     return rensa

@@ -213,7 +213,7 @@ def _errors_of(file: InputFile) -> Iterator[ModuleType]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise DataError(
-            f"{file.path} needs the package pyarrow: pip install pyarrow (extra parquet of this package), "
+            f"{file.path} needs the package pyarrow: pip install pyarrow (extra data of this package), "
             "or convert the file to .jsonl first"
         ) from error
     try:

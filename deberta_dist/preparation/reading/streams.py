@@ -216,7 +216,7 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise DataError(
-            f"{file.path} needs the package zstandard: pip install zstandard (extra zstd of this package), "
+            f"{file.path} needs the package zstandard: pip install zstandard (extra data of this package), "
             "or decompress the file first"
         ) from error
     context = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)

@@ -1,0 +1,150 @@
+"""Turns text into a corpus of token files for pre-training, with one process or many, on one node or many.
+
+    tools/prepare_corpus.py --input text/ --output corpus --tokenizer spm.model --workers 16
+    mpirun -n 32 python tools/prepare_corpus.py --input 'wiki=text/wiki/**' 'news=text/news/*.jsonl.zst' \
+        --output corpus --tokenizer spm.model --workers 4
+
+The same command goes on after any end. corpus/train (or corpus/train/NAME) and corpus/heldout are what data.train and
+data.validation name; corpus/report.md says what was read, left out and written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deberta_dist.errors import encodable, with_exit_code
+
+if TYPE_CHECKING:
+    from deberta_dist.preparation.pipeline.ranks import Ranks
+
+
+def parse_arguments() -> argparse.Namespace | int:
+    """The command line; an exit code if it asks for help or is wrong, which argparse has told by then."""
+    try:
+        return _parse_arguments()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    from deberta_dist.preparation.filtering import filters
+    from deberta_dist.preparation.reading.arguments import add_reading_arguments
+
+    parser = argparse.ArgumentParser(
+        description="Turn text into a corpus of token files for pre-training.",
+        epilog="Under mpirun all nodes have to see inputs, output and tokenizer under the same paths.",
+    )
+    add_reading_arguments(parser)
+    parser.add_argument("--output", required=True, help="directory to make; an unfinished one is gone on with")
+    parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (of each rank; default: 1)")
+    group = parser.add_argument_group("held-out split")
+    group.add_argument(
+        "--held-out",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="share of the documents, chosen by a hash of their text (default: 5)",
+    )
+    group.add_argument(
+        "--held-out-input", nargs="+", default=[], metavar="PATH", help="inputs whose documents are all held out"
+    )
+    group = parser.add_argument_group("duplicates")
+    group.add_argument("--keep-duplicates", action="store_true", help="keep documents whose text repeats an earlier one")
+    group.add_argument(
+        "--near-duplicates",
+        type=float,
+        metavar="J",
+        help="leave out documents whose word 5-grams are this similar to an earlier document's, 0.8 for example (MinHash; "
+        "needs rensa, and in one process 2 to 3 KB of memory for every document kept)",
+    )
+    group.add_argument(
+        "--duplicates-memory",
+        type=int,
+        default=1 << 30,
+        metavar="BYTES",
+        help="memory of one process for finding exact duplicates (default: 1 GiB)",
+    )
+    filters.add_arguments(parser)
+    group = parser.add_argument_group("benchmarks")
+    group.add_argument(
+        "--benchmark",
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of a benchmark (.json, .jsonl, .tsv, .csv, .txt, .parquet, packed or not): documents that "
+        "share --benchmark-ngram words in a row with it are left out",
+    )
+    group.add_argument("--benchmark-ngram", type=int, metavar="N", help="words in a row (default: 13)")
+    group = parser.add_argument_group("sizes")
+    group.add_argument(
+        "--shard-bytes", type=int, default=1 << 30, metavar="BYTES", help="largest token file (default: 1 GiB of ids)"
+    )
+    group.add_argument(
+        "--piece-bytes",
+        type=int,
+        default=1 << 23,
+        metavar="BYTES",
+        help="input that a process takes at a time (default: 8 MiB); the output is the same with any",
+    )
+    arguments = parser.parse_args()
+    if arguments.benchmark_ngram is not None and not arguments.benchmark:
+        parser.error("--benchmark-ngram says how to compare with --benchmark, which is missing")
+    return arguments
+
+
+@with_exit_code
+def main() -> int:
+    """Runs the tool; the exit code is 0, or that of the error printed."""
+    from deberta_dist.preparation.pipeline.ranks import Ranks
+
+    ranks = Ranks.of_environment()
+    return ranks.run(with_exit_code(lambda: prepare(ranks)))
+
+
+def prepare(ranks: "Ranks") -> int:
+    """One rank's work."""
+    arguments = ranks.first(parse_arguments)
+    if isinstance(arguments, int):
+        return arguments
+    from deberta_dist.data.tokenizer import Tokenizer
+    from deberta_dist.preparation.filtering import filters
+    from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
+    from deberta_dist.preparation.pipeline.prepare import prepare_corpus
+    from deberta_dist.preparation.pipeline.recipe import Recipe
+    from deberta_dist.preparation.reading.arguments import read_options
+
+    def check():
+        """On one rank: an error is printed once."""
+        recipe = Recipe.of(
+            Tokenizer(arguments.tokenizer),
+            reading=read_options(arguments),
+            filters=filters.from_arguments(arguments),
+            held_out_percent=arguments.held_out,
+            deduplicate=not arguments.keep_duplicates,
+            near_duplicates=arguments.near_duplicates,
+            shard_bytes=arguments.shard_bytes,
+            piece_bytes=arguments.piece_bytes,
+        )
+        n = 13 if arguments.benchmark_ngram is None else arguments.benchmark_ngram
+        ngrams = benchmark_ngrams(arguments.benchmark, n=n) if arguments.benchmark else None
+        return recipe, ngrams
+
+    recipe, ngrams = ranks.first(check)
+    if ranks.rank == 0 and (hint := ranks.unused_cores(num_workers=arguments.workers)):
+        print(f"note: {hint}", file=sys.stderr, flush=True)
+    outcome = prepare_corpus(
+        arguments.input,
+        arguments.output,
+        tokenizer=Tokenizer(arguments.tokenizer),
+        recipe=recipe,
+        held_out_inputs=arguments.held_out_input,
+        ngrams=ngrams,
+        num_workers=arguments.workers,
+        ranks=ranks,
+        memory_bytes=arguments.duplicates_memory,
+        progress=lambda progress: print(progress, file=sys.stderr, flush=True),
+    )
+    if outcome is not None:
+        print(encodable(outcome.summary(Path(arguments.output))))
+    return 0

@@ -1,0 +1,52 @@
+"""How ``deberta-dist pretrain`` and ``deberta-dist finetune`` become DeepSpeed's launcher: see ``training/launch.py``."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from deberta_dist.errors import ConfigError, missing_package
+from deberta_dist.files.shipped import find_package
+from deberta_dist.training.launch import command, split_arguments
+
+MODULE = "deberta_dist.cli.rank"
+
+
+def run_toml(verb: str, run: str) -> Path:
+    """The TOML of a run that is named by its TOML or by its launcher.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    toml = Path(run).with_suffix(".toml")
+    if Path(run).suffix not in (".toml", ".sh") or not toml.is_file():
+        raise ConfigError(
+            f"{verb} {run}: expected the TOML of a run, or its launcher with the TOML beside it; {toml} does not exist "
+            "(deberta-dist init DIR --preset v3-base writes one)"
+        )
+    return toml
+
+
+def start(verb: str, toml: Path, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by DeepSpeed's launcher, or for a dry run by the script alone.
+
+    Args:
+        verb: ``pretrain`` or ``finetune``.
+        toml: The run's.
+        arguments: DeepSpeed's flags and the run's own, mixed.
+
+    Raises:
+        ConfigError: a package is missing, DeepSpeed's flags name no machines or wrong ones, or the TOML is wrong.
+    """
+    for package in ("torch", "deepspeed"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(missing_package(package))
+    environment = dict(os.environ)
+    find_package(environment)
+    # The launcher of this interpreter, also where its environment is not activated.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    words = command(toml, split_arguments(arguments), environment, start=(MODULE, verb))
+    sys.stdout.flush()
+    os.execvpe(words[0], words, environment)
