@@ -114,7 +114,7 @@ def split_sequence(model: nn.Module, *, ranks: SequenceRanks, decoder_layer: int
             continue
         kind = plan.module_kind(name)
         if re.fullmatch(plan.ENTER_PATTERN, name):
-            _replace(model, name, EnterSequenceRegion(ranks, is_made_again=gathers_again))
+            _replace(model, name, EnterSequenceRegion(ranks, recomputes=gathers_again))
         elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
             _replace(model, name, OwnTokens(ranks))
         elif re.fullmatch(plan.HALO_PATTERN, name):
