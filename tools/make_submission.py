@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 from deberta_dist.tasks.assemble import assemble
 from deberta_dist.tasks.predictions import command_for, predictions_file
 from deberta_dist.tasks.release import Release

@@ -11,6 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # A checkout works without being installed.
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from deberta_dist.config import RunConfig, load_config  # noqa: E402
 from deberta_dist.errors import ConfigError, with_exit_code  # noqa: E402
 from deberta_dist.planning.machine import GPUS, PRODUCTS_REACH, WITHOUT_BF16, Machine, calibrated, read_calibration  # noqa: E402
+from deberta_dist.values import OFFLOAD, RECOMPUTE, SCHEDULES  # noqa: E402
 
 BASE = ROOT / "launchers" / "pretrain_1.5b.toml"
 JSONS = ROOT / "ds_configs"
@@ -50,11 +52,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     tried.add_argument("--tensor", type=_counts, metavar="N,...", help="tensor-parallel sizes")
     tried.add_argument("--pipeline", type=_counts, metavar="N,...", help="pipeline-parallel sizes")
     tried.add_argument("--micro-batch", type=_counts, metavar="N,...", help="sequences (default: what divides, up to 32)")
-    tried.add_argument("--recompute", type=_words("none", "selective", "full"), metavar="none|selective|full,...")
-    tried.add_argument(
-        "--schedule", type=_words("1f1b", "gpipe", "interleaved_1f1b"), metavar="1f1b|gpipe|interleaved_1f1b,..."
-    )
-    tried.add_argument("--offload", type=_words("none", "cpu"), metavar="none|cpu,...", help="of the optimizer")
+    tried.add_argument("--recompute", **_words(RECOMPUTE))
+    tried.add_argument("--schedule", **_words(SCHEDULES))
+    tried.add_argument("--offload", **_words(OFFLOAD), help="of the optimizer")
 
     parts = parser.add_argument_group("the machine (default: data sheet of --gpu, and shares of it that programs reach)")
     parts.add_argument("--calibration", type=Path, metavar="FILE", help="measured numbers, of tools/benchmark.py layouts")
@@ -106,7 +106,9 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _words(*known: str):
+def _words(known: Sequence[str]) -> dict[str, Any]:
+    """The settings of an option that takes several words of ``known``, with commas between."""
+
     def words(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(text.split(",")))
         for word in given:
@@ -114,7 +116,7 @@ def _words(*known: str):
                 raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
         return given
 
-    return words
+    return {"type": words, "metavar": f"{'|'.join(known)},..."}
 
 
 def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:

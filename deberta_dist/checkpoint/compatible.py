@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import Manifest, differing_keys
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.strict_json import as_read
 from deberta_dist.models.config import DebertaConfig
 
 # Dropout and initial values: nothing that given weights compute depends on them.
@@ -29,7 +29,7 @@ def compatible(manifest: Manifest, *, model_config: Mapping[str, Any], tokenizer
     Raises:
         ConfigError: they differ; the message has every difference.
     """
-    mine, theirs = strict_json.plain(model_config), manifest.model_config
+    mine, theirs = as_read(model_config), manifest.model_config
     found = [
         f"model.{key} is {json.dumps(mine[key]) if key in mine else 'absent'}, in the checkpoint "
         f"{json.dumps(theirs[key]) if key in theirs else 'absent'}"

@@ -1,9 +1,13 @@
-"""Writing a file that is either complete or absent, and never replaces another.
+"""Files and directories that are complete or absent under their names, whoever is killed when.
 
-The tokenizer trainer and the token file writer publish through this one place.
+`new_file` never replaces another file, `replace_file` and `replace_directory` put a complete one in another's place. Each
+is made under a name beside its own, forced to disk and then renamed. Whoever sweeps after killed processes knows these
+names: ``.NAME.*.tmp`` for files; directories are the caller's, see `replace_directory`.
 """
 
 import os
+import shutil
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from deberta_dist.errors import NO_ROOM, DataError
-from deberta_dist.files.disk import sync_directory
+from deberta_dist.files.disk import open_file, sync_directory, write_all
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -79,17 +83,29 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): name another output") from error
     try:
-        with opened as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, path)
+        with explained_full_disk(path, advice="make room for it"):
+            with opened as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_full_disk(path: Path, *, advice: str) -> Iterator[None]:
+    """Says what a full disk means, for a block that makes ``path``.
+
+    Raises:
+        DataError: the disk is full; with the file and the ``advice``.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise DataError(f"{path} is not written ({error.strerror}): make room for it") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path} is not written ({error.strerror}): {advice}") from error
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -103,3 +119,90 @@ def _publish(temporary: Path, path: Path) -> None:
         refuse_existing(path)
         os.rename(temporary, path)
     sync_directory(path.parent)
+
+
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Writes a small file and forces it to disk. Raises OSError; what was written stays."""
+    file = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        write_all(lambda rest: os.write(file, rest), content)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def replace_file(path: Path, content: bytes, *, temporary: Path | None = None) -> None:
+    """Writes a small file in the place of what is there; a reader sees the old content or the new one.
+
+    Args:
+        path: Its name.
+        content: All of it.
+        temporary: Where it is written first, in the same directory, for who sweeps by another name; one process at a time.
+
+    Raises:
+        OSError: It cannot be written; what was there stays.
+    """
+    # Containers on two nodes may agree in their names and numbers of processes.
+    temporary = temporary or path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        write_and_sync(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def replace_directory(temporary: Path, final: Path, *, aside: Path) -> None:
+    """Renames a complete directory; what stands in its way is moved aside first and removed afterwards.
+
+    The files in it have been forced to disk, and so have its entries (`sync_directory`, `sync_files`). Between the two
+    renames of a process that is killed there is nothing under the name; then ``aside`` holds what was there, see `restore`.
+
+    Args:
+        temporary: The directory.
+        final: Its name, on the same file system.
+        aside: Where what stands in its way waits.
+
+    Raises:
+        OSError: It could not be renamed; then what stood there stands there again.
+    """
+    try:
+        if os.path.lexists(final):
+            remove(aside)
+            os.rename(final, aside)
+        os.rename(temporary, final)
+        sync_directory(final.parent)
+    except BaseException:  # a signal as well: between the two renames the old one must not be lost
+        if os.path.lexists(temporary):
+            restore(aside, final)
+        raise
+    finally:
+        if not os.path.lexists(temporary):
+            remove(aside)
+
+
+def restore(aside: Path, final: Path) -> bool:
+    """Gives what waits aside its name again where nothing has taken it; returns whether it did. Raises OSError."""
+    if os.path.lexists(final) or not os.path.lexists(aside):
+        return False
+    os.rename(aside, final)
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file or directory, as far as possible, or nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync_files(directory: Path) -> None:
+    """Forces the files in a directory, and its entries, to disk. Raises OSError."""
+    for path in directory.iterdir():
+        file = open_file(path, os.O_RDWR)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    sync_directory(directory)

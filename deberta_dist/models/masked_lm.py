@@ -81,7 +81,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
 
     @property
     def recompute(self) -> str:
-        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
         return self.deberta.recompute
 
     @recompute.setter
@@ -134,7 +134,6 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             token_type_ids=token_type_ids,
             position_ids=document_positions if position_ids is None else position_ids,
             targets=targets,
-            layers=range(self.config.num_hidden_layers),
             dropout_key=dropout_key,
             table=table,
         )
@@ -160,10 +159,6 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             input_ids=input_ids,
             mask=mask,
             token_type_ids=token_type_ids,
-            position_ids=None,
-            targets=None,
-            layers=range(self.config.num_hidden_layers),
-            dropout_key=None,
             table=table,
         )
         return self.lm_predictions.lm_head(hidden_BSD, word_embeddings_VW=table.weight_VW)
@@ -261,14 +256,15 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         *,
         input_ids: Tensor,
         mask: AttentionMask,
-        position_ids: Tensor | None,
-        targets: Targets | None,
-        layers: range,
-        dropout_key: int | None,
         table: SharedTable | None,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        targets: Targets | None = None,
+        layers: range | None = None,
+        dropout_key: int | None = None,
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``; of ``targets`` alone, [P, D], if the last is among them."""
+        """Hidden states [B, S, D] after ``layers``, by default all; of ``targets`` alone, [P, D], if the last is among them."""
+        layers = range(self.config.num_hidden_layers) if layers is None else layers
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
                 input_ids,

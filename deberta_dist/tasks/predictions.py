@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.files.foreign import json_integer, refuse_foreign
-from deberta_dist.files.new_file import new_file
+from deberta_dist.files.atomic import new_file
+from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import json_integer
 from deberta_dist.tasks.registry import PER_CANDIDATE, TASKS, Task
 from deberta_dist.tasks.release import Key, Split, integer, json_lines, shown
 

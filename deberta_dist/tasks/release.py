@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.files.foreign import HEAD_BYTES, begins_like, head_of, json_integer, refuse_foreign
+from deberta_dist.files.foreign import HEAD_BYTES, begins_like, head_of, refuse_foreign
+from deberta_dist.files.strict_json import loads
 from deberta_dist.tasks.registry import PER_ANSWER, PER_CANDIDATE, TASKS, Task
 
 Key = tuple[int, ...]
@@ -166,15 +167,8 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
                 continue
             raise DataError(f"{where}, line {number}: empty")
         try:
-            value = json.loads(
-                line.decode("utf-8"),
-                object_pairs_hook=_unique,
-                parse_constant=_no_constant,
-                parse_int=json_integer,
-            )
-            # Half of a surrogate pair is JSON, and text that nothing can write.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError) as error:
+            value = loads(line, any_numbers=True)
+        except ValueError as error:
             like = begins_like(content[:HEAD_BYTES])
             if isinstance(error, UnicodeDecodeError) and not like:
                 byte = f"0x{line[error.start]:02x}, byte {error.start} of the line"
@@ -199,17 +193,6 @@ def integer(value: Any, *, at: str, name: str) -> int:
 def shown(key: Key) -> str:
     """A key for messages."""
     return "/".join(map(str, key))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number of JSON")
 
 
 def _require_fields(row: Mapping[str, Any], fields: Mapping[str, type], *, at: str) -> None:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.parallel.tensor import plan
-from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion
-from deberta_dist.parallel.tensor.cross_entropy import JoinOverRanks
+from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion, JoinOverRanks
 from deberta_dist.parallel.tensor.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
