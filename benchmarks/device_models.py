@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deberta_dist.models.attention_choice import describe_attention, require_attention, set_attention
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.joint_linear import add_gradients_
+from deberta_dist.models.joint_linear import add_gradients_, set_main_grads
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.residual import ResidualOutput
 
@@ -53,15 +53,15 @@ def attend_by(wish: str, model: nn.Module, config: DebertaConfig, *, dtype: torc
     print(describe_attention(wish, config, dtype=dtype, device=device))
 
 
-def sum_in_float32(model: nn.Module, *, products_add: bool = False) -> None:
-    """Gives every parameter a float32 gradient to add to, as a run's have; see `PlainTraining`."""
-    for parameter in model.parameters():
-        gradient = torch.zeros_like(parameter, dtype=torch.float32)
+def sum_in_float32(model: nn.Module, *, products_add: bool = False) -> list[Tensor]:
+    """Gives every parameter a float32 gradient to add to, as a run's have; returns these. See `PlainTraining`."""
+    sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
         parameter.grad_dtype = None if products_add else torch.float32
-        if products_add:
-            parameter.main_grad = gradient
-        else:
-            parameter.grad = gradient
+        if not products_add:
+            parameter.grad = sums[name]
+    set_main_grads(model, sums if products_add else None)
+    return list(sums.values())
 
 
 def join_residuals(model: nn.Module, *, joins: bool = True) -> None:
@@ -80,14 +80,13 @@ class PlainTraining:
         model: Its weights are those of the passes.
         loss: Of one micro-batch; a scalar with a gradient.
         products_add: The products of the backward pass add weights' gradients to the sums, as ours can and do in a run on a
-            GPU (``training/sharded_model.py``); by default autograd adds them.
+            GPU (``parallel/sharded_model.py``); by default autograd adds them.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor], *, products_add: bool = False) -> None:
-        self._loss = loss
+        self._loss, self._model = loss, model
         self._parameters = list(model.parameters())
-        sum_in_float32(model, products_add=products_add)
-        self._gradients = [p.main_grad if products_add else p.grad for p in self._parameters]
+        self._gradients = sum_in_float32(model, products_add=products_add)
         self._products_add = products_add
         self._masters = [parameter.detach().to(torch.float32, copy=True) for parameter in self._parameters]
         for master, gradient in zip(self._masters, self._gradients, strict=True):
@@ -104,7 +103,7 @@ class PlainTraining:
         loss = self._loss()
         loss.backward()
         if self._products_add:
-            add_gradients_(self._parameters)
+            add_gradients_(self._model)
         return loss.detach()
 
     def step(self) -> Tensor:

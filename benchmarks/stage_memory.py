@@ -92,8 +92,7 @@ def _passes(
     model: DebertaForMaskedLM, stage: Stage, *, shape: tuple[int, int], targets: int
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """Forward and backward of one micro-batch; its inputs are there already."""
-    parameters = list(model.parameters())
-    like = parameters[0]
+    like = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, shape, generator=generator)
     is_target = (torch.arange(shape[1]) < targets).expand(shape)
@@ -116,7 +115,7 @@ def _passes(
         else:
             output.backward(gradient)
         if like.device.type in DEVICES_WHOSE_PRODUCTS_ADD:
-            add_gradients_(parameters)
+            add_gradients_(model)
 
     return forward, backward
 

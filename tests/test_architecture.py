@@ -32,7 +32,7 @@ FLOORS = (
     ("kernels", "data"),
     ("config",),
     ("files",),
-    ("errors",),
+    ("errors", "values"),
 )
 # Lower, and still closed: the parallel rooms know modules and names, not DeBERTa; the token side and
 # the model side know nothing of each other, and data knows no configuration.

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deberta_dist.errors import DataError, with_exit_code
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 from deberta_dist.preparation.reading.inputs import find_inputs
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.superglue.pairs import RTE

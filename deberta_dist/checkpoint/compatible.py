@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import Manifest, differing_keys
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.strict_json import as_read
 from deberta_dist.models.config import DebertaConfig
 
 # Dropout and initial values: nothing that given weights compute depends on them.
@@ -52,7 +52,7 @@ def compatible(
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any], *, what: str) -> list[str]:
-    mine = strict_json.plain(here)
+    mine = as_read(here)
     return [
         f"{what}.{key} is {json.dumps(mine[key]) if key in mine else 'absent'}, in the checkpoint "
         f"{json.dumps(there[key]) if key in there else 'absent'}"

@@ -1,6 +1,7 @@
 """What can be wrong with a checkpoint, as errors a user can act on."""
 
 from deberta_dist.errors import DataError
+from deberta_dist.files.strict_json import StrictJson
 
 
 class CheckpointError(DataError):
@@ -15,3 +16,7 @@ class CheckpointWriteError(CheckpointError):
     """A checkpoint that could not be written (disk full, permissions). Older ones are as they were."""
 
     exit_code = 74
+
+
+strict_json = StrictJson(CheckpointError)
+"""Reads manifests, and whatever else describes a checkpoint."""

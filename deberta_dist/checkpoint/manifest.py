@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError
+from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, strict_json
 from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import as_read
 
 FORMAT = "deberta_dist-checkpoint"
 VERSION = 1
@@ -171,7 +171,7 @@ def to_json(manifest: Manifest) -> bytes:
     }
     if manifest.networks:
         document["networks"] = {name: vars(network) for name, network in manifest.networks.items()}
-    document = strict_json.plain(document)
+    document = as_read(document)
     document["sha256"] = _checksum(document)
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode("utf-8")
 
@@ -249,7 +249,7 @@ def file_entry(name: str, raw: Any, *, where: str) -> FileEntry:
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...]:
     """Keys whose values differ between two configurations, sorted; a key that one lacks differs."""
-    a, b = strict_json.plain(a), strict_json.plain(b)
+    a, b = as_read(a), as_read(b)
     return tuple(key for key in sorted({*a, *b}) if a.get(key, _ABSENT) != b.get(key, _ABSENT))
 
 

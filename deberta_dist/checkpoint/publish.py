@@ -5,7 +5,6 @@ is being deleted. Under the run's lock none of them belongs to anybody at the st
 """
 
 import os
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import LATEST_NAME, checkpoints, step_name, step_of
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.errors import ConfigError
-from deberta_dist.files.disk import open_file, sync_directory
+from deberta_dist.files.atomic import remove, replace_directory, replace_file, restore
 from deberta_dist.files.lock import RunLock
 
 TEMPORARY, OLD, GONE = ".tmp-", ".old-", ".gone-"
@@ -24,44 +23,14 @@ def temporary_directory(directory: Path, *, step: int, token: str) -> Path:
     return directory / f"{TEMPORARY}{step_name(step)}-{token}"
 
 
-def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a small file and forces it to disk. Raises OSError."""
-    file = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def put_in_place(temporary: Path, final: Path, *, token: str) -> None:
-    """Renames a complete directory; what stands in its way is moved aside first and removed afterwards.
-
-    Raises:
-        OSError: it could not be renamed; then what stood there stands there again.
-    """
-    parent = final.parent
-    aside = parent / f"{OLD}{final.name}-{token}"
-    if os.path.lexists(final):
-        remove(aside)
-        os.rename(final, aside)
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        _restore(aside, final)
-        raise
-    sync_directory(parent)
-    remove(aside)
+    """Gives a complete checkpoint its name; see `replace_directory`."""
+    replace_directory(temporary, final, aside=final.parent / f"{OLD}{final.name}-{token}")
 
 
 def point_latest(directory: Path, name: str) -> None:
     """Writes ``latest``, whole at any time. Raises OSError."""
-    temporary = directory / f"{TEMPORARY}{LATEST_NAME}"
-    write_and_sync(temporary, f"{name}\n".encode())
-    os.replace(temporary, directory / LATEST_NAME)
-    sync_directory(directory)
+    replace_file(directory / LATEST_NAME, f"{name}\n".encode(), temporary=directory / f"{TEMPORARY}{LATEST_NAME}")
 
 
 def prune(directory: Path, *, keep_last: int, keep_every: int, written: Path, damaged: Collection[Path] = ()) -> None:
@@ -125,27 +94,12 @@ def _sweep(directory: Path, *, on_remove: Callable[[str], None]) -> None:
     for path in sorted(directory.iterdir()):
         if path.name.startswith(OLD):
             name = path.name.removeprefix(OLD).rpartition("-")[0]
-            if step_of(Path(name)) is not None and _restore(path, directory / name):
+            if step_of(Path(name)) is not None and restore(path, directory / name):
                 on_remove(f"{path} is {name} again: the run ended while it was being replaced")
                 continue
         if path.name.startswith((TEMPORARY, OLD, GONE)):
             remove(path)
             on_remove(f"{path} is removed: an unfinished checkpoint of an earlier start")
-
-
-def remove(path: Path) -> None:
-    """Removes a file or directory as far as possible; the next sweep takes the rest."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _restore(aside: Path, final: Path) -> bool:
-    if os.path.lexists(final) or not os.path.lexists(aside):
-        return False
-    os.rename(aside, final)
-    return True
 
 
 def _is_complete(path: Path) -> bool:

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.checkpoint.manifest import FileEntry
-from deberta_dist.files.disk import open_file
+from deberta_dist.files.disk import open_file, write_all
 from deberta_dist.parallel.flat_layout import ShardState
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
@@ -81,8 +80,7 @@ def write_shard_file(path: Path, shards: Sequence[ShardState]) -> FileEntry:
                 chunk = memoryview(buffer)[start : start + CHUNK_BYTES]
                 digest.update(chunk)
                 size += len(chunk)
-                while chunk:
-                    chunk = chunk[os.write(file, chunk) :]
+                write_all(lambda rest: os.write(file, rest), chunk)
         os.fsync(file)
     finally:
         os.close(file)

@@ -21,23 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, CheckpointWriteError
+from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, CheckpointWriteError, strict_json
 from deberta_dist.checkpoint.find import step_name
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, FileEntry, Manifest, file_entry, to_json
-from deberta_dist.checkpoint.publish import (
-    point_latest,
-    prune,
-    put_in_place,
-    remove,
-    sync_directory,
-    temporary_directory,
-    write_and_sync,
-)
+from deberta_dist.checkpoint.publish import point_latest, prune, put_in_place, temporary_directory
 from deberta_dist.checkpoint.reader import open_checkpoint
 from deberta_dist.checkpoint.shard_file import file_bytes, write_shard_file
 from deberta_dist.checkpoint.slices import check_table, shard_file_name
 from deberta_dist.errors import NO_ROOM
+from deberta_dist.files.atomic import remove, write_and_sync
+from deberta_dist.files.disk import sync_directory
 from deberta_dist.parallel.flat_layout import ShardState
 
 

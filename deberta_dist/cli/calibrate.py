@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from deberta_dist.errors import ConfigError, with_exit_code
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 
 MOST_PROCESSES = 256
 

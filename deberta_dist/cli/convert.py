@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deberta_dist.errors import ConfigError, with_exit_code
+from deberta_dist.files.atomic import replace_file
+from deberta_dist.values import CONVERSION_FORMATS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
-    parser.add_argument("--to", required=True, choices=("huggingface", "official", "deberta_dist", "onnx"), help="format")
+    parser.add_argument("--to", required=True, choices=CONVERSION_FORMATS, help="format")
     add_options(parser, dtype_help="number format (default: what the source has; of several, one that holds all)", decodes=True)
     parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
     parser.add_argument("--report", type=Path, help="also write the key report here")
@@ -87,9 +89,7 @@ def main() -> int:
         languages=arguments.language,
     )
     if arguments.report is not None:
-        temporary = arguments.report.with_name(f".{arguments.report.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(arguments.report)
+        replace_file(arguments.report, (json.dumps(report, indent=1) + "\n").encode())
     print(summary(report))
     num_bytes = sum(file["bytes"] for file in report["files"].values())
     print(f"{arguments.target}: {len(report['files'])} files, {num_bytes:,} bytes")

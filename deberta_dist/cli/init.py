@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deberta_dist.errors import ConfigError, with_exit_code
-from deberta_dist.files.new_file import new_file
+from deberta_dist.files.atomic import new_file
 from deberta_dist.files.shipped import shipped
 
 TOML = "launchers/pretrain_1.5b.toml"

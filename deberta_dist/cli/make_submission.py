@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 from deberta_dist.tasks.archive import read_zip, zip_bytes
 from deberta_dist.tasks.assemble import assemble
 from deberta_dist.tasks.base import Release, Verdict

@@ -10,11 +10,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from deberta_dist.config import RunConfig, load_config
 from deberta_dist.errors import ConfigError, with_exit_code
 from deberta_dist.files.shipped import is_installed, shipped
 from deberta_dist.planning.machine import GPUS, PRODUCTS_REACH, WITHOUT_BF16, Machine, calibrated, read_calibration
+from deberta_dist.values import OFFLOAD, RECOMPUTE, SCHEDULES
 
 BASE = "launchers/pretrain_1.5b.toml"
 JSONS = "ds_configs"
@@ -46,11 +48,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     tried.add_argument("--tensor", type=_counts, metavar="N,...", help="tensor-parallel sizes")
     tried.add_argument("--pipeline", type=_counts, metavar="N,...", help="pipeline-parallel sizes")
     tried.add_argument("--micro-batch", type=_counts, metavar="N,...", help="sequences (default: what divides, up to 32)")
-    tried.add_argument("--recompute", type=_words("none", "selective", "full"), metavar="none|selective|full,...")
-    tried.add_argument(
-        "--schedule", type=_words("1f1b", "gpipe", "interleaved_1f1b"), metavar="1f1b|gpipe|interleaved_1f1b,..."
-    )
-    tried.add_argument("--offload", type=_words("none", "cpu"), metavar="none|cpu,...", help="of the optimizer")
+    tried.add_argument("--recompute", **_words(RECOMPUTE))
+    tried.add_argument("--schedule", **_words(SCHEDULES))
+    tried.add_argument("--offload", **_words(OFFLOAD), help="of the optimizer")
 
     parts = parser.add_argument_group("the machine (default: data sheet of --gpu, and shares of it that programs reach)")
     parts.add_argument("--calibration", type=Path, metavar="FILE", help="measured numbers, of tools/benchmark.py layouts")
@@ -102,7 +102,9 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _words(*known: str):
+def _words(known: Sequence[str]) -> dict[str, Any]:
+    """The settings of an option that takes several words of ``known``, with commas between."""
+
     def words(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(text.split(",")))
         for word in given:
@@ -110,7 +112,7 @@ def _words(*known: str):
                 raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
         return given
 
-    return words
+    return {"type": words, "metavar": f"{'|'.join(known)},..."}
 
 
 def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from deberta_dist.errors import with_exit_code
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.registry import DEFAULT
 from deberta_dist.tasks.report import make_report

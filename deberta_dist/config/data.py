@@ -1,10 +1,11 @@
 """``[data]`` and ``[data.sources.NAME]``; the other tables are in ``schema.py``."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from deberta_dist.config.section import File, Length, Lengths, Name, Positive, Section
+from deberta_dist.values import MaskingMethod
 
 
 class Source(Section):
@@ -45,7 +46,7 @@ class Data(Section):
     documents follow each other, and every sequence has ``max_seq_length`` tokens."""
     index_directory: File | None = None
     """Where dynamic batching keeps its list of sequences; by default beside the corpus."""
-    masking: Literal["official", "uniform"] = "official"
+    masking: MaskingMethod = "official"
     """``official``: the released sampling, which masks less towards the end of a sequence; its share of targets holds at any
     length, where the released code never masks more than 80. ``uniform``: the same n-grams of whole words, without that bias."""
     mask_probability: Annotated[float, Field(ge=1e-6, lt=1)] = 0.15

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError, printable
-from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import loads, read_configuration
+from deberta_dist.values import AUTO
 
-MAX_BYTES = 1 << 20
 MAX_DEPTH = 64
 FEW = 12
-_LONGEST_NUMBER = 400  # digits: what a float has room for
 _STRING = r'"(?:[^"\\]|\\.)*"'
 # Outside of strings: what is often taken for JSON -> what to do.
 _NOT_JSON = {
@@ -36,40 +34,12 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: It cannot be read, is no JSON object, has a key twice, or a number that is not finite.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"key given twice: {', '.join(twice)}")
-        return dict(pairs)
-
-    def no_number(text: str) -> float:
-        raise ValueError(f"{text} is no number of JSON")
-
-    def finite(text: str) -> float:
-        number = float(text)
-        return number if abs(number) != float("inf") else no_number(text)
-
-    def whole(text: str) -> int:
-        if len(text) > _LONGEST_NUMBER:
-            raise ValueError(f"{text[:12]}... has {len(text)} digits")
-        return int(text)
-
+    text = read_configuration(path, shown=f"run.deepspeed = {path}")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
-        content = path.read_bytes()
-        refuse_foreign(content, path, error=ConfigError)
-        text = content.decode("utf-8-sig")
-        ds = json.loads(text, object_pairs_hook=unique, parse_constant=no_number, parse_float=finite, parse_int=whole)
-    except OSError as error:
-        raise ConfigError(f"run.deepspeed = {path}: cannot be read ({error.strerror})") from None
-    except ConfigError:
-        raise
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: no text in UTF-8; save it as such") from None
+        ds = loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}{_hint(text)}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(ds, dict):
         raise ConfigError(f"{path}: expected an object {{...}}, not {shown(ds)}")

@@ -17,19 +17,18 @@ from deberta_dist.config import deepspeed_plain as plain
 from deberta_dist.config.deepspeed_file import nearest, read_json, shown, shown_key, take_out_defaults
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
-from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError
+from deberta_dist.values import AUTO, PRECISIONS, Offload, Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 AnyConfig = RunConfig | FineTuneConfig
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 PERSISTENCE = "stage3_param_persistence_threshold"
-PRECISIONS = ("bf16", "fp16")
+LOW_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp32")  # each a section of DeepSpeed's JSON
 
 # What a user may write: DeepSpeed itself ignores misspelled keys silently.
 SECTIONS = (
-    *PRECISIONS,
+    *LOW_PRECISIONS,
     "zero_optimization",
     "aio",
     "comms_logger",
@@ -179,13 +178,13 @@ def deepspeed_config(path: str | os.PathLike[str], config: AnyConfig) -> dict[st
 
 def precision(ds: dict[str, Any]) -> Precision:
     """Number format of weights and activations that a completed DeepSpeed configuration asks for."""
-    for name in PRECISIONS:
+    for name in LOW_PRECISIONS:
         if ds.get(name, {}).get("enabled", False):
             return name
     return "fp32"
 
 
-def offload_device(ds: Mapping[str, Any], what: Literal["optimizer", "param"]) -> str:
+def offload_device(ds: Mapping[str, Any], what: Literal["optimizer", "param"]) -> Offload:
     """Where a completed DeepSpeed configuration puts the optimizer's state, or the weights: ``none``, ``cpu``."""
     return ds.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none")
 
@@ -229,7 +228,7 @@ def _keys(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems, *
         elif key not in KNOWN_KEYS:
             problems[key] = f"unknown key {shown_key(key)}; {nearest(key, KNOWN_KEYS, inside)}"
     for key in SECTIONS:
-        if key in ds and not isinstance(ds[key], dict) and key not in (*PRECISIONS, "zero_optimization"):
+        if key in ds and not isinstance(ds[key], dict) and key not in (*LOW_PRECISIONS, "zero_optimization"):
             problems[key] = f"{key} must be an object {{...}}, not {shown(ds[key])}"
 
 
@@ -287,7 +286,9 @@ def _force(table: dict[str, Any], key: str, value: Any, where: str, why: str, pr
 
 def _require_precision(ds: dict[str, Any], problems: Problems) -> None:
     """DeepSpeed's default is fp32, which is hardly what is meant by "auto" for bf16 or fp16."""
-    enabled = {name: ds[name].get("enabled") if isinstance(ds[name], dict) else ds[name] for name in PRECISIONS if name in ds}
+    enabled = {
+        name: ds[name].get("enabled") if isinstance(ds[name], dict) else ds[name] for name in LOW_PRECISIONS if name in ds
+    }
     open_ones = [f"{name}.enabled" for name, value in enabled.items() if value == AUTO]
     if open_ones and True not in enabled.values():
         problems["precision"] = (
@@ -298,7 +299,7 @@ def _require_precision(ds: dict[str, Any], problems: Problems) -> None:
 
 def _precision(ds: dict[str, Any], problems: Problems) -> None:
     enabled = []
-    for name in PRECISIONS:
+    for name in LOW_PRECISIONS:
         section = ds.get(name, {})
         if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
             place = f"{name}.enabled" if isinstance(section, dict) else name

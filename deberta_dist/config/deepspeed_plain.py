@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deberta_dist.config.deepspeed_file import shown
+from deberta_dist.values import Offload, Precision
 
 LARGEST = 2**63 - 1
 
@@ -40,7 +41,7 @@ class BareKeys(Plain):
     """Keys of the JSON that are no section; those that follow from the TOML are not among them."""
 
     zero_force_ds_cpu_optimizer: bool = False
-    communication_data_type: Annotated[Literal["fp32", "fp16", "bf16"], BeforeValidator(_lower)] | None = None
+    communication_data_type: Annotated[Precision, BeforeValidator(_lower)] | None = None
     steps_per_print: OneOrMore | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
@@ -75,7 +76,7 @@ class Aio(Plain):
 class OffloadAsPlanned(Plain):
     """``offload_optimizer`` and ``offload_param``."""
 
-    device: Literal["none", "cpu"] = "none"
+    device: Offload = "none"
 
 
 class ZeroAsPlanned(Plain):

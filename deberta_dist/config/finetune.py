@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PrivateAttr, model_validator
 
 from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
-from deberta_dist.config.section import AUTO, MOST_TOKENS, Count, CountOrNone, Few, Fraction, NotNegative, Section, Sequences
+from deberta_dist.config.section import MOST_TOKENS, Count, CountOrNone, Few, Fraction, NotNegative, Section, Sequences
+from deberta_dist.values import AUTO, Attention, Recompute, SiftLoss
 
 
 class TaskData(Section):
@@ -51,9 +52,9 @@ class FineTuning(Section):
     """Dropout before the classifier; absent = the checkpoint's."""
     start: Literal["init", "intermediate"] = "init"
     """``intermediate``: where --intermediate is given, start from the model that it made."""
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Recompute = "none"
     """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""
-    attention: Literal["auto", "fused", "portable", "reference"] = AUTO
+    attention: Attention = AUTO
     """Implementation of the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device) or
     ``reference`` (the formula, slow); a start is refused where it is not available. ``auto`` takes the fastest that is, with a
     warning on a GPU that does not use the fused one."""
@@ -83,7 +84,7 @@ class SiftSection(Section):
     """Inner passes."""
     weight: NotNegative = 5.0
     """Of the adversarial loss beside the task's."""
-    loss: Literal["symmetric_kl", "kl", "mse"] = "symmetric_kl"
+    loss: SiftLoss = "symmetric_kl"
     """Between clean and perturbed predictions."""
     same_dropout: bool = False
     """One dropout mask for all passes instead of one each."""

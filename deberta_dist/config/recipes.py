@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.files.foreign import refuse_foreign
-
-MAX_BYTES = 1 << 20  # a configuration is small; anything larger is another file given by mistake
+from deberta_dist.files.strict_json import read_configuration
 
 Tables = dict[str, Any]
 
@@ -55,16 +53,9 @@ def read_toml(path: Path) -> Tables:
     Raises:
         ConfigError: It cannot be read, or is none.
     """
+    text = read_configuration(path, shown=str(path), kind="TOML", hint=f"; current directory: {Path.cwd()}")
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_BYTES})")
-        content = path.read_bytes()
-        refuse_foreign(content, path, error=ConfigError)
-        return tomllib.loads(content.decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); current directory: {Path.cwd()}") from None
-    except ConfigError:
-        raise
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         # tomllib's own words for a key given twice
         words = str(error).replace("Cannot overwrite a value", "A key is given twice")

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
-from deberta_dist.config.section import AUTO
 from deberta_dist.errors import ConfigError
-
-SINGLE_STAGE_SCHEDULES = ("1f1b", "gpipe")
+from deberta_dist.values import AUTO, INTERLEAVED
 
 
 def resolve(config: RunConfig, world_size: int) -> RunConfig:
@@ -150,7 +148,7 @@ def _pipeline_problems(config: RunConfig, num_micro_batches: int | None) -> list
     parallel = config.parallel
     ranks, per_rank = parallel.pipeline_parallel_size, parallel.stages_per_rank
     problems = []
-    interleaved = parallel.schedule not in SINGLE_STAGE_SCHEDULES
+    interleaved = parallel.schedule == INTERLEAVED
     if per_rank > 1 and not interleaved:
         problems.append(
             f'parallel.stages_per_rank = {per_rank} needs parallel.schedule = "interleaved_1f1b", not "{parallel.schedule}"'

@@ -12,8 +12,6 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from deberta_dist.config.data import Data
 from deberta_dist.config.section import (
-    AUTO,
-    Auto,
     Betas,
     Count,
     CountOrNone,
@@ -28,6 +26,7 @@ from deberta_dist.config.section import (
     Section,
     Sequences,
 )
+from deberta_dist.values import AUTO, Attention, Auto, PipelineSchedule, Recompute
 
 
 class Model(Section):
@@ -76,12 +75,12 @@ class Training(Section):
     """Optimizer steps; the learning rate reaches 0 here. A finished run that is started again with more steps resumes."""
     seed: CountOrNone = 42
     """Decides initial weights, order of the data, masks and dropout."""
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Recompute = "none"
     """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""
     compile: bool = False
     """Dropout, residual and LayerNorm as one kernel made by torch.compile in the first step (up to a minute). Needs Triton
     on a GPU, a C++ compiler on a CPU. The dry run's memory is that without it."""
-    attention: Literal["auto", "fused", "portable", "reference"] = AUTO
+    attention: Attention = AUTO
     """Implementation of the attention: ``fused`` (Triton kernels for NVIDIA GPUs), ``portable`` (torch, any device) or
     ``reference`` (the formula, slow); a start is refused where it is not available. ``auto`` takes the fastest that is, with a
     warning on a GPU that does not use the fused one."""
@@ -166,7 +165,7 @@ class Parallel(Section):
     """Ranks along the layers."""
     data_parallel_size: Ranks | Auto = AUTO
     """Replicas that read different data and own ZeRO-3 shards; ``auto`` = what the world leaves."""
-    schedule: Literal["1f1b", "gpipe", "interleaved_1f1b"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """Order of forward and backward passes in the pipeline. torch's zero-bubble schedules split the backward
     pass, which the relative table that all layers share does not allow (torch 2.13)."""
     stages_per_rank: Few = 1

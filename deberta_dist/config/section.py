@@ -1,11 +1,9 @@
 """What all tables of a TOML have in common, and the kinds of values in them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
-
-AUTO = "auto"
 
 # What a run of years, or of all GPUs there are, stays below by far: a number beyond it is a slip, and would end in an overflow
 # or in a plan that takes for ever.
@@ -14,7 +12,6 @@ MOST_SEQUENCES = 2**24
 MOST_TOKENS = 2**18
 MOST_RANKS = 2**20
 
-Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
 Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]

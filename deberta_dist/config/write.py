@@ -13,7 +13,8 @@ from typing import Any
 from deberta_dist.config.deepspeed_json import BATCH_KEYS
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
-from deberta_dist.config.section import AUTO
+from deberta_dist.files.atomic import replace_file
+from deberta_dist.values import AUTO
 
 TOML_NAME = "run_config.toml"
 JSON_NAME = "deepspeed.json"
@@ -36,8 +37,8 @@ def write_resolved(
     folder.mkdir(parents=True, exist_ok=True)
     loadable = {key: AUTO if key in BATCH_KEYS else value for key, value in ds.items()}
     toml, json_file = folder / TOML_NAME, folder / JSON_NAME
-    replace_text(json_file, json.dumps(loadable, indent=2) + "\n")
-    replace_text(toml, to_toml(config))
+    replace_file(json_file, (json.dumps(loadable, indent=2) + "\n").encode())
+    replace_file(toml, to_toml(config).encode())
     return toml, json_file
 
 
@@ -92,10 +93,3 @@ def _value(value: bool | int | float | str | Path | tuple[Any, ...]) -> str:
         case _:
             # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
             return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file that the run itself makes anew each time; a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

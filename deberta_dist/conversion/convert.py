@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import custom_code, fused, hub, huggingface, official, onnx_files, published
-from deberta_dist.conversion.build import build_model
 from deberta_dist.conversion.carry import TokenizerResult, write_tokenizer
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
 from deberta_dist.conversion.meeting import Published, as_asked, require_decoder, to_published
@@ -28,9 +30,13 @@ from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
-from deberta_dist.models.heads import LABELLED
+from deberta_dist.models.classification import DebertaForReplacedTokenDetection
+from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.initialisation import without_memory
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.values import CONVERSION_FORMATS
 
-TARGETS = ("huggingface", "official", "deberta_dist", "onnx")
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -57,7 +63,7 @@ def convert(
     Args:
         source_path: See `source.open_source`.
         target_path: Directory to make.
-        to: One of ``TARGETS``.
+        to: One of ``CONVERSION_FORMATS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
         allow_unmapped: See `options.ReadOptions`.
@@ -79,19 +85,12 @@ def convert(
         DataError: the source or the tokenizer is refused.
         CheckpointWriteError: the target cannot be written.
     """
-    assert to in TARGETS and (dtype is None or dtype in DTYPES)
+    assert to in CONVERSION_FORMATS and (dtype is None or dtype in DTYPES)
     # Said before the work, not after it.
     require_free(target_path, force=force)
-    if is_fused and to == "deberta_dist":
-        raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
-    if to != "huggingface" and (with_code or license_name is not None or languages):
-        raise ConfigError(f"--with-code, --license and --language are for the target huggingface, not for {to}")
+    _require_options_of_target(to, is_fused=is_fused, for_hub=with_code or license_name is not None or bool(languages))
     for_hub = {} if license_name is None else hub.license_fields(license_name)
     for_hub |= {"language": hub.language_codes(languages)} if languages else {}
-    if to == "onnx":
-        if is_fused:
-            raise ConfigError("--fused is for the targets official and huggingface; a program has no names to choose")
-        onnx_files.require_exporter()
     # Rounding comes last here, so that the report can tell what the source has.
     options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(source_path, options=options)
@@ -99,16 +98,9 @@ def convert(
     model = to_published(source)
     if to != "huggingface":
         require_decoder(model, where=source_path)
-    if dtype is None and (odd := [n for n, w in model.weights.items() if w.dtype not in DTYPES.values()]):
-        raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
-    is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
     source_dtype = dtype_names(model.weights)
-    mixed = ""
-    if dtype is None:
-        one, mixed = in_one_dtype(model.weights)
-        model = dataclasses.replace(model, weights=one)
-    else:
-        model = as_asked(model, dataclasses.replace(options, dtype=dtype))
+    is_rounded = dtype not in (None, "float32") and any(w.dtype != DTYPES[dtype] for w in model.weights.values())
+    model, warnings = _in_target_dtype(model, options, dtype=dtype)
     tokenizer, message = find_tokenizer(source, given=tokenizer_path, config=model.config)
     limits = {"huggingface": max_shard_bytes, "onnx": max_inline_bytes}
     target = _TARGET_OF[to](model, is_fused, limits.get(to))
@@ -129,6 +121,7 @@ def convert(
         )
         if to == "huggingface":
             output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
+        warnings += [*_warnings(model, target, result, is_rounded=is_rounded), *_left_behind(source, result), *notes]
         report = make_report(
             source,
             model,
@@ -136,19 +129,32 @@ def convert(
             written=target.weights,
             lost=target.lost,
             target_format=f"{to} ({target.architecture})" if target.architecture else to,
-            details={
-                "tokenizer": dataclasses.asdict(result),
-                "warnings": [
-                    *([f"{mixed}; --dtype chooses another"] if mixed else []),
-                    *_warnings(model, target, result, is_rounded=is_rounded),
-                    *_left_behind(source, result),
-                    *notes,
-                ],
-                "files": dict(output.files),
-            },
+            details={"tokenizer": dataclasses.asdict(result), "warnings": warnings, "files": dict(output.files)},
         )
         output.write_text(REPORT_NAME, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _require_options_of_target(to: str, *, is_fused: bool, for_hub: bool) -> None:
+    """Refuses options that mean nothing for the target, and a target whose libraries are missing."""
+    if is_fused and to == "deberta_dist":
+        raise ConfigError("--fused is for the targets official and huggingface; deberta_dist has separate projections")
+    if to != "huggingface" and for_hub:
+        raise ConfigError(f"--with-code, --license and --language are for the target huggingface, not for {to}")
+    if to == "onnx" and is_fused:
+        raise ConfigError("--fused is for the targets official and huggingface; a program has no names to choose")
+    if to == "onnx":
+        onnx_files.require_exporter()
+
+
+def _in_target_dtype(model: Published, options: ReadOptions, *, dtype: str | None) -> tuple[Published, list[str]]:
+    """The model in the number format asked for, by default in one that holds all that it has; and what to say of that."""
+    if dtype is not None:
+        return as_asked(model, dataclasses.replace(options, dtype=dtype)), []
+    if odd := [name for name, weight in model.weights.items() if weight.dtype not in DTYPES.values()]:
+        raise ConfigError(f"{shorten(odd)} are neither float32, bfloat16 nor float16: say with --dtype what to write")
+    weights, mixed = in_one_dtype(model.weights)
+    return dataclasses.replace(model, weights=weights), [f"{mixed}; --dtype chooses another"] if mixed else []
 
 
 def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
@@ -329,3 +335,44 @@ def _warnings(model: Published, target: Target, tokenizer: TokenizerResult, *, i
         *(["numbers were rounded to a narrower format"] if is_rounded else []),
         f"tokenizer: {tokenizer.message}",
     ]
+
+
+def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str]]:
+    """The model with its first head of: fine-tuning, replaced token detection, masked language modelling; else the backbone.
+
+    A masked language modelling head beside a detector was trained on the generator's encoder, not on this one.
+
+    Args:
+        found: The checkpoint; all its weights have one number format.
+        where: For messages.
+
+    Returns:
+        The model in evaluation mode, and the published names of the weights that it holds.
+
+    Raises:
+        CheckpointError: the checkpoint lacks some of them.
+    """
+    with without_memory():
+        model = _empty(found)
+    prefix = "deberta." if isinstance(model, DebertaModel) else ""
+    names = {name: prefix + name for name, _ in model.named_parameters()}
+    if not isinstance(model, DebertaForMaskedLM):
+        # Absolute positions of a decoder that this model does not have.
+        names = {name: key for name, key in names.items() if key in found.weights or key not in found.lacking}
+    if missing := [key for key in names.values() if key not in found.weights]:
+        raise CheckpointError(f"{where} is no whole {type(model).__name__}: it lacks {shorten(missing)}")
+    state = {name: found.weights[key].read() for name, key in names.items()}
+    model.load_state_dict(state, strict=len(names) == len(list(model.parameters())), assign=True)
+    model.eval().requires_grad_(False)
+    return model, list(names.values())
+
+
+def _empty(found: Published) -> nn.Module:
+    if found.head:
+        return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
+    heads = {name.split(".")[0] for name in found.weights}
+    if "mask_predictions" in heads:
+        return DebertaForReplacedTokenDetection(found.config)
+    if "lm_predictions" in heads:
+        return DebertaForMaskedLM(found.config)
+    return DebertaModel(found.config, seed=None)

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.files.foreign import head_of, refuse_foreign, refuse_stand_in
 
 MAX_JSON_BYTES = 64 * 2**20

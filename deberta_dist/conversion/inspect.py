@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.compatible import computation
-from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.conversion import files
 from deberta_dist.conversion.meeting import as_asked, to_published
 from deberta_dist.conversion.options import AS_IT_IS, ReadOptions

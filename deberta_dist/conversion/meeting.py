@@ -79,13 +79,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     """
     allow_unmapped, decoder = source.options.allow_unmapped, decoder or source.options.decoder
     is_huggingface = source.format is huggingface.FORMAT
-    raw, notes, unread = dict(source.config), list(source.warnings), []
-    if is_huggingface:
-        with _named(source.path):
-            raw, unread = huggingface.with_defaults(raw, keys=source.weights)
-    elif source.format is official.FORMAT:
-        raw, more = official.with_pooling(raw)
-        notes += more
+    raw, notes, unread = _completed_config(source)
     known = {*DebertaConfig.__dataclass_fields__, *BOOKKEEPING_KEYS, *SYNONYMS, "pooling"}
     dropped = [key for key in raw if key not in known and allowed_by(key, allow_unmapped) is not None]
     with _named(source.path):
@@ -139,6 +133,19 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
         reading=reading,
         lacking=[name for name in may_lack if name not in weights],
     )
+
+
+def _completed_config(source: Source) -> tuple[dict[str, Any], list[str], list[Dropped]]:
+    """The source's configuration with what its format leaves unsaid; warnings, and keys that are not read."""
+    raw, notes = dict(source.config), list(source.warnings)
+    if source.format is huggingface.FORMAT:
+        with _named(source.path):
+            raw, unread = huggingface.with_defaults(raw, keys=source.weights)
+        return raw, notes, unread
+    if source.format is official.FORMAT:
+        raw, more = official.with_pooling(raw)
+        notes += more
+    return raw, notes, []
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ from typing import IO
 
 from tqdm import tqdm
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError
+from deberta_dist.checkpoint.errors import CheckpointError, CheckpointWriteError, strict_json
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.conversion.files import read_json
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.errors import ConfigError
-from deberta_dist.files.disk import may_be_alive, sync_directory
+from deberta_dist.files.atomic import replace_directory
+from deberta_dist.files.disk import may_be_alive, sync_directory, write_all
 
 REPORT_NAME = "conversion_report.json"
 EXPORTED = ("config.json", "model.safetensors", "spm.model")
@@ -80,9 +80,7 @@ class HashedFile:
             part = view[begin : begin + _PART_BYTES]
             # Both let other threads run, and both are done before the caller may change the bytes.
             hashed = self._hasher.submit(self.sha256.update, part)
-            rest = part
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            write_all(self._file.write, part)
             hashed.result()
             self._on_bytes(len(part))
         self._position += len(view)
@@ -170,19 +168,7 @@ def _foreign(target: Path) -> list[str]:
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
     require_free(target, force=force)
-    aside = temporary.with_name(temporary.name + ".old")
-    try:
-        if os.path.lexists(target):
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        sync_directory(target.parent)
-    except BaseException:  # a signal as well: between the two renames the old one must not be lost
-        if not os.path.lexists(target) and os.path.lexists(aside):
-            os.rename(aside, target)
-        raise
-    finally:
-        if os.path.lexists(target):
-            shutil.rmtree(aside, ignore_errors=True)
+    replace_directory(temporary, target, aside=temporary.with_name(temporary.name + ".old"))
 
 
 def _sweep(target: Path, *, host: str) -> None:

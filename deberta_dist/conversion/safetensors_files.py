@@ -16,8 +16,7 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from deberta_dist.checkpoint import strict_json
-from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
 from deberta_dist.errors import printable
 from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from deberta_dist.checkpoint import strict_json
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.rules import allowed_by
 from deberta_dist.conversion.safetensors_files import write_tensor
@@ -29,6 +28,7 @@ from deberta_dist.conversion.weights import Weight, Weights, shorten
 from deberta_dist.conversion.wrappers import tensors_in
 from deberta_dist.errors import printable
 from deberta_dist.files.foreign import begins_like, format_name, head_of, refuse_foreign
+from deberta_dist.files.strict_json import as_read
 
 _REMAP_BYTES = 256 * 2**20
 _ALIGNMENT = 64
@@ -136,7 +136,7 @@ class TorchFile:
 
     def _plain(self, config: dict[Any, Any]) -> dict[str, Any]:
         try:
-            return strict_json.plain(config)
+            return as_read(config)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{self._path}: its config is not one that JSON could hold ({error})") from error
 

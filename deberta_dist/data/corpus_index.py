@@ -14,8 +14,9 @@ from typing import Any
 
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.errors import DataError, printable
+from deberta_dist.files.atomic import new_file
 from deberta_dist.files.foreign import refuse_foreign
-from deberta_dist.files.new_file import new_file
+from deberta_dist.files.strict_json import loads
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
@@ -121,10 +122,10 @@ def read_index(directory: Path) -> Index:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     refuse_foreign(content, path)
     try:
-        raw = json.loads(content)
+        raw = loads(content)
         version = raw["format_version"]
         index = _parse(raw) if version == INDEX_VERSION else None
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DataError(f"{path} is damaged ({printable(str(error))}): {AGAIN}") from error
     if index is None:
         raise DataError(

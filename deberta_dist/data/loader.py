@@ -24,7 +24,7 @@ class Batch:
 
     Attributes:
         input_ids: ids after masking.
-        attention_mask: 1 for every token; sequences are full, nothing is padded.
+        attention_mask: 1 for every token, 0 for padding, of which only shorter sequences of a bucket have any.
         labels: original id of targets, 0 elsewhere.
         document_ids: number of each token's document within its sequence: 1, 2, ... in order, 0 for padding; documents
             do not see each other. None: whatever a sequence holds is one text.

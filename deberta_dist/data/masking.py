@@ -1,7 +1,7 @@
 """Whole-word n-gram masking as a pure function of (seed, epoch, sample).
 
 The loader calls ``mask_batch`` while it makes a batch; nothing is masked in advance. Every draw comes from the
-sample's own stream (``mask_draws.py``), so masks depend neither on the number of ranks and threads nor on how many
+sample's own stream (``sample_draws``), so masks depend neither on the number of ranks and threads nor on how many
 samples were drawn before or are drawn beside it. All sequences of a batch are masked together, without a loop over
 tokens or words: in ragged arrays one row's entries follow another's, and counts say how many belong to each row.
 
@@ -40,7 +40,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deberta_dist.data.mask_draws import sample_draws
 from deberta_dist.data.mask_spans import (
     official_draws,
     official_units,
@@ -49,9 +48,10 @@ from deberta_dist.data.mask_spans import (
     uniform_units,
     within,
 )
+from deberta_dist.data.sampler import check_seed
 from deberta_dist.errors import ConfigError
+from deberta_dist.values import MASKING_METHODS, MaskingMethod
 
-METHODS = ("official", "uniform")
 NOT_A_TARGET = 0
 
 _LONGEST_WORD = 16
@@ -74,7 +74,7 @@ class MaskingConfig:
             is 80 for 512 tokens.
     """
 
-    method: str = "uniform"
+    method: MaskingMethod = "uniform"
     mask_probability: float = 0.15
     max_ngram: int = 3
     mask_token_fraction: float = 0.8
@@ -87,8 +87,8 @@ class MaskingConfig:
         Raises:
             ConfigError: the method is unknown or a number is outside its range.
         """
-        if self.method not in METHODS:
-            raise ConfigError(f"masking method = {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.method not in MASKING_METHODS:
+            raise ConfigError(f"masking method = {self.method!r}, expected one of {', '.join(MASKING_METHODS)}")
         if not 0 < self.mask_probability < 1:
             raise ConfigError(f"mask_probability = {self.mask_probability} is not between 0 and 1")
         if self.max_ngram < 1:
@@ -106,6 +106,9 @@ class MaskingConfig:
         """Number of targets aimed at in a sequence of ``num_tokens`` tokens, special ones included."""
         cap = self.max_targets or math.ceil(num_tokens * self.mask_probability / 10) * 10
         return min(cap, max(1, round(num_tokens * self.mask_probability)))
+
+
+_STREAM = 0x6D61736B  # keeps these numbers apart from those of any other use of the seed
 
 
 def mask_batch(
@@ -242,3 +245,35 @@ def _units(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First place and length of every unit, from bool [places], whether one begins there."""
     starts = np.flatnonzero(begins)
     return starts, np.diff(starts, append=begins.size)
+
+
+def sample_draws(count: int, *, seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The first ``count`` numbers of every sample's stream.
+
+    The streams are those of ``np.random.Philox``; only the bit generator is made once and moved from sample to sample,
+    which costs an eighth of making it anew. Philox is counter-based: (seed, epoch, sample) are its key and the upper half of its counter, so streams of
+    different samples never meet, and any of them is reached at once.
+
+    Args:
+        count: numbers per sample.
+        seed: seed of the run.
+        epochs: integers [B], from 0.
+        samples: integers [B], from 0.
+
+    Returns:
+        float64 [B, count], uniform in [0, 1): row i is ``Generator(Philox(key=[seed, "mask"], counter=[0, 0, epoch,
+        sample])).random(count)``.
+
+    Raises:
+        ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
+    """
+    philox = np.random.Philox(key=np.array([check_seed(seed), _STREAM], dtype=np.uint64))
+    generator = np.random.Generator(philox)
+    state = philox.state  # of a stream's begin: nothing is left over in its buffer
+    counter = state["state"]["counter"]
+    draws = np.empty((len(samples), count))
+    for row, epoch, sample in zip(draws, epochs.tolist(), samples.tolist(), strict=True):
+        counter[2], counter[3] = epoch, sample
+        philox.state = state
+        generator.random(out=row)
+    return draws

@@ -21,9 +21,9 @@ import numpy as np
 
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.files.atomic import new_file
 from deberta_dist.files.disk import open_file, read_at
 from deberta_dist.files.lock import wait_for_lock
-from deberta_dist.files.new_file import new_file
 
 FORMAT = "deberta_dist pieces 1"
 HEADER_BYTES = 4096

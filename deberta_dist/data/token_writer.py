@@ -18,7 +18,7 @@ from deberta_dist.data.token_file import (
     pack_header,
 )
 from deberta_dist.errors import DataError
-from deberta_dist.files.new_file import PublishingWriter, new_file
+from deberta_dist.files.atomic import PublishingWriter, new_file
 
 _MAX_SOURCE_CHARACTERS = 400
 

@@ -23,8 +23,8 @@ from deberta_dist.data.sentencepiece_model import without_seeds_file
 from deberta_dist.data.training_words import WORD_START, TrainingWords, count_words
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import ConfigError, DataError, printable
+from deberta_dist.files.atomic import new_file
 from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
-from deberta_dist.files.new_file import new_file
 
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"

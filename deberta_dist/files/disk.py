@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 # Without it Windows would take every byte 10 for the end of a line. Python closes descriptors in new programs by itself.
@@ -38,6 +39,13 @@ def write_at(file: int, content: bytes, offset: int) -> None:
     with _position:
         os.lseek(file, offset, os.SEEK_SET)
         os.write(file, content)
+
+
+def write_all(write: Callable[[memoryview], int], content: bytes | memoryview) -> None:
+    """Writes all of ``content``, by as many calls of ``write`` as it takes, each of which returns how much it took."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[write(rest) :]
 
 
 def sync_directory(path: str | Path) -> None:

@@ -127,18 +127,3 @@ def begins_like(head: bytes) -> str:
     """The end of a message about a file of the wrong format: "; it begins like a Parquet file", or ""."""
     found = format_name(head)
     return f"; it begins like {found}" if found else ""
-
-
-class LongInteger(str):
-    """An integer of more digits than Python converts, as its digits; no text, although a string."""
-
-
-def json_integer(digits: str) -> int | LongInteger:
-    """An integer of somebody's JSON: for ``parse_int``, where a reader must not fail at a field that it does not read.
-
-    Python refuses to convert more than 4,300 digits (it takes long).
-    """
-    try:
-        return int(digits)
-    except ValueError:
-        return LongInteger(digits)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
-from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError, DataError
+from deberta_dist.files.atomic import replace_file
 from deberta_dist.finetuning.arguments import Arguments, parse, usage
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
@@ -136,5 +136,5 @@ def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool)
         print(f"no table of scores: {error}", flush=True)
         return
     for name, text in {"txt": report.text(), "json": report.json(), "md": report.markdown()}.items():
-        replace_text(run_directory / f"scores.{name}", text.rstrip() + "\n")
+        replace_file(run_directory / f"scores.{name}", f"{text.rstrip()}\n".encode())
     print(report.text(), flush=True)

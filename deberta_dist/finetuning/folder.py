@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.atomic import replace_directory
 from deberta_dist.files.lock import LOCK_NAME, RunLock
 from deberta_dist.tasks.base import TRAIN, Task
 from deberta_dist.tasks.decisions import Probabilities
@@ -141,8 +142,8 @@ class TaskFolder:
             if self.final.exists() and (self.seed_directory / name).exists():  # the answers of the run that this one continues
                 shutil.copytree(self.seed_directory / name, self.final / name, dirs_exist_ok=True)
             # An earlier start may have ended between this and the task's own folder.
-            shutil.rmtree(predictions_file(self.seed_directory, task, "test").parent, ignore_errors=True)
-            os.rename(beside, self.seed_directory / name)
+            final = predictions_file(self.seed_directory, task, "test").parent
+            replace_directory(beside, final, aside=beside.with_name(f".{name}.old"))
         text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False)
         (self.unfinished / run_file(self.seed_directory, self.task.name).name).write_text(text + "\n", encoding="utf-8")
         assert self._lock is not None

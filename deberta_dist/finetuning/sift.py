@@ -16,7 +16,7 @@ Source: paper section 4; microsoft/DeBERTa DeBERTa/sift/sift.py@4d7fe0bd. There 
 passes alone, and with one label the loss is zero: here it holds for all, and one label means a squared difference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.models.labels import REAL, require_tensor
+from deberta_dist.values import SiftLoss
 
 _NORMALISER_EPS = 1e-7
 _STEP_EPS = 1e-6
@@ -65,7 +66,7 @@ def _require_alike(student: Tensor, teacher: Tensor) -> None:
     require_tensor(teacher, name="logits", shapes=[student.shape], kinds=[REAL], user="a comparison with as many others")
 
 
-LOSSES = {"symmetric_kl": symmetric_kl, "kl": kl, "mse": mse}
+LOSSES: Mapping[SiftLoss, Callable[[Tensor, Tensor], Tensor]] = {"symmetric_kl": symmetric_kl, "kl": kl, "mse": mse}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class SiftSettings:
     noise: float = 1e-2
     num_steps: int = 1
     weight: float = 5.0
-    loss: str = "symmetric_kl"
+    loss: SiftLoss = "symmetric_kl"
     same_dropout: bool = False
 
     def __post_init__(self) -> None:

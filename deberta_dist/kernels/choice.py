@@ -9,8 +9,9 @@ from torch import Tensor
 
 from deberta_dist.kernels.fused import unavailable_reason
 from deberta_dist.kernels.places import AttentionMask, RelativePositions
+from deberta_dist.values import ATTENTION, AUTO
 
-IMPLEMENTATIONS = ("reference", "portable", "fused")
+IMPLEMENTATIONS = tuple(name for name in ATTENTION if name != AUTO)
 
 
 def chosen_implementation(

@@ -8,8 +8,7 @@ from deberta_dist.kernels import IMPLEMENTATIONS, unavailable_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
-
-AUTO = "auto"
+from deberta_dist.values import AUTO
 
 
 def set_attention(model: nn.Module, wish: str) -> None:

@@ -62,7 +62,7 @@ class ModelWithBackbone(ExplainsNumberFormats):
 
     @property
     def recompute(self) -> str:
-        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
         return self.deberta.recompute
 
     @recompute.setter

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.models.bookkeeping import BOOKKEEPING_KEYS
 
 DECODERS = ("emd", "plain")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
@@ -34,6 +33,28 @@ LARGEST = {
     "layer_norm_eps": 1.0,
     "initializer_range": 100.0,
 }
+
+
+BOOKKEEPING_KEYS = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    id2label is_decoder is_encoder_decoder label2id legacy length_penalty mask_token_id max_length min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores prefix pruned_heads remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate sentence_transformers sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache
+    """.split()
+)
+"""Keys of published configuration files that change nothing in a model: accepted by ``DebertaConfig.from_dict`` and left behind.
+
+Hugging Face writes what any of its models could have, generation of text included, and what it was loaded with.
+
+Source: huggingface/transformers configuration_utils.py, 4.0 to 5.23.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,25 +158,9 @@ class DebertaConfig:
             f"position_buckets = {self.position_buckets} must be -1 (none), or at least 2 and less than twice the "
             f"largest distance, {self.max_relative_distance - 1}",
         )
-        _require(self.decoder in (None, *DECODERS), f"decoder = {self.decoder!r} is neither 'emd' nor 'plain'")
-        _require(
-            not (self.decoder == "emd" and self.position_biased_input),
-            "decoder = 'emd' adds absolute positions after the encoder, and position_biased_input = true at the input: "
-            "set position_biased_input = false, or leave decoder out",
-        )
+        self._require_known_words()
         if self.decoder == ("plain" if self.position_biased_input else "emd"):
             object.__setattr__(self, "decoder", None)
-        for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
-            value = getattr(self, name)
-            _require(value in ACTIVATION_NAMES, f"{name} = {value!r} is not one of {', '.join(ACTIVATION_NAMES)}")
-        _require(
-            self.problem_type in (None, *PROBLEM_TYPES),
-            f"problem_type = {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}",
-        )
-        _require(
-            self.norm_rel_ebd in ("none", "layer_norm"),
-            f"norm_rel_ebd = {self.norm_rel_ebd!r} is neither 'none' nor 'layer_norm'",
-        )
         _require(
             self.conv_kernel_size < 1 or self.conv_kernel_size % 2 == 1,
             f"conv_kernel_size = {self.conv_kernel_size} is even and would change the sequence length",
@@ -172,6 +177,25 @@ class DebertaConfig:
         _require(
             0 <= self.padding_idx < self.vocab_size,
             f"padding_idx = {self.padding_idx} is not a row of a vocabulary of {self.vocab_size}",
+        )
+
+    def _require_known_words(self) -> None:
+        _require(self.decoder in (None, *DECODERS), f"decoder = {self.decoder!r} is neither 'emd' nor 'plain'")
+        _require(
+            not (self.decoder == "emd" and self.position_biased_input),
+            "decoder = 'emd' adds absolute positions after the encoder, and position_biased_input = true at the input: "
+            "set position_biased_input = false, or leave decoder out",
+        )
+        for name in ("hidden_act", "conv_act", "pooler_hidden_act"):
+            value = getattr(self, name)
+            _require(value in ACTIVATION_NAMES, f"{name} = {value!r} is not one of {', '.join(ACTIVATION_NAMES)}")
+        _require(
+            self.problem_type in (None, *PROBLEM_TYPES),
+            f"problem_type = {self.problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}",
+        )
+        _require(
+            self.norm_rel_ebd in ("none", "layer_norm"),
+            f"norm_rel_ebd = {self.norm_rel_ebd!r} is neither 'none' nor 'layer_norm'",
         )
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deberta_dist.models.joint_linear import add_product_, is_asked_for, main_grad
+from deberta_dist.models.joint_linear import add_product_, is_asked_for
 from deberta_dist.models.labels import WHOLE, require_below, require_tensor
 
 ELEMENTS_AT_ONCE_ON_CPU = 2**19
@@ -79,7 +79,14 @@ class CrossEntropy(nn.Module):
         return _OfLogits.apply(logits_TV, labels_T, self)
 
     def of_product(
-        self, hidden_TW: Tensor, weight_VW: Tensor, bias_V: Tensor, labels_T: Tensor, *, num_chunks: int = 1
+        self,
+        hidden_TW: Tensor,
+        weight_VW: Tensor,
+        bias_V: Tensor,
+        labels_T: Tensor,
+        *,
+        num_chunks: int = 1,
+        main_grad: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Of the logits ``hidden_TW @ weight_VW.T + bias_V``, which nobody else sees.
 
@@ -90,6 +97,7 @@ class CrossEntropy(nn.Module):
             labels_T: As in `forward`.
             num_chunks: With more than one the logits are made for a chunk of V at a time, and again in the backward
                 pass: a third more products for 1 / num_chunks of the memory.
+            main_grad: Where the gradient of ``weight_VW``, a parameter, is added up, if not by autograd.
 
         Returns:
             As `forward`. The backward pass can be run once.
@@ -98,7 +106,7 @@ class CrossEntropy(nn.Module):
             ValueError: see `forward`.
         """
         labels_T = self._checked(labels_T, num_targets=hidden_TW.shape[0], num_rows=weight_VW.shape[0])
-        return _OfProduct.apply(hidden_TW, weight_VW, bias_V, labels_T, self, num_chunks)
+        return _OfProduct.apply(hidden_TW, weight_VW, bias_V, labels_T, self, num_chunks, main_grad)
 
     def _checked(self, labels_T: Tensor, *, num_targets: int, num_rows: int) -> Tensor:
         require_tensor(
@@ -188,6 +196,7 @@ class _OfProduct(torch.autograd.Function):
         labels_T: Tensor,
         module: CrossEntropy,
         num_chunks: int,
+        total_VW: Tensor | None,
     ):
         running = _Running(labels_T, module, dtype=_wide_dtype(hidden_TW.dtype))
         chunks = _chunks(_num_real(module, weight_VW.shape[0]), num_chunks)
@@ -197,7 +206,7 @@ class _OfProduct(torch.autograd.Function):
         loss_T, is_hit_T, *softmax = running.finish()
         ctx.save_for_backward(hidden_TW, weight_VW, bias_V, labels_T, *softmax)
         ctx.logits_TC = logits_TC if len(chunks) == 1 else None
-        ctx.module, ctx.chunks, ctx.parameter = module, chunks, weight_VW
+        ctx.module, ctx.chunks, ctx.parameter, ctx.total = module, chunks, weight_VW, total_VW
         ctx.mark_non_differentiable(is_hit_T)
         return loss_T, is_hit_T
 
@@ -209,7 +218,7 @@ class _OfProduct(torch.autograd.Function):
         hidden_TW, weight_VW, bias_V, labels_T, *softmax = ctx.saved_tensors
         d_hidden_TW = torch.zeros_like(hidden_TW, dtype=_wide_dtype(hidden_TW.dtype))
         num_real = _num_real(ctx.module, weight_VW.shape[0])
-        total_VW = main_grad(ctx.parameter)
+        total_VW = ctx.total
         adds = total_VW is not None and is_asked_for(ctx.parameter)
         d_weight_VW = torch.empty_like(weight_VW) if total_VW is None else None
         d_bias_V = torch.empty_like(bias_V, dtype=None if total_VW is None else total_VW.dtype)
@@ -236,8 +245,8 @@ class _OfProduct(torch.autograd.Function):
                 elif d_weight_VW is not None:
                     torch.mm(logits_TC[:, columns].T, hidden_TW, out=d_weight_VW[at_once])
             torch.sum(logits_TC, dim=0, dtype=d_bias_V.dtype, out=d_bias_V[rows])
-        ctx.logits_TC = ctx.chunks = None
-        return d_hidden_TW.to(hidden_TW.dtype), d_weight_VW, d_bias_V, None, None, None
+        ctx.logits_TC = ctx.chunks = ctx.total = None
+        return d_hidden_TW.to(hidden_TW.dtype), d_weight_VW, d_bias_V, None, None, None, None
 
 
 def _logits(hidden_TW: Tensor, weight_CW: Tensor, bias_C: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ class DebertaModel(ExplainsNumberFormats):
 
     @property
     def recompute(self) -> str:
-        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
         return self.encoder.recompute
 
     @recompute.setter

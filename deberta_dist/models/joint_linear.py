@@ -1,29 +1,54 @@
 """Linear layers: several of one input as one product, and gradients that their own product adds up.
 
-Several as one, where their weights lie one behind the other in memory: nothing is concatenated, the weights stay
-parameters of their own under their published names, and lie so because `join_` has laid them so or because a flat buffer of
-weights keeps the order of the modules. Elsewhere each layer makes its own product. One that is not as it was built, or that
-has been hooked, is called (`models.plain`).
+Several as one, where their weights are slices of one tensor, one behind the other: nothing is concatenated, and the weights
+stay parameters of their own under their published names. They are such slices because `join_` has made them so or because a
+flat buffer of weights keeps the order of the modules. That is asked in every call, beside whether each layer is as it was
+built (`models.plain`): a layer that has been replaced, hooked, adapted or given another weight makes its own product, and its
+sisters theirs.
 
-A weight with an attribute ``main_grad``, float32 of its shape, has its gradient added there by the product that makes it
-(beta = 1), in float32, and none left to autograd: 8 bytes a weight move, where a 16-bit gradient that is made, converted
-and added moves 20. ``main_grad`` is Megatron's word. Biases are left to autograd, their sums in float32.
+A layer with an entry in ``main_grads``, float32 of its weight's shape, has its weight's gradient added there by the product
+that makes it (beta = 1), in float32, and none left to autograd: 8 bytes a weight move, where a 16-bit gradient that is made,
+converted and added moves 20. ``main_grad`` is Megatron's word. Biases are left to autograd, their sums in float32.
 
-An input that can be made again is not kept for the backward pass. Whoever makes such a tensor sets its attribute
-``made_from`` to (what is kept instead, a function of that which begins to make it and returns something with ``wait()``).
+An input that can be recomputed is not saved for the backward pass, see `Entered`.
 
 Letters: D features in, E features out of one layer.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deberta_dist.models.plain import has_own_weight, is_of_plain_class, is_plain
+from deberta_dist.models.plain import has_own_weight, is_of_plain_class, is_plain, is_unchanged
+
+MAIN_GRADS = "main_grads"
+
+
+class Entered(NamedTuple):
+    """An activation that has passed an ``enter`` module.
+
+    Attributes:
+        x: [..., D].
+        saved: What products save for their backward pass: ``x``, or what it can be recomputed from.
+        start: Begins to recompute ``x`` from ``saved``; returns something whose ``wait()`` gives it. None: ``saved`` is ``x``.
+    """
+
+    x: Tensor
+    saved: Tensor
+    start: Callable[[Tensor], Any] | None
+
+
+def entered(enter: nn.Module, x: Tensor) -> Entered:
+    """What ``enter`` makes of ``x``. Products recompute it where the module, unchanged, has a method ``start_recompute``."""
+    output = enter(x)
+    start = getattr(enter, "start_recompute", None)
+    if start is None or not is_unchanged(enter):
+        return Entered(output, output, None)
+    return Entered(output, x.detach(), start)
 
 
 def Linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
@@ -36,47 +61,64 @@ def Linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
     return layer
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b of ``x`` [..., D]; adds up the weight's gradient where it has a ``main_grad``."""
-    if main_grad(weight) is None:
-        return F.linear(x, weight, bias)
-    (y,) = _Product.apply(x, x, None, 1, weight, bias)
+def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of ``x`` [..., D] and the weight of ``layer``; adds up the weight's gradient where there is a ``main_grad``."""
+    total = main_grad(layer)
+    if total is None:
+        return F.linear(x, layer.weight, bias)
+    (y,) = _Product.apply(x, x, None, [total], layer.weight, bias)
     return y
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """What ``layer`` makes of ``x`` [..., D]: by a call, unless torch's own layer would leave a ``main_grad`` to autograd."""
-    if type(layer) is nn.Linear and main_grad(layer._parameters.get("weight")) is not None and is_plain(layer):
-        return multiply(x, layer.weight, layer.bias)
+    if type(layer) is nn.Linear and main_grad(layer) is not None and is_plain(layer):
+        return multiply(x, layer, layer.bias)
     return layer(x)
 
 
 def without_bias(x: Tensor, layer: nn.Linear) -> Tensor:
     """What a plain ``layer`` makes of ``x`` [..., D] but for its bias, for who adds that in a pass of their own."""
-    return multiply(x, layer.weight) if type(layer) is nn.Linear else layer.without_bias(x)
+    return multiply(x, layer) if type(layer) is nn.Linear else layer.without_bias(x)
 
 
-def main_grad(parameter: Tensor | None) -> Tensor | None:
-    """Where products add the parameter's gradient; None where autograd has it."""
-    return getattr(parameter, "main_grad", None)
+def main_grad(module: nn.Module) -> Tensor | None:
+    """Where products add the gradient of the module's weight; None where autograd has it."""
+    return module.__dict__.get(MAIN_GRADS, {}).get("weight")
+
+
+def set_main_grads(model: nn.Module, totals: Mapping[str, Tensor] | None) -> None:
+    """Says where gradients are added from now on.
+
+    Args:
+        model: Its modules get an attribute ``main_grads``, parameter name -> sum.
+        totals: A sum, of float32 or wider, for every parameter by its full name; None: autograd has all gradients again.
+    """
+    for module in model.modules():
+        module.__dict__.pop(MAIN_GRADS, None)
+    for name, total in (totals or {}).items():
+        module_name, _, leaf = name.rpartition(".")
+        vars(model.get_submodule(module_name)).setdefault(MAIN_GRADS, {})[leaf] = total
+
+
+@torch.no_grad()
+def add_gradients_(model: nn.Module) -> None:
+    """Adds what a backward pass has left to autograd, in ``.grad``, to the sums of `set_main_grads`, all of one dtype at once."""
+    left: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for module in model.modules():
+        for name, total in module.__dict__.get(MAIN_GRADS, {}).items():
+            parameter = module._parameters[name]
+            if parameter.grad is not None:
+                left[parameter.grad.dtype].append((total, parameter))
+    for some in left.values():
+        torch._foreach_add_([total for total, _ in some], [parameter.grad for _, parameter in some])
+        for _, parameter in some:
+            parameter.grad = None
 
 
 def is_asked_for(parameter: Tensor) -> bool:
     """Whether the backward pass that runs leads to the parameter: not where others' gradients alone are asked for."""
     return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
-
-
-@torch.no_grad()
-def add_gradients_(parameters: Iterable[Tensor]) -> None:
-    """Adds what a backward pass has left to autograd, in ``.grad``, to every ``main_grad``, all of one dtype at once."""
-    left: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            left[parameter.grad.dtype].append(parameter)
-    for some in left.values():
-        torch._foreach_add_([parameter.main_grad for parameter in some], [parameter.grad for parameter in some])
-        for parameter in some:
-            parameter.grad = None
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -89,17 +131,18 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, total.dtype, out=total)
 
 
-def joint_linear(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def joint_linear(x: Tensor | Entered, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each of ``layers`` makes of ``x`` [..., D]: [..., E] each, slices of one tensor where there was one product."""
+    x, saved, start = x if isinstance(x, Entered) else (x, x, None)
     # A compiler cannot see where memory lies, and joins what it likes.
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or not all(map(is_plain, layers)):
         return tuple(linear(x, layer) for layer in layers)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     if len({bias is None for bias in biases}) > 1:
         return tuple(linear(x, layer) for layer in layers)
-    kept, make = getattr(x, "made_from", (None, None))
-    if make is not None or main_grad(weights[0]) is not None:
-        return _Product.apply(x, x if kept is None else kept, make, len(layers), *weights, *biases)
+    totals = [main_grad(layer) for layer in layers]
+    if start is not None or totals[0] is not None:
+        return _Product.apply(x, saved, start, totals, *weights, *biases)
     # Under autocast a product chooses its own precision.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -125,12 +168,12 @@ def join_(layers: Sequence[nn.Linear]) -> None:
 
 
 def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:
-    """One view of tensors that follow each other along ``dim`` in the same memory; None if they do not."""
+    """The tensor of which ``tensors`` are slices that follow each other along ``dim``; None if they are not."""
     first = tensors[0]
-    offset = first.storage_offset()
+    storage, offset = first.untyped_storage(), first.storage_offset()
     for tensor in tensors:
         if (
-            tensor.untyped_storage()._cdata != first.untyped_storage()._cdata
+            tensor.untyped_storage() is not storage
             or tensor.storage_offset() != offset
             or tensor.stride() != first.stride()
             or tensor.dtype != first.dtype
@@ -181,20 +224,20 @@ class _Apart(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """One product, of an input that is not kept or of weights whose gradients it adds up."""
+    """One product, of an input that is recomputed or of weights whose gradients it adds up."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        kept: Tensor,
-        make: Callable[[Tensor], Any] | None,
-        num_layers: int,
+        saved: Tensor,
+        start: Callable[[Tensor], Any] | None,
+        totals: Sequence[Tensor | None],
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weights, biases = parameters[:num_layers], parameters[num_layers:]
-        ctx.save_for_backward(kept, *weights)
-        ctx.make, ctx.parameters = make, parameters
+        weights, biases = parameters[: len(totals)], parameters[len(totals) :]
+        ctx.save_for_backward(saved, *weights)
+        ctx.start, ctx.totals, ctx.parameters = start, totals, parameters
         bias = None if biases[0] is None else _together(biases)
         outputs = F.linear(x, _together(weights), bias)
         return outputs.split([weight.shape[0] for weight in weights], dim=-1)
@@ -203,23 +246,24 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "an input that is made again, or a weight with a main_grad, was differentiated with create_graph=True; "
+                "an input that is recomputed, or a weight with a main_grad, was differentiated with create_graph=True; "
                 "they have no second derivative"
             )
-        kept, *weights = ctx.saved_tensors
-        x = kept if ctx.make is None else ctx.make(kept)
+        saved, *weights = ctx.saved_tensors
+        x = saved if ctx.start is None else ctx.start(saved)
         gradient = _side_by_side(gradients)
         rows = gradient.flatten(0, -2)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = (rows @ _together(weights)).view(*gradient.shape[:-1], -1)
-        x = (x if ctx.make is None else x.wait()).flatten(0, -2)  # it was on its way during the product above
-        parameters = ctx.parameters
-        has_bias = parameters[-1] is not None
-        if main_grad(parameters[0]) is None:
-            d_weights, d_biases = _parameter_gradients(rows, x, weights, needs=any(ctx.needs_input_grad[2:]))
+        x = (x if ctx.start is None else x.wait()).flatten(0, -2)  # it was on its way during the product above
+        has_bias = ctx.parameters[-1] is not None
+        if ctx.totals[0] is None:
+            d_weights, d_biases = _parameter_gradients(rows, x, weights, needs=any(ctx.needs_input_grad[4:]))
+        elif is_asked_for(ctx.parameters[0]):
+            d_weights, d_biases = [None] * len(weights), _add_gradients(rows, x, ctx.totals, has_bias=has_bias)
         else:
-            d_weights, d_biases = _added_gradients(rows, x, parameters[: len(weights)], has_bias=has_bias)
+            d_weights = d_biases = [None] * len(weights)
         return d_x, None, None, None, *d_weights, *(d_biases if has_bias else [None] * len(weights))
 
 
@@ -233,16 +277,11 @@ def _parameter_gradients(
     return (rows.T @ x).split(sizes), rows.sum(dim=0).split(sizes)
 
 
-def _added_gradients(
-    rows: Tensor, x: Tensor, weights: Sequence[Tensor], *, has_bias: bool
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """None, for gradients of weights that have been added, and gradients of biases."""
-    nothing = [None] * len(weights)
-    if not is_asked_for(weights[0]):
-        return nothing, nothing
-    totals, sizes = [main_grad(weight) for weight in weights], [weight.shape[0] for weight in weights]
+def _add_gradients(rows: Tensor, x: Tensor, totals: Sequence[Tensor], *, has_bias: bool) -> Sequence[Tensor | None]:
+    """Adds the gradients of weights to their sums; returns those of biases."""
+    sizes = [total.shape[0] for total in totals]
     whole = adjacent(totals)
     parts = [(whole, rows)] if whole is not None else zip(totals, rows.split(sizes, dim=-1), strict=True)
     for total, part in parts:
         add_product_(total, part.T, x)
-    return nothing, rows.sum(dim=0, dtype=totals[0].dtype).split(sizes) if has_bias else nothing
+    return rows.sum(dim=0, dtype=totals[0].dtype).split(sizes) if has_bias else [None] * len(totals)

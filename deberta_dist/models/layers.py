@@ -28,7 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear
+from deberta_dist.models.joint_linear import Linear, entered, join_, joint_linear, linear
 from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,20 +83,21 @@ class DisentangledSelfAttention(nn.Module):
         self.implementation: str | None = None
         self._join_weights()
 
-    def queries(self, entered_BQD: Tensor) -> Tensor:
-        """Of states that have passed ``enter``, [B, N, Q, H]."""
-        return self._heads(linear(entered_BQD, self.query_proj))
+    def queries(self, hidden_BQD: Tensor) -> Tensor:
+        """Of hidden states, [B, N, Q, H]."""
+        return self._heads(linear(self.enter(hidden_BQD), self.query_proj))
 
-    def memory(self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
-        """Keys, values and projected relative table of hidden states that have passed ``enter``."""
-        key, value = joint_linear(entered_BSD, [self.key_proj, self.value_proj])
+    def memory(self, hidden_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
+        """Keys, values and projected relative table of hidden states."""
+        key, value = joint_linear(entered(self.enter, hidden_BSD), [self.key_proj, self.value_proj])
         return self._memory(key, value, rel_RD=rel_RD, dropout_key=dropout_key)
 
     def queries_and_memory(
-        self, entered_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None
+        self, hidden_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None
     ) -> tuple[Tensor, AttentionMemory]:
         """`queries` and `memory` of the same states."""
-        query, key, value = joint_linear(entered_BSD, [self.query_proj, self.key_proj, self.value_proj])
+        projections = [self.query_proj, self.key_proj, self.value_proj]
+        query, key, value = joint_linear(entered(self.enter, hidden_BSD), projections)
         return self._heads(query), self._memory(key, value, rel_RD=rel_RD, dropout_key=dropout_key)
 
     def _memory(self, key: Tensor, value: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
@@ -197,7 +198,7 @@ class Intermediate(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        (wide,) = joint_linear(self.enter(x), [self.dense])
+        (wide,) = joint_linear(entered(self.enter, x), [self.dense])
         return self.activation(wide)
 
 
@@ -233,7 +234,7 @@ class Layer(nn.Module):
             return_probabilities: also return the attention probabilities.
         """
         attention = self.attention.self
-        query_BNSH, memory = attention.queries_and_memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
+        query_BNSH, memory = attention.queries_and_memory(hidden_BSD, rel_RD=rel_RD, dropout_key=dropout_key)
         context, probabilities = attention.attend(
             query_BNSH,
             memory,
@@ -266,12 +267,12 @@ class Layer(nn.Module):
         ``width`` queries of each sample count; masks are as if there were no others behind them.
         """
         attention = self.attention.self
-        memory = attention.memory(attention.enter(hidden_BSD), rel_RD=rel_RD, dropout_key=dropout_key)
+        memory = attention.memory(hidden_BSD, rel_RD=rel_RD, dropout_key=dropout_key)
         memory = attention.with_position_scores(memory, positions=positions, mask=mask)
         for number in range(num_passes):
             pass_key = child_key(dropout_key, number + 1)
             context, _ = attention.attend(
-                attention.queries(attention.enter(query_BQD)),
+                attention.queries(query_BQD),
                 memory,
                 positions=positions,
                 mask=mask,

@@ -21,7 +21,7 @@ from deberta_dist.models.joint_linear import main_grad
 from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 from deberta_dist.models.number_formats import ExplainsNumberFormats
-from deberta_dist.models.plain import whole_table
+from deberta_dist.models.plain import is_own_table, whole_table
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
@@ -81,7 +81,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
 
     @property
     def recompute(self) -> str:
-        """Which activations the backward pass computes again: "none", "full" or "selective"."""
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
         return self.deberta.recompute
 
     @recompute.setter
@@ -126,7 +126,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             raise ValueError("a masked language model is exported without labels: the program has logits and no loss")
         is_target_BS = mask.seen() if labels is None else labels > 0
         targets = None if exporting else find_targets(is_target_BS, labels)
-        table = SharedTable(self._word_table(input_ids.device))
+        table = self._shared_table(input_ids.device)
         hidden_PD = self._run(
             None,
             input_ids=input_ids,
@@ -134,7 +134,6 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             token_type_ids=token_type_ids,
             position_ids=document_positions if position_ids is None else position_ids,
             targets=targets,
-            layers=range(self.config.num_hidden_layers),
             dropout_key=dropout_key,
             table=table,
         )
@@ -154,16 +153,12 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         Arguments and errors as of `forward`.
         """
         mask, _ = within_documents(torch.ones_like(input_ids) if attention_mask is None else attention_mask, None)
-        table = SharedTable(self._word_table(input_ids.device))
+        table = self._shared_table(input_ids.device)
         hidden_BSD = self._run(
             None,
             input_ids=input_ids,
             mask=mask,
             token_type_ids=token_type_ids,
-            position_ids=None,
-            targets=None,
-            layers=range(self.config.num_hidden_layers),
-            dropout_key=None,
             table=table,
         )
         return self.lm_predictions.lm_head(hidden_BSD, word_embeddings_VW=table.weight_VW)
@@ -214,7 +209,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             require_token_labels(labels, shape=attention_mask.shape[:2], vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = SharedTable(self._word_table(input_ids.device)) if self._shares_table(layers) else None
+        table = self._shared_table(input_ids.device) if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -234,6 +229,7 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
             head.bias,
             targets.ids_P,
             num_chunks=self.vocabulary_chunks,
+            main_grad=self._word_main_grad(),
         )
         if targets.is_padded:
             is_unused_P = targets.ids_P == NOT_A_TARGET
@@ -260,14 +256,15 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         *,
         input_ids: Tensor,
         mask: AttentionMask,
-        position_ids: Tensor | None,
-        targets: Targets | None,
-        layers: range,
-        dropout_key: int | None,
         table: SharedTable | None,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        targets: Targets | None = None,
+        layers: range | None = None,
+        dropout_key: int | None = None,
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``; of ``targets`` alone, [P, D], if the last is among them."""
+        """Hidden states [B, S, D] after ``layers``, by default all; of ``targets`` alone, [P, D], if the last is among them."""
+        layers = range(self.config.num_hidden_layers) if layers is None else layers
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
                 input_ids,
@@ -355,9 +352,17 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
     def _word_table(self, device: torch.device) -> Tensor:
         return whole_table(self.deberta.embeddings.word_embeddings, self.config.vocab_size, device=device)
 
+    def _shared_table(self, device: torch.device) -> SharedTable:
+        return SharedTable(self._word_table(device), main_grad=self._word_main_grad())
+
+    def _word_main_grad(self) -> Tensor | None:
+        """Where the word embeddings' gradient is added up, if their weight is the table."""
+        words = self.deberta.embeddings.word_embeddings
+        return main_grad(words) if is_own_table(words) else None
+
     def _shares_table(self, layers: range) -> bool:
         """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
         if layers.start > 0:
             return False
         is_whole = layers.stop == self.config.num_hidden_layers
-        return is_whole or main_grad(self.deberta.embeddings.word_embeddings._parameters.get("weight")) is not None
+        return is_whole or self._word_main_grad() is not None

@@ -58,13 +58,18 @@ def has_own_weight(module: nn.Module) -> bool:
     return type(parameters.get("weight")) in _NUMBERS and (bias is None or type(bias) in _NUMBERS)
 
 
+def is_own_table(module: nn.Module) -> bool:
+    """Whether the weight of an embedding, hooked or not, is what it gives for every row."""
+    return is_of_plain_class(module) and has_own_weight(module)
+
+
 def whole_table(module: nn.Module, num_rows: int, *, device: torch.device) -> Tensor:
     """All rows of an embedding that is also used as a matrix, [num_rows, width].
 
     Its weight, which hooks do not change: they are for what is looked up. Of a module in its place, what it gives for every
     row.
     """
-    if is_of_plain_class(module) and has_own_weight(module):
+    if is_own_table(module):
         return module.weight
     return module(torch.arange(num_rows, device=device))
 

@@ -8,19 +8,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deberta_dist.errors import ConfigError
-
-RECOMPUTE_MODES = ("none", "full", "selective")
-"""Keep everything; keep the input of each layer; keep all but the attention's own intermediates."""
+from deberta_dist.values import RECOMPUTE
 
 
 def require_recompute_mode(mode: str) -> str:
     """Returns ``mode``.
 
     Raises:
-        ConfigError: it is not one of `RECOMPUTE_MODES`.
+        ConfigError: it is not one of `RECOMPUTE`.
     """
-    if mode not in RECOMPUTE_MODES:
-        raise ConfigError(f"recompute = {mode!r} is not one of {', '.join(RECOMPUTE_MODES)}")
+    if mode not in RECOMPUTE:
+        raise ConfigError(f"recompute = {mode!r} is not one of {', '.join(RECOMPUTE)}")
     return mode
 
 

@@ -2,7 +2,7 @@
 
 The product's gradient is as large as the table. A look-up's gradient is a few rows of it; torch makes a second table of
 zeros for them and a third one for the sum. Here the rows wait and are added in place to the product's, which saves two
-tables of memory and, on a CPU, more time than the product takes. Where the parameter has a ``main_grad``
+tables of memory and, on a CPU, more time than the product takes. Where the table has a ``main_grad``
 (`models.joint_linear`), both users add to that and there is no other table.
 
 Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from deberta_dist.models.joint_linear import is_asked_for, main_grad
+from deberta_dist.models.joint_linear import is_asked_for
 from deberta_dist.models.plain import is_plain
 
 WaitingRows = list[tuple[Tensor, Tensor]]
@@ -25,20 +25,21 @@ class SharedTable:
 
     Args:
         weight_VW: The parameter.
+        main_grad: Where its gradient is added up, if not by autograd.
 
     Attributes:
         weight_VW: The same numbers, for any use that gives a gradient of the whole table which it alone holds.
     """
 
-    def __init__(self, weight_VW: Tensor) -> None:
+    def __init__(self, weight_VW: Tensor, *, main_grad: Tensor | None = None) -> None:
         self._waiting: WaitingRows = []
-        self._adds = main_grad(weight_VW) is not None
-        self.weight_VW = weight_VW if self._adds else _Whole.apply(weight_VW, self._waiting)
+        self.main_grad = main_grad
+        self.weight_VW = weight_VW if main_grad is not None else _Whole.apply(weight_VW, self._waiting)
 
     def rows(self, ids_BS: Tensor, *, padding_idx: int | None) -> Tensor:
         """Rows of the table, [B, S, W]; those of ``padding_idx`` have no gradient."""
-        if self._adds:
-            return _AddedRows.apply(self.weight_VW, ids_BS, padding_idx)
+        if self.main_grad is not None:
+            return _AddedRows.apply(self.weight_VW, ids_BS, padding_idx, self.main_grad)
         return _Rows.apply(self.weight_VW, ids_BS, padding_idx, self._waiting)
 
 
@@ -95,9 +96,9 @@ class _AddedRows(torch.autograd.Function):
     """A look-up that adds its gradient to the table's ``main_grad``."""
 
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, total_VW: Tensor) -> Tensor:
         ctx.save_for_backward(ids_BS)
-        ctx.parameter, ctx.padding_idx = weight_VW, padding_idx
+        ctx.parameter, ctx.padding_idx, ctx.total = weight_VW, padding_idx, total_VW
         return F.embedding(ids_BS, weight_VW)
 
     @staticmethod
@@ -105,10 +106,10 @@ class _AddedRows(torch.autograd.Function):
     def backward(ctx, gradient_BSW: Tensor):
         (ids_BS,) = ctx.saved_tensors
         if is_asked_for(ctx.parameter):
-            total_VW = main_grad(ctx.parameter)
+            total_VW = ctx.total
             rows_BSW = _without_padding(gradient_BSW, ids_BS, ctx.padding_idx)
             _add_rows_(total_VW, ids_BS.flatten(), rows_BSW.flatten(0, -2).to(total_VW.dtype))
-        return None, None, None
+        return None, None, None, None
 
 
 def _without_padding(rows_BSW: Tensor, ids_BS: Tensor, padding_idx: int | None) -> Tensor:

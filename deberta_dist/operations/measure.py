@@ -17,6 +17,7 @@ from typing import Any
 
 from deberta_dist.errors import DebertaDistError
 from deberta_dist.files.disk import num_usable_cores
+from deberta_dist.values import ATTENTION, AUTO
 
 TRAINER_NEEDS = ("deepspeed", "pydantic", "sentencepiece")
 """Packages, by the names they are imported by, that the trainer needs and kernels and models do not."""
@@ -29,8 +30,8 @@ def add_attention_argument(parser: argparse.ArgumentParser) -> None:
     """Who computes our attention, as ``training.attention`` of a run says it."""
     parser.add_argument(
         "--attention",
-        choices=("auto", "fused", "portable", "reference"),
-        default="auto",
+        choices=ATTENTION,
+        default=AUTO,
         help="who computes ours; any but auto is a must (default: %(default)s)",
     )
 

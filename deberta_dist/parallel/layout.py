@@ -22,8 +22,9 @@ from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stage
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names
 from deberta_dist.parallel.tensor import plan
 from deberta_dist.parallel.tensor.apply import check_split, cut_tensor
+from deberta_dist.values import Precision
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 LAYER_PREFIX = "deberta.encoder.layer."

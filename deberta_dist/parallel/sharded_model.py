@@ -4,7 +4,7 @@ Between steps the parameters are empty and the weight store holds 1/dp of what t
 makes every parameter a view of gathered or borrowed weights and gives it a float32 view to sum its gradients over
 micro-batches in; ``reduce`` completes the owners' sums, reduce-scatters them and frees both; ``apply`` moves the weights.
 
-On a GPU the view is the parameter's ``main_grad``: products add weights' gradients to it themselves (see
+On a GPU the view is a ``main_grad``: products add weights' gradients to it themselves (see
 `models.joint_linear`), and what the backward pass of a micro-batch leaves in ``.grad`` is added by ``accumulate``, all of it
 at once. On a CPU the view is ``.grad`` itself and autograd adds, product by product: a product that adds would sum in
 another order, and runs go on to the same bits.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.models.joint_linear import add_gradients_
+from deberta_dist.models.joint_linear import add_gradients_, set_main_grads
 from deberta_dist.parallel.pipeline.ties import TiedWeights
 from deberta_dist.parallel.zero import WeightStore
 
@@ -56,15 +56,15 @@ class ShardedModel:
             gradients = gradients | self._ties.gradient_views()
         for name, parameter in self._parameters.items():
             parameter.data = weights[name]
-            if with_gradients and self._products_add:
-                parameter.main_grad = gradients[name]
-            elif with_gradients:
+            if with_gradients and not self._products_add:
                 parameter.grad = gradients[name]
+        if with_gradients and self._products_add:
+            set_main_grads(self.model, {name: gradients[name] for name in self._parameters})
 
     def accumulate(self) -> None:
         """Adds what a backward pass has left in ``.grad`` to the sums of micro-batches; after each."""
         if self._products_add:
-            add_gradients_(self._parameters.values())
+            add_gradients_(self.model)
 
     def collect_gradients(self) -> None:
         """Adds what borrowers accumulated to the owners' gradients."""
@@ -87,6 +87,7 @@ class ShardedModel:
 
     def _empty(self) -> None:
         self._owned_gradients = {}
+        set_main_grads(self.model, None)
         for parameter in self._parameters.values():
-            parameter.grad = parameter.main_grad = None
+            parameter.grad = None
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)

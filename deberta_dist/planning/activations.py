@@ -299,7 +299,7 @@ class _ReducedEmbedding(nn.Embedding):
 
 class _CrossEntropyOnMeta(CrossEntropy):
     def of_product(
-        self, hidden_TW: Tensor, weight_VW: Tensor, bias_V: Tensor, labels_T: Tensor, *, num_chunks: int = 1
+        self, hidden_TW: Tensor, weight_VW: Tensor, bias_V: Tensor, labels_T: Tensor, **settings: Any
     ) -> tuple[Tensor, Tensor]:
         labels_T = labels_T.to(hidden_TW.device)
-        return super().of_product(hidden_TW, weight_VW, bias_V, labels_T, num_chunks=num_chunks)
+        return super().of_product(hidden_TW, weight_VW, bias_V, labels_T, **settings)

@@ -15,7 +15,6 @@ the order of what is published of such trainers, and no more is claimed. ``--cal
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import loads, read_configuration
 
 # Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
 # messages of megabytes of the nominal bandwidth.
@@ -241,14 +240,10 @@ def read_calibration(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is no table of tables by number of processes.
     """
     try:
-        content = path.read_bytes()
-        refuse_foreign(content, path, error=ConfigError)
-        found = json.loads(content.decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--calibration {path}: cannot be read ({error.strerror})") from None
+        found = loads(read_configuration(path, shown=f"--calibration {path}"))
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"--calibration {path}: not valid JSON: {error}") from None
     by_number = found.get("processes", {}) if isinstance(found, dict) else None
     tables = by_number.items() if isinstance(by_number, dict) else [("", None)]

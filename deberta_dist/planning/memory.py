@@ -14,6 +14,7 @@ import torch
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.activations import StageActivations, stage_activations
+from deberta_dist.values import INTERLEAVED
 
 FLOAT32, INT64 = 4, 8  # bytes
 # DeepSpeed's default of zero_optimization.reduce_bucket_size, elements.
@@ -247,7 +248,7 @@ def micro_batches_in_flight(
     as ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` does (a test compares).
     """
     ranks, loops, micro_batches = pipeline_parallel_size, stages_per_rank, num_micro_batches
-    if schedule != "interleaved_1f1b":
+    if schedule != INTERLEAVED:
         all_first = schedule == "gpipe" or micro_batches < ranks
         return [((micro_batches if all_first else min(micro_batches, ranks - pipeline_rank),), 0)]
     per_round = micro_batches // max(1, micro_batches // ranks)

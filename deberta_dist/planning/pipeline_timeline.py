@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deberta_dist.values import INTERLEAVED
+
 FORWARD, BACKWARD, WEIGHTS = "forward", "backward", "weights"
 ZERO_BUBBLE = "zero_bubble"
 """A schedule of comparison, which the configuration does not offer."""
@@ -46,7 +48,7 @@ def orders(schedule: str, *, ranks: int, stages_per_rank: int, micro_batches: in
         stages_per_rank: Stages that each of them runs: rank, rank + ranks, ...
         micro_batches: Of a step.
     """
-    if schedule == "interleaved_1f1b" and ranks > 1:
+    if schedule == INTERLEAVED and ranks > 1:
         return [_interleaved(rank, ranks=ranks, loops=stages_per_rank, micro_batches=micro_batches) for rank in range(ranks)]
     found = []
     for rank in range(ranks):

@@ -4,7 +4,6 @@ Every rank checks the same things from the same files, so either all go on or al
 a run's data is read here.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from deberta_dist.config import RunConfig, resolve
 from deberta_dist.errors import ConfigError
-from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import loads, read_configuration
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import filled_in
 from deberta_dist.models.flops import ForwardFlops
@@ -149,9 +148,7 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
     try:
         if section.preset is not None:
             return preset(section.preset, **section.overrides)
-        content = Path(section.config).read_bytes()
-        refuse_foreign(content, f"model.config = {section.config}", error=ConfigError)
-        published = json.loads(content.decode("utf-8"))
+        published = loads(read_configuration(Path(section.config), shown=f"model.config = {section.config}"))
         if not isinstance(published, dict):
             raise ConfigError(f"model.config = {section.config} is not a JSON object")
         if published.get("model_type") is not None:
@@ -159,5 +156,5 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
         return DebertaConfig.from_dict({**published, **section.overrides})
     except ConfigError as error:
         raise ConfigError(f"{config.source}, [model]: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{config.source}: model.config = {section.config}: {error}") from None

@@ -30,8 +30,7 @@ from deberta_dist.planning.plan import Plan, network_flops, read_model_config
 from deberta_dist.planning.search_memory import Choice, MemorySearch
 from deberta_dist.planning.step_cost import least_seconds, step_cost
 from deberta_dist.training.objectives.masked_lm import masked_lm
-
-INTERLEAVED = "interleaved_1f1b"
+from deberta_dist.values import INTERLEAVED, RECOMPUTE
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Space:
     pipeline: tuple[int, ...] | None = None
     micro_batch: tuple[int, ...] | None = None
     largest_micro_batch: int = 32
-    recompute: tuple[str, ...] = ("none", "selective", "full")
+    recompute: tuple[str, ...] = RECOMPUTE
     schedules: tuple[str, ...] = ("1f1b", INTERLEAVED)
     stages_per_rank: tuple[int, ...] = (2, 3, 4, 6)
 

@@ -1,11 +1,11 @@
 """JSON lines read strictly, with line numbers in every message: data, predictions and submissions are such files."""
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.files.foreign import HEAD_BYTES, begins_like, json_integer, refuse_foreign
+from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
+from deberta_dist.files.strict_json import loads
 
 
 def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -27,15 +27,8 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
                 continue
             raise DataError(f"{where}, line {number}: empty")
         try:
-            value = json.loads(
-                line.decode("utf-8"),
-                object_pairs_hook=_unique,
-                parse_constant=_no_constant,
-                parse_int=json_integer,
-            )
-            # Half of a surrogate pair is JSON, and text that nothing can write.
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except (ValueError, RecursionError) as error:
+            value = loads(line, any_numbers=True)
+        except ValueError as error:
             like = begins_like(content[:HEAD_BYTES])
             if isinstance(error, UnicodeDecodeError) and not like:
                 byte = f"0x{line[error.start]:02x}, byte {error.start} of the line"
@@ -78,14 +71,3 @@ def as_object(value: Any, *, at: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{at}: {type(value).__name__}, where an object is expected")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("an object has a key twice")
-    return found
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is not a number of JSON")

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError, printable
-from deberta_dist.files.foreign import json_integer, refuse_foreign
-from deberta_dist.files.new_file import new_file
+from deberta_dist.files.atomic import new_file
+from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.strict_json import json_integer
 from deberta_dist.tasks.base import Benchmark, Split, Task, whole_numbers
 from deberta_dist.tasks.decisions import Key, Probabilities, shown
 from deberta_dist.tasks.json_lines import json_lines

@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from deberta_dist.config.write import replace_text
 from deberta_dist.data.buckets import BucketedData
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.unigram import blended_counts, unigram_loss
+from deberta_dist.files.atomic import replace_file
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.inputs import RunData
@@ -78,6 +78,6 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         "  weights/               config.json and model.safetensors, published names, float32\n"
         "  run_config.toml, deepspeed.json   everything this run was started with"
     )
-    replace_text(directory / "result.txt", text + "\n")
+    replace_file(directory / "result.txt", f"{text}\n".encode())
     write_numbers(directory, numbers, steps=plan.config.training.max_steps)
     return text

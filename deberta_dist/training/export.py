@@ -4,7 +4,6 @@ Every slice is asked of its owner by name, joined by the plan and stripped of vo
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.conversion.source import SPM_NAME
+from deberta_dist.files.atomic import replace_directory, replace_file, sync_files
 from deberta_dist.parallel.layout import Layout
 from deberta_dist.parallel.mesh import Coordinate, Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
@@ -82,9 +82,7 @@ def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
     """Copies a run's tokenizer into its directory, where conversion finds it; atomic, for rank 0."""
     kept = directory / SPM_NAME
     if not kept.exists():
-        temporary = kept.with_name(f".{SPM_NAME}.{os.getpid()}")
-        shutil.copyfile(tokenizer, temporary)
-        temporary.replace(kept)
+        replace_file(kept, tokenizer.read_bytes())
 
 
 def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, directory: Path) -> Path:
@@ -101,9 +99,9 @@ def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], t
     shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed here; only one run uses the directory
     try:
         _write(full, config=config, tokenizer=tokenizer, temporary=temporary)
-        if directory.exists():
-            shutil.rmtree(directory)  # of a start that ended between its weights and its result
-        os.rename(temporary, directory)
+        sync_files(temporary)
+        # One that is there is of a start that ended between its weights and its result.
+        replace_directory(temporary, directory, aside=directory.with_name(f".{directory.name}.old"))
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
             f"{directory} is not written ({error}): make room and start the same command again, which repeats what is lost"

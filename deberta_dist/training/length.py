@@ -14,8 +14,8 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints, step_name
 from deberta_dist.checkpoint.manifest import Manifest, read_manifest
 from deberta_dist.config import default_values
-from deberta_dist.config.write import replace_text
 from deberta_dist.errors import ConfigError
+from deberta_dist.files.atomic import replace_file
 from deberta_dist.planning.plan import Plan
 from deberta_dist.training.loop import learning_rate
 
@@ -70,6 +70,10 @@ def _finished_steps(run: Path) -> int | None:
     return None
 
 
+def _write_result(run: Path, result: Mapping[str, Any]) -> None:
+    replace_file(run / RESULT_NAME, (json.dumps(result, indent=2) + "\n").encode())
+
+
 def _read_result(run: Path) -> dict[str, Any]:
     path = run / RESULT_NAME
     try:
@@ -85,7 +89,7 @@ def continue_finished(run: Path, *, steps: int) -> None:
     """Makes the result tell its own length, before checkpoints of another are written. For rank 0."""
     result = _read_result(run)
     if result.get(_STEPS) != steps:
-        replace_text(run / RESULT_NAME, json.dumps({**result, _STEPS: steps}, indent=2) + "\n")
+        _write_result(run, {**result, _STEPS: steps})
 
 
 def keep_earlier_weights(run: Path) -> Path | None:
@@ -109,7 +113,7 @@ def write_numbers(run: Path, numbers: Mapping[str, Any], *, steps: int) -> None:
     if (run / RESULT_NAME).exists():
         earlier = _read_result(run)
         result[_EARLIER] = [*earlier.pop(_EARLIER, []), earlier]
-    replace_text(run / RESULT_NAME, json.dumps(result, indent=2) + "\n")
+    _write_result(run, result)
 
 
 def learning_rates(plan: Plan, manifest: Manifest) -> tuple[float, float] | None:

@@ -10,12 +10,12 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, checkpoints
 from deberta_dist.checkpoint.manifest import Manifest, read_manifest
 from deberta_dist.config import Model, RunConfig
-from deberta_dist.config.section import AUTO
 from deberta_dist.conversion.source import open_source
 from deberta_dist.data.loader import rows_for
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.presets import PRESETS
+from deberta_dist.values import AUTO
 
 _KEY = "vocab_size"
 _WORD_TABLE = ("word_embeddings.weight", "word_embeddings._weight")

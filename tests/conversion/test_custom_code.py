@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deberta_dist.conversion.build import build_model
-from deberta_dist.conversion.convert import convert
+from deberta_dist.conversion.convert import build_model, convert
 from deberta_dist.conversion.custom_code import CODE_NAME
 from deberta_dist.conversion.load import load_masked_lm
 from deberta_dist.conversion.meeting import to_published

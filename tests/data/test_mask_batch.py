@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from deberta_dist.data import masking
-from deberta_dist.data.mask_draws import sample_draws
-from deberta_dist.data.masking import METHODS, MaskingConfig, mask_batch
+from deberta_dist.data.masking import MaskingConfig, mask_batch, sample_draws
 from deberta_dist.errors import ConfigError
+from deberta_dist.values import MASKING_METHODS
 from tests.data.one_sequence import mask_sequence, sample_rng
 
 
@@ -25,7 +25,7 @@ def random_batch(random: np.random.Generator, *, width: int) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("max_ngram", [1, 3, 5])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_a_batch_equals_its_sequences(method: str, max_ngram: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(max_ngram)
     for number in range(150):

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from deberta_dist.data.mask_draws import sample_draws
-from deberta_dist.data.masking import METHODS, MaskingConfig, mask_batch
+from deberta_dist.data.masking import MaskingConfig, mask_batch, sample_draws
 from deberta_dist.errors import ConfigError
+from deberta_dist.values import MASKING_METHODS
 
 VOCAB = 2001
 MASK = VOCAB - 1
@@ -84,7 +84,7 @@ def test_uniform_is_flat_to_the_very_ends() -> None:
     assert np.abs(hits[[1, 2, 509, 510]] - 0.151).max() < 0.02
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_counts(method: str) -> None:
     """round(0.15 * 512) = 77; the last word may go over, and only official may fall short."""
     for max_ngram, over in ((1, 0), (3, 15)):
@@ -102,7 +102,7 @@ def test_quota() -> None:
     assert MaskingConfig(max_targets=80).quota(1024) == 80
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_replacement(method: str) -> None:
     kept = masked = random = special = 0
     for ids, input_ids, labels in many(MaskingConfig(method=method), count=1000):
@@ -122,7 +122,7 @@ def test_replacement(method: str) -> None:
     assert special > 0  # random ids come from the whole vocabulary, as published
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_words_are_taken_whole_and_special_tokens_never(method: str) -> None:
     for number in range(300):
         ids = sequence(number)
@@ -148,7 +148,7 @@ def test_span_lengths() -> None:
     assert runs[4:].sum() < 0.03 * runs.sum()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 @pytest.mark.parametrize("max_ngram", [1, 3])
 def test_short_sequences_have_a_target(method: str, max_ngram: int) -> None:
     config = MaskingConfig(method=method, max_ngram=max_ngram)
@@ -173,13 +173,13 @@ def test_text_without_spaces_is_not_one_word() -> None:
     assert np.count_nonzero(mask(ids, MaskingConfig(method="official"))[1]) == 510  # as published
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_long_sequences_cost_in_proportion(method: str) -> None:
     _, labels = mask(sequence(0, length=2_000_000), MaskingConfig(method=method))
     assert np.count_nonzero(labels) == pytest.approx(300_000, rel=0.01)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MASKING_METHODS)
 def test_a_mask_depends_on_seed_epoch_and_sample_only(method: str) -> None:
     ids = sequence(0)
     before = ids.copy()

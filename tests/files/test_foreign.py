@@ -18,7 +18,8 @@ from deberta_dist.data.corpus_index import read_index
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError, DebertaDistError
-from deberta_dist.files.foreign import format_name, json_integer, refuse_stand_in, stand_in
+from deberta_dist.files.foreign import format_name, refuse_stand_in, stand_in
+from deberta_dist.files.strict_json import json_integer
 from deberta_dist.planning.machine import read_calibration
 from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
 from deberta_dist.preparation.formats.megatron import MegatronFile

@@ -1,15 +1,19 @@
 """One product for several layers: where it is one, and the same numbers either way."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.joint_linear import adjacent, join_, joint_linear
+from deberta_dist.models.joint_linear import Entered, adjacent, join_, joint_linear
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.presets import preset
 
@@ -55,14 +59,53 @@ def test_an_input_that_can_be_made_again_is_not_kept(number: int) -> None:
         def wait(self) -> Tensor:
             return 2 * self.kept
 
-    x.made_from = half, Doubled
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        outputs = joint_linear(x, some)
+        outputs = joint_linear(Entered(x, half, Doubled), some)
     assert any(t is half for t in saved) and not any(t.data_ptr() == x.data_ptr() for t in saved)
     found = gradients(outputs, [x, *(p for layer in some for p in layer.parameters())])
     for y, z in zip(found, expected, strict=True):
         torch.testing.assert_close(y, z, rtol=1e-13, atol=1e-13)
+
+
+def give_own_memory(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.detach().clone()
+
+
+def give_another_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.register_full_backward_hook(lambda *_: None),
+    "parametrisation": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+    "subclass": lambda layer: setattr(layer, "__class__", type("OfTheirOwn", (nn.Linear,), {})),
+    "another weight": give_another_weight,
+    "memory of its own": give_own_memory,
+    "an adapter": lambda layer: LoraLinear(layer, "default", LoraConfig(), r=2),
+}
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_changed_layer_switches_the_joint_product_off(change: str, number: int) -> None:
+    some = layers()
+    join_(some)
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    expected = joint_linear(x, some)
+    assert adjacent(expected, dim=-1) is not None
+    changed = CHANGES[change](some[number])
+    if isinstance(changed, nn.Module) and not isinstance(changed, nn.Linear):
+        some[number] = changed  # starts as the layer that it wraps
+    found = joint_linear(x, some)
+    assert adjacent(found, dim=-1) is None
+    for y, z in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-14, atol=1e-14)
+    if change in ("another weight", "memory of its own"):
+        some[number].weight.data.mul_(2)
+        assert not torch.equal(joint_linear(x, some)[number], found[number])
 
 
 def test_gradients_that_are_slices_of_one_tensor_are_not_copied() -> None:

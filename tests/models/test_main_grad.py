@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist import DebertaForMaskedLM
-from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear
+from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear, main_grad, set_main_grads
 from deberta_dist.models.masked_lm import DebertaForMaskedLM as Model
 from deberta_dist.models.presets import preset
 
@@ -22,12 +22,22 @@ CONFIGS = {
 def give_main_grads(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     for parameter in model.parameters():
         parameter.grad_dtype = None
-        parameter.main_grad = torch.zeros_like(parameter, dtype=dtype)
+    set_main_grads(model, {n: torch.zeros_like(p, dtype=dtype) for n, p in model.named_parameters()})
+
+
+def main_grads(model: nn.Module) -> dict[str, Tensor]:
+    """The sums by the parameters' names."""
+    return {
+        f"{name}.{leaf}".removeprefix("."): total
+        for name, module in model.named_modules()
+        for leaf, total in vars(module).get("main_grads", {}).items()
+    }
 
 
 def totals(model: nn.Module) -> dict[str, Tensor]:
     """What products have added, and what is left to be added."""
-    return {n: p.main_grad + (0 if p.grad is None else p.grad) for n, p in model.named_parameters()}
+    left = {n: 0 if p.grad is None else p.grad for n, p in model.named_parameters()}
+    return {name: total + left[name] for name, total in main_grads(model).items()}
 
 
 def batch(config, *, seed: int = 0) -> dict[str, Tensor]:
@@ -97,7 +107,8 @@ def test_gradients_that_nobody_asks_for_are_not_added() -> None:
     (gradient,) = torch.autograd.grad(loss, noise, retain_graph=False)
     hook.remove()
     assert gradient.abs().max() > 0
-    assert all(p.grad is None and not p.main_grad.any() for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert len(main_grads(model)) == len(list(model.parameters())) and not any(t.any() for t in main_grads(model).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -107,13 +118,13 @@ def test_sums_are_float32_whatever_the_weights_are(dtype: torch.dtype) -> None:
     join_(layers)
     for layer in layers:
         give_main_grads(layer, torch.float32)
-        layer.weight.main_grad.fill_(1.0)
+        main_grad(layer).fill_(1.0)
     x = torch.full((1, 4), 2.0**-10, dtype=dtype)
     for _ in range(1000):
         sum(y.sum() for y in joint_linear(x, layers)).backward()
     for layer in layers:
-        assert layer.weight.grad is None and layer.weight.main_grad.dtype == torch.float32
-        torch.testing.assert_close(layer.weight.main_grad, torch.full((3, 4), 1 + 1000 / 1024))
+        assert layer.weight.grad is None and main_grad(layer).dtype == torch.float32
+        torch.testing.assert_close(main_grad(layer), torch.full((3, 4), 1 + 1000 / 1024))
         assert layer.bias.grad.dtype == torch.float32
 
 
@@ -122,7 +133,7 @@ def test_adjacent_sums_take_one_product() -> None:
     join_(layers)
     whole = torch.zeros(9, 4, dtype=torch.float64)
     for layer, part in zip(layers, whole.split(3), strict=True):
-        layer.weight.main_grad = part
+        set_main_grads(layer, {"weight": part})
     products = []
     addmm = torch.addmm
     x = torch.randn(2, 5, 4, dtype=torch.float64)

@@ -22,9 +22,10 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.values import PipelineSchedule
 
 # Our name -> the library's.
-SCHEDULES = {
+SCHEDULES: Mapping[PipelineSchedule, str] = {
     "1f1b": "1F1B",
     "gpipe": "GPipe",
     "interleaved_1f1b": "Interleaved1F1B",

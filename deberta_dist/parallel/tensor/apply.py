@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.parallel.tensor import plan
-from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion
-from deberta_dist.parallel.tensor.cross_entropy import JoinOverRanks
+from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion, JoinOverRanks
 from deberta_dist.parallel.tensor.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -125,7 +124,7 @@ def split_sequence(
             continue
         kind = plan.module_kind(name, rules)
         if re.fullmatch(plan.ENTER_PATTERN, name):
-            _replace(model, name, EnterSequenceRegion(ranks, is_made_again=gathers_again))
+            _replace(model, name, EnterSequenceRegion(ranks, recomputes=gathers_again))
         elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
             _replace(model, name, OwnTokens(ranks))
         elif re.fullmatch(plan.HALO_PATTERN, name):

@@ -59,3 +59,34 @@ class EnterTensorParallelRegion(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         return copy_to_tensor_parallel_region(tensor, self.group)
+
+
+class JoinOverRanks:
+    """How the model's cross entropy joins what the ranks know of every target, each of its slice of the vocabulary.
+
+    Three small all-reduces over the targets, and full logits exist nowhere: the largest logit, the sum of exponentials
+    together with the label's logit, and the id of the winner. The gradient is local.
+
+    Args:
+        group: The process group of those ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def largest(self, values_T: Tensor) -> Tensor:
+        """Elementwise maximum."""
+        return self._reduced(values_T, dist.ReduceOp.MAX)
+
+    def total(self, values_NT: Tensor) -> Tensor:
+        """Elementwise sum."""
+        return self._reduced(values_NT, dist.ReduceOp.SUM)
+
+    def smallest(self, ids_T: Tensor) -> Tensor:
+        """Elementwise minimum."""
+        return self._reduced(ids_T, dist.ReduceOp.MIN)
+
+    def _reduced(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values, op=operation, group=self.group)
+        return values

@@ -2,7 +2,7 @@
 
 They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute
 names, so that everything that looks parameters up by published name works unchanged. Where the layer has a product of its
-own, ``multiply(x, weight, bias)``, they multiply by it, too. ``plain_forward`` says that the model may read their weights
+own, ``multiply(x, layer, bias)``, they multiply by it, too. ``plain_forward`` says that the model may read their weights
 instead of calling them, as it does those of torch's own classes.
 """
 
@@ -40,7 +40,7 @@ class ColumnParallelLinear(nn.Linear):
         self.multiply = product_of(full)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.multiply(input, self.weight, self.bias)
+        return self.multiply(input, self, self.bias)
 
     plain_forward = forward
 
@@ -79,7 +79,7 @@ class RowParallelLinear(nn.Linear):
 
     def without_bias(self, input: Tensor) -> Tensor:
         """sum_i X_i A_i, for who adds the bias in a pass of their own."""
-        return reduce_from_tensor_parallel_region(self.multiply(input, self.weight, None), self.group)
+        return reduce_from_tensor_parallel_region(self.multiply(input, self, None), self.group)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, full_in_features={self.full_in_features}"
@@ -129,9 +129,13 @@ class VocabParallelEmbedding(nn.Embedding):
         return f"{super().extra_repr()}, first_row={self.first_row}, padded_size={self.padded_size}"
 
 
-def product_of(layer: nn.Linear) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What a layer multiplies by: x, weight, bias -> x W^T + b."""
-    return getattr(layer, "multiply", F.linear)
+def product_of(layer: nn.Linear) -> Callable[[Tensor, nn.Linear, Tensor | None], Tensor]:
+    """What a layer multiplies by: x, a layer that has the weight W, bias -> x W^T + b."""
+    return getattr(layer, "multiply", _multiply)
+
+
+def _multiply(x: Tensor, layer: nn.Linear, bias: Tensor | None) -> Tensor:
+    return F.linear(x, layer.weight, bias)
 
 
 def empty_parameter(shape: torch.Size, like: Tensor) -> nn.Parameter:

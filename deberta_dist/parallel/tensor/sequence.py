@@ -141,19 +141,21 @@ class EnterSequenceRegion(_Exchange):
 
     Args:
         ranks: The owners of the parts.
-        is_made_again: Whether the output says what it is made from, so that column-parallel layers keep that (the model's
+        recomputes: Whether column-parallel layers save the own part for their backward pass and gather again (the model's
             ``joint_linear``).
+
+    Attributes:
+        start_recompute: Begins to make the output of an input anew; None: the output is saved.
     """
 
-    def __init__(self, ranks: SequenceRanks, *, is_made_again: bool) -> None:
+    def __init__(self, ranks: SequenceRanks, *, recomputes: bool) -> None:
         super().__init__(ranks)
-        self.is_made_again = is_made_again
+        self.start_recompute = ranks.start_gather if recomputes else None
 
     def forward(self, part: Tensor) -> Tensor:
-        whole = _Gather.apply(part, self.ranks)
-        if self.is_made_again:
-            whole.made_from = part.detach(), self.ranks.start_gather
-        return whole
+        return _Gather.apply(part, self.ranks)
+
+    plain_forward = forward
 
 
 class SequenceRowLinear(nn.Linear):
@@ -177,7 +179,7 @@ class SequenceRowLinear(nn.Linear):
 
     def without_bias(self, input: Tensor) -> Tensor:
         """The own part of the sequence of the product, for who adds the bias in a pass of their own."""
-        return _Scatter.apply(self.multiply(input, self.weight, None), self.ranks)
+        return _Scatter.apply(self.multiply(input, self, None), self.ranks)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.ranks}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.errors import DataError
-from deberta_dist.files.foreign import json_integer
+from deberta_dist.files.strict_json import json_integer
 from deberta_dist.preparation.reading.finding import entries_below, is_hidden, require_regular
 from deberta_dist.preparation.reading.inputs import PARQUET, RECORDS, TEXT, InputFile, PassedOver, input_file, split_name
 from deberta_dist.preparation.reading.parquet import read_columns

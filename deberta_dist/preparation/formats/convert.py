@@ -16,7 +16,7 @@ from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.files.new_file import refuse_existing
+from deberta_dist.files.atomic import refuse_existing
 from deberta_dist.preparation.formats.inspect import corpus_faults
 from deberta_dist.preparation.formats.megatron import MegatronFile, paths
 from deberta_dist.preparation.formats.megatron_writer import MegatronWriter

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from deberta_dist.errors import DataError
-from deberta_dist.files.new_file import PublishingWriter, new_file
+from deberta_dist.files.atomic import PublishingWriter, new_file
 from deberta_dist.preparation.formats.megatron import FIXED, ID_TYPES, INDEX_TYPE, LENGTH_TYPE, MAGIC, VERSION, paths
 
 _UINT16_CODE, _INT32_CODE = 8, 4

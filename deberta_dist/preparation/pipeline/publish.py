@@ -1,52 +1,30 @@
 """Files inside a preparation's working directory: each complete or absent, whoever is killed when."""
 
-import os
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from deberta_dist.errors import NO_ROOM, DataError
+from deberta_dist.errors import DataError
+from deberta_dist.files.atomic import explained_full_disk, replace_file
 
 # An NFS client may believe for so long that a file which another node has made is not there.
 _VISIBLE_SECONDS = 60.0
 
 
-@contextmanager
-def making(path: Path) -> Iterator[None]:
-    """Says what a full disk means to who prepares a corpus, for a block that makes ``path``.
-
-    Raises:
-        DataError: the disk is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise DataError(
-            f"{path} is not written ({error.strerror}): make room and run the same command again; what is finished stays"
-        ) from error
+def making(path: Path) -> AbstractContextManager[None]:
+    """Says what a full disk means to who prepares a corpus, for a block that makes ``path``: a DataError."""
+    return explained_full_disk(path, advice="make room and run the same command again; what is finished stays")
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Writes a file under another name, forces it to disk and gives it its name, replacing what is there.
+    """Writes a file of a working directory, replacing what is there.
 
     Raises:
         DataError: the disk is full.
     """
-    # Containers on two nodes may agree in their names and numbers of processes.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with making(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, content)
 
 
 def wait_for(what: str, is_there: Callable[[], bool]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from deberta_dist.errors import printable
-from deberta_dist.files.foreign import json_integer
+from deberta_dist.files.strict_json import json_integer
 
 # How a file begins that is one JSON array of objects, or one object over many lines.
 WHOLE_ARRAY = re.compile(rb"\[\s*(?:[\[{\]]|\Z)|\[[ \t\r]*\n")

@@ -11,7 +11,7 @@ from deberta_dist.data.tokenizer import SENTENCEPIECE_VERSION, WORD_START, Token
 from deberta_dist.data.training_words import TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import DataError, encodable
-from deberta_dist.files.new_file import new_file, refuse_existing
+from deberta_dist.files.atomic import new_file, refuse_existing
 from deberta_dist.preparation.reading.documents import ReadOptions
 from deberta_dist.preparation.reading.inputs import PassedOver, find_inputs
 from deberta_dist.preparation.vocabulary.sampling import sample_files

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from deberta_dist.models.joint_linear import joint_linear
+from deberta_dist.models.joint_linear import entered, joint_linear
 from deberta_dist.parallel.mesh import start_process_group
 from deberta_dist.parallel.tensor.apply import cut_tensor
 from deberta_dist.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear
@@ -48,7 +48,7 @@ def layers() -> tuple[nn.Linear, nn.Linear, nn.Linear]:
 
 def computed(enter: Any, gate: Any, up: Any, down: Any, x: Tensor) -> Tensor:
     """Two layers on one entered activation, as attention has three, and one behind them."""
-    gated, wide = joint_linear(enter(x), [gate, up])
+    gated, wide = joint_linear(entered(enter, x), [gate, up])
     return down(torch.tanh(gated) * wide)
 
 
@@ -79,7 +79,7 @@ def run_layers() -> dict[str, Any]:
     x = x.clone().requires_grad_()
     own_saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: own_saved.append(tuple(t.shape)) or t, lambda t: t):
-        output = computed(EnterSequenceRegion(ranks, is_made_again=True), *cut, x)
+        output = computed(EnterSequenceRegion(ranks, recomputes=True), *cut, x)
     output.backward(upstream)
     found = {
         "output": output.detach(),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.parallel.mesh import start_process_group
-from deberta_dist.parallel.tensor.cross_entropy import JoinOverRanks
+from deberta_dist.parallel.tensor.collectives import JoinOverRanks
 from deberta_dist.parallel.tensor.plan import padded_vocabulary
 from tests.harness import run_ranks
 
