@@ -1,11 +1,6 @@
 """Small models of every generation with random weights, their files, and the tools, for the tests of conversion."""
 
-import contextlib
-import importlib.util
-import io
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,22 +106,3 @@ def fuse(tensors: Mapping[str, Tensor], *, head_size: int) -> dict[str, Tensor]:
             fused[name] = value
     assert same(separate_projections(fused, head_size=head_size), dict(tensors))
     return fused
-
-
-def call(tool: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a tool's main in this process, which saves the seconds that importing torch takes."""
-    spec = importlib.util.spec_from_file_location(tool.removesuffix(".py"), FOLDER / "tools" / tool)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    output, errors, argv, path = io.StringIO(), io.StringIO(), sys.argv, list(sys.path)
-    sys.argv = [tool, *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), contextlib.chdir(cwd):
-            spec.loader.exec_module(module)
-            try:
-                code = module.main()
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-    finally:
-        sys.argv, sys.path[:] = argv, path
-    return subprocess.CompletedProcess(sys.argv, code, output.getvalue(), errors.getvalue())

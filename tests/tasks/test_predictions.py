@@ -16,8 +16,8 @@ from deberta_dist.tasks.predictions import (
 )
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
-from tests.conversion.small_models import call
 from tests.tasks.conftest import write_run
+from tests.tool_calls import call
 
 
 def test_a_whole_run_stands_for_its_seeds(release: Release, tmp_path: Path) -> None:

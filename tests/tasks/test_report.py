@@ -13,9 +13,9 @@ from deberta_dist.tasks.predictions import predictions_file, write_predictions
 from deberta_dist.tasks.registry import MAIN_TASKS, TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.report import make_report
-from tests.conversion.small_models import call
 from tests.preparation.test_tools import assert_one_line_error
 from tests.tasks.conftest import write_run
+from tests.tool_calls import call
 
 TOOL = "report_scores.py"
 # The right answers of BoolQ are true, false, true, false under idx 4, 5, 7, 6.

@@ -13,9 +13,9 @@ from deberta_dist.tasks.predictions import predictions_file, write_predictions
 from deberta_dist.tasks.registry import TASKS
 from deberta_dist.tasks.release import Release
 from deberta_dist.tasks.submission import read_zip, validate, zip_bytes
-from tests.conversion.small_models import call
 from tests.preparation.test_tools import assert_one_line_error
 from tests.tasks.conftest import write_run
+from tests.tool_calls import call
 
 TOOL = "make_submission.py"
 LAUNCHER = "deepspeed launchers/finetune_superglue.sh"
