@@ -17,6 +17,8 @@ from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.files.lock import RunLock
 from tests.checkpoint.test_slices import Case, assert_readable, known_tensors, write_checkpoint
 
+pytestmark = pytest.mark.serial
+
 CASE = Case(data=2, model="v1")
 READER = Case(tensor=2, model="v1")
 CALLS = ("open", "write", "fsync", "rename", "replace", "unlink", "mkdir", "rmdir")

@@ -17,7 +17,8 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.tokenizer_names import VOCABULARIES, is_tokenizer_file, missing_files, stem_of
 from deberta_dist.data.tokenizer import train_tokenizer
-from tests.conversion.small_models import FOLDER, call, export, make_model
+from tests.conversion.small_models import FOLDER, export, make_model
+from tests.tool_calls import call
 
 TEXTS = (
     "The Time Machine, a Program (of) THE file.",

@@ -15,8 +15,9 @@ from deberta_dist.conversion import convert as convert_module
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.errors import ConfigError
-from tests.conversion.small_models import FOLDER, call, export, make_model, published_tensors, same, write
+from tests.conversion.small_models import FOLDER, export, make_model, published_tensors, same, write
 from tests.preparation.test_tools import assert_one_line_error, run
+from tests.tool_calls import call
 
 TOOL = "convert_checkpoint.py"
 

@@ -21,8 +21,9 @@ from deberta_dist.conversion.source import open_source
 from deberta_dist.data.tokenizer import train_tokenizer
 from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from tests.conversion import small_models
-from tests.conversion.small_models import Model, call, export, make_model, published_tensors, same
+from tests.conversion.small_models import Model, export, make_model, published_tensors, same
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 SMALL = {"num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # More positions than the relative table reaches, and both pairs of Hugging Face's classes.

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.inspect import describe, describe_difference, difference, differs, inspect
-from tests.conversion.small_models import call, export, make_model, published_tensors
+from tests.conversion.small_models import export, make_model, published_tensors
 from tests.preparation.test_tools import assert_one_line_error, run
+from tests.tool_calls import call
 
 TABLE = "deberta.encoder.rel_embeddings.weight"
 

@@ -16,7 +16,8 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.meeting import Published, to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
-from tests.conversion.small_models import call, export, make_model, published_tensors, same
+from tests.conversion.small_models import export, make_model, published_tensors, same
+from tests.tool_calls import call
 
 
 def official(model: nn.Module, directory: Path, **fields: Any) -> Path:

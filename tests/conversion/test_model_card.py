@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from deberta_dist.conversion.convert import convert
 from deberta_dist.errors import ConfigError
 from tests.checkpoint.test_slices import Case, write_checkpoint
-from tests.conversion.small_models import call, export, make_model
+from tests.conversion.small_models import export, make_model
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 
 def front(directory: Path) -> dict:

@@ -19,8 +19,9 @@ from deberta_dist.conversion.inspect import difference, differs
 from deberta_dist.conversion.safetensors_files import read_safetensors, write_safetensors
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
-from tests.conversion.small_models import call, export, make_model, published_tensors, same
+from tests.conversion.small_models import export, make_model, published_tensors, same
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 INSPECT = "inspect_checkpoint.py"
 POSITIONS = "deberta.embeddings.position_embeddings.weight"

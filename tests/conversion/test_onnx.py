@@ -17,8 +17,9 @@ from deberta_dist.conversion.output import hash_of
 from deberta_dist.data.tokenizer import train_tokenizer
 from deberta_dist.errors import DebertaDistError
 from tests.conversion import small_models
-from tests.conversion.small_models import Model, call, export, make_model, published_tensors, write
+from tests.conversion.small_models import Model, export, make_model, published_tensors, write
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 TOOL = "convert_checkpoint.py"
 # Types, buckets, convolution, shared projections and decoder in one.

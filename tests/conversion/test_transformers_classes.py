@@ -18,8 +18,9 @@ from deberta_dist.conversion.load import load_masked_lm, load_with_head
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.encoder import DebertaModel
-from tests.conversion.small_models import call, export, make_model
+from tests.conversion.small_models import export, make_model
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 CONVERT = "convert_checkpoint.py"
 SIZES = {

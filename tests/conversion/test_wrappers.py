@@ -17,8 +17,9 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from deberta_dist.finetuning.starting_point import open_starting_point
-from tests.conversion.small_models import call, export, make_model, published_tensors, same
+from tests.conversion.small_models import export, make_model, published_tensors, same
 from tests.preparation.test_tools import assert_one_line_error
+from tests.tool_calls import call
 
 MODEL = make_model("v2")
 TENSORS = published_tensors(MODEL)

@@ -21,6 +21,8 @@ from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import DATA, ROOT, Case
 from tests.finetuning.test_plan import write_mnli
 
+pytestmark = pytest.mark.serial
+
 LAUNCHER = str(ROOT / "launchers" / "finetune_superglue.sh")
 
 

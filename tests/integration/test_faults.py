@@ -15,6 +15,8 @@ from safetensors.numpy import load_file
 
 from tests.integration.test_launch_and_refuse import DEMO, ONE_RANK, environment, overrides, start
 
+pytestmark = pytest.mark.serial
+
 STEPS = 30
 
 

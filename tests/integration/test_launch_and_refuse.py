@@ -15,6 +15,8 @@ from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from tests.harness import run_script
 
+pytestmark = pytest.mark.serial
+
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "launchers" / "pretrain_demo.sh")
 ONE_RANK = ["--parallel.tensor_parallel_size=1", "--parallel.pipeline_parallel_size=1", "--parallel.data_parallel_size=1"]

@@ -14,10 +14,13 @@ from tests.preparation.pipeline.runs import Start, children, mpirun, parts_of
 from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT
 
-pytestmark = pytest.mark.skipif(
-    mpirun() is None or importlib.util.find_spec("mpi4py") is None,
-    reason="no mpirun, or no mpi4py: pip install -r launchers/requirements-test.txt brings both",
-)
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(
+        mpirun() is None or importlib.util.find_spec("mpi4py") is None,
+        reason="no mpirun, or no mpi4py: pip install -r launchers/requirements-test.txt brings both",
+    ),
+]
 PIECE_BYTES, SHARD_BYTES = 10_000, 1 << 18  # some hundred parts: mpirun goes on while a test looks
 
 
