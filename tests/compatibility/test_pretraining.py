@@ -16,6 +16,7 @@ layer), moments or step count that are not loaded, another learning rate for a s
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +40,19 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def since_resumed(run: Path) -> list[dict[str, Any]]:
+    """The lines from the last resumption on; the killed run had written step 4 before."""
+    lines = metrics(run)
+    return lines[max(number for number, line in enumerate(lines) if "resumed_from_step" in line) :]
+
+
 def test_continues_as_if_nobody_had_interrupted_it(moved: Path) -> None:
     run, whole = moved / "pretraining", moved / "uninterrupted"
     assert checkpoint(run, SAVED).is_dir() and not checkpoint(run, STEPS).exists()
     launch(moved / "pretrain.sh", "--checkpoint.every_steps", 1, "--checkpoint.keep_last", 9, processes=2)
 
     exact = computes_as_recorded()
-    found, expected = (numbers(metrics(directory), after=SAVED) for directory in (run, whole))
+    found, expected = numbers(since_resumed(run), after=SAVED), numbers(metrics(whole), after=SAVED)
     assert [line["step"] for line in expected] == [4, 5, 6, 6]
     same_numbers(found, expected, relative=0 if exact else 1e-6)
     # The epoch of one source ends on the way.
@@ -53,14 +60,13 @@ def test_continues_as_if_nobody_had_interrupted_it(moved: Path) -> None:
     same_tensors(weights(run / "weights"), weights(whole / "weights"), relative=0 if exact else 1e-5)
     # The steps behind it are still those of then.
     same_numbers(numbers(metrics(run), after=0)[:3], numbers(metrics(whole), after=0)[:3], relative=0)
-    (resumed,) = [line for line in metrics(run) if "resumed_from_step" in line]
-    assert resumed["resumed_from_step"] == SAVED
+    assert since_resumed(run)[0]["resumed_from_step"] == SAVED
 
     # On this machine, from a state of then: with and without another interruption, in any case the same bits.
     again = moved / "again"
     shutil.copytree(checkpoint(run, 5), checkpoint(again, 5))
     launch(moved / "pretrain.sh", "--run.directory", again, processes=2)
-    assert numbers(metrics(again), after=5) == numbers(metrics(run), after=5) != []
+    assert numbers(since_resumed(again), after=5) == numbers(since_resumed(run), after=5) != []
     same_tensors(weights(again / "weights"), weights(run / "weights"), relative=0)
 
 
@@ -91,7 +97,8 @@ def test_any_layout_reads_the_checkpoint(moved: Path, layout: tuple[int, int, in
 def test_continues_at_another_layout(moved: Path, layout: tuple[int, int, int]) -> None:
     """Layouts that draw the same dropout take the same steps, to rounding; tensor ranks draw another in the attention."""
     launch(moved / "pretrain.sh", *sizes(layout), processes=int(np.prod(layout)))
-    found, expected = (numbers(metrics(moved / name), after=SAVED) for name in ("pretraining", "uninterrupted"))
+    found = numbers(since_resumed(moved / "pretraining"), after=SAVED)
+    expected = numbers(metrics(moved / "uninterrupted"), after=SAVED)
     same_numbers(found, expected, relative=1e-5)
     same_tensors(weights(moved / "pretraining/weights"), weights(moved / "uninterrupted/weights"), relative=1e-4)
 
