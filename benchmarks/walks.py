@@ -107,7 +107,7 @@ def _is_text(ids: list[int], *, words: str, idx: int | None) -> Callable[[Any], 
         if isinstance(value, (bytes, bytearray)):
             return len(value) <= LARGEST_ARRAY and any(form in value for form in written)
         if isinstance(value, (list, tuple)):
-            if not value or len(value) > LARGEST_ARRAY or type(value[0]) is not int:
+            if not value or len(value) > LARGEST_ARRAY or any(type(item) is not int for item in value):
                 return False
             value = numpy.array(value)
         array = _numbers(value)
