@@ -35,6 +35,7 @@ VERBS: dict[str, str | None] = {
     "inspect-corpus": "inspect_corpus",
     "convert-corpus": "convert_corpus",
     "calibrate": None,
+    "init": None,
 }
 # Verbs that become DeepSpeed's launcher, and a launcher that takes the same flags.
 STARTS = {"pretrain": "pretrain_1.5b", "finetune": "finetune_superglue"}
