@@ -147,7 +147,8 @@ def as_read(value: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: NaN or infinity in it.
         TypeError: something JSON cannot say.
     """
-    return json.loads(json.dumps(value, allow_nan=False))
+    found: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import pytest
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.config.section import Section
+from deberta_dist.finetuning.arguments import usage
+from deberta_dist.tasks.registry import DEFAULT
 from tests.docs.markdown import PAGES, ROOT, Command, anchors, code, commands, links
 
 MAX_README_LINES = 180
@@ -126,8 +128,7 @@ def launcher_flags(name: str) -> set[str]:
     if name in ("pretrain_1.5b", "pretrain_demo", "demo"):
         return DEEPSPEED_FLAGS | {"--dry-run", "--world-size", "--quiet"} | configuration_keys(RunConfig)
     if name == "finetune_superglue":
-        usage = (ROOT / "deberta_dist/finetuning/arguments.py").read_text(encoding="utf-8")
-        return DEEPSPEED_FLAGS | flags_in(usage) | configuration_keys(FineTuneConfig)
+        return DEEPSPEED_FLAGS | flags_in(usage(DEFAULT)) | configuration_keys(FineTuneConfig)
     if name == "benchmark_gpu":
         return set(re.findall(r'"(--[a-z][\w-]*)"', (ROOT / "benchmarks/gpu.py").read_text(encoding="utf-8")))
     script = {"run": "tests/run.sh", "setup_env": "launchers/setup_env.sh"}.get(name)
