@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deberta_dist.kernels import AttentionMask, RelativePositions, attention_scale, disentangled_attention
 from deberta_dist.kernels.fused import fused_attention
-from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.kernels.inputs import AttentionCall
 from deberta_dist.models.positions import position_row_of_distance
 
 FEATURES = ("plain", "dropout", "documents", "decoder")

@@ -17,7 +17,7 @@ from benchmarks.gpu_rows import RowsProblem
 from benchmarks.gpu_worker import Report, Setting
 from benchmarks.stopwatch import Contestant, race
 from deberta_dist.kernels.fused.availability import triton_reason, triton_version
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.measure import TRAINER_NEEDS, machine
 

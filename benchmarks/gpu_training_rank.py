@@ -17,7 +17,7 @@ from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.models.presets import preset

@@ -13,7 +13,7 @@ from deberta_dist.config import Data, Parallel
 from deberta_dist.kernels import portable
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
-from deberta_dist.models.joint_linear import add_gradients_
+from deberta_dist.models.fused_qkv import add_gradients_
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 from deberta_dist.models.targets import find_targets

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from deberta_dist.models.attention_choice import require_attention
+    from deberta_dist.models.attention_dispatch import require_attention
     from deberta_dist.models.presets import preset
 
     names = arguments.contestants.split(",")

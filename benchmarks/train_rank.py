@@ -22,7 +22,7 @@ from benchmarks.device_models import fill_
 from benchmarks.train import HUGGING_FACE, OURS, SAME_MODEL
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.flops import device_peak_flops, forward_flops
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_batch

@@ -22,7 +22,7 @@ from deberta_dist.checkpoint.slices import check_table, shard_parts
 from deberta_dist.files.foreign import head_of, refuse_foreign
 from deberta_dist.parallel.flat_layout import FlatLayout, ShardState
 from deberta_dist.parallel.mesh import Coordinate, MeshShape
-from deberta_dist.parallel.tensor.plan import PLAN, Rules
+from deberta_dist.parallel.tensor.sharding_rules import PLAN, Rules
 
 # Each mapped file holds a descriptor; a checkpoint may have thousands of files.
 MAX_MAPPED_FILES = 64

@@ -15,7 +15,7 @@ from deberta_dist.checkpoint.rectangles import Cut, window
 from deberta_dist.checkpoint.shard_file import STATES
 from deberta_dist.parallel.flat_layout import FlatLayout
 from deberta_dist.parallel.mesh import Coordinate, MeshShape
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 
 Place = tuple[int, int]
 """(pipeline rank, tensor rank)."""
@@ -45,15 +45,15 @@ def shard_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int, rules: plan.Rules = plan.PLAN) -> Cut | None:
+def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.PLAN) -> Cut | None:
     """The slice of a published tensor that tensor-parallel ``rank`` of ``size`` holds, vocabulary padding included."""
-    cut = plan.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_cut(name, rules)
     if cut.dim is None or size == 1:
         return None
     length = full_shape[cut.dim]
-    if cut.kind == plan.VOCAB:
-        length = plan.padded_vocabulary(length, tensor_parallel_size=size)
-    part = plan.local_slice(length, rank=rank, size=size)
+    if cut.kind == sharding_rules.VOCAB:
+        length = sharding_rules.padded_vocabulary(length, tensor_parallel_size=size)
+    part = sharding_rules.local_slice(length, rank=rank, size=size)
     return cut.dim, part.start, part.stop
 
 
@@ -62,7 +62,7 @@ def tensor_table(
     *,
     shape: MeshShape,
     full_shapes: Mapping[str, tuple[int, ...]],
-    rules: plan.Rules = plan.PLAN,
+    rules: sharding_rules.Rules = sharding_rules.PLAN,
     first_flat: int = 0,
 ) -> dict[str, TensorEntry]:
     """The manifest's ``tensors`` for everything that a network's layout owns.
@@ -80,7 +80,7 @@ def tensor_table(
             owners[name].append(place)
     table: dict[str, TensorEntry] = {}
     for name, full_shape in full_shapes.items():
-        dim = plan.parameter_cut(name, rules).dim
+        dim = sharding_rules.parameter_cut(name, rules).dim
         expected = [None] if dim is None else list(range(shape.tensor))
         assert len(owners[name]) == len(expected), f"{name} is owned by {owners[name]}"
         regions = []
@@ -102,7 +102,7 @@ def shard_parts(
     shape: MeshShape,
     coordinate: Coordinate,
     full_shapes: Mapping[str, tuple[int, ...]],
-    rules: plan.Rules = plan.PLAN,
+    rules: sharding_rules.Rules = sharding_rules.PLAN,
 ) -> tuple[tuple[ShardPart, ...], ...]:
     """What a rank's shard of each flat parameter consists of, in order; between the parts lies padding.
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import custom_code, fused, hub, huggingface, official, onnx_files, published
-from deberta_dist.conversion.carry import TokenizerResult, write_tokenizer
+from deberta_dist.conversion import custom_code, v1_in_proj, hub, huggingface, official, onnx_files, published
+from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_tokenizer
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
-from deberta_dist.conversion.meeting import Published, as_asked, require_decoder, to_published
+from deberta_dist.conversion.canonical import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.model_card import model_card
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.output import (
@@ -260,7 +260,7 @@ _TARGET_OF = {"huggingface": _huggingface, "official": _official, "deberta_dist"
 
 
 def _lost(weights: Weights) -> list[Dropped]:
-    return [Dropped(key, "zero, and the fused form has no place for it") for key in fused.lost_biases(weights)]
+    return [Dropped(key, "zero, and the fused form has no place for it") for key in v1_in_proj.lost_biases(weights)]
 
 
 def _num_bytes(weights: Weights) -> int:

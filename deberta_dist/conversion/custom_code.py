@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import huggingface, official
-from deberta_dist.conversion.meeting import Published, require_decoder
+from deberta_dist.conversion.canonical import Published, require_decoder
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.weights import POSITION_TABLE

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import fused, official
+from deberta_dist.conversion import v1_in_proj, official
 from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.rules import Drop, Format, Reading, Rename
 from deberta_dist.conversion.weights import WORD_TABLE, Dropped, Weight, Weights, require_square_output
@@ -134,7 +134,7 @@ def model_type(weights: Weights, *, config: DebertaConfig, head: str, is_fused: 
         if is_fused:
             raise ConfigError(f"--fused: Hugging Face's v1 classes have no {SUFFIXES[head]}; leave --fused out")
         return V2, "v1 computed by the v2 classes, because the v1 classes have no multiple choice"
-    reasons = fused.obstacles(weights, config=config)
+    reasons = v1_in_proj.obstacles(weights, config=config)
     if is_fused or not reasons:
         return V1, "v1 without key biases: the classes with fused projections"
     return V2, f"v1 computed by the v2 classes, because the v1 classes would lose something: {reasons[0]}"
@@ -147,7 +147,7 @@ def needs_v2(config: DebertaConfig) -> bool:
 
 def to_huggingface(weights: Weights, *, config: DebertaConfig, kind: str, architecture: str, is_legacy: bool) -> Weights:
     """Published weights as these classes name them."""
-    weights = fused.fuse(weights, config=config) if kind == V1 else weights
+    weights = v1_in_proj.fuse(weights, config=config) if kind == V1 else weights
     if architecture.endswith("Model") and all(name.startswith("deberta.") for name in weights):
         return {name.removeprefix("deberta."): _renamed(weight, _ALONE) for name, weight in weights.items()}
     if not is_legacy:

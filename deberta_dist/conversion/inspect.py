@@ -13,7 +13,7 @@ import torch
 from deberta_dist.checkpoint.compatible import computation
 from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.conversion import files
-from deberta_dist.conversion.meeting import as_asked, to_published
+from deberta_dist.conversion.canonical import as_asked, to_published
 from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
 from deberta_dist.conversion.output import REPORT_NAME, hash_of
 from deberta_dist.conversion.report import num_parameters

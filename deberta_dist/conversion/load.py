@@ -9,7 +9,7 @@ from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
-from deberta_dist.conversion.meeting import Published, as_asked, require_decoder, to_published
+from deberta_dist.conversion.canonical import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD, is_discriminator
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import Source, open_source

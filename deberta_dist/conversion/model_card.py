@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from deberta_dist.conversion import hub, official
 from deberta_dist.conversion.heads import SUFFIXES
-from deberta_dist.conversion.meeting import Published
+from deberta_dist.conversion.canonical import Published
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.training_facts import training_facts
 from deberta_dist.conversion.weights import POSITION_TABLE

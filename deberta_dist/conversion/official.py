@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import fused
+from deberta_dist.conversion import v1_in_proj
 from deberta_dist.conversion.rules import COMMON_DROPS, COMMON_RENAMES, Format, Reading
 from deberta_dist.conversion.weights import POSITION_TABLE, WORD_TABLE, Weight, Weights, require_square_output
 from deberta_dist.models.config import DebertaConfig
@@ -73,7 +73,7 @@ def merge_shared_embeddings(reading: Reading) -> None:
 
 def separate_fused(reading: Reading) -> None:
     """Cuts the fused projections of v1."""
-    reading.weights = fused.separate(reading.weights, head_size=reading.config.head_size)
+    reading.weights = v1_in_proj.separate(reading.weights, head_size=reading.config.head_size)
 
 
 FORMAT = Format(
@@ -81,7 +81,7 @@ FORMAT = Format(
     renames=COMMON_RENAMES,
     drops=COMMON_DROPS,
     rules=(merge_shared_embeddings, separate_fused),
-    consumed=(r".*_embeddings\._weight", *(rf".*\.attention\.self\.{re.escape(leaf)}" for leaf in fused.LEAVES)),
+    consumed=(r".*_embeddings\._weight", *(rf".*\.attention\.self\.{re.escape(leaf)}" for leaf in v1_in_proj.LEAVES)),
 )
 
 
@@ -124,7 +124,7 @@ def to_official(weights: Weights, *, config: DebertaConfig, is_fused: bool) -> W
         ConfigError: the published code cannot build the model, or ``is_fused`` would lose something.
     """
     require_square_output(config, target="official")
-    return fused.fuse(weights, config=config) if is_fused else weights
+    return v1_in_proj.fuse(weights, config=config) if is_fused else weights
 
 
 def to_config(config: DebertaConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deberta_dist.conversion.meeting import Published
+from deberta_dist.conversion.canonical import Published
 from deberta_dist.conversion.source import Source
 from deberta_dist.conversion.weights import DTYPES, Dropped, Weights
 

@@ -16,7 +16,7 @@ from deberta_dist.finetuning.plan import TaskPlan
 from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.finetuning.state import Earlier, write_state
 from deberta_dist.finetuning.steps import Best, train
-from deberta_dist.models.attention_choice import describe_attention, set_attention
+from deberta_dist.models.attention_dispatch import describe_attention, set_attention
 from deberta_dist.parallel.layout import DTYPES, Layout, meta_classifier
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel

@@ -12,7 +12,7 @@ from torch import Tensor
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, own_spm, unread_settings
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.canonical import to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD
 from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
 from deberta_dist.conversion.source import is_run, open_source

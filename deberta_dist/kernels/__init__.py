@@ -1,10 +1,10 @@
 """The disentangled attention operator, behind one function."""
 
 from deberta_dist.kernels.attention import disentangled_attention
-from deberta_dist.kernels.choice import IMPLEMENTATIONS, prefers_position_scores
+from deberta_dist.kernels.dispatch import IMPLEMENTATIONS, prefers_position_scores
 from deberta_dist.kernels.fused import unavailable_reason
-from deberta_dist.kernels.operands import attention_scale, position_scores
-from deberta_dist.kernels.places import AttentionMask, RelativePositions
+from deberta_dist.kernels.inputs import attention_scale, position_scores
+from deberta_dist.kernels.masks import AttentionMask, RelativePositions
 
 __all__ = [
     "IMPLEMENTATIONS",

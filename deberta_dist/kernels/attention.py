@@ -15,10 +15,10 @@ Source: arXiv 2006.03654 Eq. 4; microsoft/DeBERTa DeBERTa/deberta/disentangled_a
 
 from torch import Tensor
 
-from deberta_dist.kernels.choice import chosen_implementation
+from deberta_dist.kernels.dispatch import chosen_implementation
 from deberta_dist.kernels.fused import fused_attention
-from deberta_dist.kernels.operands import AttentionCall, attention_scale
-from deberta_dist.kernels.places import AttentionMask, RelativePositions
+from deberta_dist.kernels.inputs import AttentionCall, attention_scale
+from deberta_dist.kernels.masks import AttentionMask, RelativePositions
 from deberta_dist.kernels.portable import portable_attention
 from deberta_dist.kernels.reference import reference_attention
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
-from deberta_dist.kernels.operands import (
+from deberta_dist.kernels.inputs import (
     AttentionCall,
     as_factor,
     empty_token_gradients,

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.operands import AttentionCall, as_factor, product_into, score_dtype
+from deberta_dist.kernels.inputs import AttentionCall, as_factor, product_into, score_dtype
 
 MIN_BLOCKED_TRANSPOSITION = 3600
 

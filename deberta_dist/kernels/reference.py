@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.dropout import dropped, kept_share
-from deberta_dist.kernels.operands import AttentionCall, position_scores, widened
+from deberta_dist.kernels.inputs import AttentionCall, position_scores, widened
 
 
 def reference_attention(

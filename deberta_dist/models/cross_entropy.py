@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from deberta_dist.models.joint_linear import add_product_, is_asked_for
+from deberta_dist.models.fused_qkv import add_product_, is_asked_for
 from deberta_dist.models.labels import WHOLE, require_below, require_tensor
 
 ELEMENTS_AT_ONCE_ON_CPU = 2**19

@@ -20,7 +20,7 @@ from deberta_dist.models.classification import ClassificationOutput, DebertaForS
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.joint_linear import Linear, linear
+from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.labels import known_cross_entropy
 
 

@@ -28,7 +28,7 @@ from deberta_dist.kernels import (
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.joint_linear import Linear, entered, join_, joint_linear, linear
+from deberta_dist.models.fused_qkv import Linear, entered, join_, joint_linear, linear
 from deberta_dist.models.residual import ResidualOutput
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.joint_linear import Linear, linear
+from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.layers import ACTIVATIONS
 
 

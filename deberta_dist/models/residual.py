@@ -21,7 +21,7 @@ from deberta_dist.kernels.fused.availability import compiler_reason
 from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
-from deberta_dist.models.joint_linear import Linear, linear, without_bias
+from deberta_dist.models.fused_qkv import Linear, linear, without_bias
 from deberta_dist.models.plain import is_plain, is_unchanged
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from deberta_dist.models.joint_linear import is_asked_for
+from deberta_dist.models.fused_qkv import is_asked_for
 from deberta_dist.models.plain import is_plain
 
 WaitingRows = list[tuple[Tensor, Tensor]]

@@ -20,7 +20,7 @@ from deberta_dist.parallel.flat_layout import FlatLayout, lay_out
 from deberta_dist.parallel.network import Network
 from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.apply import check_split, cut_tensor
 from deberta_dist.values import Precision
 
@@ -104,11 +104,11 @@ class Layout:
         return self.tensor_parallel_size if self.sequence_parallel else 1
 
     def _tie_kind(self, name: str) -> str:
-        kind = plan.parameter_cut(name, self.network.rules).kind
-        if kind in (plan.COLUMN, plan.ROW, plan.VOCAB):
+        kind = sharding_rules.parameter_cut(name, self.network.rules).kind
+        if kind in (sharding_rules.COLUMN, sharding_rules.ROW, sharding_rules.VOCAB):
             return "split"
-        if self.sequence_parallel and plan.in_sequence_region(name, decoder_layer=self.network.decoder_layer):
-            return plan.PARTIAL
+        if self.sequence_parallel and sharding_rules.in_sequence_region(name, decoder_layer=self.network.decoder_layer):
+            return sharding_rules.PARTIAL
         return kind
 
     @cached_property

@@ -15,7 +15,7 @@ from torch import nn
 
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.parallel.tensor.plan import PLAN, Rules
+from deberta_dist.parallel.tensor.sharding_rules import PLAN, Rules
 
 
 class FlatGroup(NamedTuple):

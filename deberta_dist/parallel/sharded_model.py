@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.models.joint_linear import add_gradients_, set_main_grads
+from deberta_dist.models.fused_qkv import add_gradients_, set_main_grads
 from deberta_dist.parallel.pipeline.ties import TiedWeights
 from deberta_dist.parallel.zero import WeightStore
 

@@ -1,7 +1,7 @@
 """What dynamic batching makes of a text: sequences, steps and padding of every bucket, for the dry run and the log."""
 
 from deberta_dist.config import RunConfig
-from deberta_dist.data.buckets import BucketMixture
+from deberta_dist.data.bucketed_dataset import BucketMixture
 
 
 def describe_buckets(config: RunConfig, mixture: BucketMixture) -> str:

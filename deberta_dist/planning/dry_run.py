@@ -12,7 +12,7 @@ import torch
 from deberta_dist.config import offload_device, precision
 from deberta_dist.models.flops import PEAK_FLOPS
 from deberta_dist.parallel.layout import Layout
-from deberta_dist.parallel.tensor.plan import padded_vocabulary
+from deberta_dist.parallel.tensor.sharding_rules import padded_vocabulary
 from deberta_dist.planning.communication import RankCommunication, layer_messages, rank_communication
 from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memory
 from deberta_dist.planning.plan import Plan

@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from deberta_dist.config import RunConfig
-from deberta_dist.data.buckets import BucketMixture
-from deberta_dist.data.pieces import count_pieces
+from deberta_dist.data.bucketed_dataset import BucketMixture
+from deberta_dist.data.chunks import count_pieces
 from deberta_dist.data.sources import Mixture, Source
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.planning.buckets import describe_buckets, describe_shapes

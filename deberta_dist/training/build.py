@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deberta_dist.checkpoint.slices import shard_parts
 from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
-from deberta_dist.models.attention_choice import set_attention
+from deberta_dist.models.attention_dispatch import set_attention
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.plain import require_unchanged
 from deberta_dist.models.residual import ResidualOutput

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from deberta_dist.config import FineTuneConfig, RunConfig, precision
 from deberta_dist.errors import ConfigError, DebertaDistError
-from deberta_dist.models.attention_choice import require_attention
+from deberta_dist.models.attention_dispatch import require_attention
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.training.arguments import HELP

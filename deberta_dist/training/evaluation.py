@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from deberta_dist.data.buckets import BucketedData
+from deberta_dist.data.bucketed_dataset import BucketedData
 from deberta_dist.data.loader import Batch, MaskedLMData
 from deberta_dist.data.sources import BlendedData
 from deberta_dist.data.unigram import blended_counts, unigram_loss

@@ -20,7 +20,7 @@ from deberta_dist.files.atomic import replace_directory, replace_file, sync_file
 from deberta_dist.parallel.layout import Layout
 from deberta_dist.parallel.mesh import Coordinate, Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.apply import join_slices
 from deberta_dist.training.build import TrainingParts
 from deberta_dist.training.objectives.base import Objective, add_folds
@@ -57,7 +57,7 @@ def gather_full_weights(
                 dist.recv(received, src=source)
                 slices.append(received)
         if mesh.rank == 0:
-            assert len(slices) == (1 if plan.parameter_cut(name, layout.network.rules).dim is None else mesh.shape.tensor), name
+            assert len(slices) == (1 if sharding_rules.parameter_cut(name, layout.network.rules).dim is None else mesh.shape.tensor), name
             full[name] = join_slices(slices, name, full_shape=shape, rules=layout.network.rules).contiguous()
     return full
 

@@ -11,12 +11,12 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
 from deberta_dist.conversion.find_tokenizer import own_spm, unread_settings
-from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.canonical import Published, to_published
 from deberta_dist.conversion.official import GENERATOR_NAME, GENERATORS_HEAD, is_discriminator
 from deberta_dist.conversion.options import ReadOptions
 from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import shorten
-from deberta_dist.data.buckets import BucketedData
+from deberta_dist.data.bucketed_dataset import BucketedData
 from deberta_dist.data.loader import MaskedLMData, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedData

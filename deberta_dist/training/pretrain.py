@@ -21,7 +21,7 @@ from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.config import load_config, precision, smallest_world_size, write_resolved
 from deberta_dist.data.loader import unused_rows
 from deberta_dist.files.lock import RunLock
-from deberta_dist.models.attention_choice import describe_attention
+from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.flops import device_peak_flops
 from deberta_dist.models.residual import require_compiler
 from deberta_dist.parallel.layout import DTYPES

@@ -23,7 +23,7 @@ from deberta_dist.parallel.flat_layout import FlatLayout, ShardState, lay_out
 from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import MeshShape
 from deberta_dist.parallel.network import is_decayed, is_not_decayed
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.apply import cut_tensor
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
@@ -110,8 +110,8 @@ class Case:
             flats = [torch.full((size,), float("nan")) for size in layout.sizes]
             for name, target in layout.views(flats).items():
                 full = known[state][name]
-                if plan.parameter_cut(name).kind == plan.VOCAB:
-                    rows = plan.padded_vocabulary(full.shape[0], tensor_parallel_size=self.tensor)
+                if sharding_rules.parameter_cut(name).kind == sharding_rules.VOCAB:
+                    rows = sharding_rules.padded_vocabulary(full.shape[0], tensor_parallel_size=self.tensor)
                     padding = torch.full((rows - full.shape[0], *full.shape[1:]), float("nan"))
                     full = torch.cat([full, padding])
                     # cut_tensor would pad for the padded size once more
@@ -194,16 +194,16 @@ def test_table_tiles_everything_once(case: Case) -> None:
     counts: Counter[str] = Counter()
     for name, entry in case.table.items():
         assert entry.shape == case.layout.full_shapes[name]
-        assert entry.cut_dim == plan.parameter_cut(name).dim
+        assert entry.cut_dim == sharding_rules.parameter_cut(name).dim
         for region in entry.regions:
             counts[name] += sum(piece.count for piece in region.pieces)
     words = "deberta.embeddings.word_embeddings.weight"
-    padded = plan.padded_vocabulary(203, tensor_parallel_size=case.tensor)
+    padded = sharding_rules.padded_vocabulary(203, tensor_parallel_size=case.tensor)
     assert counts[words] == padded * 16
     assert all(
         counts[name] == torch.Size(shape).numel()
         for name, shape in case.layout.full_shapes.items()
-        if plan.parameter_cut(name).kind != plan.VOCAB
+        if sharding_rules.parameter_cut(name).kind != sharding_rules.VOCAB
     )
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from deberta_dist.conversion.convert import build_model, convert
 from deberta_dist.conversion.custom_code import CODE_NAME
 from deberta_dist.conversion.load import load_masked_lm
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.canonical import to_published
 from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.conversion.source import open_source
 from deberta_dist.data.tokenizer import train_tokenizer

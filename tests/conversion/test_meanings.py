@@ -13,7 +13,7 @@ from torch import nn
 from deberta_dist import load_masked_lm
 from deberta_dist.checkpoint.compatible import computation
 from deberta_dist.conversion.convert import convert
-from deberta_dist.conversion.meeting import Published, to_published
+from deberta_dist.conversion.canonical import Published, to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import export, make_model, published_tensors, same

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_dist.conversion.meeting import to_published
+from deberta_dist.conversion.canonical import to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.finetuning.batches import pad
 from deberta_dist.models.classification import DebertaForSequenceClassification

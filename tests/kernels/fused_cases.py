@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels import AttentionMask, RelativePositions, attention_scale, disentangled_attention
-from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.kernels.inputs import AttentionCall
 from deberta_dist.models.positions import position_row_of_distance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from deberta_dist.kernels.dropout import dropped
-from deberta_dist.models.joint_linear import adjacent
+from deberta_dist.models.fused_qkv import adjacent
 from tests.kernels.fused_cases import DEVICE, Case, random_case, values_and_gradients
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels import choice
+from deberta_dist.kernels import dispatch
 from deberta_dist.kernels.fused import attention, autograd, launch
 from deberta_dist.kernels.fused.tiles import Tile, Tiles
 
@@ -160,7 +160,7 @@ def test_it_is_chosen_where_it_is_available(asked, monkeypatch):
     case, calls = Case(), []
     plain = autograd.FusedAttention.apply
     monkeypatch.setattr(autograd.FusedAttention, "apply", lambda *operands: calls.append(1) or plain(*operands))
-    monkeypatch.setattr(choice, "unavailable_reason", lambda *_, **__: None)
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_, **__: None)
     assert torch.equal(case.formula(case.operands, implementation=asked), case.fused())
     assert len(calls) == 2
     # A table in another precision is nothing that the kernels take.

@@ -11,7 +11,7 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import AttentionMask, RelativePositions, disentangled_attention, prefers_position_scores
 from deberta_dist.kernels.fused import availability, fused_attention, unavailable_reason
 from deberta_dist.kernels.fused.tables import order_of_positions, position_tables
-from deberta_dist.kernels.operands import AttentionCall
+from deberta_dist.kernels.inputs import AttentionCall
 from deberta_dist.kernels.rows import fuses_rows
 from deberta_dist.models.positions import position_row_of_distance, relative_positions
 from deberta_dist.models.residual import require_compiler

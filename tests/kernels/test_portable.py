@@ -4,16 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels import (
-    AttentionMask,
-    RelativePositions,
-    attention_scale,
-    disentangled_attention,
-    operands,
-    portable,
-    position_scores,
-)
-from deberta_dist.models.joint_linear import adjacent
+from deberta_dist.kernels import AttentionMask, RelativePositions, attention_scale, disentangled_attention, inputs, portable, position_scores
+from deberta_dist.models.fused_qkv import adjacent
 
 H, R = 8, 11
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-2}
@@ -171,8 +163,8 @@ def as_on_a_gpu(monkeypatch):
         return torch.baddbmm(out, left.float(), right.float(), alpha=alpha, beta=beta, out=out)
 
     calls = []
-    monkeypatch.setattr(operands, "multiplies_halves", lambda x: x.dtype.itemsize == 2)
-    monkeypatch.setattr(operands, "half_product_into", multiply)
+    monkeypatch.setattr(inputs, "multiplies_halves", lambda x: x.dtype.itemsize == 2)
+    monkeypatch.setattr(inputs, "half_product_into", multiply)
     return calls
 
 
@@ -200,16 +192,16 @@ def test_a_gpu_multiplies_16_bit_factors_with_float32_sums(dtype):
     generator = torch.Generator().manual_seed(0)
     left, right, start = (torch.randn(*shape, generator=generator).cuda() for shape in ((3, 70, 41), (3, 83, 41), (3, 90, 100)))
     left, right = left.to(dtype), right.to(dtype).transpose(1, 2)
-    if not operands.multiplies_halves(left):
+    if not inputs.multiplies_halves(left):
         pytest.skip("this GPU has no tensor cores for the dtype")
     for adds in (False, True):
         out = start[:, 5:75, 7:90]
         expected = 0.3 * (left.double() @ right.double()) + adds * out.double()
-        found = operands.product_into(out.clone(), left, right, scale=0.3, adds=adds)
+        found = inputs.product_into(out.clone(), left, right, scale=0.3, adds=adds)
         assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5
         # Of a view, and with a left factor that is rounded.
         view = start.clone()[:, 5:75, 7:90]
-        assert torch.equal(operands.product_into(view, left.float(), right, scale=0.3, adds=adds), found)
+        assert torch.equal(inputs.product_into(view, left.float(), right, scale=0.3, adds=adds), found)
         assert torch.equal(view, found)
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import DebertaForSequenceClassification
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.joint_linear import Linear, joint_linear
+from deberta_dist.models.fused_qkv import Linear, joint_linear
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.plain import is_plain, require_unchanged
 from deberta_dist.models.presets import preset

@@ -12,7 +12,7 @@ from deberta_dist.models.classification import DebertaForReplacedTokenDetection,
 from deberta_dist.models.heads import HEADS, model_with_head
 from deberta_dist.models.presets import preset
 from deberta_dist.parallel.layout import classifier_layout
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 
 
 def test_unknown_labels_are_left_out(batch):
@@ -111,7 +111,7 @@ def test_a_head_is_whole_on_every_tensor_parallel_rank(head):
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if "position_embeddings" not in name}
     assert layout.full_shapes == expected
     of_head = [name for name in expected if not name.startswith("deberta.")]
-    assert of_head and all(plan.parameter_cut(name) == plan.Cut("replicate", None) for name in of_head)
+    assert of_head and all(sharding_rules.parameter_cut(name) == sharding_rules.Cut("replicate", None) for name in of_head)
     assert all(layout.local_shape(name) == expected[name] for name in of_head)
 
 

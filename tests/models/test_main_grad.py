@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deberta_dist import DebertaForMaskedLM
-from deberta_dist.models.joint_linear import Linear, join_, joint_linear, linear, main_grad, set_main_grads
+from deberta_dist.models.fused_qkv import Linear, join_, joint_linear, linear, main_grad, set_main_grads
 from deberta_dist.models.masked_lm import DebertaForMaskedLM as Model
 from deberta_dist.models.presets import preset
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.config import load_config
-from deberta_dist.data.buckets import BucketMixture
-from deberta_dist.data.pieces import count_pieces
+from deberta_dist.data.bucketed_dataset import BucketMixture
+from deberta_dist.data.chunks import count_pieces
 from deberta_dist.data.sources import Source
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile

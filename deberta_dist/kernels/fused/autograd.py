@@ -24,7 +24,7 @@ from deberta_dist.kernels.fused.launch import (
     token_gradient,
     token_rows,
 )
-from deberta_dist.kernels.operands import empty_token_gradients, refuse_second_derivative
+from deberta_dist.kernels.inputs import empty_token_gradients, refuse_second_derivative
 
 
 class FusedAttention(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion, JoinOverRanks
 from deberta_dist.parallel.tensor.layers import (
     ColumnParallelLinear,
@@ -51,7 +51,7 @@ def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_para
 
 
 def apply_plan(
-    model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup, rules: plan.Rules = plan.PLAN
+    model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup, rules: sharding_rules.Rules = sharding_rules.PLAN
 ) -> None:
     """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
 
@@ -68,31 +68,31 @@ def apply_plan(
     """
     if size == 1:
         return
-    padded_size = plan.padded_vocabulary(vocab_size, tensor_parallel_size=size)
+    padded_size = sharding_rules.padded_vocabulary(vocab_size, tensor_parallel_size=size)
     rows = padded_size // size
     for name, module in list(model.named_modules()):
-        if re.fullmatch(plan.ENTER_PATTERN, name):
+        if re.fullmatch(sharding_rules.ENTER_PATTERN, name):
             _replace(model, name, EnterTensorParallelRegion(group))
             continue
-        if re.fullmatch(plan.SPLIT_DROPOUT_PATTERN, name):
+        if re.fullmatch(sharding_rules.SPLIT_DROPOUT_PATTERN, name):
             module.shard = rank
             continue
-        kind = plan.module_kind(name, rules)
-        if kind in (plan.COLUMN, plan.ROW):
+        kind = sharding_rules.module_kind(name, rules)
+        if kind in (sharding_rules.COLUMN, sharding_rules.ROW):
             _require_torchs_own(module, nn.Linear, name)
-        elif kind == plan.VOCAB and name.endswith("_embeddings"):
+        elif kind == sharding_rules.VOCAB and name.endswith("_embeddings"):
             _require_torchs_own(module, nn.Embedding, name)
-        if kind == plan.COLUMN:
+        if kind == sharding_rules.COLUMN:
             _replace(model, name, ColumnParallelLinear(module, size=size))
-        elif kind == plan.ROW:
+        elif kind == sharding_rules.ROW:
             _replace(model, name, RowParallelLinear(module, size=size, group=group))
-        elif kind == plan.VOCAB and isinstance(module, nn.Embedding):
+        elif kind == sharding_rules.VOCAB and isinstance(module, nn.Embedding):
             _replace(
                 model,
                 name,
                 VocabParallelEmbedding(module, padded_size=padded_size, rank=rank, size=size, group=group),
             )
-        elif kind == plan.VOCAB:
+        elif kind == sharding_rules.VOCAB:
             module.bias = empty_parameter((rows,), module.bias)
     if (loss := getattr(model, "cross_entropy", None)) is not None:
         num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
@@ -105,54 +105,54 @@ def split_sequence(
     ranks: SequenceRanks,
     decoder_layer: int | None,
     gathers_again: bool,
-    rules: plan.Rules = plan.PLAN,
+    rules: sharding_rules.Rules = sharding_rules.PLAN,
 ) -> None:
     """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
 
     Args:
         model: A model with published names; absent parts (other stages) are fine.
         ranks: The tensor-parallel ranks.
-        decoder_layer: See ``plan.in_sequence_region``.
+        decoder_layer: See ``sharding_rules.in_sequence_region``.
         gathers_again: Whether column-parallel layers gather their input again in the backward pass. Not where whole layers
             are computed again anyway, just before it.
         rules: How the model's modules are split.
     """
     for name, module in list(model.named_modules()):
-        if re.fullmatch(plan.WHOLE_SEQUENCE_PATTERN, name):
+        if re.fullmatch(sharding_rules.WHOLE_SEQUENCE_PATTERN, name):
             _replace(model, name, JoinSequence(ranks))
-        if not plan.in_sequence_region(name, decoder_layer=decoder_layer):
+        if not sharding_rules.in_sequence_region(name, decoder_layer=decoder_layer):
             continue
-        kind = plan.module_kind(name, rules)
-        if re.fullmatch(plan.ENTER_PATTERN, name):
+        kind = sharding_rules.module_kind(name, rules)
+        if re.fullmatch(sharding_rules.ENTER_PATTERN, name):
             _replace(model, name, EnterSequenceRegion(ranks, recomputes=gathers_again))
-        elif re.fullmatch(plan.OWN_TOKENS_PATTERN, name):
+        elif re.fullmatch(sharding_rules.OWN_TOKENS_PATTERN, name):
             _replace(model, name, OwnTokens(ranks))
-        elif re.fullmatch(plan.HALO_PATTERN, name):
+        elif re.fullmatch(sharding_rules.HALO_PATTERN, name):
             convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
             _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
-        elif re.fullmatch(plan.SEQUENCE_DROPOUT_PATTERN, name):
+        elif re.fullmatch(sharding_rules.SEQUENCE_DROPOUT_PATTERN, name):
             module.sequence_part = (ranks.rank, ranks.size)
-        elif kind == plan.ROW:
+        elif kind == sharding_rules.ROW:
             _replace(model, name, SequenceRowLinear(module, ranks=ranks))
-        elif kind == plan.VOCAB:
+        elif kind == sharding_rules.VOCAB:
             module.reduce = ScatterSequence(ranks)
 
 
-def cut_tensor(full: Tensor, name: str, *, rank: int, size: int, rules: plan.Rules = plan.PLAN) -> Tensor:
+def cut_tensor(full: Tensor, name: str, *, rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.PLAN) -> Tensor:
     """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
-    cut = plan.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_cut(name, rules)
     if cut.dim is None or size == 1:
         return full
-    if cut.kind == plan.VOCAB:
-        padding = plan.padded_vocabulary(full.shape[0], tensor_parallel_size=size) - full.shape[0]
+    if cut.kind == sharding_rules.VOCAB:
+        padding = sharding_rules.padded_vocabulary(full.shape[0], tensor_parallel_size=size) - full.shape[0]
         full = F.pad(full, (0,) * (2 * (full.ndim - 1)) + (0, padding))
-    part = plan.local_slice(full.shape[cut.dim], rank=rank, size=size)
+    part = sharding_rules.local_slice(full.shape[cut.dim], rank=rank, size=size)
     return full.narrow(cut.dim, part.start, part.stop - part.start)
 
 
-def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: plan.Rules = plan.PLAN) -> Tensor:
+def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: sharding_rules.Rules = sharding_rules.PLAN) -> Tensor:
     """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
-    cut = plan.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_cut(name, rules)
     if cut.dim is None or len(slices) == 1:
         return slices[0]
     return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])

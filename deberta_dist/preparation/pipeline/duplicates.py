@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 
 from deberta_dist.preparation.filtering.near_duplicates import NearDuplicates
-from deberta_dist.preparation.pipeline.parts import Part, checked, read_checked
+from deberta_dist.preparation.pipeline.spool import Part, checked, read_checked
 from deberta_dist.preparation.pipeline.publish import publish, wait_for
 
 # Per document of a range: hash 16, part and document 4 each, the sort's order 8, and copies of some of them.

@@ -19,11 +19,11 @@ from deberta_dist.data.token_file import id_dtype
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
 from deberta_dist.preparation.filtering.contamination import NgramSet
 from deberta_dist.preparation.filtering.near_duplicates import signature, signature_bytes
-from deberta_dist.preparation.pipeline.crew import Worker
-from deberta_dist.preparation.pipeline.parts import HASH_BYTES, SUFFIX, Counts, Part, write_part
+from deberta_dist.preparation.pipeline.workers import Worker
+from deberta_dist.preparation.pipeline.spool import HASH_BYTES, SUFFIX, Counts, Part, write_part
 from deberta_dist.preparation.pipeline.publish import wait_for
 from deberta_dist.preparation.pipeline.recipe import Recipe
-from deberta_dist.preparation.pipeline.units import Unit
+from deberta_dist.preparation.pipeline.work_items import Unit
 from deberta_dist.preparation.reading.documents import REPLACED_UTF8
 from deberta_dist.preparation.reading.texts import Document, read_documents
 

@@ -23,17 +23,17 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.filtering.contamination import NgramSet
-from deberta_dist.preparation.pipeline.crew import Crew
+from deberta_dist.preparation.pipeline.workers import Crew
 from deberta_dist.preparation.pipeline.duplicates import Dropped, num_ranges
 from deberta_dist.preparation.pipeline.encode import collect_parts
-from deberta_dist.preparation.pipeline.parts import Part
+from deberta_dist.preparation.pipeline.spool import Part
 from deberta_dist.preparation.pipeline.progress import Monitor, Progress
 from deberta_dist.preparation.pipeline.ranks import Ranks
 from deberta_dist.preparation.pipeline.recipe import Recipe
 from deberta_dist.preparation.pipeline.report import Outcome, write_report
 from deberta_dist.preparation.pipeline.shards import ShardPlan, plan_shards
-from deberta_dist.preparation.pipeline.tasks import EncodeTask, FindDuplicatesTask, FindNearDuplicatesTask, WriteShardsTask
-from deberta_dist.preparation.pipeline.units import Unit, list_units
+from deberta_dist.preparation.pipeline.phases import EncodeTask, FindDuplicatesTask, FindNearDuplicatesTask, WriteShardsTask
+from deberta_dist.preparation.pipeline.work_items import Unit, list_units
 from deberta_dist.preparation.pipeline.workspace import Workspace
 from deberta_dist.preparation.reading.inputs import PassedOver
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from deberta_dist.preparation.pipeline.crew import progress
+from deberta_dist.preparation.pipeline.workers import progress
 
 
 @dataclass(frozen=True, kw_only=True)

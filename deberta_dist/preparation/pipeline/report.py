@@ -8,11 +8,11 @@ from typing import Any
 
 from deberta_dist.errors import encodable, printable
 from deberta_dist.preparation.filtering.contamination import NgramSet, Used
-from deberta_dist.preparation.pipeline.parts import Counts, Part
+from deberta_dist.preparation.pipeline.spool import Counts, Part
 from deberta_dist.preparation.pipeline.publish import publish
 from deberta_dist.preparation.pipeline.recipe import Recipe
 from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN, ShardPlan, Split, folder_of
-from deberta_dist.preparation.pipeline.units import Unit
+from deberta_dist.preparation.pipeline.work_items import Unit
 from deberta_dist.preparation.reading.inputs import PassedOver
 
 JSON_NAME, TEXT_NAME = "report.json", "report.md"

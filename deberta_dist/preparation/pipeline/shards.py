@@ -14,7 +14,7 @@ from deberta_dist.data.token_file import TokenFile, id_dtype
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.pipeline.duplicates import Dropped
-from deberta_dist.preparation.pipeline.parts import Part, damaged
+from deberta_dist.preparation.pipeline.spool import Part, damaged
 
 TRAIN, HELD_OUT = "train", "heldout"
 

@@ -24,7 +24,7 @@ from deberta_dist.preparation.pipeline.publish import publish
 from deberta_dist.preparation.pipeline.recipe import Recipe
 from deberta_dist.preparation.pipeline.report import JSON_NAME, Outcome
 from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN
-from deberta_dist.preparation.pipeline.units import Unit
+from deberta_dist.preparation.pipeline.work_items import Unit
 from deberta_dist.preparation.reading.documents import ReadOptions
 
 WORK_NAME = ".work"

@@ -15,7 +15,7 @@ from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import MeshShape
 from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names, tie_ranks
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
@@ -124,12 +124,12 @@ def test_every_slice_has_one_owner_and_it_is_the_first_user(model: str, tensor: 
             owned = set(found.owned(p, t))
             for name in found.names_by_rank[p]:
                 # A replicated weight is one slice, whoever holds it.
-                part = t if plan.parameter_cut(name).dim is not None else 0
+                part = t if sharding_rules.parameter_cut(name).dim is not None else 0
                 users.setdefault((name, part), []).append((p, t))
                 if name in owned:
                     owners.setdefault((name, part), []).append((p, t))
     expected = {
-        (name, part) for name in found.full_shapes for part in range(tensor if plan.parameter_cut(name).dim is not None else 1)
+        (name, part) for name in found.full_shapes for part in range(tensor if sharding_rules.parameter_cut(name).dim is not None else 1)
     }
     assert users.keys() == expected, "a slice that nobody uses, or one of no parameter"
     for piece, places in users.items():
@@ -144,11 +144,11 @@ def test_ties_sum_exactly_where_gradients_are_parts(model: str, tensor: int, pip
         assert len(tie.users) > 1 and len(set(tie.users)) == len(tie.users) and tie.users[0] == min(tie.users)
         assert list(tie.names) == sorted(tie.names)
         for name in tie.names:
-            cut = plan.parameter_cut(name)
+            cut = sharding_rules.parameter_cut(name)
             stages = {p for p, _ in tie.users}
-            if cut.kind == plan.REPLICATE:
+            if cut.kind == sharding_rules.REPLICATE:
                 assert len(stages) == 1 and not tie.is_sum, name
-            elif cut.kind == plan.PARTIAL:
+            elif cut.kind == sharding_rules.PARTIAL:
                 assert tie.is_sum and {t for _, t in tie.users} == set(range(tensor)), name
             else:  # its own slice on each tensor rank: shared along the pipeline only
                 assert tie.is_sum and len(stages) > 1 and len({t for _, t in tie.users}) == 1, name

@@ -12,7 +12,7 @@ from deberta_dist.parallel.mesh import start_process_group
 from deberta_dist.parallel.tensor.apply import cut_tensor
 from deberta_dist.parallel.tensor.collectives import EnterTensorParallelRegion
 from deberta_dist.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from deberta_dist.parallel.tensor.plan import padded_vocabulary
+from deberta_dist.parallel.tensor.sharding_rules import padded_vocabulary
 from tests.harness import run_ranks
 
 COLUMN = "deberta.encoder.layer.0.intermediate.dense"

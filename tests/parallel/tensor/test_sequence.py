@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from deberta_dist.models.joint_linear import entered, joint_linear
+from deberta_dist.models.fused_qkv import entered, joint_linear
 from deberta_dist.parallel.mesh import start_process_group
 from deberta_dist.parallel.tensor.apply import cut_tensor
 from deberta_dist.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear

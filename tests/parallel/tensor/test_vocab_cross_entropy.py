@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.parallel.mesh import start_process_group
 from deberta_dist.parallel.tensor.collectives import JoinOverRanks
-from deberta_dist.parallel.tensor.plan import padded_vocabulary
+from deberta_dist.parallel.tensor.sharding_rules import padded_vocabulary
 from tests.harness import run_ranks
 
 VOCABULARY = 300  # two ranks: 256 + 44 real rows; four ranks: 128, 128, 44 and a shard of only padding

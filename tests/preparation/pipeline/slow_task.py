@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.preparation.pipeline.crew import Worker
+from deberta_dist.preparation.pipeline.workers import Worker
 
 
 @dataclass(frozen=True)

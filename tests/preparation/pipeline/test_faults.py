@@ -15,7 +15,7 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.pipeline.progress import Progress
-from deberta_dist.preparation.pipeline.units import list_units
+from deberta_dist.preparation.pipeline.work_items import list_units
 from deberta_dist.preparation.reading.texts import ReadOptions
 from tests.preparation.pipeline.runs import Start, parts_of
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare

@@ -9,7 +9,7 @@ import pytest
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.preparation.pipeline.ranks import Ranks
-from deberta_dist.preparation.pipeline.units import list_units
+from deberta_dist.preparation.pipeline.work_items import list_units
 from tests.preparation.pipeline.runs import Start, children, mpirun, parts_of
 from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT

@@ -9,13 +9,13 @@ from pathlib import Path
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.filtering.contamination import NgramSet
-from deberta_dist.preparation.pipeline.crew import Worker
+from deberta_dist.preparation.pipeline.workers import Worker
 from deberta_dist.preparation.pipeline.duplicates import Dropped, find_duplicates, find_near_duplicates
 from deberta_dist.preparation.pipeline.encode import Encoder, finished_parts
-from deberta_dist.preparation.pipeline.parts import Part
+from deberta_dist.preparation.pipeline.spool import Part
 from deberta_dist.preparation.pipeline.recipe import Recipe
 from deberta_dist.preparation.pipeline.shards import ShardPlan, write_shard
-from deberta_dist.preparation.pipeline.units import Unit
+from deberta_dist.preparation.pipeline.work_items import Unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import torch
 
 from deberta_dist.data.loader import Batch, mask_sequences
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.pieces import NUM_SPECIAL, PieceList
+from deberta_dist.data.chunks import NUM_SPECIAL, PieceList
 from deberta_dist.data.sampler import check_seed, samples_at
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer

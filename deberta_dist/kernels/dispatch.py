@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.kernels.fused import unavailable_reason
-from deberta_dist.kernels.places import AttentionMask, RelativePositions
+from deberta_dist.kernels.masks import AttentionMask, RelativePositions
 from deberta_dist.values import ATTENTION, AUTO
 
 IMPLEMENTATIONS = tuple(name for name in ATTENTION if name != AUTO)

@@ -6,7 +6,7 @@ import torch
 from deberta_dist import DebertaForMaskedLM
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.fused import availability
-from deberta_dist.models.attention_choice import describe_attention, require_attention, set_attention
+from deberta_dist.models.attention_dispatch import describe_attention, require_attention, set_attention
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.presets import preset
 
@@ -23,7 +23,7 @@ def gpu(monkeypatch):
         empty = torch.empty
         monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, device="meta", **options))
         monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU))
-        monkeypatch.setattr("deberta_dist.models.attention_choice.relative_positions", _positions)
+        monkeypatch.setattr("deberta_dist.models.attention_dispatch.relative_positions", _positions)
 
     return pretend
 
@@ -51,7 +51,7 @@ def test_without_a_gpu():
 )
 def test_what_the_kernels_support(monkeypatch, options, expected):
     # As on a GPU with Triton.
-    monkeypatch.setattr("deberta_dist.models.attention_choice.unavailable_reason", availability.unsupported_reason)
+    monkeypatch.setattr("deberta_dist.models.attention_dispatch.unavailable_reason", availability.unsupported_reason)
     config = preset("tiny-v2", attention_head_size=32)
     assert describe(config=config, **{"dtype": torch.bfloat16, **options}).startswith(expected)
 

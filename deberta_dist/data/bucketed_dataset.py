@@ -22,8 +22,8 @@ import torch
 from deberta_dist.data.blend import Blend
 from deberta_dist.data.loader import Batch
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.piece_loader import PieceData
-from deberta_dist.data.pieces import BucketSizes, open_pieces
+from deberta_dist.data.chunk_dataset import PieceData
+from deberta_dist.data.chunks import BucketSizes, open_pieces
 from deberta_dist.data.sampler import position
 from deberta_dist.data.sources import Source, SourcePosition, in_order, source_seed, source_weights
 from deberta_dist.data.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist.data.buckets import BucketedData
+from deberta_dist.data.bucketed_dataset import BucketedData
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.pieces import open_pieces
+from deberta_dist.data.chunks import open_pieces
 from deberta_dist.data.sources import Source
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.token_file import TokenFile

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.places import AttentionMask, RelativePositions
+from deberta_dist.kernels.masks import AttentionMask, RelativePositions
 
 # Of GPUs whose tensor cores multiply the dtype.
 _LEAST_CAPABILITY = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}

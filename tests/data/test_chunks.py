@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deberta_dist.data import pieces
-from deberta_dist.data.pieces import HEADER_BYTES, count_pieces, open_pieces
+from deberta_dist.data import chunks
+from deberta_dist.data.chunks import HEADER_BYTES, count_pieces, open_pieces
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
@@ -35,8 +35,8 @@ def expected_pieces(lengths: list[int]) -> list[list[tuple[int, int]]]:
 def test_pieces_are_right_however_they_are_made(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(pieces, "_DOCUMENTS_TOGETHER", together[0])
-    monkeypatch.setattr(pieces, "_PIECES_TOGETHER", together[1])
+    monkeypatch.setattr(chunks, "_DOCUMENTS_TOGETHER", together[0])
+    monkeypatch.setattr(chunks, "_PIECES_TOGETHER", together[1])
     lengths = [1, 6, 7, 14, 15, 30, 31, 60, 61, 36, 37, 500, 2]
     corpus = corpus_of(tmp_path / "a.tokens", tokenizer, lengths)
     found, expected = open_pieces(corpus, LENGTHS), expected_pieces(lengths)
@@ -81,13 +81,13 @@ def test_a_list_is_used_again_and_serves_its_own_text_only(tokenizer: Tokenizer,
 
 
 def make_and_tell(path: Path, made: Path) -> None:
-    write = pieces._write
+    write = chunks._write
 
     def counted(*arguments) -> None:
         (made / str(os.getpid())).touch()
         write(*arguments)
 
-    pieces._write = counted
+    chunks._write = counted
     assert open_pieces(open_corpus(path), LENGTHS).sizes.num_pieces[2] == 3000
 
 

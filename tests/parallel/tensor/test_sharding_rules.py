@@ -7,7 +7,7 @@ import torch
 
 from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.errors import ConfigError
-from deberta_dist.parallel.tensor import plan
+from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.apply import check_split, cut_tensor, join_slices
 
 LAYER = r"deberta\.encoder\.layer\.\d+\."
@@ -56,7 +56,7 @@ def test_every_parameter_has_the_intended_kind(name: str) -> None:
         matching = [row for row in table if re.fullmatch(row[0], parameter)]
         assert len(matching) == 1, f"{parameter}: {matching}"
         pattern, kind, dim = matching[0]
-        assert plan.parameter_cut(parameter) == plan.Cut(kind, dim), parameter
+        assert sharding_rules.parameter_cut(parameter) == sharding_rules.Cut(kind, dim), parameter
         unused.discard(pattern)
     assert not unused, "the table above names parameters that do not exist"
 
@@ -64,10 +64,10 @@ def test_every_parameter_has_the_intended_kind(name: str) -> None:
 @pytest.mark.parametrize("name", INTENDED)
 def test_every_pattern_of_the_plan_is_in_use(name: str) -> None:
     modules = [module for module, _ in meta_model(name).named_modules()]
-    patterns = {pattern for pattern, _ in plan.PLAN}
-    patterns |= {value for key, value in vars(plan).items() if key.endswith("_PATTERN")}
+    patterns = {pattern for pattern, _ in sharding_rules.PLAN}
+    patterns |= {value for key, value in vars(sharding_rules).items() if key.endswith("_PATTERN")}
     if name == "tiny-v1":
-        patterns -= {r"deberta\.encoder\.LayerNorm", plan.HALO_PATTERN}
+        patterns -= {r"deberta\.encoder\.LayerNorm", sharding_rules.HALO_PATTERN}
     for pattern in patterns:
         assert any(re.fullmatch(pattern, module) for module in modules), pattern
 
@@ -81,9 +81,9 @@ def test_what_sequence_parallelism_splits() -> None:
     }
     names = list(shapes("tiny-v2"))
     for name in names:
-        assert plan.in_sequence_region(name, decoder_layer=3) is not any(re.fullmatch(p, name) for p in whole), name
+        assert sharding_rules.in_sequence_region(name, decoder_layer=3) is not any(re.fullmatch(p, name) for p in whole), name
     # Without an enhanced mask decoder the last layer is like the others, and positions are added to the embeddings.
-    split = {name for name in names if plan.in_sequence_region(name, decoder_layer=None)}
+    split = {name for name in names if sharding_rules.in_sequence_region(name, decoder_layer=None)}
     assert {name for name in names if "layer.3." in name or "position_embeddings" in name} <= split
 
 
@@ -94,7 +94,7 @@ def test_cut_and_join_are_inverse_bit_for_bit(name: str, size: int) -> None:
         full = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         slices = [cut_tensor(full, parameter, rank=rank, size=size) for rank in range(size)]
         assert len({tuple(part.shape) for part in slices}) == 1
-        if plan.parameter_cut(parameter).dim is not None:
+        if sharding_rules.parameter_cut(parameter).dim is not None:
             assert sum(part.numel() for part in slices) >= full.numel()
             if size > 1:
                 assert slices[0].numel() < full.numel()
@@ -138,16 +138,16 @@ def test_slices_are_whole_heads() -> None:
     ],
 )
 def test_padded_vocabulary(vocabulary: int, size: int, rows: int) -> None:
-    found = plan.padded_vocabulary(vocabulary, tensor_parallel_size=size)
+    found = sharding_rules.padded_vocabulary(vocabulary, tensor_parallel_size=size)
     assert found == rows
     assert size == 1 or (found % (128 * size) == 0 and 0 <= found - vocabulary < 128 * size)
 
 
 def test_local_slices_cover_a_dimension() -> None:
-    parts = [plan.local_slice(12, rank=rank, size=4) for rank in range(4)]
+    parts = [sharding_rules.local_slice(12, rank=rank, size=4) for rank in range(4)]
     assert [index for part in parts for index in range(12)[part]] == list(range(12))
     with pytest.raises(AssertionError):
-        plan.local_slice(13, rank=0, size=4)
+        sharding_rules.local_slice(13, rank=0, size=4)
 
 
 def test_check_split_names_key_value_and_what_would_fit() -> None:

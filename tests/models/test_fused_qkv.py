@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.joint_linear import Entered, adjacent, join_, joint_linear
+from deberta_dist.models.fused_qkv import Entered, adjacent, join_, joint_linear
 from deberta_dist.models.layers import DisentangledSelfAttention
 from deberta_dist.models.presets import preset
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from deberta_dist.preparation.pipeline.crew import Crew, Worker
+from deberta_dist.preparation.pipeline.workers import Crew, Worker
 from tests.preparation.pipeline.slow_task import SlowTask
 
 
