@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import peers
-from benchmarks.stopwatch import Contestant, saved_bytes
+from benchmarks.stopwatch import TimedPass, saved_bytes
 from deberta_dist.kernels import RelativePositions, disentangled_attention, unavailable_reason
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.layers import DisentangledSelfAttention
@@ -21,11 +21,11 @@ from deberta_dist.models.positions import relative_positions
 from deberta_dist.models.presets import preset
 
 HEAD_SIZE = 64
-Forward = Callable[[], Tensor]
+AttentionForward = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """Sizes; operands and contestants are made from them, always the same."""
 
     batch_size: int
@@ -71,11 +71,11 @@ class Case:
         """Tensors that are there anyway."""
         return [self.hidden_BSD, self.rel_RD, *(p for module in self._modules for p in module.parameters())]
 
-    def contestant(self, forward: Forward) -> Contestant:
+    def contestant(self, forward: AttentionForward) -> TimedPass:
         """With the gradients of hidden states, table and weights."""
-        return Contestant(forward, lambda context: context.backward(self.gradient_BSD), self._clear)
+        return TimedPass(forward, lambda context: context.backward(self.gradient_BSD), self._clear)
 
-    def values(self, forward: Forward) -> list[Tensor]:
+    def values(self, forward: AttentionForward) -> list[Tensor]:
         """Context and gradients of hidden states, table and the three projections' weights."""
         self._clear()
         context = forward()
@@ -110,7 +110,7 @@ class Case:
         key_BNSH = self.hidden_BSD.unflatten(-1, (-1, HEAD_SIZE)).transpose(1, 2)
         return unavailable_reason(key_BNSH, positions=self.positions, mask=None)
 
-    def ours(self, implementation: str, *, recompute: bool = False) -> Forward:
+    def ours(self, implementation: str, *, recompute: bool = False) -> AttentionForward:
         """This package's, by one implementation of the kernel."""
         module, positions = self.module, self.positions
 
@@ -132,25 +132,25 @@ class Case:
 
         return forward
 
-    def hugging_face(self) -> Forward:
+    def hugging_face(self) -> AttentionForward:
         """transformers' module."""
         module = self._with_our_weights(peers.hugging_face_attention(self.config))
         mask = torch.ones(self.batch_size, 1, self.length, self.length, dtype=torch.bool, device=self.device)
         return lambda: module(self.hidden_BSD, mask, rel_embeddings=self.rel_RD)[0]
 
-    def published(self, checkout: Path) -> Forward:
+    def published(self, checkout: Path) -> AttentionForward:
         """The published module."""
         module = self._with_our_weights(peers.published_attention(checkout, self.config))
         mask = torch.ones(self.batch_size, 1, self.length, self.length, dtype=torch.uint8, device=self.device)
         return lambda: module(self.hidden_BSD, mask, rel_embeddings=self.rel_RD)["hidden_states"]
 
-    def disentangled_flash(self) -> Forward:
+    def disentangled_flash(self) -> AttentionForward:
         """The module of the package of that name."""
         module = self._with_our_weights(peers.disentangled_flash_attention(self.config, self.device))
         mask = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=self.device)
         return lambda: module(self.hidden_BSD, mask, rel_embeddings=self.rel_RD)[0]
 
-    def without_positions(self) -> Forward:
+    def without_positions(self) -> AttentionForward:
         """The same projections with torch's attention: no relative table."""
         module = self.module
 

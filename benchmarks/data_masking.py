@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     import torch
 
     from benchmarks.published_masking import PublishedMasking
-    from deberta_dist.data.loader import MaskedLMData
+    from deberta_dist.data.loader import MaskedLMDataset
     from deberta_dist.data.masking import MaskingConfig
     from deberta_dist.data.token_corpus import open_corpus
     from deberta_dist.data.tokenizer import Tokenizer
@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     torch.set_num_threads(1)
     tokenizer, tokens = Tokenizer(inputs.tokenizer), open_corpus(inputs.tokens)
 
-    def ours(method: str) -> MaskedLMData:
+    def ours(method: str) -> MaskedLMDataset:
         masking = MaskingConfig(method=method, mask_probability=0.15, max_ngram=MAX_NGRAM)
-        return MaskedLMData(tokens, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=masking, seed=1)
+        return MaskedLMDataset(tokens, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=masking, seed=1)
 
     official, uniform = ours("official"), ours("uniform")
     count = min(arguments.samples, official.num_samples)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     )
     starts = range(0, count, BATCH_SIZE)
 
-    def drawn(data: MaskedLMData) -> Callable[[], list[Any]]:
+    def drawn(data: MaskedLMDataset) -> Callable[[], list[Any]]:
         return lambda: [data.batch(start, min(BATCH_SIZE, count - start)) for start in starts]
 
     def published() -> list[Any]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deberta_dist.models.attention_dispatch import describe_attention, require_attention, set_attention
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.fused_qkv import add_gradients_, set_main_grads
+from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.residual import ResidualOutput
 

@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from deberta_dist.data.loader import MaskedLMData
+from deberta_dist.data.loader import MaskedLMDataset
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def main() -> None:
     tokenizer = Tokenizer(arguments.tokenizer)
     begin = time.perf_counter()
     corpus = open_corpus(arguments.tokens)
-    data = MaskedLMData(corpus, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=MaskingConfig(), seed=1)
+    data = MaskedLMDataset(corpus, tokenizer, max_seq_length=SEQUENCE_LENGTH, masking=MaskingConfig(), seed=1)
     data.batch(0, 1)
     opened = time.perf_counter()
     before = memory(arguments.tokens)

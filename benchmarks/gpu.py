@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT, gpu_wheels
-from benchmarks.gpu_processes import NOT_RUN, Place, Step, run_steps
+from benchmarks.gpu_processes import NOT_RUN, GpuStep, StepEnvironment, run_steps
 from benchmarks.gpu_worker import DONE, versions, write_json
 from deberta_dist.errors import ConfigError, with_exit_code
 from deberta_dist.operations.measure import TRAINER_NEEDS
@@ -42,7 +42,7 @@ _REHEARSAL_PATIENCE = 4  # a CPU that others use as well
 
 
 @dataclass(frozen=True)
-class Part:
+class StepGroup:
     """Steps in the order in which they run, the most important first.
 
     Attributes:
@@ -51,41 +51,41 @@ class Part:
     """
 
     limit: float
-    steps: tuple[Step, ...]
+    steps: tuple[GpuStep, ...]
 
 
-def _attention_check(dtype: str, name: str) -> Step:
+def _attention_check(dtype: str, name: str) -> GpuStep:
     proves = f"fused and portable attention equal the formula in float64: {dtype}, forward and all gradients"
-    return Step(f"attention-{name}", f"{_CHECKS}:attention", 120, proves, {"dtype": dtype})
+    return GpuStep(f"attention-{name}", f"{_CHECKS}:attention", 120, proves, {"dtype": dtype})
 
 
-def _train_check(precision: str) -> Step:
+def _train_check(precision: str) -> GpuStep:
     proves = f"steps with DeepSpeed and NCCL equal a CPU's, evaluation too; a resumed run is bit-equal: {precision}"
-    return Step(f"train-{precision}", f"{_CHECKS}:train", 120, proves, {"precision": precision}, needs=TRAINER_NEEDS)
+    return GpuStep(f"train-{precision}", f"{_CHECKS}:train", 120, proves, {"precision": precision}, needs=TRAINER_NEEDS)
 
 
-def _attention_speed(batch: int, length: int, limit: float) -> Step:
+def _attention_speed(batch: int, length: int, limit: float) -> GpuStep:
     proves = f"attention of the 1.5B, {batch} x {length}, beside SDPA and disentangled-flash; times of its kernels"
     options = {"batch": batch, "length": length}
-    return Step(f"attention-{batch}x{length}", f"{_SPEED}:attention", limit, proves, options, alone=True)
+    return GpuStep(f"attention-{batch}x{length}", f"{_SPEED}:attention", limit, proves, options, alone=True)
 
 
-def _model_speed(size: str, batch: int, length: int) -> Step:
+def _model_speed(size: str, batch: int, length: int) -> GpuStep:
     proves = f"v3-{size}'s step, {batch} x {length}, beside ModernBERT-{size} and transformers' DeBERTa"
     options = {"size": size, "batch": batch, "length": length}
     ahead = "benchmarks.peers:import_ahead"
-    return Step(f"v3-{size}-{length}", f"{_SPEED}:model_beside_peers", 60, proves, options, alone=True, ahead=ahead)
+    return GpuStep(f"v3-{size}-{length}", f"{_SPEED}:model_beside_peers", 60, proves, options, alone=True, ahead=ahead)
 
 
-def _speed(name: str, function: str, limit: float, proves: str, **more: Any) -> Step:
-    return Step(name, f"{_SPEED}:{function}", limit, proves, alone=True, **more)
+def _speed(name: str, function: str, limit: float, proves: str, **more: Any) -> GpuStep:
+    return GpuStep(name, f"{_SPEED}:{function}", limit, proves, alone=True, **more)
 
 
-PARTS: Mapping[str, Part] = {
-    "correctness": Part(
+PARTS: Mapping[str, StepGroup] = {
+    "correctness": StepGroup(
         360,
         (
-            Step(
+            GpuStep(
                 "device",
                 f"{_CHECKS}:device",
                 90,
@@ -96,9 +96,9 @@ PARTS: Mapping[str, Part] = {
             _train_check("fp32"),
             _attention_check("float32", "fp32"),
             _train_check("bf16"),
-            Step("rows", f"{_CHECKS}:rows", 90, "dropout, residual and LayerNorm in one kernel equal the formula in float64"),
+            GpuStep("rows", f"{_CHECKS}:rows", 90, "dropout, residual and LayerNorm in one kernel equal the formula in float64"),
             _attention_check("float16", "fp16"),
-            Step(
+            GpuStep(
                 "tests",
                 f"{_CHECKS}:tests",
                 150,
@@ -108,7 +108,7 @@ PARTS: Mapping[str, Part] = {
             ),
         ),
     ),
-    "speed": Part(
+    "speed": StepGroup(
         240,
         (
             _attention_speed(16, 512, 60),
@@ -150,7 +150,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen(parts: Mapping[str, Part], *, part: str | None, names: Sequence[str] | None) -> dict[str, Part]:
+def chosen(parts: Mapping[str, StepGroup], *, part: str | None, names: Sequence[str] | None) -> dict[str, StepGroup]:
     """The parts with the steps that were asked for.
 
     Raises:
@@ -162,11 +162,11 @@ def chosen(parts: Mapping[str, Part], *, part: str | None, names: Sequence[str] 
         raise ConfigError(f"--step {unknown[0]}: there is no such step; there are {', '.join(known)}")
     if names is not None:
         chosen_steps = {key: tuple(step for step in value.steps if step.name in names) for key, value in found.items()}
-        found = {key: Part(parts[key].limit, steps) for key, steps in chosen_steps.items() if steps}
+        found = {key: StepGroup(parts[key].limit, steps) for key, steps in chosen_steps.items() if steps}
     return found
 
 
-def describe(parts: Mapping[str, Part]) -> str:
+def describe(parts: Mapping[str, StepGroup]) -> str:
     """All steps, with limits and what they need."""
     lines = []
     for name, part in parts.items():
@@ -192,7 +192,7 @@ def main() -> int:
     return run(sys.argv[1:])
 
 
-def run(arguments: Sequence[str], *, parts: Mapping[str, Part] = PARTS) -> int:
+def run(arguments: Sequence[str], *, parts: Mapping[str, StepGroup] = PARTS) -> int:
     """Does what a command line asks for.
 
     Args:
@@ -218,7 +218,7 @@ def run(arguments: Sequence[str], *, parts: Mapping[str, Part] = PARTS) -> int:
         if parsed.install is not None:
             packages = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-gpu-packages-")))
             print(gpu_wheels.install(parsed.install, packages), flush=True)
-        place = Place(
+        place = StepEnvironment(
             folder=out,
             command=command,
             rehearses=parsed.rehearse,
@@ -228,7 +228,7 @@ def run(arguments: Sequence[str], *, parts: Mapping[str, Part] = PARTS) -> int:
         return _run(found, place=place)
 
 
-def _run(parts: Mapping[str, Part], *, place: Place) -> int:
+def _run(parts: Mapping[str, StepGroup], *, place: StepEnvironment) -> int:
     summary: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(place.command),

@@ -14,15 +14,15 @@ import torch
 from benchmarks import ROOT, gpu_training
 from benchmarks.gpu_attention import FEATURES, Agreement, Problem, tolerance
 from benchmarks.gpu_rows import RowsProblem
-from benchmarks.gpu_worker import Report, Setting
-from benchmarks.stopwatch import Contestant, race
+from benchmarks.gpu_worker import StepReport, StepSetting
+from benchmarks.stopwatch import TimedPass, race
 from deberta_dist.kernels.fused.availability import triton_reason, triton_version
 from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.measure import TRAINER_NEEDS, machine
 
 
-def device(setting: Setting, report: Report) -> None:
+def device(setting: StepSetting, report: StepReport) -> None:
     """Versions, the device, its two rates, and whether the fused attention is what models will use."""
     on = torch.device(setting.device)
     facts = {"cuda": torch.version.cuda, **{key: machine()[key] for key in ("processor", "cores", "system")}}
@@ -43,7 +43,7 @@ def device(setting: Setting, report: Report) -> None:
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=on)
     target = torch.empty_like(source)
     figures = race(
-        {"product": Contestant(lambda: left @ right), "copy": Contestant(lambda: target.copy_(source))},
+        {"product": TimedPass(lambda: left @ right), "copy": TimedPass(lambda: target.copy_(source))},
         rounds=setting.sized(15, 2),
         warm_up=3,
         device=on,
@@ -59,7 +59,7 @@ def device(setting: Setting, report: Report) -> None:
     report.require("attention that models use", setting.rehearses or chosen.startswith("attention: fused"), chosen)
 
 
-def attention(setting: Setting, report: Report, *, dtype: str) -> None:
+def attention(setting: StepSetting, report: StepReport, *, dtype: str) -> None:
     """Fused and portable attention beside the formula in float64."""
     on, kind = torch.device(setting.device), getattr(torch, dtype)
     shapes = setting.sized(((2, 4, 512), (1, 2, 1024), (2, 4, 333), (1, 2, 4096)), ((1, 1, 40),))
@@ -83,7 +83,7 @@ def attention(setting: Setting, report: Report, *, dtype: str) -> None:
             report.row(f"errors of {name}, {size}", row)
 
 
-def rows(setting: Setting, report: Report) -> None:
+def rows(setting: StepSetting, report: StepReport) -> None:
     """Dropout, residual and LayerNorm in one kernel beside the formula in float64."""
     on = torch.device(setting.device)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -97,7 +97,7 @@ def rows(setting: Setting, report: Report) -> None:
             _check_agreement(report, case, found, dtype=dtype, repeats=True)
 
 
-def _check_agreement(report: Report, case: str, found: Agreement, *, dtype: torch.dtype, repeats: bool) -> None:
+def _check_agreement(report: StepReport, case: str, found: Agreement, *, dtype: torch.dtype, repeats: bool) -> None:
     limit = tolerance(dtype)
     report.check(f"{case}: error of the norm of {found.worst}", found.norm_error, at_most=limit, quiet=True)
     report.check(f"{case}: largest error", found.largest_error, at_most=2 * limit, quiet=True)
@@ -120,7 +120,7 @@ def _not_interpreted(dtype: torch.dtype, *, multiplies: bool = True) -> str | No
     return None
 
 
-def tests(setting: Setting, report: Report) -> None:
+def tests(setting: StepSetting, report: StepReport) -> None:
     """The tests that are marked ``gpu``."""
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text("utf-8")]
     files = [path.relative_to(ROOT).as_posix() for path in marked]
@@ -143,7 +143,7 @@ def tests(setting: Setting, report: Report) -> None:
     report.require("tests passed", expected, f"{passed} of {counts['tests']}")
 
 
-def train(setting: Setting, report: Report, *, precision: str) -> None:
+def train(setting: StepSetting, report: StepReport, *, precision: str) -> None:
     """A few optimizer steps with DeepSpeed beside the same ones on a CPU; evaluation; save and resume."""
     timeout = setting.sized(gpu_training.TIMEOUT_SECONDS, 400)
     found = gpu_training.compare(precision, uses_gpu=not setting.rehearses, timeout=timeout)

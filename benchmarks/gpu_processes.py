@@ -27,7 +27,7 @@ _LAST_WORDS = 1500
 
 
 @dataclass(frozen=True)
-class Step:
+class GpuStep:
     """One measurement.
 
     Attributes:
@@ -54,7 +54,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Place:
+class StepEnvironment:
     """Where steps run and leave what they find.
 
     Attributes:
@@ -82,7 +82,7 @@ class Place:
 
 
 def run_steps(
-    steps: Sequence[Step], *, place: Place, limit: float, on_end: Callable[[dict[str, Any]], None]
+    steps: Sequence[GpuStep], *, place: StepEnvironment, limit: float, on_end: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """Runs the steps in order; returns their records, one of each, in the order in which they ended.
 
@@ -135,13 +135,13 @@ def run_steps(
     return records
 
 
-def _may_start(step: Step, running: Sequence[Step], *, at_once: int) -> bool:
+def _may_start(step: GpuStep, running: Sequence[GpuStep], *, at_once: int) -> bool:
     if not running:
         return True
     return not step.alone and not any(other.alone for other in running) and len(running) < at_once
 
 
-def _is_installed(name: str, place: Place) -> bool:
+def _is_installed(name: str, place: StepEnvironment) -> bool:
     found = place.packages is not None and (place.packages / name).is_dir()
     return found or importlib.util.find_spec(name) is not None
 
@@ -149,7 +149,7 @@ def _is_installed(name: str, place: Place) -> bool:
 class _Process:
     """A step's process: made, then told to go."""
 
-    def __init__(self, step: Step, place: Place) -> None:
+    def __init__(self, step: GpuStep, place: StepEnvironment) -> None:
         self.step, self._folder = step, place.folder
         self._limit = step.limit
         self._killed_after: float | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu_attention import Agreement, agreement
-from deberta_dist.kernels.dropout import drop_words_, kept_share, words_of_rows
+from deberta_dist.kernels.dropout import drop_words_, keep_probability, words_of_rows
 from deberta_dist.kernels.rows import RowNumbers, residual_norm
 
 COMPARED = ("output", "x", "bias", "residual", "weight", "norm_bias")
@@ -49,7 +49,7 @@ class RowsProblem:
         words = torch.empty(rows, columns, dtype=torch.int32, device=x.device)
         of_rows = words_of_rows(self._numbers.of(rows, x.device), _SEED)
         is_dropped = (drop_words_(words, torch.empty_like(words), of_rows, p=_P) < 0).view(x.shape)
-        attended = ((x + bias) / kept_share(_P)).masked_fill(is_dropped, 0.0)
+        attended = ((x + bias) / keep_probability(_P)).masked_fill(is_dropped, 0.0)
         output = F.layer_norm(attended + residual, x.shape[-1:], weight, norm_bias, _EPS)
         return [output.detach(), *torch.autograd.grad(output, leaves, self._gradient.double())]
 

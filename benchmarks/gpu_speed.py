@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from benchmarks import attention_contestants, peers, whole_layer
 from benchmarks.device_models import PlainTraining, join_residuals, random_masked_lm
 from benchmarks.gpu_attention import Problem
-from benchmarks.gpu_worker import Report, Setting
-from benchmarks.stopwatch import Contestant, differences, kernel_seconds, race
+from benchmarks.gpu_worker import StepReport, StepSetting
+from benchmarks.stopwatch import TimedPass, differences, kernel_seconds, race
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import device_peak_flops, forward_flops
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
@@ -32,7 +32,7 @@ IGNORED = -100
 _KERNELS = 14  # of a profile that are told
 
 
-def attention(setting: Setting, report: Report, *, batch: int, length: int) -> None:
+def attention(setting: StepSetting, report: StepReport, *, batch: int, length: int) -> None:
     """The attention of one layer of the 1.5B, alone and with its projections, and its kernels."""
     on, heads = torch.device(setting.device), setting.sized(24, 2)
     batch, length = setting.sized((batch, length), (1, 64))
@@ -48,23 +48,27 @@ def attention(setting: Setting, report: Report, *, batch: int, length: int) -> N
     )
     times = {}
     for name, (forward, backward) in contestants.items():
-        passes = {"forward": Contestant(forward), "both": Contestant(forward, backward)}
+        passes = {"forward": TimedPass(forward), "both": TimedPass(forward, backward)}
         figures = race(passes, rounds=setting.sized(9, 1), warm_up=2, device=on, repeats=setting.sized(8, 1))
         times[name] = {key: row["seconds"] for key, row in figures.items()}
         report.row(f"alone, {name}", {f"{key}, ms": 1e3 * seconds for key, seconds in times[name].items()})
     first = names[0]
     ratios = {f"x the time of {name}": times[first]["both"] / times[name]["both"] for name in times if name != first}
     report.row(f"alone, {first} takes", ratios)
-    kernels = kernel_seconds(Contestant(*contestants[first]).run, on, rounds=setting.sized(3, 1))
+    kernels = kernel_seconds(TimedPass(*contestants[first]).run, on, rounds=setting.sized(3, 1))
     report.row(f"kernels of {first}, us", {name[:60]: 1e6 * s for name, s in list(kernels.items())[:_KERNELS]})
     del problem, contestants
     _with_projections(setting, report, batch=batch, length=length, heads=heads, dtype=dtype)
 
 
-def _with_projections(setting: Setting, report: Report, *, batch: int, length: int, heads: int, dtype: torch.dtype) -> None:
+def _with_projections(
+    setting: StepSetting, report: StepReport, *, batch: int, length: int, heads: int, dtype: torch.dtype
+) -> None:
     """What the package disentangled-flash offers is a module that makes them itself."""
     on = torch.device(setting.device)
-    case = attention_contestants.Case(batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype)
+    case = attention_contestants.AttentionCase(
+        batch_size=batch, length=length, heads=heads, dropout=DROPOUT, device=on, dtype=dtype
+    )
     ours = FUSED if case.no_fused_reason is None else PORTABLE
     forward, seconds = case.ours(ours), {}
 
@@ -89,7 +93,7 @@ def _with_projections(setting: Setting, report: Report, *, batch: int, length: i
     measure(peers.DISENTANGLED_FLASH, theirs)
 
 
-def layer(setting: Setting, report: Report, *, compiles: bool) -> None:
+def layer(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
     """A whole layer of the 1.5B, forward and backward, beside the same one without positions."""
     on, heads = torch.device(setting.device), setting.sized(24, 2)
     for batch, length in setting.sized(((16, 512), (4, 512), (2, 4096)), ((1, 64),)):
@@ -129,7 +133,7 @@ def layer(setting: Setting, report: Report, *, compiles: bool) -> None:
         _forget(on)
 
 
-def whole_model(setting: Setting, report: Report, *, compiles: bool) -> None:
+def whole_model(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
     """The 1.5B: forward, backward and optimizer step of one micro-batch, without DeepSpeed."""
     on = torch.device(setting.device)
     config, shape = setting.sized((preset(LARGE), (16, 512)), (preset("tiny-v2"), (2, 32)))
@@ -139,7 +143,7 @@ def whole_model(setting: Setting, report: Report, *, compiles: bool) -> None:
     _measure(setting, report, "compiled" if compiles else "plain", training, shape=shape, flops=_flops(config, shape))
 
 
-def trainer(setting: Setting, report: Report) -> None:
+def trainer(setting: StepSetting, report: StepReport) -> None:
     """The same steps as a run takes them: the trainer with DeepSpeed, one process."""
     from deberta_dist.operations.ranks import start_ranks
 
@@ -175,7 +179,7 @@ def trainer(setting: Setting, report: Report) -> None:
     )
 
 
-def model_beside_peers(setting: Setting, report: Report, *, size: str, batch: int, length: int) -> None:
+def model_beside_peers(setting: StepSetting, report: StepReport, *, size: str, batch: int, length: int) -> None:
     """v3-base or v3-large, whole steps, beside ModernBERT of that size and transformers' DeBERTa."""
     on = torch.device(setting.device)
     shape = setting.sized((batch, length), (2, 32))
@@ -207,7 +211,7 @@ def model_beside_peers(setting: Setting, report: Report, *, size: str, batch: in
         _forget(on)
 
 
-def launching(setting: Setting, report: Report) -> None:
+def launching(setting: StepSetting, report: StepReport) -> None:
     """12 layers of the 1.5B with large and small micro-batches: whether the device waits to be told what to do."""
     on = torch.device(setting.device)
     config = setting.sized(preset(LARGE, num_hidden_layers=12), preset("tiny-v2"))
@@ -215,7 +219,7 @@ def launching(setting: Setting, report: Report) -> None:
     seconds = {}
     for shape in setting.sized(((16, 512), (4, 512)), ((4, 32), (1, 32))):
         training = _own_training(model, shape, on)
-        row = race({"passes": Contestant(training.passes)}, rounds=setting.sized(7, 1), warm_up=3, device=on)["passes"]
+        row = race({"passes": TimedPass(training.passes)}, rounds=setting.sized(7, 1), warm_up=3, device=on)["passes"]
         seconds[shape] = row["seconds"]
         busy = sum(kernel_seconds(training.passes, on, rounds=setting.sized(3, 1)).values())
         report.row(
@@ -229,8 +233,8 @@ def launching(setting: Setting, report: Report) -> None:
 
 
 def _measure(
-    setting: Setting,
-    report: Report,
+    setting: StepSetting,
+    report: StepReport,
     name: str,
     training: PlainTraining,
     *,
@@ -249,7 +253,7 @@ def _measure(
     on = torch.device(setting.device)
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
-    contestants = {"passes": Contestant(training.passes), "step": Contestant(training.step)}
+    contestants = {"passes": TimedPass(training.passes), "step": TimedPass(training.step)}
     figures = race(contestants, rounds=setting.sized(5, 1), warm_up=setting.sized(2, 1), device=on)
     seconds, tokens = figures["step"]["seconds"], shape[0] * shape[1]
     row = {

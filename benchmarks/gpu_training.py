@@ -29,7 +29,7 @@ _SMALL = 1e-3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TrainingComparison:
     """What the two have in common.
 
     Attributes:
@@ -52,7 +52,7 @@ class Comparison:
         return {name: (error, at_most) for name, (error, at_most) in self.errors.items() if not error <= at_most}
 
 
-def compare(precision: str, *, uses_gpu: bool, timeout: float = TIMEOUT_SECONDS) -> Comparison:
+def compare(precision: str, *, uses_gpu: bool, timeout: float = TIMEOUT_SECONDS) -> TrainingComparison:
     """Trains on both.
 
     Args:
@@ -88,7 +88,7 @@ def compare(precision: str, *, uses_gpu: bool, timeout: float = TIMEOUT_SECONDS)
         f"change of weights, {worst}": change_error,
     }
     limits = TOLERANCES[precision] | {"held-out loss": TOLERANCES[precision]["loss"]}
-    return Comparison(
+    return TrainingComparison(
         figures={key: device[key] for key in ("device", "attention", "losses", "norms", "evaluations")},
         cpu_figures={key: cpu[key] for key in ("attention", "losses", "norms", "evaluations")},
         errors={name: (error, limits[name.partition(",")[0]]) for name, error in errors.items()},

@@ -144,7 +144,7 @@ class Runs:
 
         reader = CheckpointReader(folder / step_name(SAVED))
         flats = own_flat_layout(layout, mesh=self._mesh)
-        shards = reader.read_shards(flats, shape=self._mesh.shape, coordinate=self._mesh.coordinate)
+        shards = reader.read_shards(flats, shape=self._mesh.shape, mesh_rank=self._mesh.mesh_rank)
         resumed = self.trainer(config, **RESUMED, shards=shards)
         load_state(resumed.parts.sharded_model, shards, manifest=reader.manifest)
         results = [resumed.step(batch(step), step=step, learning_rate=rate) for step in range(SAVED, STEPS)]

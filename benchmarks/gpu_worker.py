@@ -29,7 +29,7 @@ PACKAGES = ("torch", "triton", "numpy", "deepspeed", "pydantic", "transformers",
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepSetting:
     """Where a step runs.
 
     Attributes:
@@ -45,7 +45,7 @@ class Setting:
         return small if self.rehearses else real
 
 
-class Report:
+class StepReport:
     """What a step finds, printed and saved as soon as it is known.
 
     Args:
@@ -171,8 +171,8 @@ def main(folder: Path, plan: dict[str, Any]) -> None:
         "versions": versions(),
         "rehearsal": plan["rehearses"],
     }
-    report = Report(folder / f"{plan['step']}.json", record, console=console)
-    setting = Setting(device=plan["device"], rehearses=plan["rehearses"])
+    report = StepReport(folder / f"{plan['step']}.json", record, console=console)
+    setting = StepSetting(device=plan["device"], rehearses=plan["rehearses"])
     begun = time.monotonic()
     try:
         function(setting, report, **plan["options"])

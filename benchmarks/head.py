@@ -29,13 +29,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks import stopwatch
-    from benchmarks.head_contestants import Head
+    from benchmarks.head_contestants import HeadContestant
     from deberta_dist.planning.activations import LiveBytes
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    head = Head(
+    head = HeadContestant(
         hidden_size=arguments.hidden_size,
         vocab_size=arguments.vocabulary,
         shape=(arguments.batch_size, arguments.length),
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     agreement = stopwatch.require_agreement(values, oracle=TARGETS, tolerance=tolerance)
     del values
     contestants = {
-        name: stopwatch.Contestant(loss, lambda value: value.backward(), head.forget) for name, loss in losses.items()
+        name: stopwatch.TimedPass(loss, lambda value: value.backward(), head.forget) for name, loss in losses.items()
     }
     figures = stopwatch.race(contestants, rounds=arguments.rounds, warm_up=1, device=device)
     for name, contestant in contestants.items():

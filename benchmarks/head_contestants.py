@@ -14,7 +14,7 @@ from deberta_dist.models.presets import preset
 IGNORED = -100
 
 
-class Head:
+class HeadContestant:
     """One batch of hidden states, a head and a word table.
 
     Args:

@@ -46,7 +46,7 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
 
     from benchmarks import attention_contestants, peers, stopwatch
 
-    case = attention_contestants.Case(
+    case = attention_contestants.AttentionCase(
         batch_size=arguments.batch_size,
         length=arguments.length,
         heads=arguments.heads,
@@ -75,7 +75,7 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
     agreement = _agreement(case, forwards, tolerance=TOLERANCE if dtype == torch.float32 else 0.05)
     forwards[NO_POSITIONS] = case.without_positions()
     contestants = {name: case.contestant(forward) for name, forward in forwards.items()}
-    contestants[FLOOR] = stopwatch.Contestant(case.products_alone())
+    contestants[FLOOR] = stopwatch.TimedPass(case.products_alone())
     figures = stopwatch.race(contestants, rounds=arguments.rounds, warm_up=2, device=device)
     for name, forward in forwards.items():
         figures[name]["saved_bytes"] = stopwatch.saved_bytes(forward, without=case.leaves)

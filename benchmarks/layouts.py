@@ -21,7 +21,7 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.operations.measure import machine
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
-    from deberta_dist.operations.calibration_rank import Case
+    from deberta_dist.operations.calibration_rank import LayoutCase
 
 LAYOUTS = "1x1x1,1x1x2,1x2x1,2x1x1,2x2x1,1x2x2,2x1x2,1x4x1,1x1x4,2x2x2"
 CALIBRATES = "1x1x1"
@@ -72,20 +72,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"machine": before, "load_after": os.getloadavg(), "rows": rows, "calibration": table, "rounds": rounds}
 
 
-def parse_layouts(text: str) -> list["Case"]:
+def parse_layouts(text: str) -> list["LayoutCase"]:
     """The layouts, the calibrating one first.
 
     Raises:
         ConfigError: one that is not three sizes, or that the model or the batch cannot be cut into.
     """
-    from deberta_dist.operations.calibration_rank import GLOBAL_BATCH, MICRO_BATCH, Case, plan_of
+    from deberta_dist.operations.calibration_rank import GLOBAL_BATCH, MICRO_BATCH, LayoutCase, plan_of
 
     cases = []
     for name in dict.fromkeys([CALIBRATES, *text.split(",")]):
         sizes = name.split("x")
         if len(sizes) != 3 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
             raise ConfigError(f"--layouts: {name!r} is no layout; expected tensor x pipeline x data, e.g. 2x1x2")
-        case = Case(*map(int, sizes))
+        case = LayoutCase(*map(int, sizes))
         if (GLOBAL_BATCH // MICRO_BATCH) % case.data:
             raise ConfigError(
                 f"--layouts: {name}: data {case.data} does not divide {GLOBAL_BATCH // MICRO_BATCH} micro-batches"
@@ -99,7 +99,7 @@ def compare(
     measured: Mapping[str, Sequence[float]],
     processor: Mapping[str, Sequence[float]],
     table: Mapping[str, Any],
-    cases: Sequence["Case"],
+    cases: Sequence["LayoutCase"],
 ) -> list[dict[str, Any]]:
     """One row per layout, fastest first as measured."""
     from deberta_dist.operations.calibration import machine_of

@@ -47,7 +47,7 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
     layouts = flat_layouts(layout, data_parallel_size=shape.data)
     writers = [CheckpointWriter(directory / "checkpoints", rank=rank) for rank in range(shape.world_size)]
     for rank, writer in enumerate(writers):
-        here = shape.coordinate(rank)
+        here = shape.mesh_rank(rank)
         shards = [
             ShardState(random_tensor((size,)), torch.zeros(size), torch.zeros(size))
             for size in layouts[here.pipeline, here.tensor].sizes

@@ -19,7 +19,7 @@ from deberta_dist.operations.measure import BenchmarkError, machine
 from deberta_dist.operations.ranks import start_ranks
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
-    from benchmarks.scale_rank import Case
+    from benchmarks.scale_rank import TrafficCase
 
 SIZES = (1, 2, 4, 8)
 KINDS = (
@@ -64,10 +64,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     layouts = parse_layouts(arguments.layouts, processes=arguments.processes)
     micro_batches = parse_micro_batches(arguments.micro_batches)
-    from benchmarks.scale_rank import Case, model_config
+    from benchmarks.scale_rank import TrafficCase, model_config
 
-    cases = [Case(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches]
-    data_parallel = [Case(1, 1, arguments.processes, count) for count in micro_batches]
+    cases = [
+        TrafficCase(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches
+    ]
+    data_parallel = [TrafficCase(1, 1, arguments.processes, count) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
     found = count_all(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
 
@@ -126,7 +128,7 @@ def parse_micro_batches(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def formula(case: "Case") -> list[dict[str, int]]:
+def formula(case: "TrafficCase") -> list[dict[str, int]]:
     """Bytes by kind of every rank, as the dry run has them."""
     from benchmarks.scale_rank import deepspeed_config, layout_of, run_config
     from deberta_dist.planning.communication import rank_communication
@@ -136,7 +138,7 @@ def formula(case: "Case") -> list[dict[str, int]]:
     shape = mesh_shape(config)
     ranks = []
     for rank in range(shape.world_size):
-        here = shape.coordinate(rank)
+        here = shape.mesh_rank(rank)
         found = rank_communication(
             layout,
             config=config,
@@ -148,7 +150,7 @@ def formula(case: "Case") -> list[dict[str, int]]:
     return ranks
 
 
-def check(case: "Case", *, counted: Sequence[Mapping[str, int]], expected: Sequence[Mapping[str, int]]) -> None:
+def check(case: "TrafficCase", *, counted: Sequence[Mapping[str, int]], expected: Sequence[Mapping[str, int]]) -> None:
     """Compares all ranks of a case, kind by kind; a kind that the formula does not know counts as 0 of it.
 
     Raises:
@@ -166,9 +168,9 @@ def check(case: "Case", *, counted: Sequence[Mapping[str, int]], expected: Seque
 
 
 def check_losses(
-    cases: Sequence["Case"],
+    cases: Sequence["TrafficCase"],
     ours: Sequence[Sequence[Mapping[str, Any]]],
-    peer_cases: Sequence["Case"],
+    peer_cases: Sequence["TrafficCase"],
     peers: Sequence[Sequence[Mapping[str, Any]]],
 ) -> None:
     """The peer trains the same model on the same tokens: equal losses of the first step wherever there is one of ours.
@@ -187,7 +189,7 @@ def check_losses(
 
 
 def count_all(
-    cases: Sequence["Case"], peers: Sequence[tuple[str, "Case"]], *, processes: int, timeout: float
+    cases: Sequence["TrafficCase"], peers: Sequence[tuple[str, "TrafficCase"]], *, processes: int, timeout: float
 ) -> dict[str, list[list[dict[str, Any]]]]:
     """Runs everything and checks each layout when it is counted; returns [case][rank] for ``ours`` and ``deepspeed``.
 
@@ -219,7 +221,7 @@ def count_all(
     return results
 
 
-def _row(name: str, case: "Case", ranks: Iterable[Mapping[str, int]]) -> dict[str, Any]:
+def _row(name: str, case: "TrafficCase", ranks: Iterable[Mapping[str, int]]) -> dict[str, Any]:
     ranks = [dict(rank) for rank in ranks]
     totals: Counter[str] = Counter()
     for rank in ranks:

@@ -43,7 +43,7 @@ WINDOWS = {
 
 
 @dataclass(frozen=True)
-class Case:
+class TrafficCase:
     """One layout and number of micro-batches; sequence parallelism splits what the tensor ranks would all hold."""
 
     tensor: int
@@ -82,7 +82,7 @@ def model_config() -> DebertaConfig:
     )
 
 
-def run_config(case: Case) -> RunConfig:
+def run_config(case: TrafficCase) -> RunConfig:
     """The resolved configuration of a case."""
     return RunConfig(
         model=Model(preset="tiny-v2"),
@@ -105,7 +105,7 @@ def run_config(case: Case) -> RunConfig:
     )
 
 
-def deepspeed_config(case: Case) -> dict[str, Any]:
+def deepspeed_config(case: TrafficCase) -> dict[str, Any]:
     """DeepSpeed's JSON under the weight store, whose engine sees one batch per step."""
     return {
         "train_batch_size": case.data,
@@ -118,7 +118,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     }
 
 
-def layout_of(case: Case) -> Layout:
+def layout_of(case: TrafficCase) -> Layout:
     """Who holds what.
 
     Raises:
@@ -129,7 +129,7 @@ def layout_of(case: Case) -> Layout:
     return plan_layout(MaskedLMNetwork(config=config), parallel=run_config(case).parallel, flops=flops)
 
 
-def own_batch(case: Case, *, step: int, replica: int) -> Batch:
+def own_batch(case: TrafficCase, *, step: int, replica: int) -> Batch:
     """The micro-batches of one replica, stacked; every sequence has the expected number of targets."""
     per_replica = MICRO_BATCH_SIZE * case.micro_batches
     return masked_batch(
@@ -141,7 +141,7 @@ def own_batch(case: Case, *, step: int, replica: int) -> Batch:
     )
 
 
-def count_ours(case: Case, *, device: torch.device) -> Counted:
+def count_ours(case: TrafficCase, *, device: torch.device) -> Counted:
     """Builds a layout, as training does, and counts one step of it. Collective."""
     config, json_config = run_config(case), deepspeed_config(case)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
@@ -149,7 +149,7 @@ def count_ours(case: Case, *, device: torch.device) -> Counted:
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
 
     def take(step: int) -> float:
-        batch = own_batch(case, step=step, replica=mesh.coordinate.data)
+        batch = own_batch(case, step=step, replica=mesh.mesh_rank.data)
         return trainer.step(batch, step=step, learning_rate=LEARNING_RATE).loss
 
     counted = _count(take)
@@ -157,7 +157,7 @@ def count_ours(case: Case, *, device: torch.device) -> Counted:
     return counted
 
 
-def count_deepspeed(case: Case, *, parameters: float | None) -> Counted:
+def count_deepspeed(case: TrafficCase, *, parameters: float | None) -> Counted:
     """One step of DeepSpeed's ZeRO-3 engine around the plain model, data parallel, accumulating gradients. Collective.
 
     Args:
@@ -201,11 +201,11 @@ def main(folder: Path) -> None:
     # DeepSpeed first: it remembers the groups of an engine that had a grid.
     for one in plan["deepspeed"]:
         print(f"counting DeepSpeed {one}", flush=True)
-        found["deepspeed"].append(asdict(count_deepspeed(Case(**one["case"]), parameters=one["parameters"])))
+        found["deepspeed"].append(asdict(count_deepspeed(TrafficCase(**one["case"]), parameters=one["parameters"])))
         gc.collect()
     for one in plan["ours"]:
         print(f"counting {one}", flush=True)
-        found["ours"].append(asdict(count_ours(Case(**one), device=device)))
+        found["ours"].append(asdict(count_ours(TrafficCase(**one), device=device)))
         gc.collect()
     rank = dist.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -24,7 +24,7 @@ from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
 @dataclass(frozen=True)
-class Stage:
+class MeasuredStage:
     """Layers of one pipeline stage, and what a tensor-parallel rank has of them."""
 
     config: DebertaConfig
@@ -32,7 +32,7 @@ class Stage:
     tensor_parallel_size: int
 
 
-def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> list[Stage]:
+def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> list[MeasuredStage]:
     """The first, the second and the last stage of a layout, as a run has them.
 
     Raises:
@@ -43,11 +43,11 @@ def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> 
     parallel = Parallel(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=1)
     found = plan_layout(MaskedLMNetwork(config=config), parallel=parallel, flops=flops).stages
     chosen = sorted({0, min(1, pipeline - 1), pipeline - 1})
-    return [Stage(config, found[index], tensor) for index in chosen]
+    return [MeasuredStage(config, found[index], tensor) for index in chosen]
 
 
 def compare(
-    stage: Stage, *, shape: tuple[int, int], recompute: str, device: torch.device, dtype: torch.dtype
+    stage: MeasuredStage, *, shape: tuple[int, int], recompute: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Bytes predicted and measured: kept from forward to backward, and at the peak, with the difference as a share."""
     targets = max(1, round(_mask_probability() * shape[1]))
@@ -64,19 +64,19 @@ def compare(
     model.recompute = recompute
     passes = _passes(model, stage, shape=shape, targets=targets)
     kept, peak = _allocated(passes, device) if device.type == "cuda" else _live(passes)
-    predicted_kept = predicted.saved + predicted.logits
-    predicted_peak = predicted_kept + predicted.working
+    predicted_saved = predicted.saved + predicted.logits
+    predicted_peak = predicted_saved + predicted.working
     return {
-        "predicted_kept_bytes": predicted_kept,
+        "predicted_kept_bytes": predicted_saved,
         "kept_bytes": kept,
-        "kept_difference": predicted_kept / kept - 1,
+        "kept_difference": predicted_saved / kept - 1,
         "predicted_peak_bytes": predicted_peak,
         "peak_bytes": peak,
         "peak_difference": predicted_peak / peak - 1,
     }
 
 
-def _real_model(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> DebertaForMaskedLM:
+def _real_model(stage: MeasuredStage, *, device: torch.device, dtype: torch.dtype) -> DebertaForMaskedLM:
     """One rank's shapes with random weights, and gradients in place as in a run."""
     local = local_config(stage.config, tensor_parallel_size=stage.tensor_parallel_size)
     model = MaskedLMNetwork(config=local).meta_model().to(dtype)
@@ -89,7 +89,7 @@ def _real_model(stage: Stage, *, device: torch.device, dtype: torch.dtype) -> De
 
 
 def _passes(
-    model: DebertaForMaskedLM, stage: Stage, *, shape: tuple[int, int], targets: int
+    model: DebertaForMaskedLM, stage: MeasuredStage, *, shape: tuple[int, int], targets: int
 ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
     """Forward and backward of one micro-batch; its inputs are there already."""
     like = next(model.parameters())

@@ -32,14 +32,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks import peers, stopwatch
     from benchmarks.device_models import attend_by
-    from benchmarks.step_contestants import Step
+    from benchmarks.step_contestants import ContestStep
     from deberta_dist.models.presets import preset
 
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = preset(arguments.preset, num_hidden_layers=arguments.layers)
-    step = Step(config, shape=(arguments.batch_size, arguments.length), device=device, dtype=dtype)
+    step = ContestStep(config, shape=(arguments.batch_size, arguments.length), device=device, dtype=dtype)
     step.model.recompute = arguments.recompute
     attend_by(arguments.attention, step.model, config, dtype=dtype, device=device)
     contestants = {OURS: step.ours(), peers.HUGGING_FACE: step.hugging_face()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.stopwatch import Contestant
+from benchmarks.stopwatch import TimedPass
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
@@ -24,7 +24,7 @@ COMPARED = (
 )
 
 
-class Step:
+class ContestStep:
     """One batch and the models that learn from it.
 
     Args:
@@ -46,17 +46,17 @@ class Step:
         self.model = DebertaForMaskedLM(config, seed=1).to(device, dtype).train()
         self._models: dict[str, nn.Module] = {OURS: self.model}
 
-    def ours(self) -> Contestant:
+    def ours(self) -> TimedPass:
         """This package's model as it is trained: the last layer for targets alone, which the loader has found."""
         return self._contestant(self.model, lambda: self._own_loss(dropout_key=1))
 
-    def hugging_face(self) -> Contestant:
+    def hugging_face(self) -> TimedPass:
         """transformers' model."""
         model = self._add(peers.HUGGING_FACE, peers.hugging_face_masked_lm(self._config, self.model.state_dict()))
         labels = self._labels.masked_fill(self._labels == 0, IGNORED)
         return self._contestant(model, lambda: model(self._ids, attention_mask=self._mask, labels=labels).loss)
 
-    def published(self, checkout: Path) -> Contestant:
+    def published(self, checkout: Path) -> TimedPass:
         """The published model."""
         model = self._add(peers.PUBLISHED, peers.published_masked_lm(checkout, self._config, self.model.state_dict()))
         return self._contestant(model, lambda: self._published_loss(model))
@@ -69,7 +69,7 @@ class Step:
         per_token = forward_flops(self._config, max_seq_length=length, micro_batch_size=batch, mask_probability=share)
         return per_token.training * batch * length
 
-    def large_product(self) -> tuple[Contestant, float]:
+    def large_product(self) -> tuple[TimedPass, float]:
         """All tokens times the feed-forward's first weight, and its FLOPs."""
         tokens, width, inner = self._ids.numel(), self._config.hidden_size, self._config.intermediate_size
         left, right = (
@@ -77,9 +77,7 @@ class Step:
         )
         out = left.new_empty(tokens, inner)
         repeats = 10
-        return Contestant(
-            lambda: [torch.mm(left, right, out=out) for _ in range(repeats)]
-        ), repeats * 2.0 * left.numel() * inner
+        return TimedPass(lambda: [torch.mm(left, right, out=out) for _ in range(repeats)]), repeats * 2.0 * left.numel() * inner
 
     def hidden_states(self) -> dict[str, list[Tensor]]:
         """The last layer's of ours and of Hugging Face's, without dropout."""
@@ -129,5 +127,5 @@ class Step:
     def _published_loss(self, model: nn.Module) -> Tensor:
         return model(self._ids, self._mask, self._labels)["loss"].mean()
 
-    def _contestant(self, model: nn.Module, loss: Any) -> Contestant:
-        return Contestant(loss, lambda value: value.backward(), model.zero_grad)
+    def _contestant(self, model: nn.Module, loss: Any) -> TimedPass:
+        return TimedPass(loss, lambda value: value.backward(), model.zero_grad)

@@ -17,7 +17,7 @@ from deberta_dist.operations.measure import STEADY_ALLOCATOR, BenchmarkError
 
 
 @dataclass(frozen=True)
-class Contestant:
+class TimedPass:
     """One implementation.
 
     Attributes:
@@ -37,7 +37,7 @@ class Contestant:
             self.backward(result)
 
 
-def seconds(contestant: Contestant, device: torch.device, *, repeats: int = 1) -> float:
+def seconds(contestant: TimedPass, device: torch.device, *, repeats: int = 1) -> float:
     """One run; the mean of several in a row, which a GPU can be given ahead, with ``repeats``."""
     contestant.prepare()
     if device.type == "cuda":
@@ -55,7 +55,7 @@ def seconds(contestant: Contestant, device: torch.device, *, repeats: int = 1) -
 
 
 def race(
-    contestants: Mapping[str, Contestant], *, rounds: int, warm_up: int, device: torch.device, repeats: int = 1
+    contestants: Mapping[str, TimedPass], *, rounds: int, warm_up: int, device: torch.device, repeats: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Runs every contestant ``repeats`` times per round; median, range and all times of one run in seconds by name."""
     times: dict[str, list[float]] = {name: [] for name in contestants}

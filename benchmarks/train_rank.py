@@ -36,7 +36,7 @@ SEED, LEARNING_RATE, MASK_PROBABILITY, WARM_UP_STEPS = 7, 1e-4, 0.15, 2
 
 
 @dataclass(frozen=True)
-class Contestant:
+class TrainingContestant:
     """A model in training on this rank.
 
     Attributes:
@@ -48,7 +48,7 @@ class Contestant:
     step: Callable[[int], Any]
 
 
-class Setting:
+class ContestSetting:
     """Model, batches and settings that all contestants share.
 
     Args:
@@ -99,7 +99,7 @@ class Setting:
         )
 
 
-def ours(setting: Setting) -> Contestant:
+def ours(setting: ContestSetting) -> TrainingContestant:
     """As ``training/pretrain.py`` builds it. Collective."""
     plan = setting.plan
     tensor, pipeline, data, is_sequence = plan["layout"]
@@ -134,9 +134,9 @@ def ours(setting: Setting) -> Contestant:
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
 
     def batch(step: int) -> Batch:
-        return setting.batch(step, part=mesh.coordinate.data, parts=data)
+        return setting.batch(step, part=mesh.mesh_rank.data, parts=data)
 
-    return Contestant(
+    return TrainingContestant(
         loss=lambda: trainer.evaluate([batch(0)]).loss,
         step=lambda step: trainer.step(batch(step), step=step, learning_rate=LEARNING_RATE),
     )
@@ -147,10 +147,10 @@ def device_shards(layout: Layout, *, mesh: Mesh) -> list[Tensor]:
     flats = own_flat_layout(layout, mesh=mesh)
     whole = [torch.zeros(size, device=mesh.device) for size in flats.sizes]
     fill_(flats.views(whole).items(), std=layout.config.initializer_range)
-    return [flat.view(mesh.shape.data, -1)[mesh.coordinate.data] for flat in whole]
+    return [flat.view(mesh.shape.data, -1)[mesh.mesh_rank.data] for flat in whole]
 
 
-def deepspeed(setting: Setting, *, of_hugging_face: bool) -> Contestant:
+def deepspeed(setting: ContestSetting, *, of_hugging_face: bool) -> TrainingContestant:
     """DeepSpeed's engine around the plain model, or around theirs; data parallel over all ranks. Collective."""
     plan, ranks = setting.plan, setting.world_size
     model = engines.LossOnly(setting.model_config, seed=SEED)
@@ -174,10 +174,12 @@ def deepspeed(setting: Setting, *, of_hugging_face: bool) -> Contestant:
         engine.train()
         return found.item()
 
-    return Contestant(loss=loss, step=lambda step: engines.take_step(engine, *tensors(step), micro_batch_size=micro_batch))
+    return TrainingContestant(
+        loss=loss, step=lambda step: engines.take_step(engine, *tensors(step), micro_batch_size=micro_batch)
+    )
 
 
-def flops(setting: Setting) -> Any:
+def flops(setting: ContestSetting) -> Any:
     """Of the model, per token."""
     return forward_flops(
         setting.model_config,
@@ -192,7 +194,7 @@ def main(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     device = start_process_group(timeout_minutes=plan["timeout_seconds"] / 60, init_method=f"file://{folder}/meeting")
-    setting = Setting(plan, device=device)
+    setting = ContestSetting(plan, device=device)
     makers = {
         # DeepSpeed first: it remembers the groups of an engine that had a grid.
         SAME_MODEL: lambda: deepspeed(setting, of_hugging_face=False),

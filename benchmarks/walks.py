@@ -186,7 +186,7 @@ def install(settings: dict[str, Any]) -> None:
 # --- In the process that measures: the runs.
 
 
-class Runs:
+class WatchedRuns:
     """The tiny runs of a checkout, in a directory of their own."""
 
     def __init__(self, checkout: Path, directory: Path) -> None:
@@ -358,7 +358,7 @@ def main() -> int:
     parser.add_argument("--files", action="store_true", help="list the files of every walk")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        walks = Runs(arguments.checkout.resolve(), Path(directory)).measure()
+        walks = WatchedRuns(arguments.checkout.resolve(), Path(directory)).measure()
     print(f"{'walk':12} files")
     for name, files in walks.items():
         print(f"{name:12} {len(files):5}")

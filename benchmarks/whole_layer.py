@@ -102,9 +102,9 @@ class WholeLayer:
             layer.train()
         return [output.detach(), self._hidden.grad.clone(), self._table.grad.clone()]
 
-    def contestant(self, forward: Callable[[], Tensor]) -> stopwatch.Contestant:
+    def contestant(self, forward: Callable[[], Tensor]) -> stopwatch.TimedPass:
         """With all gradients."""
-        return stopwatch.Contestant(forward, lambda output: output.backward(self._gradient), self.clear)
+        return stopwatch.TimedPass(forward, lambda output: output.backward(self._gradient), self.clear)
 
     def compile(self, *, joins: bool = True) -> None:
         """Trains ours as ``training.compile`` does, or no more."""

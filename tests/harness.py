@@ -33,11 +33,11 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     """
     context = _server()
     with tempfile.TemporaryDirectory() as directory:
-        meeting_file = str(Path(directory) / "meeting")
+        rendezvous_file = str(Path(directory) / "meeting")
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, meeting_file, pipes[rank][1], function, arguments), daemon=True
+                target=_rank_main, args=(rank, world_size, rendezvous_file, pipes[rank][1], function, arguments), daemon=True
             )
             for rank in range(world_size)
         ]
@@ -135,7 +135,7 @@ def _collect(ranks: list[mp.Process], receivers: list[Connection], deadline: flo
 
 
 def _rank_main(
-    rank: int, world_size: int, meeting_file: str, sender: Connection, function: Callable[..., Any], arguments: tuple
+    rank: int, world_size: int, rendezvous_file: str, sender: Connection, function: Callable[..., Any], arguments: tuple
 ) -> None:
     import torch
 
@@ -146,7 +146,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",
-        MEETING_FILE=meeting_file,
+        RENDEZVOUS_FILE=rendezvous_file,
     )
     try:
         sender.send((False, function(*arguments)))

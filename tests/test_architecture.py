@@ -77,6 +77,20 @@ DOORS = {
 MAX_LINES = 500
 # Path -> why one file is better here than two.
 LONG_FILES: dict[str, str] = {}
+# Lines without the docstring.
+MAX_FUNCTION_LINES = 60
+# File and function -> why one function is better here than two, or that it is still to be cut.
+LONG_FUNCTIONS = {
+    "benchmarks/train.py run": "to be cut",
+    f"{PACKAGE}/cli/prepare_corpus.py _parse_arguments": "a flag a line",
+    f"{PACKAGE}/conversion/convert.py convert": "to be cut",
+    f"{PACKAGE}/kernels/fused/kernels.py backward_kernel": "one kernel is one function",
+    f"{PACKAGE}/planning/memory.py rank_memory": "to be cut",
+    f"{PACKAGE}/planning/pipeline_timeline.py play": "to be cut",
+    f"{PACKAGE}/preparation/pipeline/prepare.py _prepare": "to be cut",
+}
+# Classes whose names stand twice -> why.
+TWICE = {"DebertaForMaskedLM": "the file that lies beside converted weights has to name its class as transformers does"}
 
 Imports = dict[str, set[str]]
 
@@ -141,7 +155,8 @@ def violations(root: Path) -> list[str]:
             for dependency, doors in DOORS.items()
             if any(within(name, dependency) for name in names) and not here.startswith(doors or ("\0",))
         ]
-    return found + _cycles({files[path]: names for path, names in imports.items()}) + _long_files(root)
+    found += _cycles({files[path]: names for path, names in imports.items()})
+    return found + _long_files(root) + _long_functions(root) + _names_twice(root)
 
 
 def _floor_violations(here: str, room: str | None, names: set[str]) -> list[str]:
@@ -179,6 +194,44 @@ def _cycles(names: Imports) -> list[str]:
     for module in sorted(graph):
         visit(module, ())
     return found
+
+
+def _long_functions(root: Path) -> list[str]:
+    found = {}
+    for path in python_files(root):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.lineno + 1
+                first = node.body[0]
+                if ast.get_docstring(node) is not None and first.end_lineno is not None:
+                    lines -= first.end_lineno - first.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    found[f"{path.relative_to(root).as_posix()} {node.name}"] = lines
+    return [
+        *(
+            f"{name}: {lines} lines, more than {MAX_FUNCTION_LINES}"
+            for name, lines in found.items()
+            if name not in LONG_FUNCTIONS
+        ),
+        *(
+            f"{name}: not as long; take it out of LONG_FUNCTIONS"
+            for name in LONG_FUNCTIONS
+            if root == ROOT and name not in found
+        ),
+    ]
+
+
+def _names_twice(root: Path) -> list[str]:
+    where: dict[str, list[str]] = {}
+    for path in python_files(root):
+        if path.suffix == ".py":
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    where.setdefault(node.name, []).append(path.relative_to(root).as_posix())
+    return [f"class {name} in {' and '.join(paths)}" for name, paths in where.items() if len(paths) > 1 and name not in TWICE]
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -236,12 +289,14 @@ def test_the_checker_sees_the_files() -> None:
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is deberta_dist/cli/fill_mask.py"),
         ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),
         ("data/a.py", "x = 1\n" * 501, "501 lines, more than 500"),
+        ("data/a.py", "def f():\n" + "    x = 1\n" * 61, "a.py f: 62 lines, more than 60"),
+        ("data/a.py", "class C:\n    pass\n", "class C in deberta_dist/data/a.py and deberta_dist/data/b.py"),
     ],
 )  # fmt: skip
 def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: str) -> None:
     other = tmp_path / PACKAGE / "data" / "b.py"
     other.parent.mkdir(parents=True)
-    other.write_text("from deberta_dist.data.a import x\n")
+    other.write_text("from deberta_dist.data.a import x\nclass C:\n    pass\n")
     path = tmp_path / PACKAGE / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

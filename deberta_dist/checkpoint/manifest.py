@@ -27,7 +27,7 @@ _ABSENT = object()
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatRange:
     """A run of elements of a region.
 
     Attributes:
@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Region:
+class TensorSlice:
     """A slice of a tensor that one tensor-parallel rank owned.
 
     Attributes:
@@ -57,7 +57,7 @@ class Region:
 
     start: int
     stop: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FlatRange, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TensorEntry:
 
     shape: tuple[int, ...]
     cut_dim: int | None
-    regions: tuple[Region, ...]
+    regions: tuple[TensorSlice, ...]
 
 
 @dataclass(frozen=True)
@@ -302,16 +302,16 @@ def _tensor(raw: Any, *, where: str) -> TensorEntry:
     )
 
 
-def _region(raw: Any, *, where: str) -> Region:
+def _region(raw: Any, *, where: str) -> TensorSlice:
     raw = strict_json.fields(raw, keys=("start", "stop", "pieces"), where=where)
-    return Region(
+    return TensorSlice(
         start=strict_json.integer(raw["start"], where=f"{where}.start"),
         stop=strict_json.integer(raw["stop"], where=f"{where}.stop", minimum=1),
         pieces=tuple(_piece(piece, where=where) for piece in strict_json.sequence(raw["pieces"], where=where)),
     )
 
 
-def _piece(raw: Any, *, where: str) -> Piece:
+def _piece(raw: Any, *, where: str) -> FlatRange:
     raw = strict_json.fields(raw, keys=("file", "flat", "offset", "begin", "count"), where=where)
     numbers = {key: strict_json.integer(raw[key], where=f"{where}.{key}") for key in ("flat", "offset", "begin", "count")}
-    return Piece(file=strict_json.string(raw["file"], where=f"{where}.file"), **numbers)
+    return FlatRange(file=strict_json.string(raw["file"], where=f"{where}.file"), **numbers)

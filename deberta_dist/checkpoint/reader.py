@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest, Piece, Region, TensorEntry, read_manifest
-from deberta_dist.checkpoint.rectangles import Cut, overlap, rectangles, view, window
+from deberta_dist.checkpoint.manifest import MANIFEST_NAME, FlatRange, Manifest, TensorEntry, TensorSlice, read_manifest
+from deberta_dist.checkpoint.rectangles import SliceBounds, overlap, rectangles, view, window
 from deberta_dist.checkpoint.shard_file import STATES, ShardMaps, hash_file, map_shard_file
-from deberta_dist.checkpoint.slices import check_table, shard_parts
+from deberta_dist.checkpoint.slices import check_table, shard_slices
 from deberta_dist.files.foreign import head_of, refuse_foreign
 from deberta_dist.parallel.flat_layout import FlatLayout, ShardState
-from deberta_dist.parallel.mesh import Coordinate, MeshShape
-from deberta_dist.parallel.tensor.sharding_rules import PLAN, Rules
+from deberta_dist.parallel.mesh import MeshRank, MeshShape
+from deberta_dist.parallel.tensor.sharding_rules import SHARDING_RULES, Rules
 
 # Each mapped file holds a descriptor; a checkpoint may have thousands of files.
 MAX_MAPPED_FILES = 64
@@ -57,7 +57,7 @@ class CheckpointReader:
         """Full shape of a tensor. Raises CheckpointError where there is none of that name."""
         return self._entry(name).shape
 
-    def read(self, name: str, *, state: str = "weight", cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, *, state: str = "weight", cut: SliceBounds | None = None) -> Tensor:
         """A tensor or a slice of it, float32 on the CPU.
 
         Args:
@@ -75,7 +75,7 @@ class CheckpointReader:
         count = window(self.shape(name), cut=cut).num_elements
         return self.read_range(name, begin=0, count=count, state=state, cut=cut).view(shape)
 
-    def read_range(self, name: str, *, begin: int, count: int, state: str = "weight", cut: Cut | None = None) -> Tensor:
+    def read_range(self, name: str, *, begin: int, count: int, state: str = "weight", cut: SliceBounds | None = None) -> Tensor:
         """Elements [begin, begin + count) of a flattened slice, without reading the rest of it.
 
         Args, errors: as for ``read``.
@@ -108,8 +108,8 @@ class CheckpointReader:
         layout: FlatLayout,
         *,
         shape: MeshShape,
-        coordinate: Coordinate,
-        rules: Rules = PLAN,
+        mesh_rank: MeshRank,
+        rules: Rules = SHARDING_RULES,
         saved_name: Callable[[str], str] = str,
     ) -> list[ShardState]:
         """A rank's shard of every flat parameter, as ``WeightStore.copy_shards`` gave it to the writer.
@@ -125,7 +125,7 @@ class CheckpointReader:
             CheckpointError: as for ``read``.
         """
         full_shapes = {name: self.shape(saved_name(name)) for name in layout.places}
-        parts = shard_parts(layout, shape=shape, coordinate=coordinate, full_shapes=full_shapes, rules=rules)
+        parts = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
         shards = []
         for size, own in zip(layout.sizes, parts, strict=True):
             values = {state: torch.zeros(size // shape.data) for state in STATES}
@@ -183,7 +183,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.directory} has no tensor {name}: it is of another model")
         return self.manifest.tensors[name]
 
-    def _shard(self, piece: Piece, *, state: str) -> np.ndarray:
+    def _shard(self, piece: FlatRange, *, state: str) -> np.ndarray:
         """The mapped shard that holds a piece."""
         file = piece.file
         if file not in self._mapped:
@@ -214,5 +214,5 @@ def open_checkpoint(directory: str | Path, *, verify: bool = True) -> Checkpoint
     return reader
 
 
-def _region_cut(entry: TensorEntry, region: Region) -> Cut | None:
+def _region_cut(entry: TensorEntry, region: TensorSlice) -> SliceBounds | None:
     return None if entry.cut_dim is None else (entry.cut_dim, region.start, region.stop)

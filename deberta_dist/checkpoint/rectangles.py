@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Cut = tuple[int, int, int]
+SliceBounds = tuple[int, int, int]
 """(dimension, start, stop)."""
 
 
@@ -48,7 +48,7 @@ class Rectangle:
     stride: int
 
 
-def window(shape: Sequence[int], *, cut: Cut | None) -> Window:
+def window(shape: Sequence[int], *, cut: SliceBounds | None) -> Window:
     """What a slice of a tensor covers of its matrix.
 
     Args:

@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.checkpoint.manifest import FileEntry, Piece, Region, TensorEntry
-from deberta_dist.checkpoint.rectangles import Cut, window
+from deberta_dist.checkpoint.manifest import FileEntry, FlatRange, TensorEntry, TensorSlice
+from deberta_dist.checkpoint.rectangles import SliceBounds, window
 from deberta_dist.checkpoint.shard_file import STATES
 from deberta_dist.parallel.flat_layout import FlatLayout
-from deberta_dist.parallel.mesh import Coordinate, MeshShape
+from deberta_dist.parallel.mesh import MeshRank, MeshShape
 from deberta_dist.parallel.tensor import sharding_rules
 
-Place = tuple[int, int]
+SliceOwner = tuple[int, int]
 """(pipeline rank, tensor rank)."""
 
 
 @dataclass(frozen=True)
-class ShardPart:
+class ShardSlice:
     """Elements [begin, begin + count) of a flattened slice of a tensor, and where they lie in a rank's shard.
 
     Attributes:
@@ -34,7 +34,7 @@ class ShardPart:
     """
 
     name: str
-    cut: Cut | None
+    cut: SliceBounds | None
     begin: int
     count: int
     offset: int
@@ -45,9 +45,11 @@ def shard_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.PLAN) -> Cut | None:
+def local_cut(
+    name: str, *, full_shape: Sequence[int], rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES
+) -> SliceBounds | None:
     """The slice of a published tensor that tensor-parallel ``rank`` of ``size`` holds, vocabulary padding included."""
-    cut = sharding_rules.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_sharding(name, rules)
     if cut.dim is None or size == 1:
         return None
     length = full_shape[cut.dim]
@@ -58,11 +60,11 @@ def local_cut(name: str, *, full_shape: Sequence[int], rank: int, size: int, rul
 
 
 def tensor_table(
-    layouts: Mapping[Place, FlatLayout],
+    layouts: Mapping[SliceOwner, FlatLayout],
     *,
     shape: MeshShape,
     full_shapes: Mapping[str, tuple[int, ...]],
-    rules: sharding_rules.Rules = sharding_rules.PLAN,
+    rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
     first_flat: int = 0,
 ) -> dict[str, TensorEntry]:
     """The manifest's ``tensors`` for everything that a network's layout owns.
@@ -74,13 +76,13 @@ def tensor_table(
         rules: How the network's modules are split.
         first_flat: Number of its first flat parameter in a rank's file: behind those of the networks before it.
     """
-    owners: dict[str, list[Place]] = {name: [] for name in full_shapes}
+    owners: dict[str, list[SliceOwner]] = {name: [] for name in full_shapes}
     for place in sorted(layouts, key=lambda place: place[1]):
         for name in layouts[place].places:
             owners[name].append(place)
     table: dict[str, TensorEntry] = {}
     for name, full_shape in full_shapes.items():
-        dim = sharding_rules.parameter_cut(name, rules).dim
+        dim = sharding_rules.parameter_sharding(name, rules).dim
         expected = [None] if dim is None else list(range(shape.tensor))
         assert len(owners[name]) == len(expected), f"{name} is owned by {owners[name]}"
         regions = []
@@ -91,19 +93,19 @@ def tensor_table(
             local_shape = layouts[place].places[name][2]
             assert math.prod(local_shape) == window(full_shape, cut=cut).num_elements, (name, local_shape)
             pieces = _pieces(name, layouts[place], shape=shape, place=place, first_flat=first_flat)
-            regions.append(Region(start, stop, pieces))
+            regions.append(TensorSlice(start, stop, pieces))
         table[name] = TensorEntry(shape=tuple(full_shape), cut_dim=dim, regions=tuple(regions))
     return table
 
 
-def shard_parts(
+def shard_slices(
     layout: FlatLayout,
     *,
     shape: MeshShape,
-    coordinate: Coordinate,
+    mesh_rank: MeshRank,
     full_shapes: Mapping[str, tuple[int, ...]],
-    rules: sharding_rules.Rules = sharding_rules.PLAN,
-) -> tuple[tuple[ShardPart, ...], ...]:
+    rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
+) -> tuple[tuple[ShardSlice, ...], ...]:
     """What a rank's shard of each flat parameter consists of, in order; between the parts lies padding.
 
     Args:
@@ -113,12 +115,12 @@ def shard_parts(
         full_shapes: Full shape of every published parameter.
         rules: How the network's modules are split.
     """
-    parts: list[list[ShardPart]] = [[] for _ in layout.sizes]
+    parts: list[list[ShardSlice]] = [[] for _ in layout.sizes]
     for name, (flat, offset, local_shape) in layout.places.items():
-        cut = local_cut(name, full_shape=full_shapes[name], rank=coordinate.tensor, size=shape.tensor, rules=rules)
+        cut = local_cut(name, full_shape=full_shapes[name], rank=mesh_rank.tensor, size=shape.tensor, rules=rules)
         for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
-            if data == coordinate.data:
-                parts[flat].append(ShardPart(name, cut, begin, count, shard_offset))
+            if data == mesh_rank.data:
+                parts[flat].append(ShardSlice(name, cut, begin, count, shard_offset))
     return tuple(tuple(sorted(found, key=lambda part: part.offset)) for found in parts)
 
 
@@ -181,12 +183,12 @@ def _problem(entry: TensorEntry) -> str | None:
     return None
 
 
-def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: Place, first_flat: int) -> tuple[Piece, ...]:
+def _pieces(name: str, layout: FlatLayout, *, shape: MeshShape, place: SliceOwner, first_flat: int) -> tuple[FlatRange, ...]:
     flat, offset, local_shape = layout.places[name]
     pieces = []
     for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
-        rank = shape.rank(Coordinate(pipeline=place[0], data=data, tensor=place[1]))
-        pieces.append(Piece(shard_file_name(rank), first_flat + flat, shard_offset, begin, count))
+        rank = shape.rank(MeshRank(pipeline=place[0], data=data, tensor=place[1]))
+        pieces.append(FlatRange(shard_file_name(rank), first_flat + flat, shard_offset, begin, count))
     return tuple(pieces)
 
 

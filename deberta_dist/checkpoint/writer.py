@@ -4,7 +4,7 @@
                  state                  polled between steps; the ranks agree by a collective of the caller's
     once all have written
       rank 0     commit(...)            manifest, rename, ``latest``, old ones removed
-      others     hand_over()
+      others     release()
     otherwise    abandon()              on every rank
 
 Nothing here communicates, except through the directory that all ranks share: beside its shard file a rank
@@ -48,7 +48,7 @@ class WriteState:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _PendingWrite:
     step: int
     token: str
     temporary: Path
@@ -66,7 +66,7 @@ class CheckpointWriter:
     def __init__(self, directory: str | Path, *, rank: int) -> None:
         self.directory = Path(directory)
         self._rank = rank
-        self._job: _Job | None = None
+        self._job: _PendingWrite | None = None
         self._state = WriteState("idle")
 
     @property
@@ -87,7 +87,7 @@ class CheckpointWriter:
         temporary = temporary_directory(self.directory, step=step, token=token)
         self._state = WriteState("pending")
         thread = threading.Thread(target=self._write, args=(temporary, list(shards)), name=f"checkpoint {step}", daemon=True)
-        self._job = _Job(step=step, token=token, temporary=temporary, thread=thread)
+        self._job = _PendingWrite(step=step, token=token, temporary=temporary, thread=thread)
         thread.start()
 
     def wait(self, *, timeout: float | None = None) -> WriteState:
@@ -118,7 +118,7 @@ class CheckpointWriter:
         job = self._job
         assert job is not None and self._state.status == "written" and job.step == manifest.step
         final = self.directory / step_name(job.step)
-        self.hand_over()
+        self.release()
         part, content = job.temporary, b""
         try:
             manifest = dataclasses.replace(manifest, files=_collect(job.temporary, manifest))
@@ -151,10 +151,10 @@ class CheckpointWriter:
         if job is None:
             return
         self.wait()
-        self.hand_over()
+        self.release()
         _remove_own(job.temporary, self._rank)
 
-    def hand_over(self) -> None:
+    def release(self) -> None:
         """Leaves the written file to rank 0's commit. For all other ranks, when every rank has reported ``written``."""
         self._job, self._state = None, WriteState("idle")
 

@@ -22,9 +22,10 @@ def main() -> int:
     """Becomes DeepSpeed's launcher; returns only for ``--help`` and errors."""
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
-        from deberta_dist.finetuning.arguments import USAGE as OPTIONS
+        from deberta_dist.finetuning.arguments import usage
+        from deberta_dist.tasks.registry import DEFAULT
 
-        print(f"{USAGE}\n{OPTIONS}", end="")
+        print(f"{USAGE}\n{usage(DEFAULT)}", end="")
         return 0
     if arguments and not arguments[0].startswith("-"):
         return start("finetune", run_toml("finetune", arguments[0]), arguments[1:])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from deberta_dist.errors import encodable, with_exit_code
 
 if TYPE_CHECKING:
-    from deberta_dist.preparation.pipeline.ranks import Ranks
+    from deberta_dist.preparation.pipeline.ranks import PreparationRanks
 
 
 def parse_arguments() -> argparse.Namespace | int:
@@ -96,13 +96,13 @@ def _parse_arguments() -> argparse.Namespace:
 @with_exit_code
 def main() -> int:
     """Runs the tool; the exit code is 0, or that of the error printed."""
-    from deberta_dist.preparation.pipeline.ranks import Ranks
+    from deberta_dist.preparation.pipeline.ranks import PreparationRanks
 
-    ranks = Ranks.of_environment()
+    ranks = PreparationRanks.of_environment()
     return ranks.run(with_exit_code(lambda: prepare(ranks)))
 
 
-def prepare(ranks: "Ranks") -> int:
+def prepare(ranks: "PreparationRanks") -> int:
     """One rank's work."""
     arguments = ranks.first(parse_arguments)
     if isinstance(arguments, int):
@@ -111,12 +111,12 @@ def prepare(ranks: "Ranks") -> int:
     from deberta_dist.preparation.filtering import filters
     from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
     from deberta_dist.preparation.pipeline.prepare import prepare_corpus
-    from deberta_dist.preparation.pipeline.recipe import Recipe
+    from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
     from deberta_dist.preparation.reading.arguments import read_options
 
     def check():
         """On one rank: an error is printed once."""
-        recipe = Recipe.of(
+        recipe = PreparationRecipe.of(
             Tokenizer(arguments.tokenizer),
             reading=read_options(arguments),
             filters=filters.from_arguments(arguments),

@@ -53,7 +53,7 @@ from deberta_dist.config.data import Data
 from deberta_dist.config.deepspeed_json import deepspeed_config, offload_device, precision, read_deepspeed
 from deberta_dist.config.finetune import FineTuneConfig
 from deberta_dist.config.load import load_config
-from deberta_dist.config.recipes import Recipe, read_recipes
+from deberta_dist.config.recipes import TaskRecipe, read_recipes
 from deberta_dist.config.resolve import resolve, resolve_finetuning, smallest_world_size
 from deberta_dist.config.schema import (
     Checkpoint,
@@ -78,11 +78,11 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallel",
-    "Recipe",
     "Run",
     "RunConfig",
     "Schedule",
     "Section",
+    "TaskRecipe",
     "Training",
     "deepspeed_config",
     "default_values",

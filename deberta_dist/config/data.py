@@ -8,7 +8,7 @@ from deberta_dist.config.section import File, Length, Lengths, Name, Positive, S
 from deberta_dist.values import MaskingMethod
 
 
-class Source(Section):
+class SourceSection(Section):
     """``[data.sources.NAME]``: one of the corpora that a run blends.
 
     Either all sources of a run have a proportion, or all have epochs. Order and masks of a source depend on its name
@@ -29,7 +29,7 @@ class Data(Section):
     train: File | None = None
     """Corpus to train on: a token file (written by ``tools/prepare_corpus.py``), or a directory of them with an
     ``index.json``, read as one. Takes the place of ``sources``."""
-    sources: dict[Name, Source] = Field(default_factory=dict)
+    sources: dict[Name, SourceSection] = Field(default_factory=dict)
     """Corpora to blend, one table ``[data.sources.NAME]`` each."""
     validation: File
     """Corpus to evaluate on."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from deberta_dist.config.recipes import Recipe, Tables, read_toml
+from deberta_dist.config.recipes import Tables, TaskRecipe, read_toml
 from deberta_dist.config.schema import RunConfig
 from deberta_dist.errors import ConfigError
 
@@ -35,7 +35,7 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     schema: type[Schema] = RunConfig,
-    recipes: Sequence[Recipe] = (),
+    recipes: Sequence[TaskRecipe] = (),
 ) -> Schema:
     """Reads a run's TOML and applies recipes, then overrides from the command line.
 
@@ -87,7 +87,7 @@ def load_table(toml_path: str | os.PathLike[str], overrides: Sequence[str], name
 
 
 def read_tables(
-    path: Path, overrides: Sequence[str], *, schema: type[BaseModel] = RunConfig, recipes: Sequence[Recipe] = ()
+    path: Path, overrides: Sequence[str], *, schema: type[BaseModel] = RunConfig, recipes: Sequence[TaskRecipe] = ()
 ) -> tuple[Tables, Sources]:
     """The TOML's tables with recipes and overrides applied and paths made absolute, not validated.
 

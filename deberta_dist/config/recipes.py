@@ -12,7 +12,7 @@ from deberta_dist.files.strict_json import read_configuration
 Tables = dict[str, Any]
 
 
-class Recipe(NamedTuple):
+class TaskRecipe(NamedTuple):
     """Values that take the place of a TOML's: the file and table they stand in, and key by section."""
 
     path: Path
@@ -20,7 +20,7 @@ class Recipe(NamedTuple):
     sections: Mapping[str, Any]
 
 
-def read_recipes(path: Path, name: str, *, known: Sequence[str]) -> list[Recipe]:
+def read_recipes(path: Path, name: str, *, known: Sequence[str]) -> list[TaskRecipe]:
     """What a file of recipes says for one name: its table ``default``, then the name's own.
 
     Args:
@@ -43,7 +43,7 @@ def read_recipes(path: Path, name: str, *, known: Sequence[str]) -> list[Recipe]
         sections = tables.get(table, {})
         if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
             raise ConfigError(f"{path}: [{table}] must hold sections, such as training.epochs = 3")
-        recipes.append(Recipe(path, table, sections))
+        recipes.append(TaskRecipe(path, table, sections))
     return recipes
 
 

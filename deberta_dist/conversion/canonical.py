@@ -8,13 +8,13 @@ from typing import Any
 
 from deberta_dist.conversion import heads as head_rules
 from deberta_dist.conversion import huggingface, official
-from deberta_dist.conversion.options import ReadOptions
+from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.rules import Reading, allowed_by, apply, leave_out_twins, renamed, require_known
-from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.source import CheckpointSource
 from deberta_dist.conversion.weights import (
     DTYPES,
     POSITION_TABLE,
-    Dropped,
+    DroppedKey,
     Weights,
     backbone_shapes,
     fit,
@@ -26,7 +26,7 @@ from deberta_dist.models.config import BOOKKEEPING_KEYS, SYNONYMS, DebertaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class CanonicalCheckpoint:
     """A checkpoint in the form in which all formats meet.
 
     Attributes:
@@ -66,7 +66,7 @@ class Published:
         return {**self.labels, **listed, **({"legacy": True} if self.is_legacy else {})}
 
 
-def to_published(source: Source, *, decoder: str | None = None) -> Published:
+def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> CanonicalCheckpoint:
     """Applies a format's rules and checks that the result is a model; the options are the source's.
 
     Args:
@@ -95,7 +95,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     reading = Reading(
         weights=dict(source.weights),
         config=config,
-        dropped=[*unread, *(Dropped(f"config: {key}", "--allow-unmapped") for key in dropped)],
+        dropped=[*unread, *(DroppedKey(f"config: {key}", "--allow-unmapped") for key in dropped)],
         warnings=notes,
         open_generator=lambda: renamed(source.open_generator(), renames),
     )
@@ -121,7 +121,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     # The table that only the decoder of masked language modelling uses: Hugging Face's classes do not save it.
     may_lack = [POSITION_TABLE] if config.uses_enhanced_mask_decoder else []
     weights = fit(reading.weights, shapes=shapes, may_lack=may_lack, where=source.path)
-    return Published(
+    return CanonicalCheckpoint(
         config=config if rows is not None else dataclasses.replace(config, problem_type=None),
         head=head,
         num_labels=rows,
@@ -135,7 +135,7 @@ def to_published(source: Source, *, decoder: str | None = None) -> Published:
     )
 
 
-def _completed_config(source: Source) -> tuple[dict[str, Any], list[str], list[Dropped]]:
+def _completed_config(source: CheckpointSource) -> tuple[dict[str, Any], list[str], list[DroppedKey]]:
     """The source's configuration with what its format leaves unsaid; warnings, and keys that are not read."""
     raw, notes = dict(source.config), list(source.warnings)
     if source.format is huggingface.FORMAT:
@@ -157,7 +157,7 @@ def _named(path: object) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def as_asked(model: Published, options: ReadOptions) -> Published:
+def as_asked(model: CanonicalCheckpoint, options: CheckpointReadOptions) -> CanonicalCheckpoint:
     """A model in the number format that its reader asks for, rounded as it is read."""
     if options.dtype is None:
         return model
@@ -167,7 +167,7 @@ def as_asked(model: Published, options: ReadOptions) -> Published:
     )
 
 
-def require_decoder(model: Published, *, where: object) -> None:
+def require_decoder(model: CanonicalCheckpoint, *, where: object) -> None:
     """Refuses a masked language model of which nobody has said how it decodes.
 
     Raises:
@@ -189,7 +189,7 @@ def _shapes(config: DebertaConfig, heads: Sequence[str], *, rows: int | None) ->
 
 
 def _settle(
-    source: Source, reading: Reading, before: Weights, *, listed_class: str, allow_unmapped: Sequence[str]
+    source: CheckpointSource, reading: Reading, before: Weights, *, listed_class: str, allow_unmapped: Sequence[str]
 ) -> tuple[tuple[str, ...], int | None]:
     """The heads that are whole, and rows of that of fine-tuning; the others are left out or refused.
 
@@ -218,7 +218,7 @@ def _settle(
 
 
 def _settle_decoder(
-    source: Source, reading: Reading, *, heads: Sequence[str], decoder: str | None, is_huggingface: bool
+    source: CheckpointSource, reading: Reading, *, heads: Sequence[str], decoder: str | None, is_huggingface: bool
 ) -> bool:
     """Decides how the masked language model decodes; whether that is known.
 

@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import custom_code, v1_in_proj, hub, huggingface, official, onnx_files, published
-from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_tokenizer
+from deberta_dist.conversion import custom_code, hub, huggingface, official, onnx_files, published, v1_in_proj
+from deberta_dist.conversion.canonical import CanonicalCheckpoint, as_asked, require_decoder, to_canonical
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
-from deberta_dist.conversion.canonical import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.model_card import model_card
-from deberta_dist.conversion.options import ReadOptions
+from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.output import (
     REPORT_NAME,
     OutputDirectory,
@@ -25,10 +24,11 @@ from deberta_dist.conversion.output import (
 )
 from deberta_dist.conversion.report import dtype_names, make_report
 from deberta_dist.conversion.safetensors_files import write_safetensors
-from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.source import CheckpointSource, open_source
 from deberta_dist.conversion.target import Target
+from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_tokenizer
 from deberta_dist.conversion.torch_files import write_torch_file
-from deberta_dist.conversion.weights import DTYPES, Dropped, Weights, in_one_dtype, shorten
+from deberta_dist.conversion.weights import DTYPES, DroppedKey, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from deberta_dist.models.encoder import DebertaModel
@@ -92,10 +92,10 @@ def convert(
     for_hub = {} if license_name is None else hub.license_fields(license_name)
     for_hub |= {"language": hub.language_codes(languages)} if languages else {}
     # Rounding comes last here, so that the report can tell what the source has.
-    options = ReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
+    options = CheckpointReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)
-    model = to_published(source)
+    model = to_canonical(source)
     if to != "huggingface":
         require_decoder(model, where=source_path)
     source_dtype = dtype_names(model.weights)
@@ -147,7 +147,9 @@ def _require_options_of_target(to: str, *, is_fused: bool, for_hub: bool) -> Non
         onnx_files.require_exporter()
 
 
-def _in_target_dtype(model: Published, options: ReadOptions, *, dtype: str | None) -> tuple[Published, list[str]]:
+def _in_target_dtype(
+    model: CanonicalCheckpoint, options: CheckpointReadOptions, *, dtype: str | None
+) -> tuple[CanonicalCheckpoint, list[str]]:
     """The model in the number format asked for, by default in one that holds all that it has; and what to say of that."""
     if dtype is not None:
         return as_asked(model, dataclasses.replace(options, dtype=dtype)), []
@@ -157,7 +159,7 @@ def _in_target_dtype(model: Published, options: ReadOptions, *, dtype: str | Non
     return dataclasses.replace(model, weights=weights), [f"{mixed}; --dtype chooses another"] if mixed else []
 
 
-def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+def _huggingface(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     kind, why = huggingface.model_type(model.weights, config=model.config, head=model.head, is_fused=is_fused)
     architecture = huggingface.class_name(model.weights, kind=kind, head=model.head)
     is_masked_lm = model.decoder is not None
@@ -191,7 +193,7 @@ def _huggingface(model: Published, is_fused: bool, max_bytes: int | None) -> Tar
     )
 
 
-def _official(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+def _official(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     if model.head in ("token", "span"):
         raise ConfigError(
             f"the published code has no model with this head ({huggingface.SUFFIXES[model.head]}): convert to huggingface "
@@ -218,7 +220,7 @@ def _official(model: Published, is_fused: bool, max_bytes: int | None) -> Target
     )
 
 
-def _published(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+def _published(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     return Target(
         weights=model.weights,
         write=lambda output: _write_shards(output, model.weights, max_bytes=max_bytes),
@@ -228,7 +230,7 @@ def _published(model: Published, is_fused: bool, max_bytes: int | None) -> Targe
     )
 
 
-def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
+def _onnx(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     onnx_files.require_dtype(next(iter(model.weights.values())).dtype)
     built, names = build_model(model, where="the source")
     program = onnx_files.export(built, config=model.config)
@@ -251,7 +253,7 @@ def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
             decoder=model.decoder if model.knows_decoder else None,
             is_legacy=False,
         ),
-        lost=[Dropped(name, "the program does not compute with it") for name in model.weights if name not in names],
+        lost=[DroppedKey(name, "the program does not compute with it") for name in model.weights if name not in names],
         architecture=f"{', '.join(program.inputs)} -> {', '.join(program.outputs)}; opset {onnx_files.OPSET}",
     )
 
@@ -259,8 +261,8 @@ def _onnx(model: Published, is_fused: bool, max_bytes: int | None) -> Target:
 _TARGET_OF = {"huggingface": _huggingface, "official": _official, "deberta_dist": _published, "onnx": _onnx}
 
 
-def _lost(weights: Weights) -> list[Dropped]:
-    return [Dropped(key, "zero, and the fused form has no place for it") for key in v1_in_proj.lost_biases(weights)]
+def _lost(weights: Weights) -> list[DroppedKey]:
+    return [DroppedKey(key, "zero, and the fused form has no place for it") for key in v1_in_proj.lost_biases(weights)]
 
 
 def _num_bytes(weights: Weights) -> int:
@@ -298,7 +300,9 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
     return []
 
 
-def _card(source: Source, model: Published, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]) -> str:
+def _card(
+    source: CheckpointSource, model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]
+) -> str:
     return model_card(
         source,
         model,
@@ -318,7 +322,7 @@ _READ = re.compile(
 ).fullmatch
 
 
-def _left_behind(source: Source, tokenizer: TokenizerResult) -> list[str]:
+def _left_behind(source: CheckpointSource, tokenizer: TokenizerResult) -> list[str]:
     """What else lies in a source's directory: it may be part of a pipeline of another library."""
     if source.is_file or source.layout is not None:
         return []
@@ -328,7 +332,7 @@ def _left_behind(source: Source, tokenizer: TokenizerResult) -> list[str]:
     return [f"not carried, since no part of the model or its tokenizer: {shorten(names, most=10)}"] if names else []
 
 
-def _warnings(model: Published, target: Target, tokenizer: TokenizerResult, *, is_rounded: bool) -> list[str]:
+def _warnings(model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerResult, *, is_rounded: bool) -> list[str]:
     return [
         *model.reading.warnings,
         *([target.why_class] if target.why_class else []),
@@ -337,7 +341,7 @@ def _warnings(model: Published, target: Target, tokenizer: TokenizerResult, *, i
     ]
 
 
-def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str]]:
+def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module, list[str]]:
     """The model with its first head of: fine-tuning, replaced token detection, masked language modelling; else the backbone.
 
     A masked language modelling head beside a detector was trained on the generator's encoder, not on this one.
@@ -367,7 +371,7 @@ def build_model(found: Published, *, where: object) -> tuple[nn.Module, list[str
     return model, list(names.values())
 
 
-def _empty(found: Published) -> nn.Module:
+def _empty(found: CanonicalCheckpoint) -> nn.Module:
     if found.head:
         return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
     heads = {name.split(".")[0] for name in found.weights}

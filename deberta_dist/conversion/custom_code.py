@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import huggingface, official
-from deberta_dist.conversion.canonical import Published, require_decoder
+from deberta_dist.conversion.canonical import CanonicalCheckpoint, require_decoder
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.weights import POSITION_TABLE
@@ -15,7 +15,7 @@ CODE_NAME = "modeling_deberta_emd.py"
 _CODE = Path(__file__).with_name(CODE_NAME)
 
 
-def with_code(target: Target, model: Published, *, where: object) -> Target:
+def with_code(target: Target, model: CanonicalCheckpoint, *, where: object) -> Target:
     """A Hugging Face target whose masked language model decodes as it was trained to.
 
     Where their own class computes the model it stays as it is, and the report says so.

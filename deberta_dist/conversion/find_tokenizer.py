@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.conversion import files, huggingface
-from deberta_dist.conversion.source import CONFIG_NAMES, SPM_NAME, SUFFIXES, Source
+from deberta_dist.conversion.source import CONFIG_NAMES, SPM_NAME, SUFFIXES, CheckpointSource
 from deberta_dist.conversion.tokenizer_names import CONFIG_NAME, is_tokenizer_file, missing_files, stem_of
 from deberta_dist.conversion.tokenizer_settings import read_settings
 from deberta_dist.conversion.weights import shorten
@@ -20,7 +20,7 @@ _OTHERS = (*SUFFIXES, ".md", *CONFIG_NAMES)
 _OF_SPM = ("DebertaV2", "PreTrained", "TokenizersBackend")
 
 
-def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig) -> tuple[Tokenizer | None, str]:
+def find_tokenizer(source: CheckpointSource, *, given: Path | None, config: DebertaConfig) -> tuple[Tokenizer | None, str]:
     """The SentencePiece model that belongs to a checkpoint, and why there is none.
 
     Args:
@@ -51,7 +51,7 @@ def find_tokenizer(source: Source, *, given: Path | None, config: DebertaConfig)
     return tokenizer, NONE_FOUND
 
 
-def _found(source: Source) -> Tokenizer | None:
+def _found(source: CheckpointSource) -> Tokenizer | None:
     own = own_spm(source)
     if own is not None:
         return Tokenizer(own)
@@ -66,13 +66,13 @@ def _found(source: Source) -> Tokenizer | None:
     return None
 
 
-def is_of_spm(source: Source) -> bool:
+def is_of_spm(source: CheckpointSource) -> bool:
     """Whether SentencePiece is what the checkpoint's own library takes for its tokenizer, if it says so."""
     stated = _stated_class(source)
     return not stated or stem_of(stated) in _OF_SPM
 
 
-def own_spm(source: Source) -> Path | None:
+def own_spm(source: CheckpointSource) -> Path | None:
     """The SentencePiece model that lies with a checkpoint, unless its own library would take another vocabulary.
 
     Raises:
@@ -90,29 +90,29 @@ def own_spm(source: Source) -> Path | None:
     return files.inside(source.directory, SPM_NAME)
 
 
-def _stated_class(source: Source) -> str:
+def _stated_class(source: CheckpointSource) -> str:
     config = json_of(source, CONFIG_NAME)
     named = config.get("tokenizer_class") or source.config.get("tokenizer_class")
     return named if isinstance(named, str) else ""
 
 
-def class_of(source: Source) -> str:
+def class_of(source: CheckpointSource) -> str:
     """Class that Hugging Face's library takes for a checkpoint; empty where the checkpoint is none of theirs."""
     kind = source.config.get("model_type") or huggingface.V2
     default = DEFAULT_CLASSES.get(str(kind), "") if source.format is huggingface.FORMAT else ""
     return _stated_class(source) or default
 
 
-def json_of(source: Source, name: str) -> dict[str, Any]:
+def json_of(source: CheckpointSource, name: str) -> dict[str, Any]:
     """A JSON file of a checkpoint, empty where there is none. Raises CheckpointError."""
     return files.read_json(files.inside(source.directory, name)) if files.has(source.directory, name) else {}
 
 
-def _names_in(source: Source) -> list[str]:
+def _names_in(source: CheckpointSource) -> list[str]:
     return sorted(path.name for path in source.directory.iterdir() if not path.is_dir())
 
 
-def tokenizer_names(source: Source) -> list[str]:
+def tokenizer_names(source: CheckpointSource) -> list[str]:
     """Names of the tokenizer's files: those that are known, and those that its configuration names."""
     named: set[str] = set()
 
@@ -130,7 +130,7 @@ def tokenizer_names(source: Source) -> list[str]:
     return [name for name in _names_in(source) if is_tokenizer_file(name) or name in named]
 
 
-def unread_settings(source: Source) -> list[str]:
+def unread_settings(source: CheckpointSource) -> list[str]:
     """What the source's files do to text or ids that a SentencePiece model alone does not, for who reads only that."""
     changes = read_settings(source.directory).changes() if own_spm(source) is not None else []
     if not changes:
@@ -139,7 +139,7 @@ def unread_settings(source: Source) -> list[str]:
     return [f"{said}: {SPM_NAME} alone, which is read here, does not do it"]
 
 
-def is_sentencepiece(source: Source) -> bool:
+def is_sentencepiece(source: CheckpointSource) -> bool:
     """Whether spm.model is a sound model, if of another make than DeBERTa's."""
     try:
         return bool(parse_model((source.directory / SPM_NAME).read_bytes()).pieces)

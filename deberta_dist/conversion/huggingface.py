@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import v1_in_proj, official
+from deberta_dist.conversion import official, v1_in_proj
 from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.rules import Drop, Format, Reading, Rename
-from deberta_dist.conversion.weights import WORD_TABLE, Dropped, Weight, Weights, require_square_output
+from deberta_dist.conversion.weights import WORD_TABLE, DroppedKey, Weight, Weights, require_square_output
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.defaults import V1, V2, filled_in
@@ -75,7 +75,7 @@ FORMAT = Format(
 )
 
 
-def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[str, Any], list[Dropped]]:
+def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[str, Any], list[DroppedKey]]:
     """A configuration as Hugging Face's classes understand it, and the fields that mean nothing to them.
 
     Args:
@@ -87,7 +87,7 @@ def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[s
     """
     kind = raw.get("model_type") or _kind_of(raw, keys)
     found, unread = filled_in(raw, kind=kind)
-    return found, [Dropped(f"config: {key}", f"the {kind} classes do not read it") for key in unread]
+    return found, [DroppedKey(f"config: {key}", f"the {kind} classes do not read it") for key in unread]
 
 
 def _kind_of(raw: dict[str, Any], keys: Collection[str]) -> str:

@@ -13,11 +13,11 @@ import torch
 from deberta_dist.checkpoint.compatible import computation
 from deberta_dist.checkpoint.errors import CheckpointError, strict_json
 from deberta_dist.conversion import files
-from deberta_dist.conversion.canonical import as_asked, to_published
-from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
+from deberta_dist.conversion.canonical import as_asked, to_canonical
+from deberta_dist.conversion.options import AS_IT_IS, CheckpointReadOptions
 from deberta_dist.conversion.output import REPORT_NAME, hash_of
 from deberta_dist.conversion.report import num_parameters
-from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.source import CheckpointSource, open_source
 from deberta_dist.conversion.weights import Weight, Weights
 from deberta_dist.errors import ConfigError, DebertaDistError
 
@@ -37,7 +37,7 @@ _GROUPS = (
 _CHUNK = 1 << 22
 
 
-def inspect(path: Path, options: ReadOptions = AS_IT_IS) -> dict[str, Any]:
+def inspect(path: Path, options: CheckpointReadOptions = AS_IT_IS) -> dict[str, Any]:
     """What is at ``path``, as JSON.
 
     Args:
@@ -74,7 +74,7 @@ def inspect(path: Path, options: ReadOptions = AS_IT_IS) -> dict[str, Any]:
     }
 
 
-def difference(path: Path, other: Path, options: ReadOptions = AS_IT_IS) -> dict[str, Any]:
+def difference(path: Path, other: Path, options: CheckpointReadOptions = AS_IT_IS) -> dict[str, Any]:
     """How two checkpoints differ, by published names where both have them, as JSON.
 
     Args:
@@ -148,7 +148,7 @@ def differs(found: Mapping[str, Any]) -> bool:
     return any(found[key] for key in ("only_here", "only_there", "shapes", "dtypes", "values", "config"))
 
 
-def _open(path: Path, options: ReadOptions) -> Source:
+def _open(path: Path, options: CheckpointReadOptions) -> CheckpointSource:
     """One of two checkpoints, of which only the other may have the prefix."""
     try:
         return open_source(path, verify=False, options=options)
@@ -158,7 +158,7 @@ def _open(path: Path, options: ReadOptions) -> Source:
         return open_source(path, verify=False, options=replace(options, prefix=None))
 
 
-def _published_or_own(source: Source, *, is_resolved: bool) -> tuple[Weights, dict[str, Any], list[str]]:
+def _published_or_own(source: CheckpointSource, *, is_resolved: bool) -> tuple[Weights, dict[str, Any], list[str]]:
     """Weights and configuration as published; as they stand in the file, with the reason, where they make no model.
 
     Args:
@@ -166,7 +166,7 @@ def _published_or_own(source: Source, *, is_resolved: bool) -> tuple[Weights, di
         is_resolved: Fields that are absent and mean something else's value have that value.
     """
     try:
-        model = as_asked(to_published(source), source.options)
+        model = as_asked(to_canonical(source), source.options)
     except DebertaDistError as error:
         return source.weights, dict(source.config), [str(error)]
     config = {**model.config.to_dict(), **computation(model.config)} if is_resolved else model.config.to_dict()
@@ -182,7 +182,7 @@ def _sizes(path: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in paths}
 
 
-def _checksums(source: Source) -> tuple[str, bool]:
+def _checksums(source: CheckpointSource) -> tuple[str, bool]:
     """A sentence, and whether something is not as it was written."""
     try:
         if source.verify is not None:

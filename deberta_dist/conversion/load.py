@@ -8,11 +8,11 @@ from typing import TypeVar
 from torch import nn
 
 from deberta_dist.checkpoint.errors import CheckpointError
+from deberta_dist.conversion.canonical import CanonicalCheckpoint, as_asked, require_decoder, to_canonical
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, unread_settings
-from deberta_dist.conversion.canonical import Published, as_asked, require_decoder, to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD, is_discriminator
-from deberta_dist.conversion.options import ReadOptions
-from deberta_dist.conversion.source import Source, open_source
+from deberta_dist.conversion.options import CheckpointReadOptions
+from deberta_dist.conversion.source import CheckpointSource, open_source
 from deberta_dist.conversion.weights import in_one_dtype, shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.models.classification import ModelWithBackbone
@@ -48,9 +48,9 @@ def load_masked_lm(
         ConfigError: the configuration or an option is refused, or nothing says how to decode.
         DataError: the checkpoint is refused, or is not a whole masked language model.
     """
-    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
+    options = CheckpointReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(Path(path), options=options)
-    found = as_asked(to_published(source), options)
+    found = as_asked(to_canonical(source), options)
     require_decoder(found, where=path)
     if is_discriminator(found.weights):
         warnings.warn(f"{path}: {GENERATORS_HEAD}", stacklevel=2)
@@ -80,9 +80,9 @@ def load_with_head(
         ConfigError: the configuration or an option is refused.
         DataError: the checkpoint is refused, or has no such head.
     """
-    options = ReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix)
+    options = CheckpointReadOptions(dtype=dtype, allow_unmapped=tuple(allow_unmapped), prefix=prefix)
     source = open_source(Path(path), options=options)
-    found = as_asked(to_published(source), options)
+    found = as_asked(to_canonical(source), options)
     if not found.head:
         raise CheckpointError(f"{path} ({source.description}) has no head of fine-tuning")
     with without_memory():
@@ -93,7 +93,7 @@ def load_with_head(
     return _filled(model, found, where=path), _tokenizer(found, source)
 
 
-def _filled(model: M, found: Published, *, where: object) -> M:
+def _filled(model: M, found: CanonicalCheckpoint, *, where: object) -> M:
     """A model without memory with its weights out of a checkpoint that has them all, in evaluation mode."""
     weights, mixed = in_one_dtype({name: found.weights[name] for name, _ in model.named_parameters()})
     if mixed:
@@ -102,7 +102,7 @@ def _filled(model: M, found: Published, *, where: object) -> M:
     return model.eval()
 
 
-def _tokenizer(found: Published, source: Source) -> Tokenizer | None:
+def _tokenizer(found: CanonicalCheckpoint, source: CheckpointSource) -> Tokenizer | None:
     """The SentencePiece model that lies with a checkpoint; warns where its files say more than that."""
     tokenizer, _ = find_tokenizer(source, given=None, config=found.config)
     for note in unread_settings(source):

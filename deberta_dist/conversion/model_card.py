@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from deberta_dist.conversion import hub, official
+from deberta_dist.conversion.canonical import CanonicalCheckpoint
 from deberta_dist.conversion.heads import SUFFIXES
-from deberta_dist.conversion.canonical import Published
-from deberta_dist.conversion.source import Source
+from deberta_dist.conversion.source import CheckpointSource
 from deberta_dist.conversion.training_facts import training_facts
 from deberta_dist.conversion.weights import POSITION_TABLE
 
@@ -23,8 +23,8 @@ Without `trust_remote_code` the class of the same name in transformers computes 
 
 
 def model_card(
-    source: Source,
-    published: Published,
+    source: CheckpointSource,
+    published: CanonicalCheckpoint,
     *,
     architecture: str,
     dtype: str,
@@ -78,12 +78,12 @@ def model_card(
     return _DIVIDER.join(parts) + "\n"
 
 
-def _predicts(published: Published) -> bool:
+def _predicts(published: CanonicalCheckpoint) -> bool:
     """Whether what the class computes is what its head was trained for."""
     return bool(published.head) or not official.is_discriminator(published.weights)
 
 
-def _training(source: Source) -> list[str]:
+def _training(source: CheckpointSource) -> list[str]:
     if source.manifest is None:
         return []
     # checkpoints/step-N/ of a run's directory.
@@ -92,7 +92,7 @@ def _training(source: Source) -> list[str]:
     return ["## Training", "\n".join(["| | |", "|---|---|", *rows])]
 
 
-def _unused(published: Published, *, architecture: str, has_code: bool) -> list[str]:
+def _unused(published: CanonicalCheckpoint, *, architecture: str, has_code: bool) -> list[str]:
     config, names = published.config, published.weights
     found = _decoder(published, has_code=has_code)
     if POSITION_TABLE in names and not config.position_biased_input:
@@ -128,7 +128,7 @@ def _unused(published: Published, *, architecture: str, has_code: bool) -> list[
     return found
 
 
-def _decoder(published: Published, *, has_code: bool) -> list[str]:
+def _decoder(published: CanonicalCheckpoint, *, has_code: bool) -> list[str]:
     """What is known of the masked language modelling head and of how it decodes."""
     if published.decoder is None:
         return []

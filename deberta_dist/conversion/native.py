@@ -12,7 +12,7 @@ from deberta_dist.checkpoint.find import CHECKPOINTS_NAME, newest_complete
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.checkpoint.reader import CheckpointReader, open_checkpoint
 from deberta_dist.conversion.rules import Format
-from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
+from deberta_dist.conversion.weights import CHUNK_NUMBERS, ChunkedReader, Weight, Weights
 
 FORMAT = Format(name="native")
 _REOPEN_BYTES = 256 * 2**20
@@ -74,7 +74,7 @@ class NativeCheckpoint:
         self._reader.verify()
 
 
-class _InCheckpoint(InParts):
+class _InCheckpoint(ChunkedReader):
     """A tensor whose slices lie in the files of several ranks."""
 
     def __init__(self, checkpoint: NativeCheckpoint, name: str) -> None:
@@ -83,5 +83,5 @@ class _InCheckpoint(InParts):
 
     def parts(self) -> Iterator[Tensor]:
         count = math.prod(self.shape)
-        for begin in range(0, count, PART):
-            yield self._checkpoint.read_range(self._name, begin=begin, count=min(PART, count - begin))
+        for begin in range(0, count, CHUNK_NUMBERS):
+            yield self._checkpoint.read_range(self._name, begin=begin, count=min(CHUNK_NUMBERS, count - begin))

@@ -10,7 +10,7 @@ DTYPE_NAMES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class CheckpointReadOptions:
     """What a user says about a checkpoint that it does not say itself.
 
     Attributes:
@@ -36,7 +36,7 @@ class ReadOptions:
             raise ConfigError(f"decoder = {self.decoder!r} is none of {', '.join(DECODERS)}")
 
 
-AS_IT_IS = ReadOptions()
+AS_IT_IS = CheckpointReadOptions()
 
 
 def add_options(parser: argparse.ArgumentParser, *, dtype_help: str | None, decodes: bool = False) -> None:
@@ -65,9 +65,9 @@ def add_options(parser: argparse.ArgumentParser, *, dtype_help: str | None, deco
         )
 
 
-def options_of(arguments: argparse.Namespace) -> ReadOptions:
+def options_of(arguments: argparse.Namespace) -> CheckpointReadOptions:
     """The options of a command line that has them. Raises ConfigError."""
-    return ReadOptions(
+    return CheckpointReadOptions(
         allow_unmapped=tuple(arguments.allow_unmapped),
         prefix=arguments.prefix,
         dtype=getattr(arguments, "dtype", None),

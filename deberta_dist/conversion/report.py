@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deberta_dist.conversion.canonical import Published
-from deberta_dist.conversion.source import Source
-from deberta_dist.conversion.weights import DTYPES, Dropped, Weights
+from deberta_dist.conversion.canonical import CanonicalCheckpoint
+from deberta_dist.conversion.source import CheckpointSource
+from deberta_dist.conversion.weights import DTYPES, DroppedKey, Weights
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LACKING_WHY = (
@@ -26,12 +26,12 @@ def num_parameters(weights: Weights) -> int:
 
 
 def make_report(
-    source: Source,
-    published: Published,
+    source: CheckpointSource,
+    published: CanonicalCheckpoint,
     *,
     source_dtype: Sequence[str],
     written: Weights,
-    lost: Sequence[Dropped],
+    lost: Sequence[DroppedKey],
     target_format: str,
     details: Mapping[str, Any],
 ) -> dict[str, Any]:

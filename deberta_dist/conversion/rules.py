@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion.weights import Dropped, Weights, shorten
+from deberta_dist.conversion.weights import DroppedKey, Weights, shorten
 from deberta_dist.errors import printable
 from deberta_dist.models.config import DebertaConfig
 
@@ -46,13 +46,13 @@ class Reading:
 
     weights: Weights
     config: DebertaConfig
-    dropped: list[Dropped] = field(default_factory=list)
+    dropped: list[DroppedKey] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     open_generator: Callable[[], Weights] = dict
 
     def drop(self, name: str, *, why: str) -> None:
         """Leaves out the weight called ``name``."""
-        self.dropped += [Dropped(key, why) for key in self.weights.pop(name).origin]
+        self.dropped += [DroppedKey(key, why) for key in self.weights.pop(name).origin]
 
 
 Rule = Callable[[Reading], None]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deberta_dist.checkpoint.errors import CheckpointError, strict_json
-from deberta_dist.conversion.weights import PART, InParts, Weight, Weights
+from deberta_dist.conversion.weights import CHUNK_NUMBERS, ChunkedReader, Weight, Weights
 from deberta_dist.errors import printable
 from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
@@ -123,7 +123,7 @@ def write_tensor(file: Writable, weight: Weight, *, name: str) -> None:
     assert num_bytes == weight.num_bytes, name
 
 
-class _InFile(InParts):
+class _InFile(ChunkedReader):
     """A tensor whose bytes lie in one piece in a file."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, path: Path, offset: int) -> None:
@@ -132,11 +132,11 @@ class _InFile(InParts):
 
     def parts(self) -> Iterator[Tensor]:
         left = math.prod(self.shape)
-        buffer = torch.empty(min(left, PART), dtype=self.dtype)
+        buffer = torch.empty(min(left, CHUNK_NUMBERS), dtype=self.dtype)
         with open(self._path, "rb", buffering=0) as file:
             file.seek(self._offset)
             while left:
-                part = buffer[: min(left, PART)]
+                part = buffer[: min(left, CHUNK_NUMBERS)]
                 self._fill(memoryview(part.view(torch.uint8).numpy()), file)
                 yield part
                 left -= len(part)

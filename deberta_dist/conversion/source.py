@@ -10,7 +10,7 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME, Manifest
 from deberta_dist.conversion import files, huggingface, native, official, published
-from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
+from deberta_dist.conversion.options import AS_IT_IS, CheckpointReadOptions
 from deberta_dist.conversion.rules import Format, allowed_by
 from deberta_dist.conversion.safetensors_files import read_safetensors
 from deberta_dist.conversion.torch_files import TorchFile
@@ -38,7 +38,7 @@ _GENERATOR_CONFIG_NAME = "generator_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CheckpointSource:
     """A recognised checkpoint; no tensor of it has been read.
 
     Attributes:
@@ -67,7 +67,7 @@ class Source:
     format: Format
     config: Mapping[str, Any]
     weights: Weights
-    options: ReadOptions = AS_IT_IS
+    options: CheckpointReadOptions = AS_IT_IS
     open_generator: Callable[[], Weights] = dict
     step: int | None = None
     tokenizer_sha256: str | None = None
@@ -78,7 +78,7 @@ class Source:
     verify: Callable[[], None] | None = None
 
 
-def open_source(path: Path, *, verify: bool = True, options: ReadOptions = AS_IT_IS) -> Source:
+def open_source(path: Path, *, verify: bool = True, options: CheckpointReadOptions = AS_IT_IS) -> CheckpointSource:
     """Recognises ``path``.
 
     Args:
@@ -115,7 +115,7 @@ def open_source(path: Path, *, verify: bool = True, options: ReadOptions = AS_IT
     return _from_files(path, path.parent, path, options=options)
 
 
-def _from_files(path: Path, directory: Path, weights_file: Path, *, options: ReadOptions) -> Source:
+def _from_files(path: Path, directory: Path, weights_file: Path, *, options: CheckpointReadOptions) -> CheckpointSource:
     weights, embedded, others = _read_weights(weights_file, options=options)
     if odd := [key for key in weights if not key.isprintable()]:
         raise CheckpointError(f"{weights_file} has keys that cannot be printed: {shorten(odd)}")
@@ -150,7 +150,7 @@ def _from_files(path: Path, directory: Path, weights_file: Path, *, options: Rea
         *(["question answering"] if any(key.startswith("qa_outputs.") for key in weights) else []),
         *(["prefix bert."] if any(key.startswith("bert.") for key in weights) else []),
     ]
-    return Source(
+    return CheckpointSource(
         path=path,
         is_file=path != directory,
         directory=directory,
@@ -196,7 +196,7 @@ def _recognise(raw: Mapping[str, Any], weights: Weights, weights_file: Path) -> 
     return published.FORMAT, "deberta_dist weights with published names"
 
 
-def _read_weights(path: Path, *, options: ReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
+def _read_weights(path: Path, *, options: CheckpointReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     """Weights, the configuration among them, and what else a file holds."""
     if path.name.endswith(".index.json"):
         weights: Weights = {}
@@ -216,7 +216,7 @@ def _read_weights(path: Path, *, options: ReadOptions) -> tuple[Weights, dict[st
     return _read_weights_file(path, options=options)
 
 
-def _read_weights_file(path: Path, *, options: ReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
+def _read_weights_file(path: Path, *, options: CheckpointReadOptions) -> tuple[Weights, dict[str, Any] | None, list[str]]:
     if path.suffix == ".safetensors":
         return read_safetensors(path), None, []
     if path.suffix in SUFFIXES:
@@ -225,7 +225,7 @@ def _read_weights_file(path: Path, *, options: ReadOptions) -> tuple[Weights, di
     raise CheckpointError(f"{path} is neither .safetensors nor .bin (or {', '.join(SUFFIXES[2:])}): its kind is not known")
 
 
-def _native(path: Path, *, verify: bool) -> Source:
+def _native(path: Path, *, verify: bool) -> CheckpointSource:
     try:
         checkpoint = native.NativeCheckpoint(path, verify=verify)
     except FileNotFoundError as error:
@@ -235,7 +235,7 @@ def _native(path: Path, *, verify: bool) -> Source:
     named = data.get("tokenizer") if isinstance(data, dict) else None
     # A run keeps a copy beside its checkpoints; the path it was given may be gone, or of another machine.
     hints = (checkpoint.directory.parent.parent / SPM_NAME, *([Path(named)] if isinstance(named, str) else []))
-    return Source(
+    return CheckpointSource(
         path=path,
         is_file=False,
         directory=checkpoint.directory,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deberta_dist.conversion.output import OutputDirectory
-from deberta_dist.conversion.weights import Dropped, Weights
+from deberta_dist.conversion.weights import DroppedKey, Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class Target:
     num_bytes: int
     config_name: str
     config: Mapping[str, Any]
-    lost: Sequence[Dropped] = ()
+    lost: Sequence[DroppedKey] = ()
     architecture: str = ""
     why_class: str = ""

@@ -16,7 +16,7 @@ from deberta_dist.conversion.find_tokenizer import (
     tokenizer_names,
 )
 from deberta_dist.conversion.output import OutputDirectory
-from deberta_dist.conversion.source import SPM_NAME, Source
+from deberta_dist.conversion.source import SPM_NAME, CheckpointSource
 from deberta_dist.conversion.tokenizer_files import compare, probe, tokenizer_texts
 from deberta_dist.conversion.tokenizer_names import ADDED_NAME, CONFIG_NAME, JSON_NAME, TEMPLATES_NAME, missing_files
 from deberta_dist.conversion.tokenizer_settings import TokenizerSettings, read_settings
@@ -51,7 +51,7 @@ class TokenizerResult:
 
 def write_tokenizer(
     output: OutputDirectory,
-    source: Source,
+    source: CheckpointSource,
     *,
     tokenizer: Tokenizer | None,
     message: str,
@@ -95,7 +95,7 @@ def write_tokenizer(
         if lost := [token.content for number, token in ids.items() if number >= config.vocab_size]:
             result.add(f"The model has no rows for {shorten(lost)}: its vocab_size is {config.vocab_size}")
     elif names:
-        _carry(output, source, result, names=names, model_type=model_type)
+        _copy_files(output, source, result, names=names, model_type=model_type)
         # Whether training could read it matters to Hugging Face's classes only where they read the same file.
         is_theirs_too = SPM_NAME in names and own_spm(source) is not None
         if tokenizer is None and message != NONE_FOUND and (is_theirs_too or not model_type):
@@ -122,7 +122,7 @@ def write_tokenizer(
 
 def _write_new(
     output: OutputDirectory,
-    source: Source,
+    source: CheckpointSource,
     result: TokenizerResult,
     *,
     texts: dict[str, str],
@@ -148,7 +148,9 @@ def _write_new(
     _compare(result, texts[JSON_NAME], tokenizer=tokenizer, settings=settings)
 
 
-def _carry(output: OutputDirectory, source: Source, result: TokenizerResult, *, names: Sequence[str], model_type: str) -> None:
+def _copy_files(
+    output: OutputDirectory, source: CheckpointSource, result: TokenizerResult, *, names: Sequence[str], model_type: str
+) -> None:
     """The source's own files as they are."""
     name_of_class = class_of(source)
     default = DEFAULT_CLASSES[model_type or huggingface.V2]

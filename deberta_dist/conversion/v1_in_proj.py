@@ -17,13 +17,13 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion.weights import Weight, Weights, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.published_state import FUSED_LEAVES
+from deberta_dist.models.published_state import V1_LEAVES
 
 _SELF = ".attention.self."
-_SEPARATE_TO_FUSED = {separate: fused for fused, separate in FUSED_LEAVES.items()}
-LEAVES = ("in_proj.weight", *FUSED_LEAVES)
+_SEPARATE_TO_FUSED = {separate: fused for fused, separate in V1_LEAVES.items()}
+LEAVES = ("in_proj.weight", *V1_LEAVES)
 """What the names of the fused form end with."""
-_PARTS = ("query_proj.weight", "key_proj.weight", "value_proj.weight")
+_PROJECTIONS = ("query_proj.weight", "key_proj.weight", "value_proj.weight")
 _BIASES_WITHOUT_PLACE = ("key_proj.bias", "pos_key_proj.bias")
 
 
@@ -46,8 +46,8 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
             if not rows or rows * 3 != weight.shape[0] or rows % head_size:
                 raise CheckpointError(f"{name} is {list(weight.shape)}: not three times heads of {head_size} rows")
             # One after the other is asked for its third: the joined tensor is read once, not three times.
-            whole = _ReadOnce(weight.read, uses=len(_PARTS))
-            for number, part in enumerate(_PARTS):
+            whole = _ReadOnce(weight.read, uses=len(_PROJECTIONS))
+            for number, part in enumerate(_PROJECTIONS):
                 found[stem + part] = replace(
                     weight,
                     shape=(rows, weight.shape[1]),
@@ -55,8 +55,8 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
                     why="cut out of the fused projection of v1, which interleaves heads",
                 )
             found[stem + "key_proj.bias"] = _zeros(rows, weight.dtype)
-        elif leaf in FUSED_LEAVES:
-            found[stem + FUSED_LEAVES[leaf]] = replace(weight, why="named so in the fused form of v1")
+        elif leaf in V1_LEAVES:
+            found[stem + V1_LEAVES[leaf]] = replace(weight, why="named so in the fused form of v1")
             if leaf == "pos_proj.weight" and weight.shape:
                 found[stem + "pos_key_proj.bias"] = _zeros(weight.shape[0], weight.dtype)
         else:
@@ -96,8 +96,8 @@ def fuse(weights: Weights, *, config: DebertaConfig) -> Weights:
     for name, weight in weights.items():
         stem, _, leaf = name.rpartition(_SELF)
         stem += _SELF
-        if leaf == _PARTS[0]:
-            parts = [weights[stem + part] for part in _PARTS]
+        if leaf == _PROJECTIONS[0]:
+            parts = [weights[stem + part] for part in _PROJECTIONS]
             found[stem + "in_proj.weight"] = Weight(
                 shape=(3 * weight.shape[0], weight.shape[1]),
                 dtype=weight.dtype,
@@ -107,7 +107,7 @@ def fuse(weights: Weights, *, config: DebertaConfig) -> Weights:
             )
         elif leaf in _SEPARATE_TO_FUSED:
             found[stem + _SEPARATE_TO_FUSED[leaf]] = replace(weight, why="named so in the fused form of v1")
-        elif leaf not in (*_PARTS, *_BIASES_WITHOUT_PLACE):
+        elif leaf not in (*_PROJECTIONS, *_BIASES_WITHOUT_PLACE):
             found[name] = weight
     return found
 

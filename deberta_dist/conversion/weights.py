@@ -20,13 +20,13 @@ from deberta_dist.models.initialisation import without_memory
 
 POSITION_TABLE = "deberta.embeddings.position_embeddings.weight"
 WORD_TABLE = "deberta.embeddings.word_embeddings.weight"
-PART = 1 << 20
+CHUNK_NUMBERS = 1 << 20
 """Numbers in one part of a tensor: small enough that a buffer for it is not asked of the system each time."""
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
-class InParts:
-    """Reads a tensor, whole or in flat parts of at most ``PART`` numbers.
+class ChunkedReader:
+    """Reads a tensor, whole or in flat parts of at most ``CHUNK_NUMBERS`` numbers.
 
     Args:
         shape: Of the tensor.
@@ -84,7 +84,7 @@ class Weight:
 
     def parts(self) -> Iterator[Tensor]:
         """The tensor in 1-D parts, in order; one is good until the next is asked for."""
-        if isinstance(self.read, InParts):
+        if isinstance(self.read, ChunkedReader):
             yield from self.read.parts()
         else:
             yield self.read().contiguous().flatten()
@@ -108,7 +108,7 @@ def in_one_dtype(weights: Weights) -> tuple[Weights, str]:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedKey:
     """A key of the source that the result does not hold, and why that is right."""
 
     key: str
@@ -194,7 +194,7 @@ def shorten(items: Iterable[str], *, most: int = 4) -> str:
     return ", ".join(map(printable, items[:most])) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-class _Rounded(InParts):
+class _Rounded(ChunkedReader):
     """A tensor in another number format, which none of its numbers may leave."""
 
     def __init__(self, weight: Weight, dtype: torch.dtype, *, name: str) -> None:
@@ -203,7 +203,7 @@ class _Rounded(InParts):
 
     def parts(self) -> Iterator[Tensor]:
         for whole in self._weight.parts():
-            for part in whole.split(PART):
+            for part in whole.split(CHUNK_NUMBERS):
                 rounded = part.to(self.dtype)
                 # Infinity and not-a-number of the source may stay what they are; a number may not become one.
                 lost = torch.isfinite(part) & ~torch.isfinite(rounded)

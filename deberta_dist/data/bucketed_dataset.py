@@ -10,7 +10,7 @@ lost or repeated, and as steps are shared in proportion to tokens, padding inclu
 epochs together.
 
 All of it follows from sources, lengths, seed and the number of the step: it is the same for every number of ranks and
-after every resume, and nothing about it is stored. ``BucketedData`` takes the place of ``BlendedData``.
+after every resume, and nothing about it is stored. ``BucketedDataset`` takes the place of ``BlendedData``.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from deberta_dist.data.blend import Blend
+from deberta_dist.data.chunk_dataset import ChunkDataset
+from deberta_dist.data.chunks import BucketSizes, open_chunks
 from deberta_dist.data.loader import Batch
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.chunk_dataset import PieceData
-from deberta_dist.data.chunks import BucketSizes, open_pieces
 from deberta_dist.data.sampler import position
-from deberta_dist.data.sources import Source, SourcePosition, in_order, source_seed, source_weights
+from deberta_dist.data.sources import CorpusSource, SourcePosition, in_order, source_seed, source_weights
 from deberta_dist.data.tokenizer import Tokenizer
 
 
@@ -43,7 +43,7 @@ class BucketMixture:
         samples_per_step: sequences of the longest bucket's steps.
     """
 
-    def __init__(self, sources: Sequence[Source], sizes: Sequence[BucketSizes], *, samples_per_step: int) -> None:
+    def __init__(self, sources: Sequence[CorpusSource], sizes: Sequence[BucketSizes], *, samples_per_step: int) -> None:
         """Weighs buckets and sources.
 
         Args:
@@ -115,7 +115,7 @@ class BucketMixture:
         return f"{self.sources[source].name}/{self.lengths[bucket]}".removeprefix("/")
 
 
-class BucketedData:
+class BucketedDataset:
     """Batches for masked language modelling, all sequences of a step from one bucket.
 
     Attributes:
@@ -125,7 +125,7 @@ class BucketedData:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[CorpusSource],
         tokenizer: Tokenizer,
         *,
         lengths: Sequence[int],
@@ -143,21 +143,21 @@ class BucketedData:
             samples_per_step: sequences of the longest bucket's steps.
             masking: how targets are chosen.
             seed: the run's seed.
-            index_directory: see ``open_pieces``.
+            index_directory: see ``open_chunks``.
 
         Raises:
-            ConfigError: as ``open_pieces``, or ``seed`` is outside 0 .. 2**64 - 1.
-            DataError: as ``open_pieces``, or a corpus was made with another tokenizer.
+            ConfigError: as ``open_chunks``, or ``seed`` is outside 0 .. 2**64 - 1.
+            DataError: as ``open_chunks``, or a corpus was made with another tokenizer.
         """
         for source in sources:
             source.corpus.require_tokenizer(tokenizer)
-        pieces = {source.name: open_pieces(source.corpus, lengths, directory=index_directory) for source in sources}
+        pieces = {source.name: open_chunks(source.corpus, lengths, directory=index_directory) for source in sources}
         self.mixture = BucketMixture(
             sources, [pieces[source.name].sizes for source in sources], samples_per_step=samples_per_step
         )
         self.samples_per_step = samples_per_step
         self._parts = [
-            PieceData(
+            ChunkDataset(
                 source.corpus,
                 tokenizer,
                 pieces=pieces[source.name],
@@ -179,7 +179,7 @@ class BucketedData:
             threads.
 
         Raises:
-            DataError: as ``PieceData.batch``.
+            DataError: as ``ChunkDataset.batch``.
         """
         step, offset = divmod(start, self.samples_per_step)
         part, misfit = divmod(offset, count)
@@ -193,7 +193,7 @@ class BucketedData:
         """The sequences of a bucket at positions start .. start + count - 1 of it; None if it is empty.
 
         Raises:
-            DataError: as ``PieceData.batch``.
+            DataError: as ``ChunkDataset.batch``.
         """
         if self.mixture.bucket_shares[bucket] == 0:
             return None

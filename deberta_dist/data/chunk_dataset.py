@@ -3,16 +3,16 @@
 import numpy as np
 import torch
 
+from deberta_dist.data.chunks import NUM_SPECIAL, ChunkList
 from deberta_dist.data.loader import Batch, mask_sequences
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.chunks import NUM_SPECIAL, PieceList
 from deberta_dist.data.sampler import check_seed, samples_at
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 
 
-class PieceData:
+class ChunkDataset:
     """Pieces of a corpus for masked language modelling: ``[CLS]``, the piece, ``[SEP]``, padding.
 
     Positions of a bucket run on through its epochs, each in its own order. The mask of a piece depends on
@@ -20,7 +20,7 @@ class PieceData:
     """
 
     def __init__(
-        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, pieces: PieceList, masking: MaskingConfig, seed: int
+        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, pieces: ChunkList, masking: MaskingConfig, seed: int
     ) -> None:
         """Of a corpus made with this tokenizer.
 

@@ -69,7 +69,7 @@ class BucketSizes:
         return 1 - (sum(self.num_tokens) + NUM_SPECIAL * sum(self.num_pieces)) / sum(self.room)
 
 
-def count_pieces(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
+def count_chunks(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
     """Goes through the documents once and keeps nothing.
 
     Args:
@@ -113,8 +113,8 @@ def _cut(corpus: TokenCorpus, *, window: int) -> Iterator[tuple[np.ndarray, np.n
             yield starts, np.minimum(offsets[documents + 1] - starts, window)
 
 
-class PieceList:
-    """The pieces of a corpus by bucket; made by ``open_pieces``. Safe to use from several threads.
+class ChunkList:
+    """The pieces of a corpus by bucket; made by ``open_chunks``. Safe to use from several threads.
 
     Attributes:
         path: the file.
@@ -156,7 +156,7 @@ class PieceList:
         return starts, tokens
 
 
-def open_pieces(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path | None = None) -> PieceList:
+def open_chunks(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path | None = None) -> ChunkList:
     """The pieces of a corpus, from the list that is there or a new one.
 
     One process makes it, those who ask meanwhile wait. One that is not whole is replaced.
@@ -184,7 +184,7 @@ def open_pieces(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path 
     return found
 
 
-def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> PieceList | None:
+def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> ChunkList | None:
     """The list at a path; None where there is none, or one that is not whole or of another text."""
     try:
         file = open_file(path, os.O_RDONLY)
@@ -199,7 +199,7 @@ def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> PieceList 
         expected = HEADER_BYTES + sum(sizes.num_pieces) * ENTRY.itemsize
         is_of_corpus = (checksum, sum(sizes.num_tokens)) == (corpus.checksum, corpus.num_tokens)
         if is_of_corpus and sizes.lengths == tuple(lengths) and os.fstat(file).st_size == expected:
-            pieces = PieceList(path, sizes, file=file)
+            pieces = ChunkList(path, sizes, file=file)
     finally:
         if pieces is None:
             os.close(file)
@@ -222,7 +222,7 @@ def _write(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> None:
     """Makes the list; it is there as a whole, or not at all."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed here
         left.unlink()
-    sizes = count_pieces(corpus, lengths)
+    sizes = count_chunks(corpus, lengths)
     path.unlink(missing_ok=True)
     with new_file(path) as file:
         header = {

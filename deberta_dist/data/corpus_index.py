@@ -25,7 +25,7 @@ AGAIN = "copy the corpus again or prepare it again with tools/prepare_corpus.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class CorpusShard:
     """A token file of a corpus.
 
     Attributes:
@@ -54,7 +54,7 @@ class Index:
     tokenizer_sha256: str
     vocab_size: int
     source: str
-    shards: tuple[Shard, ...]
+    shards: tuple[CorpusShard, ...]
 
 
 def shard_name(number: int) -> str:
@@ -62,9 +62,11 @@ def shard_name(number: int) -> str:
     return f"{number:05}{TOKENS_SUFFIX}"
 
 
-def shard_of(file: TokenFile) -> Shard:
+def shard_of(file: TokenFile) -> CorpusShard:
     """A token file as an index names it."""
-    return Shard(name=file.path.name, num_tokens=file.num_tokens, num_documents=file.num_documents, checksum=file.checksum)
+    return CorpusShard(
+        name=file.path.name, num_tokens=file.num_tokens, num_documents=file.num_documents, checksum=file.checksum
+    )
 
 
 def write_index(directory: str | Path, names: Sequence[str], *, source: str = "") -> Path:
@@ -141,7 +143,7 @@ def _parse(raw: dict[str, Any]) -> Index:
     Raises:
         ValueError, LookupError, TypeError: something is missing or of another type.
     """
-    shards = tuple(Shard(**item) for item in raw["files"])
+    shards = tuple(CorpusShard(**item) for item in raw["files"])
     for shard in shards:
         name, numbers = shard.name, (shard.num_tokens, shard.num_documents)
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(TOKENS_SUFFIX):

@@ -1,6 +1,6 @@
 """Masked batches from a corpus, by global sample position.
 
-Every pipeline stage and rank of a run calls ``MaskedLMData.batch`` with positions only; the same positions
+Every pipeline stage and rank of a run calls ``MaskedLMDataset.batch`` with positions only; the same positions
 give the same batch everywhere, so nothing has to be sent or stored.
 """
 
@@ -118,7 +118,7 @@ def mask_sequences(
     return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
-class MaskedLMData:
+class MaskedLMDataset:
     """Samples of a corpus for masked language modelling.
 
     Sample i is ``[CLS]``, a window of S-2 tokens, ``[SEP]``, with S = max_seq_length, and may span several documents;

@@ -11,7 +11,7 @@ import numpy as np
 _LAST = 2.0  # sorts behind every draw
 
 
-class ChosenUnits(NamedTuple):
+class ChosenWords(NamedTuple):
     """Units in the order they are taken.
 
     Attributes:
@@ -35,12 +35,12 @@ def within(counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) - np.repeat(starts_of(counts), counts)
 
 
-def official_draws(num_units: np.ndarray, *, window: int) -> np.ndarray:
-    """Draws that ``official_units`` uses in each row: two per window, and a window has at least ``window`` units."""
-    return 2 * -(-num_units // window)
+def official_draws(num_words: np.ndarray, *, window: int) -> np.ndarray:
+    """Draws that ``official_words`` uses in each row: two per window, and a window has at least ``window`` units."""
+    return 2 * -(-num_words // window)
 
 
-def official_units(draws: np.ndarray, num_units: np.ndarray, *, window: int, max_ngram: int) -> ChosenUnits:
+def official_words(draws: np.ndarray, num_words: np.ndarray, *, window: int, max_ngram: int) -> ChosenWords:
     """Units of one span per window, ascending; the quota plays no part in where spans lie.
 
     Args:
@@ -49,7 +49,7 @@ def official_units(draws: np.ndarray, num_units: np.ndarray, *, window: int, max
         window: units per window and unit of its span.
         max_ngram: longest span, units.
     """
-    num_draws = official_draws(num_units, window=window)
+    num_draws = official_draws(num_words, window=window)
     half = num_draws // 2
     column = np.arange(half.max())
     lengths = _ngram_lengths(draws[:, : column.size], max_ngram=max_ngram)
@@ -58,23 +58,23 @@ def official_units(draws: np.ndarray, num_units: np.ndarray, *, window: int, max
     spans = np.floor(place * widths).astype(np.int64)
     steps = np.maximum(widths, spans + lengths)
     offsets = np.cumsum(steps, axis=1) - steps
-    inside = (offsets < num_units[:, None]) & (column < half[:, None])
+    inside = (offsets < num_words[:, None]) & (column < half[:, None])
     counts = np.count_nonzero(inside, axis=1)
     # Only the last window can be cut off by the end, and what follows it does not count.
     last = np.arange(counts.size), counts - 1
-    spans[last] = place[last] * np.minimum(widths[last], num_units - offsets[last])
+    spans[last] = place[last] * np.minimum(widths[last], num_words - offsets[last])
     starts = (offsets + spans)[inside]
-    span_lengths = np.minimum(lengths[inside], np.repeat(num_units, counts) - starts)
+    span_lengths = np.minimum(lengths[inside], np.repeat(num_words, counts) - starts)
     units = _expand(starts, span_lengths)
-    return ChosenUnits(units, np.add.reduceat(span_lengths, starts_of(counts)), num_draws)
+    return ChosenWords(units, np.add.reduceat(span_lengths, starts_of(counts)), num_draws)
 
 
-def uniform_draws(num_units: np.ndarray, *, quotas: np.ndarray) -> np.ndarray:
-    """Most draws that ``uniform_units`` uses in each row: it depends on the first of them how many follow."""
-    return num_units + 2 * np.minimum(quotas, num_units) + 1
+def uniform_draws(num_words: np.ndarray, *, quotas: np.ndarray) -> np.ndarray:
+    """Most draws that ``uniform_words`` uses in each row: it depends on the first of them how many follow."""
+    return num_words + 2 * np.minimum(quotas, num_words) + 1
 
 
-def uniform_units(draws: np.ndarray, num_units: np.ndarray, *, quotas: np.ndarray, max_ngram: int) -> ChosenUnits:
+def uniform_words(draws: np.ndarray, num_words: np.ndarray, *, quotas: np.ndarray, max_ngram: int) -> ChosenWords:
     """As many units as the quota (or all) in disjoint spans, span after span in random order.
 
     A unit has at least one token, hence as many units as the quota are always enough.
@@ -85,7 +85,7 @@ def uniform_units(draws: np.ndarray, num_units: np.ndarray, *, quotas: np.ndarra
         quotas: int64 [R], at least 1 each.
         max_ngram: longest span, units.
     """
-    wanted = np.minimum(quotas, num_units)
+    wanted = np.minimum(quotas, num_words)
     lengths = _ngram_lengths(draws[:, : wanted.max()], max_ngram=max_ngram)
     ends = np.cumsum(lengths, axis=1)
     counts = np.count_nonzero(ends < wanted[:, None], axis=1) + 1
@@ -97,7 +97,7 @@ def uniform_units(draws: np.ndarray, num_units: np.ndarray, *, quotas: np.ndarra
     before = np.cumsum(lengths, axis=1) - lengths - column
 
     # Spans are spread over the places that they and the remaining units have in a row.
-    num_places = counts + num_units - wanted
+    num_places = counts + num_words - wanted
     position = np.arange(num_places.max())
     keys = _shifted(draws, wanted, position)
     keys[position >= num_places[:, None]] = _LAST
@@ -107,14 +107,14 @@ def uniform_units(draws: np.ndarray, num_units: np.ndarray, *, quotas: np.ndarra
     starts = np.flatnonzero(occupied) - np.repeat(rows * position.size, counts) + before[is_span]
 
     turned_at = wanted + num_places
-    angle = (draws[rows, turned_at] * num_units).astype(np.int64)
+    angle = (draws[rows, turned_at] * num_words).astype(np.int64)
     keys = _shifted(draws, turned_at + 1, column)
     keys[~is_span] = _LAST
     order = (np.argsort(keys, axis=1) + starts_of(counts)[:, None])[is_span]
     units = _expand(starts[order], lengths[is_span][order]) + np.repeat(angle, wanted)
-    ends = np.repeat(num_units, wanted)
+    ends = np.repeat(num_words, wanted)
     units -= np.where(units >= ends, ends, 0)
-    return ChosenUnits(units, wanted, turned_at + 1 + counts)
+    return ChosenWords(units, wanted, turned_at + 1 + counts)
 
 
 def _shifted(draws: np.ndarray, first: np.ndarray, column: np.ndarray) -> np.ndarray:

@@ -42,10 +42,10 @@ import numpy as np
 
 from deberta_dist.data.mask_spans import (
     official_draws,
-    official_units,
+    official_words,
     starts_of,
     uniform_draws,
-    uniform_units,
+    uniform_words,
     within,
 )
 from deberta_dist.data.sampler import check_seed
@@ -209,31 +209,31 @@ def _targets(
     row_starts = starts_of(num_places)
     begins = flat_kinds[places] == _BEGINS
     begins[row_starts] = True
-    unit_starts, unit_lengths = _units(begins)
-    if config.method == "uniform" and (is_long := unit_lengths > _LONGEST_WORD).any():
-        begins |= np.repeat(is_long, unit_lengths)
-        unit_starts, unit_lengths = _units(begins)
-    first_units = np.searchsorted(unit_starts, row_starts)
-    num_units = np.diff(first_units, append=unit_starts.size)
+    word_starts, word_lengths = _units(begins)
+    if config.method == "uniform" and (is_long := word_lengths > _LONGEST_WORD).any():
+        begins |= np.repeat(is_long, word_lengths)
+        word_starts, word_lengths = _units(begins)
+    first_words = np.searchsorted(word_starts, row_starts)
+    num_words = np.diff(first_words, append=word_starts.size)
 
-    most_targets = np.minimum(quotas + unit_lengths.max() - 1, num_places)
+    most_targets = np.minimum(quotas + word_lengths.max() - 1, num_places)
     window = int(min(1 / config.mask_probability, _LONGEST_WINDOW))
     if config.method == "official":
-        most_draws = official_draws(num_units, window=window) + 2 * most_targets
+        most_draws = official_draws(num_words, window=window) + 2 * most_targets
     else:
-        most_draws = uniform_draws(num_units, quotas=quotas) + 2 * most_targets
+        most_draws = uniform_draws(num_words, quotas=quotas) + 2 * most_targets
     draws = sample_draws(int(most_draws.max()), seed=seed, epochs=epochs, samples=samples)
     if config.method == "official":
-        chosen = official_units(draws, num_units, window=window, max_ngram=config.max_ngram)
+        chosen = official_words(draws, num_words, window=window, max_ngram=config.max_ngram)
     else:
-        chosen = uniform_units(draws, num_units, quotas=quotas, max_ngram=config.max_ngram)
+        chosen = uniform_words(draws, num_words, quotas=quotas, max_ngram=config.max_ngram)
 
-    units = chosen.units + np.repeat(first_units, chosen.counts)
-    taken_before = np.cumsum(unit_lengths[units]) - unit_lengths[units]
+    units = chosen.units + np.repeat(first_words, chosen.counts)
+    taken_before = np.cumsum(word_lengths[units]) - word_lengths[units]
     taken_before -= np.repeat(taken_before[starts_of(chosen.counts)], chosen.counts)
-    is_target = np.zeros(unit_starts.size, dtype=bool)
+    is_target = np.zeros(word_starts.size, dtype=bool)
     is_target[units[taken_before < np.repeat(quotas, chosen.counts)]] = True
-    targets = places[np.repeat(is_target, unit_lengths)]
+    targets = places[np.repeat(is_target, word_lengths)]
 
     counts = np.diff(np.searchsorted(targets, (live + 1) * kinds.shape[1]), prepend=0)
     row_draws = np.arange(live.size) * draws.shape[1] + chosen.num_draws

@@ -19,7 +19,7 @@ _SEEDS_FILE = 54
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     """One piece: its text, its log probability, and its kind: NORMAL, UNKNOWN, CONTROL, USER_DEFINED or BYTE."""
 
     text: str
@@ -41,7 +41,7 @@ class SentencePieceModel:
         remove_extra_whitespaces: Runs of spaces are one, and none are left at the ends.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     model_type: int
     byte_fallback: bool
     suffix_whitespace: bool
@@ -62,7 +62,7 @@ def parse_model(content: bytes) -> SentencePieceModel:
             if number == _PIECES:
                 piece = dict(_fields(value))
                 score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                pieces.append(Piece(piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+                pieces.append(VocabularyPiece(piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
             elif number == _TRAINER:
                 trainer = dict(_fields(value))
             elif number == _NORMALIZER:

@@ -1,6 +1,6 @@
 """What a run trains on: one corpus, or several sources in given proportions, by global sample position.
 
-Every pipeline stage and rank of a run calls ``BlendedData.batch`` with positions only, as with one corpus::
+Every pipeline stage and rank of a run calls ``BlendedDataset.batch`` with positions only, as with one corpus::
 
     position -> source (Blend) -> number among the source's samples -> epoch, index -> sample (Permutation)
 
@@ -22,7 +22,7 @@ from fractions import Fraction
 import torch
 
 from deberta_dist.data.blend import Blend
-from deberta_dist.data.loader import Batch, MaskedLMData
+from deberta_dist.data.loader import Batch, MaskedLMDataset
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.packing import count_samples
 from deberta_dist.data.sampler import check_seed, position
@@ -31,7 +31,7 @@ from deberta_dist.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CorpusSource:
     """A corpus and how much of it is read, in exactly one of two ways, the same for all sources of a run.
 
     Attributes:
@@ -67,7 +67,7 @@ class SourcePosition:
         return self.epoch + self.index / self.num_samples
 
 
-def source_weights(sources: Sequence[Source], sizes: Sequence[int]) -> list[Fraction]:
+def source_weights(sources: Sequence[CorpusSource], sizes: Sequence[int]) -> list[Fraction]:
     """What the sources are read in proportion to.
 
     Args:
@@ -93,7 +93,7 @@ class Mixture:
         blend: which source is read where.
     """
 
-    def __init__(self, sources: Sequence[Source], *, max_seq_length: int, document_boundaries: bool = False) -> None:
+    def __init__(self, sources: Sequence[CorpusSource], *, max_seq_length: int, document_boundaries: bool = False) -> None:
         """Counts samples.
 
         Args:
@@ -144,8 +144,8 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") if name else seed
 
 
-class BlendedData:
-    """Samples of several sources for masked language modelling; of one without a name, those of ``MaskedLMData``.
+class BlendedDataset:
+    """Samples of several sources for masked language modelling; of one without a name, those of ``MaskedLMDataset``.
 
     Attributes:
         mixture: what is read, and where.
@@ -153,7 +153,7 @@ class BlendedData:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[CorpusSource],
         tokenizer: Tokenizer,
         *,
         max_seq_length: int,
@@ -172,12 +172,12 @@ class BlendedData:
             document_boundaries: documents of a sample are separated and do not see each other.
 
         Raises:
-            ConfigError: as ``MaskedLMData``.
-            DataError: as ``MaskedLMData``.
+            ConfigError: as ``MaskedLMDataset``.
+            DataError: as ``MaskedLMDataset``.
         """
         self.mixture = Mixture(sources, max_seq_length=max_seq_length, document_boundaries=document_boundaries)
         self._parts = [
-            MaskedLMData(
+            MaskedLMDataset(
                 source.corpus,
                 tokenizer,
                 max_seq_length=max_seq_length,
@@ -199,7 +199,7 @@ class BlendedData:
             A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
 
         Raises:
-            DataError: as ``MaskedLMData.batch``.
+            DataError: as ``MaskedLMDataset.batch``.
         """
         if len(self._parts) == 1:
             return self._parts[0].batch(start, count)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deberta_dist.data.corpus_index import AGAIN, INDEX_NAME, TOKENS_SUFFIX, Index, Shard, read_index, shard_of
+from deberta_dist.data.corpus_index import AGAIN, INDEX_NAME, TOKENS_SUFFIX, CorpusShard, Index, read_index, shard_of
 from deberta_dist.data.token_file import OFFSET_DTYPE, TokenFile, id_dtype
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
@@ -172,7 +172,7 @@ def open_corpus(path: str | Path) -> TokenCorpus:
     return TokenCorpus(path, index, is_directory=False)
 
 
-def _open_shard(directory: Path, shards: Sequence[Shard], number: int) -> TokenFile:
+def _open_shard(directory: Path, shards: Sequence[CorpusShard], number: int) -> TokenFile:
     file = TokenFile(directory / shards[number].name)
     if shard_of(file) != shards[number]:
         raise DataError(f"{file.path} is another file than when it was opened first: {AGAIN}")

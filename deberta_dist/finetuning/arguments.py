@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from deberta_dist.conversion.options import ReadOptions, add_options, options_of
+from deberta_dist.conversion.options import CheckpointReadOptions, add_options, options_of
 from deberta_dist.errors import ConfigError
 from deberta_dist.tasks.base import Benchmark, Task
 from deberta_dist.tasks.registry import DEFAULT
@@ -35,7 +35,7 @@ _USAGE = """Fine-tunes a DeBERTa on {name}.
 
 
 @dataclass(frozen=True)
-class Arguments:
+class FineTuneArguments:
     """What the command line asks for.
 
     Attributes:
@@ -58,7 +58,7 @@ class Arguments:
     data: Path
     init: Path
     tokenizer: Path | None
-    read_options: ReadOptions
+    read_options: CheckpointReadOptions
     recipe: Path | None
     intermediate: str
     intermediate_data: Mapping[str, Path]
@@ -95,7 +95,7 @@ def usage(benchmark: Benchmark) -> str:
     )
 
 
-def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> Arguments:
+def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> FineTuneArguments:
     """Reads the command line.
 
     Args:
@@ -128,7 +128,7 @@ def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> Arguments
     short = {"--run.directory": known.out, "--training.seeds": known.seeds}
     overrides += [word for key, value in short.items() if value is not None for word in (key, value)]
     overrides += ["--sift.enabled", "true"] if known.sift else []
-    return Arguments(
+    return FineTuneArguments(
         benchmark=benchmark,
         tasks=_tasks(known.task, benchmark),
         data=known.data,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.atomic import replace_file
-from deberta_dist.finetuning.arguments import Arguments, parse, usage
+from deberta_dist.finetuning.arguments import FineTuneArguments, parse, usage
 from deberta_dist.finetuning.folder import TaskFolder
 from deberta_dist.finetuning.plan import TaskPlan, describe, make_plans
 from deberta_dist.finetuning.run import TaskRun, identity, run_task
@@ -67,12 +67,14 @@ def _run(launcher: Path, arguments: Sequence[str], *, benchmark: Benchmark = DEF
         _report(plans[0].config.run.directory, parsed, finished_before=not left)
 
 
-def _through(plan: TaskPlan, arguments: Arguments) -> str | None:
+def _through(plan: TaskPlan, arguments: FineTuneArguments) -> str | None:
     """Name of the task from whose model this one starts, where it is asked for."""
     return (arguments.intermediate or None) if plan.starts_from_intermediate else None
 
 
-def _unfinished(plans: Sequence[TaskPlan], arguments: Arguments, *, start: StartingPoint, verify: bool) -> list[TaskRun]:
+def _unfinished(
+    plans: Sequence[TaskPlan], arguments: FineTuneArguments, *, start: StartingPoint, verify: bool
+) -> list[TaskRun]:
     """What is left to do, in order; raises ConfigError where a folder holds another run."""
     directory = plans[0].config.run.directory
     if (directory / CHECKPOINTS_NAME).exists():
@@ -98,7 +100,7 @@ def _continuations(left: Sequence[TaskRun]) -> list[str]:
     ]
 
 
-def _run_all(left: Sequence[TaskRun], arguments: Arguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
+def _run_all(left: Sequence[TaskRun], arguments: FineTuneArguments, *, start: StartingPoint, plans: Sequence[TaskPlan]) -> None:
     config = plans[0].config
     if discover_launch().rank == 0:
         for run in left:
@@ -117,7 +119,7 @@ def _run_all(left: Sequence[TaskRun], arguments: Arguments, *, start: StartingPo
     dist.destroy_process_group()
 
 
-def _report(run_directory: Path, arguments: Arguments, *, finished_before: bool) -> None:
+def _report(run_directory: Path, arguments: FineTuneArguments, *, finished_before: bool) -> None:
     """Prints the scores of all that the run directory holds, and writes them there.
 
     What this start was asked for is done: a directory that also has what cannot be scored here, such as tasks of other

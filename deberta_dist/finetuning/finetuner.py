@@ -152,7 +152,7 @@ class FineTuner:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         # Every rank fills its rows of one table and the sum over ranks adds zeros: the same bits however many there are.
         logits = torch.zeros(len(rows), task.num_outputs, device=self._mesh.device)
-        shape, here = self._mesh.shape, self._mesh.coordinate
+        shape, here = self._mesh.shape, self._mesh.mesh_rank
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
             padded = pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)

@@ -14,7 +14,7 @@ from deberta_dist.config import (
     smallest_world_size,
 )
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.finetuning.arguments import ALL, Arguments
+from deberta_dist.finetuning.arguments import ALL, FineTuneArguments
 from deberta_dist.finetuning.batches import LENGTH_MULTIPLE, TrainingOrder
 from deberta_dist.finetuning.sift import SiftSettings
 from deberta_dist.finetuning.starting_point import StartingPoint
@@ -23,7 +23,7 @@ from deberta_dist.parallel.layout import Layout, classifier_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.tasks.base import TEST, TRAIN, Head, Release, Split, Task
 from deberta_dist.tasks.data_files import DataFiles
-from deberta_dist.tasks.encoding import Lengths
+from deberta_dist.tasks.encoding import SequenceLengths
 from deberta_dist.tasks.features import Features, encode_split
 
 RECIPES = "finetune_recipes"
@@ -97,7 +97,7 @@ class TaskPlan:
         )
 
 
-def make_plans(arguments: Arguments, *, toml: Path, start: StartingPoint, world_size: int) -> list[TaskPlan]:
+def make_plans(arguments: FineTuneArguments, *, toml: Path, start: StartingPoint, world_size: int) -> list[TaskPlan]:
     """Everything that will run, in order.
 
     Args:
@@ -133,7 +133,7 @@ def recipe_size(config: DebertaConfig) -> str:
     return next(name for hidden_size, name in _SIZES if config.hidden_size >= hidden_size)
 
 
-def _names(arguments: Arguments, release: Release) -> list[str]:
+def _names(arguments: FineTuneArguments, release: Release) -> list[str]:
     if arguments.tasks != (ALL,):
         return list(arguments.tasks)
     held = {task.name for task in release.tasks(TRAIN)}
@@ -144,7 +144,14 @@ def _names(arguments: Arguments, release: Release) -> list[str]:
 
 
 def _plan(
-    name: str, arguments: Arguments, *, toml: Path, recipe: Path, start: StartingPoint, world_size: int, release: Release
+    name: str,
+    arguments: FineTuneArguments,
+    *,
+    toml: Path,
+    recipe: Path,
+    start: StartingPoint,
+    world_size: int,
+    release: Release,
 ) -> TaskPlan:
     benchmark = arguments.benchmark
     recipes = read_recipes(recipe, name, known=tuple(benchmark.trainable))
@@ -193,10 +200,10 @@ def _model_config(config: FineTuneConfig, start: StartingPoint) -> DebertaConfig
 
 
 def _features(
-    task: Task, arguments: Arguments, *, config: FineTuneConfig, start: StartingPoint, release: Release
+    task: Task, arguments: FineTuneArguments, *, config: FineTuneConfig, start: StartingPoint, release: Release
 ) -> tuple[dict[str, Features], tuple[Features, ...]]:
     data = config.data
-    lengths = Lengths(data.max_seq_length, data.window_overlap, data.max_windows)
+    lengths = SequenceLengths(data.max_seq_length, data.window_overlap, data.max_windows)
     if task in arguments.benchmark.intermediate:
         files = DataFiles.folder(arguments.intermediate_data.get(task.name, arguments.data / task.name))
         splits = [task.read(files, split) for split in task.splits]

@@ -165,7 +165,7 @@ def _make_model(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> ShardedMod
         states, shards = [], shards_of(layout, mesh=mesh, load=load)
     else:
         flats = own_flat_layout(layout, mesh=mesh)
-        states = run.earlier.reader.read_shards(flats, shape=mesh.shape, coordinate=mesh.coordinate)
+        states = run.earlier.reader.read_shards(flats, shape=mesh.shape, mesh_rank=mesh.mesh_rank)
         shards = [state.weight for state in states]
     sharded = build_sharded_model(
         model,

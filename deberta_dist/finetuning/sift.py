@@ -34,7 +34,7 @@ _NORMALISER_EPS = 1e-7
 _STEP_EPS = 1e-6
 _NOISE = 1 << 20  # tells the key of the noise from those of the passes
 
-Forward = Callable[[int | None], Tensor]
+ClassifierForward = Callable[[int | None], Tensor]
 """Dropout key -> logits [B, num_labels] of one batch."""
 
 
@@ -110,7 +110,7 @@ class Sift:
     def __init__(self, layer_norm: nn.Module, settings: SiftSettings) -> None:
         self._layer_norm, self._settings = layer_norm, settings
 
-    def passes(self, forward: Forward, *, key: int, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def passes(self, forward: ClassifierForward, *, key: int, loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """All passes over one batch.
 
         Args:
@@ -148,7 +148,7 @@ class Sift:
         logits = self._perturbed(forward, embeddings, delta, key=self._dropout_key(key, self._settings.num_steps + 1))
         return clean, measure(logits, clean)
 
-    def _perturbed(self, forward: Forward, embeddings: Tensor, delta: Tensor, *, key: int) -> Tensor:
+    def _perturbed(self, forward: ClassifierForward, embeddings: Tensor, delta: Tensor, *, key: int) -> Tensor:
         with self._replacing(lambda _: (embeddings.float() + delta).to(embeddings.dtype)):
             return forward(key).float()
 

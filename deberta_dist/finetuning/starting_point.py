@@ -11,10 +11,10 @@ from torch import Tensor
 
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
+from deberta_dist.conversion.canonical import to_canonical
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, own_spm, unread_settings
-from deberta_dist.conversion.canonical import to_published
 from deberta_dist.conversion.official import GENERATORS_HEAD
-from deberta_dist.conversion.options import AS_IT_IS, ReadOptions
+from deberta_dist.conversion.options import AS_IT_IS, CheckpointReadOptions
 from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.data.tokenizer import Tokenizer
@@ -94,7 +94,9 @@ class StartingPoint:
         return torch.tensor([there.index(label.lower()) for label in labels])
 
 
-def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool, options: ReadOptions = AS_IT_IS) -> StartingPoint:
+def open_starting_point(
+    path: Path, *, tokenizer: Path | None, verify: bool, options: CheckpointReadOptions = AS_IT_IS
+) -> StartingPoint:
     """Opens a checkpoint of any form, before any process group exists.
 
     Args:
@@ -113,7 +115,7 @@ def open_starting_point(path: Path, *, tokenizer: Path | None, verify: bool, opt
             "its checkpoints"
         )
     source = open_source(path, verify=verify, options=options)
-    published = to_published(source)
+    published = to_canonical(source)
     own = own_spm(source)
     if tokenizer is not None and not source.is_file and own is not None:
         given, there = Tokenizer(tokenizer).sha256, Tokenizer(own).sha256

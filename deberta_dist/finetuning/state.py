@@ -134,7 +134,7 @@ def write_state(
         writer.abandon()
         return state.error
     if mesh.rank != 0:
-        writer.hand_over()
+        writer.release()
         return None
     layouts = flat_layouts(plan.layout, data_parallel_size=mesh.shape.data)
     manifest = Manifest(

@@ -79,7 +79,7 @@ class TaskSteps:
         """This rank's micro-batches of a step."""
         train, ids = self._plan.features["train"], {"pad_id": self._tuner.pad_id, "sep_id": self._tuner.sep_id}
         of_all = self._order.micro_batches(step)
-        own = dealt(len(of_all), rank=self._mesh.coordinate.data, size=self._mesh.shape.data)
+        own = dealt(len(of_all), rank=self._mesh.mesh_rank.data, size=self._mesh.shape.data)
         batches = [(i, collate(train, of_all[i], **ids).ahead_of(self._mesh.device)) for i in own]
         return StepDecisions(sum(map(len, of_all)), batches)
 

@@ -15,7 +15,7 @@ Source: arXiv 2006.03654 Eq. 4; microsoft/DeBERTa DeBERTa/deberta/disentangled_a
 
 from torch import Tensor
 
-from deberta_dist.kernels.dispatch import chosen_implementation
+from deberta_dist.kernels.dispatch import dispatch_implementation
 from deberta_dist.kernels.fused import fused_attention
 from deberta_dist.kernels.inputs import AttentionCall, attention_scale
 from deberta_dist.kernels.masks import AttentionMask, RelativePositions
@@ -77,7 +77,7 @@ def disentangled_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p = {dropout_p} is not in [0, 1)")
     operands = query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, p2c_BNSR
-    implementation = chosen_implementation(
+    implementation = dispatch_implementation(
         implementation, operands, positions=positions, mask=mask, return_probabilities=return_probabilities
     )
     has_p2c = rel_query_NRH is not None or p2c_BNSR is not None

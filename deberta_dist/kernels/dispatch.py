@@ -14,7 +14,7 @@ from deberta_dist.values import ATTENTION, AUTO
 IMPLEMENTATIONS = tuple(name for name in ATTENTION if name != AUTO)
 
 
-def chosen_implementation(
+def dispatch_implementation(
     asked: str | None,
     operands: tuple[Tensor | None, ...],
     *,

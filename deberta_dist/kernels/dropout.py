@@ -34,7 +34,7 @@ def mix_key(key: int, *numbers: int) -> int:
     return key & _WORD
 
 
-def kept_share(p: float) -> float:
+def keep_probability(p: float) -> float:
     """The share that is kept where ``p`` is dropped, to the last of 31 bits: what is kept is divided by it."""
     return 1.0 - round(p * 2**31) / 2**31
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.dropout import drop_words_, kept_share, mark_dropped_, row_words
+from deberta_dist.kernels.dropout import drop_words_, keep_probability, mark_dropped_, row_words
 from deberta_dist.kernels.inputs import (
     AttentionCall,
     as_factor,
@@ -64,27 +64,27 @@ class _PortableAttention(torch.autograd.Function):
         *operands, call, needs_backward = arguments
         query, value = operands[0], operands[2]
         batch, heads, num_queries, _ = query.shape
-        kept_NBQS = None
+        saved_NBQS = None
         if needs_backward and not call.recompute:
-            kept_NBQS = value.new_empty(heads, batch, num_queries, value.shape[2])
+            saved_NBQS = value.new_empty(heads, batch, num_queries, value.shape[2])
         context = value.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
         work = _Work(*operands, call)
         for chunk in work.chunks():
-            kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
+            kept = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
             context[chunk.samples, chunk.heads] = work.forward(chunk, kept=kept).transpose(0, 1)
         if needs_backward:
-            ctx.save_for_backward(*operands, kept_NBQS)
+            ctx.save_for_backward(*operands, saved_NBQS)
             ctx.call = call
         return context
 
     @staticmethod
     def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("portable")
-        *operands, kept_NBQS = ctx.saved_tensors
+        *operands, saved_NBQS = ctx.saved_tensors
         work = _Work(*operands, ctx.call)
         gradients = empty_token_gradients(*operands[:3])
         for chunk in work.chunks():
-            kept = None if kept_NBQS is None else kept_NBQS[chunk.heads, chunk.samples]
+            kept = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
             results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], kept=kept)
             for gradient, result in zip(gradients, results, strict=True):
                 gradient[chunk.samples, chunk.heads] = result.transpose(0, 1)
@@ -120,7 +120,7 @@ class _Work:
             rel_key_NRH, rel_query_NRH, p2c_BNSR, call, batch=query_BNQH.shape[0], lengths=self._lengths, block=BLOCK
         )
         self._mask = (None, None) if call.mask is None else call.mask.arithmetic()
-        self._inverse_keep = 1.0 / kept_share(call.dropout_p)
+        self._inverse_keep = 1.0 / keep_probability(call.dropout_p)
         self._workspaces: dict[str, Tensor] = {}
 
     @property

@@ -6,7 +6,7 @@ Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the re
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.dropout import dropped, kept_share
+from deberta_dist.kernels.dropout import dropped, keep_probability
 from deberta_dist.kernels.inputs import AttentionCall, position_scores, widened
 
 
@@ -49,5 +49,5 @@ def reference_attention(
         is_dropped = dropped(
             call.dropout_seed, p=call.dropout_p, shape=shape, device=query.device, counted=call.counted_queries
         )
-        attended = attended.masked_fill(is_dropped, 0.0) / kept_share(call.dropout_p)
+        attended = attended.masked_fill(is_dropped, 0.0) / keep_probability(call.dropout_p)
     return torch.matmul(attended, value_BNSH), probabilities

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels.dropout import drop_words_, kept_share, words_of_rows
+from deberta_dist.kernels.dropout import drop_words_, keep_probability, words_of_rows
 from deberta_dist.kernels.fused.availability import DTYPES, compiler_reason, device_reason, triton_reason
 
 MOST_COLUMNS = 16384
@@ -111,10 +111,10 @@ def _dropped(x: Tensor, p: float, seed: int, numbers: RowNumbers) -> Tensor:
     if fuses_rows(x):
         from deberta_dist.kernels.fused import rows
 
-        return rows.dropout(x, rows.Dropping(p, seed, *numbers), inverse_keep=1 / kept_share(p))
+        return rows.dropout(x, rows.Dropping(p, seed, *numbers), inverse_keep=1 / keep_probability(p))
     words = torch.empty(x.numel() // x.shape[-1], x.shape[-1], dtype=torch.int32, device=x.device)
     drop_words_(words, torch.empty_like(words), row_words(len(words), seed=seed, numbers=numbers, device=x.device), p=p)
-    return (x / kept_share(p)).masked_fill((words < 0).view(x.shape), 0.0)
+    return (x / keep_probability(p)).masked_fill((words < 0).view(x.shape), 0.0)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -133,7 +133,7 @@ class _ResidualNorm(torch.autograd.Function):
     ) -> Tensor:
         from deberta_dist.kernels.fused import rows
 
-        ctx.dropping = {"dropping": rows.Dropping(p, seed, *numbers), "inverse_keep": 1 / kept_share(p)}
+        ctx.dropping = {"dropping": rows.Dropping(p, seed, *numbers), "inverse_keep": 1 / keep_probability(p)}
         output, *kept = rows.residual_norm(
             x.contiguous(), bias, residual.contiguous(), weight, norm_bias, eps=eps, **ctx.dropping
         )

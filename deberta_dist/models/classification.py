@@ -11,8 +11,8 @@ from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import DebertaModel
-from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.fused_qkv import Linear, linear
+from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import classification_loss, require_token_labels
 from deberta_dist.models.layers import ACTIVATIONS
 from deberta_dist.models.number_formats import ExplainsNumberFormats

@@ -14,8 +14,8 @@ from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.convolution import ConvLayer
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.fused_qkv import Linear, linear
+from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import Layer
 from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import is_plain

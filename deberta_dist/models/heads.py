@@ -19,8 +19,8 @@ from deberta_dist.models import dropout as sites
 from deberta_dist.models.classification import ClassificationOutput, DebertaForSequenceClassification, ModelWithBackbone
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.fused_qkv import Linear, linear
+from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import known_cross_entropy
 
 

@@ -16,8 +16,8 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
 from deberta_dist.models.encoder import DebertaModel
-from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.fused_qkv import main_grad
+from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 from deberta_dist.models.number_formats import ExplainsNumberFormats

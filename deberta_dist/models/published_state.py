@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FUSED_LEAVES = {
+V1_LEAVES = {
     "q_bias": "query_proj.bias",
     "v_bias": "value_proj.bias",
     "pos_proj.weight": "pos_key_proj.weight",
@@ -61,8 +61,8 @@ def separate_projections(state: dict[str, Tensor], *, head_size: int) -> dict[st
             separate[stem + "key_proj.weight"] = key.flatten(0, 1)
             separate[stem + "value_proj.weight"] = value.flatten(0, 1)
             separate[stem + "key_proj.bias"] = torch.zeros_like(separate[stem + "key_proj.weight"][:, 0])
-        elif leaf in FUSED_LEAVES:
-            separate[stem + FUSED_LEAVES[leaf]] = value
+        elif leaf in V1_LEAVES:
+            separate[stem + V1_LEAVES[leaf]] = value
             if leaf == "pos_proj.weight":
                 separate[stem + "pos_key_proj.bias"] = torch.zeros_like(value[:, 0])
         else:

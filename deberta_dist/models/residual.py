@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.kernels.dropout import COLUMN, FIRST, SECOND, kept_share, signed, threshold
+from deberta_dist.kernels.dropout import COLUMN, FIRST, SECOND, keep_probability, signed, threshold
 from deberta_dist.kernels.fused.availability import compiler_reason
 from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
@@ -69,7 +69,7 @@ class ResidualOutput(nn.Module):
         if dropout.drops and dropout_key is not None and x.device.type == "cuda":
             numbers = dropout.row_numbers(x, width)
             low, high = row_words(len(rows), seed=dropout.seed(dropout_key), numbers=numbers, device=x.device)
-            joined, limit = _joined(_hashed_residual_norm), (low, high, threshold(dropout.p), kept_share(dropout.p))
+            joined, limit = _joined(_hashed_residual_norm), (low, high, threshold(dropout.p), keep_probability(dropout.p))
             return joined(rows, of_residual, *limit, weight, bias, norm.eps).view(residual.shape)
         drawn = None
         if dropout_key is None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deberta_dist.operations.calibration_rank import MESSAGES, Case, plan_of
+from deberta_dist.operations.calibration_rank import MESSAGES, LayoutCase, plan_of
 from deberta_dist.operations.calibration_world import World
 from deberta_dist.planning.machine import GPUS, Machine, calibrated
 from deberta_dist.planning.pass_work import Work, stage_work
@@ -25,10 +25,12 @@ from deberta_dist.planning.step_cost import step_cost
 STAGES = ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 8), (2, 1, 3, 2), (2, 1, 2, 8), (1, 0, 2, 2), (1, 6, 8, 2), (2, 6, 8, 2))
 
 
-CALIBRATES = Case(1, 1, 1)
+CALIBRATES = LayoutCase(1, 1, 1)
 
 
-def measure(cases: Sequence[Case], *, counts: Sequence[int], rounds: int, steps: int, timeout: float) -> list[dict[str, Any]]:
+def measure(
+    cases: Sequence[LayoutCase], *, counts: Sequence[int], rounds: int, steps: int, timeout: float
+) -> list[dict[str, Any]]:
     """Starts the processes and measures primitives and layouts in interleaved rounds.
 
     Args:
@@ -62,7 +64,7 @@ def calibrated_table(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict
     return table | {"processes": with_step_seconds(table, processor)}
 
 
-def one_round(worlds: Mapping[int, World], cases: Sequence[Case], *, steps: int) -> dict[str, Any]:
+def one_round(worlds: Mapping[int, World], cases: Sequence[LayoutCase], *, steps: int) -> dict[str, Any]:
     """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
     found: dict[str, Any] = {
         "load": os.getloadavg()[0],
@@ -96,7 +98,7 @@ def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str,
     """Medians of the primitives as a table for ``planning/machine.py``, by number of processes."""
     works = []
     for tensor, start, stop, size in STAGES:
-        plan = plan_of(Case(tensor, 1, 1, size))
+        plan = plan_of(LayoutCase(tensor, 1, 1, size))
         forward, backward = stage_work(plan, range(start, stop), has_fused_attention=False)
         works.append(forward + backward)
     processes: dict[str, Any] = {}
@@ -148,7 +150,7 @@ def _fit(works: Sequence[Work], seconds: Sequence[float], *, per_product: float)
 
 def with_step_seconds(table: Mapping[str, Any], measured: float) -> dict[str, Any]:
     """The tables by number of processes with what the layout of one process leaves over of its processor time for a step."""
-    cost = step_cost(plan_of(Case(1, 1, 1)), machine_of(table, 1))
+    cost = step_cost(plan_of(LayoutCase(1, 1, 1)), machine_of(table, 1))
     once = max(measured - (cost.seconds - cost.once), 1e-6)
     return {count: {**one, "step_seconds": once} for count, one in table["processes"].items()}
 

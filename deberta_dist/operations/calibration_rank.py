@@ -51,7 +51,7 @@ MESSAGES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """A layout: (tensor, pipeline, data) sizes and sequences of a micro-batch."""
 
     tensor: int
@@ -81,7 +81,7 @@ def model_config() -> DebertaConfig:
     )
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: LayoutCase) -> Plan:
     """Who holds what, as a run would plan it.
 
     Raises:
@@ -130,7 +130,7 @@ def batch_of(plan: Plan, sequences: int) -> Batch:
 
 def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch.device) -> list[tuple[float, float]]:
     """(seconds, processor seconds of this process) of each step of a layout, built as training builds it. Collective."""
-    plan = plan_of(Case(tensor, pipeline, data))
+    plan = plan_of(LayoutCase(tensor, pipeline, data))
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
     parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
@@ -150,7 +150,7 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     All ranks of the world do it at the same time, and nobody sends anything. What the thread takes of a core is what
     the model wants to know, and does not change when others want the core as well.
     """
-    plan = plan_of(Case(tensor, 1, 1, micro_batch))
+    plan = plan_of(LayoutCase(tensor, 1, 1, micro_batch))
     model, layers = plan.model_config, range(start, stop)
     # What one tensor-parallel rank has, without its all-reduces.
     local = DebertaForMaskedLM(

@@ -21,7 +21,7 @@ from deberta_dist.parallel.network import Network
 from deberta_dist.parallel.pipeline.stages import balance_stages, explicit_stages, stages_of_rank
 from deberta_dist.parallel.pipeline.ties import Tie, find_ties, owned_names
 from deberta_dist.parallel.tensor import sharding_rules
-from deberta_dist.parallel.tensor.apply import check_split, cut_tensor
+from deberta_dist.parallel.tensor.apply import check_tensor_parallel_sizes, cut_tensor
 from deberta_dist.values import Precision
 
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,7 +104,7 @@ class Layout:
         return self.tensor_parallel_size if self.sequence_parallel else 1
 
     def _tie_kind(self, name: str) -> str:
-        kind = sharding_rules.parameter_cut(name, self.network.rules).kind
+        kind = sharding_rules.parameter_sharding(name, self.network.rules).kind
         if kind in (sharding_rules.COLUMN, sharding_rules.ROW, sharding_rules.VOCAB):
             return "split"
         if self.sequence_parallel and sharding_rules.in_sequence_region(name, decoder_layer=self.network.decoder_layer):
@@ -164,7 +164,7 @@ def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) ->
         ConfigError: heads or features do not divide, or stages do not fit the layers.
     """
     config = network.config
-    check_split(
+    check_tensor_parallel_sizes(
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
@@ -237,7 +237,7 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
     Raises:
         ConfigError: heads or features do not divide.
     """
-    check_split(
+    check_tensor_parallel_sizes(
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
         tensor_parallel_size=tensor_parallel_size,

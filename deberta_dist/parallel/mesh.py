@@ -21,7 +21,7 @@ AXES = ("pipeline", "data", "tensor")
 
 
 @dataclass(frozen=True)
-class Coordinate:
+class MeshRank:
     """Where a rank stands on the grid."""
 
     pipeline: int
@@ -42,15 +42,15 @@ class MeshShape:
         """Number of ranks."""
         return self.pipeline * self.data * self.tensor
 
-    def rank(self, coordinate: Coordinate) -> int:
-        """Global rank at ``coordinate``."""
-        return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
+    def rank(self, mesh_rank: MeshRank) -> int:
+        """Global rank at ``mesh_rank``."""
+        return (mesh_rank.pipeline * self.data + mesh_rank.data) * self.tensor + mesh_rank.tensor
 
-    def coordinate(self, rank: int) -> Coordinate:
+    def mesh_rank(self, rank: int) -> MeshRank:
         """Coordinate of global ``rank``."""
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
-        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+        return MeshRank(pipeline=pipeline, data=data, tensor=tensor)
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,9 @@ class Mesh:
     _made: set[tuple[int, ...]] = field(default_factory=set)
 
     @property
-    def coordinate(self) -> Coordinate:
+    def mesh_rank(self) -> MeshRank:
         """Where this rank stands."""
-        return self.shape.coordinate(self.rank)
+        return self.shape.mesh_rank(self.rank)
 
     def new_subgroups(self, rank_sets: Sequence[tuple[int, ...]]) -> None:
         """Makes a group for each new set of global ranks. Collective: every rank passes the same sets in one order."""
@@ -286,6 +286,6 @@ def _rank_sets(shape: MeshShape, varying: tuple[str, ...]) -> list[tuple[int, ..
     """The ranks that differ in the ``varying`` axes alone, a set for each place on the others."""
     sets: dict[tuple[int, ...], list[int]] = {}
     for rank in range(shape.world_size):
-        place = shape.coordinate(rank)
+        place = shape.mesh_rank(rank)
         sets.setdefault(tuple(getattr(place, axis) for axis in AXES if axis not in varying), []).append(rank)
     return [tuple(ranks) for ranks in sets.values()]

@@ -15,7 +15,7 @@ from torch import nn
 
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.parallel.tensor.sharding_rules import PLAN, Rules
+from deberta_dist.parallel.tensor.sharding_rules import SHARDING_RULES, Rules
 
 
 class FlatGroup(NamedTuple):
@@ -67,7 +67,7 @@ class Network(ABC):
     @property
     def rules(self) -> Rules:
         """How its modules are split over tensor-parallel ranks."""
-        return PLAN
+        return SHARDING_RULES
 
     @property
     def decoder_layer(self) -> int | None:

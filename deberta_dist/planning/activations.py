@@ -22,8 +22,8 @@ from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import find_targets
 from deberta_dist.parallel.tensor.apply import split_sequence
-from deberta_dist.parallel.tensor.sharding_rules import padded_vocabulary
 from deberta_dist.parallel.tensor.sequence import SequenceRanks
+from deberta_dist.parallel.tensor.sharding_rules import padded_vocabulary
 from deberta_dist.training.objectives.base import TrainedNetwork
 from deberta_dist.training.step_batch import StepBatch
 
@@ -207,7 +207,7 @@ def local_model(
             model,
             ranks=_RanksOnMeta(tensor_parallel_size),
             decoder_layer=network.decoder_layer,
-            gathers_again=recompute != "full",
+            regathers=recompute != "full",
             rules=network.rules,
         )
     if hasattr(model, "cross_entropy"):

@@ -197,8 +197,8 @@ def _memory(reports: Sequence[RankReport]) -> str:
         ("head: logits in flight", [m.logits for m in memories]),
         ("temporaries, one at a time", [m.working for m in memories]),
         ("= in the micro-batches", [m.in_micro_batches for m in memories]),
-        ("gradient rounded, or ties", [m.hand_over for m in memories]),
-        ("= at the hand-over", [m.in_hand_over for m in memories]),
+        ("gradient rounded, or ties", [m.reduction for m in memories]),
+        ("= at the hand-over", [m.in_reduction for m in memories]),
         ("PEAK", [m.peak for m in memories]),
     ]
     if any(report.peak_of_first < 0.99 * report.memory.peak for report in reports):

@@ -8,8 +8,8 @@ from deberta_dist.config import RunConfig
 from deberta_dist.config.write import to_toml
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE
-from deberta_dist.planning.search import Found
-from deberta_dist.planning.search_memory import Choice
+from deberta_dist.planning.search import SearchResult
+from deberta_dist.planning.search_memory import RankedLayout
 from deberta_dist.planning.step_cost import play_step, stage_passes, world_size
 
 HEAD = "tensor pipeline  data  micro-batch  schedule          recompute  offload   s/step    MFU  peak GB  sent GB  bubble     days"
@@ -23,16 +23,16 @@ class Prices:
     steps: int
     per_hour: float | None
 
-    def days(self, choice: Choice) -> float:
+    def days(self, choice: RankedLayout) -> float:
         """Of all steps."""
         return choice.cost.seconds * self.steps / 86400
 
-    def cost(self, choice: Choice) -> float:
+    def cost(self, choice: RankedLayout) -> float:
         """Of all GPUs for these days."""
         return self.days(choice) * 24 * world_size(choice.plan) * (self.per_hour or 0.0)
 
 
-def describe(found: Found, *, machine: Machine, limit: float, prices: Prices) -> str:
+def describe(found: SearchResult, *, machine: Machine, limit: float, prices: Prices) -> str:
     """The table, the terms of the first line and what the numbers are."""
     blocks = [
         "\n".join([_head(prices), *(_row(choice, prices) for choice in found.choices)]),
@@ -42,7 +42,7 @@ def describe(found: Found, *, machine: Machine, limit: float, prices: Prices) ->
     return "\n\n".join(blocks)
 
 
-def scaling(config: RunConfig, rows: Sequence[tuple[int, Found]], *, machine: Machine, prices: Prices) -> str:
+def scaling(config: RunConfig, rows: Sequence[tuple[int, SearchResult]], *, machine: Machine, prices: Prices) -> str:
     """The best layout of each number of GPUs, and how well it uses them beside the first."""
     lines = [f"  GPUs  {_head(prices)}  tokens/s  speed-up/ideal"]
     first = rows[0][1].choices[0].cost.seconds * rows[0][0]
@@ -54,7 +54,7 @@ def scaling(config: RunConfig, rows: Sequence[tuple[int, Found]], *, machine: Ma
     return "\n".join([*lines, "", f"{SIMULATION} {machine.name}, global batch {config.training.global_batch_size}."])
 
 
-def nothing_fits(found: Found, *, processes: int, limit: float) -> str:
+def nothing_fits(found: SearchResult, *, processes: int, limit: float) -> str:
     """The message where no layout has room."""
     least = "" if found.smallest is None else f"; the smallest that was measured needs {found.smallest / 1e9:.2f} GB"
     return (
@@ -64,7 +64,7 @@ def nothing_fits(found: Found, *, processes: int, limit: float) -> str:
     )
 
 
-def toml_of(choice: Choice, *, machine: Machine, folder: Path) -> str:
+def toml_of(choice: RankedLayout, *, machine: Machine, folder: Path) -> str:
     """The run with this layout, to be written to ``folder``."""
     config, cost = choice.plan.config, choice.cost
     head = (
@@ -80,7 +80,7 @@ def _head(prices: Prices) -> str:
     return HEAD + ("" if prices.per_hour is None else "         cost")
 
 
-def _row(choice: Choice, prices: Prices) -> str:
+def _row(choice: RankedLayout, prices: Prices) -> str:
     parallel, training, cost = choice.plan.config.parallel, choice.plan.config.training, choice.cost
     loops = f" x {parallel.stages_per_rank}" if parallel.stages_per_rank > 1 else ""
     price = "" if prices.per_hour is None else f" {prices.cost(choice):12,.0f}"
@@ -93,7 +93,7 @@ def _row(choice: Choice, prices: Prices) -> str:
     )
 
 
-def _terms(choice: Choice, machine: Machine) -> str:
+def _terms(choice: RankedLayout, machine: Machine) -> str:
     plan, cost = choice.plan, choice.cost
     waits = cost.pipeline - cost.ideal
     rows = (
@@ -115,7 +115,7 @@ def _terms(choice: Choice, machine: Machine) -> str:
     return "\n".join(lines)
 
 
-def _notes(found: Found, *, machine: Machine, limit: float, prices: Prices) -> str:
+def _notes(found: SearchResult, *, machine: Machine, limit: float, prices: Prices) -> str:
     where = f"{machine.cores} cores shared by all processes" if machine.cores else f"nodes of {machine.node_size}"
     peak = f" of {machine.peak / 1e12:.0f}" if machine.peak else ""
     return (

@@ -43,7 +43,7 @@ class RankMemory:
         activations: Kept for backward by all micro-batches in flight; of the bucket with most.
         logits: Of these, the head's.
         working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
-        hand_over: When all micro-batches are done, the larger of what one after the other needs: a tie's message beside
+        reduction: When all micro-batches are done, the larger of what one after the other needs: a tie's message beside
             what is borrowed, and the gradient rounded to the compute dtype.
         offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
             ``"nvme"``.
@@ -66,7 +66,7 @@ class RankMemory:
     activations: int
     logits: int
     working: int
-    hand_over: int
+    reduction: int
     offload: str
     others_at_rest: int = 0
 
@@ -88,14 +88,14 @@ class RankMemory:
         return self.at_rest + step + self.activations + self.logits + self.working
 
     @property
-    def in_hand_over(self) -> int:
+    def in_reduction(self) -> int:
         """On the device at the highest moment after the micro-batches."""
-        return self.at_rest + self.batch + self.gathered + self.gradients + self.hand_over
+        return self.at_rest + self.batch + self.gathered + self.gradients + self.reduction
 
     @property
     def peak(self) -> int:
         """On the device at the highest moment of a step."""
-        return max(self.in_micro_batches, self.in_hand_over)
+        return max(self.in_micro_batches, self.in_reduction)
 
 
 def rank_memory(
@@ -167,7 +167,7 @@ def rank_memory(
         activations=activations.saved,
         logits=activations.logits,
         working=activations.working + (hidden if len(layout.stages) > 1 else 0),
-        hand_over=max(
+        reduction=max(
             borrowed * (dtype.itemsize + FLOAT32) + largest_tie * FLOAT32,
             flat * dtype.itemsize if dtype.itemsize < FLOAT32 else 0,
         ),

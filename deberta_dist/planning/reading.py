@@ -8,8 +8,8 @@ from pathlib import Path
 
 from deberta_dist.config import RunConfig
 from deberta_dist.data.bucketed_dataset import BucketMixture
-from deberta_dist.data.chunks import count_pieces
-from deberta_dist.data.sources import Mixture, Source
+from deberta_dist.data.chunks import count_chunks
+from deberta_dist.data.sources import CorpusSource, Mixture
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.planning.buckets import describe_buckets, describe_shapes
 
@@ -17,7 +17,7 @@ from deberta_dist.planning.buckets import describe_buckets, describe_shapes
 UNNAMED = "train"
 
 
-def open_sources(config: RunConfig) -> list[Source]:
+def open_sources(config: RunConfig) -> list[CorpusSource]:
     """The corpora of ``data.train`` or ``data.sources``.
 
     Raises:
@@ -25,9 +25,9 @@ def open_sources(config: RunConfig) -> list[Source]:
     """
     data = config.data
     if data.train is not None:
-        return [Source(corpus=open_corpus(data.train))]
+        return [CorpusSource(corpus=open_corpus(data.train))]
     return [
-        Source(corpus=open_corpus(source.path), name=name, proportion=source.proportion, epochs=source.epochs)
+        CorpusSource(corpus=open_corpus(source.path), name=name, proportion=source.proportion, epochs=source.epochs)
         for name, source in data.sources.items()
     ]
 
@@ -51,7 +51,7 @@ def reading_block(config: RunConfig) -> list[str]:
         return [] if data.bucket_lengths is None else [describe_shapes(config)]
     if data.bucket_lengths is not None:
         sources = open_sources(config)
-        sizes = [count_pieces(source.corpus, data.bucket_lengths) for source in sources]
+        sizes = [count_chunks(source.corpus, data.bucket_lengths) for source in sources]
         mixture = BucketMixture(sources, sizes, samples_per_step=config.training.global_batch_size)
         return [describe_reading(config, mixture)]
     sizes = {"max_seq_length": data.max_seq_length, "document_boundaries": data.document_boundaries}

@@ -27,7 +27,7 @@ from deberta_dist.parallel.pipeline.stages import balance_stages
 from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.plan import Plan, network_flops, read_model_config
-from deberta_dist.planning.search_memory import Choice, MemorySearch
+from deberta_dist.planning.search_memory import MemorySearch, RankedLayout
 from deberta_dist.planning.step_cost import least_seconds, step_cost
 from deberta_dist.training.objectives.masked_lm import masked_lm
 from deberta_dist.values import INTERLEAVED, RECOMPUTE
@@ -71,7 +71,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Result of a search.
 
     Attributes:
@@ -81,13 +81,15 @@ class Found:
         smallest: The smallest peak that was found among those that do not fit (bytes), None where all did.
     """
 
-    choices: list[Choice]
+    choices: list[RankedLayout]
     candidates: int
     measured: int
     smallest: int | None
 
 
-def search(config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int) -> Found:
+def search(
+    config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int
+) -> SearchResult:
     """The fastest layouts.
 
     Args:
@@ -109,7 +111,7 @@ def search(config: RunConfig, *, world_size: int, machine: Machine, memory_limit
             f"training.global_batch_size = {config.training.global_batch_size} do not divide; --dry-run of the launcher says which"
         )
     memory = MemorySearch(memory_limit)
-    best: dict[tuple[int, int, int], Choice] = {}
+    best: dict[tuple[int, int, int], RankedLayout] = {}
     for candidate in found:
         ranking = sorted(choice.cost.seconds for choice in best.values())
         if len(ranking) >= count and candidate.least >= ranking[count - 1]:
@@ -126,7 +128,7 @@ def search(config: RunConfig, *, world_size: int, machine: Machine, memory_limit
         if choice is not None:
             best[candidate.sizes] = choice
     choices = sorted(best.values(), key=lambda choice: choice.cost.seconds)[:count]
-    return Found(choices=choices, candidates=len(found), measured=memory.measured, smallest=memory.smallest)
+    return SearchResult(choices=choices, candidates=len(found), measured=memory.measured, smallest=memory.smallest)
 
 
 def _can_be_fused(config: RunConfig) -> bool:

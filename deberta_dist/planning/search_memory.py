@@ -19,7 +19,7 @@ from deberta_dist.planning.step_cost import StepCost
 
 
 @dataclass(frozen=True)
-class Choice:
+class RankedLayout:
     """A layout that can run and fits.
 
     Attributes:
@@ -57,11 +57,11 @@ class MemorySearch:
             return False
         size, kept = _room(plan)
         known = [one for key in _keys(plan) for one in self._too_large.get(key, [])]
-        if any(size >= other and kept >= other_kept for other, other_kept in known):
+        if any(size >= other and kept >= other_saved for other, other_saved in known):
             return False
         return floors[0] + _activation_floor(plan) <= self._limit
 
-    def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> Choice | None:
+    def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> RankedLayout | None:
         """The choice that a plan is, None where it does not fit."""
         self.measured += 1
         first = rank_memory(plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0)
@@ -73,7 +73,7 @@ class MemorySearch:
             if peak <= self._limit:
                 host = max(report.memory.optimizer for report in reports) if first.offload != "none" else 0
                 sent = max(report.communication.total for report in reports)
-                return Choice(plan=checked, cost=cost, peak=peak, host=host, sent=sent)
+                return RankedLayout(plan=checked, cost=cost, peak=peak, host=host, sent=sent)
         self.smallest = peak if self.smallest is None else min(self.smallest, peak)
         self._too_large.setdefault(_keys(plan)[0], []).append(_room(plan))
         return None

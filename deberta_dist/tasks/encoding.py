@@ -22,7 +22,7 @@ import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.tasks.decisions import Decision, Key
-from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, TextPart, encode_parts, window_starts
+from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, TextPart, encode_spans, window_starts
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SequenceLengths:
     """How long sequences may be, tokens.
 
     Attributes:
@@ -66,7 +66,7 @@ class RowEncoder:
         lengths: How long sequences may be.
     """
 
-    def __init__(self, decisions: Mapping[Key, Decision], tokenizer: Tokenizer, lengths: Lengths) -> None:
+    def __init__(self, decisions: Mapping[Key, Decision], tokenizer: Tokenizer, lengths: SequenceLengths) -> None:
         self._decisions, self._tokenizer, self._lengths = decisions, tokenizer, lengths
         # Half of what three special tokens leave.
         self._second_limit = (lengths.max_seq_length - 3) // 2
@@ -93,7 +93,7 @@ class RowEncoder:
             first: The long text.
             seconds: One for a decision among labels, one a choice for a decision among choices.
         """
-        ids, _ = encode_parts(self._tokenizer, first, limit=2**31)
+        ids, _ = encode_spans(self._tokenizer, first, limit=2**31)
         lengths = self._lengths
         # What a short first segment leaves is the second's.
         limit = max(self._second_limit, lengths.max_seq_length - 3 - len(ids))
@@ -117,7 +117,7 @@ class RowEncoder:
         return Example(key, first, tuple(second for second, _ in seconds), gold)
 
     def _cut(self, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
-        return encode_parts(self._tokenizer, parts, limit=limit)
+        return encode_spans(self._tokenizer, parts, limit=limit)
 
     def pair(self, key: Key, first: Sequence[TextPart], second: Sequence[TextPart]) -> Example:
         """Both segments in one sequence without windows: what one does not need of its half, the other has."""

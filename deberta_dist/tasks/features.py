@@ -7,7 +7,7 @@ import numpy as np
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.tasks.base import Split
-from deberta_dist.tasks.encoding import Example, Lengths, RowEncoder
+from deberta_dist.tasks.encoding import Example, RowEncoder, SequenceLengths
 from deberta_dist.tasks.segments import sequences
 
 
@@ -25,7 +25,7 @@ class Features:
     examples: Sequence[Example]
     notes: Sequence[str]
     _tokenizer: Tokenizer
-    _lengths: Lengths
+    _lengths: SequenceLengths
 
     def sequences(self, example: Example, choice: int) -> list[np.ndarray]:
         """Ids of one choice's windows, int32 [S] each; a classification has choice 0 alone."""
@@ -40,7 +40,7 @@ class Features:
         )
 
 
-def encode_split(split: Split, tokenizer: Tokenizer, lengths: Lengths) -> Features:
+def encode_split(split: Split, tokenizer: Tokenizer, lengths: SequenceLengths) -> Features:
     """All decisions of a split as ids.
 
     Raises:

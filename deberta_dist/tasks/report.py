@@ -27,7 +27,7 @@ _P_VALUE = "p: Welch's t-test of the task scores over runs, two-sided; each task
 
 
 @dataclass(frozen=True)
-class Report:
+class ScoreReport:
     """Scores, and what is worth knowing of them.
 
     Attributes:
@@ -166,7 +166,7 @@ class Report:
         return Table("Against another model, task scores", header, rows, below)
 
 
-def make_report(directories: Sequence[Path], release: Release, against: Sequence[Path] = ()) -> Report:
+def make_report(directories: Sequence[Path], release: Release, against: Sequence[Path] = ()) -> ScoreReport:
     """Scores runs on the rows of a release that have answers.
 
     Args:
@@ -201,7 +201,7 @@ def make_report(directories: Sequence[Path], release: Release, against: Sequence
             raise DataError(f"nothing to score in {name} {side[0]}: no TASK/val.jsonl{nor}")
         used = {path for task_scores in found.values() for path in task_scores.directories}
         notes += [f"{_listed([path])} has nothing to score" for path in side if path not in used]
-    return Report(
+    return ScoreReport(
         benchmark=benchmark,
         directories=tuple(ours),
         against=tuple(theirs),

@@ -26,7 +26,7 @@ class TextPart:
     is_kept: bool = False
 
 
-def encode_parts(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
+def encode_spans(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
     """Ids of a segment of at most ``limit`` tokens.
 
     Where it is longer, the tokens nearest to a kept part stay, in their order; without a kept part the first ones do.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.checkpoint.slices import shard_parts
+from deberta_dist.checkpoint.slices import shard_slices
 from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
 from deberta_dist.models.attention_dispatch import set_attention
 from deberta_dist.models.initialisation import initial_tensor
@@ -26,7 +26,7 @@ from deberta_dist.parallel.mesh import Mesh, MeshShape
 from deberta_dist.parallel.pipeline.runner import PipelineRunner
 from deberta_dist.parallel.pipeline.ties import TiedWeights, make_tie_groups
 from deberta_dist.parallel.sharded_model import ShardedModel
-from deberta_dist.parallel.tensor.apply import apply_plan, cut_tensor, split_sequence
+from deberta_dist.parallel.tensor.apply import apply_sharding_rules, cut_tensor, split_sequence
 from deberta_dist.parallel.tensor.sequence import SequenceRanks
 from deberta_dist.parallel.zero import WeightStore
 from deberta_dist.training.objectives.base import TrainedNetwork
@@ -34,7 +34,7 @@ from deberta_dist.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
-class TrainingParts:
+class TrainingComponents:
     """What a training loop drives of one network.
 
     Attributes:
@@ -65,7 +65,7 @@ def build(
     deepspeed_config: dict[str, Any],
     mesh: Mesh,
     shards: Sequence[Tensor] | None = None,
-) -> TrainingParts:
+) -> TrainingComponents:
     """Makes this rank's part of one network of a run. Collective.
 
     Args:
@@ -78,7 +78,7 @@ def build(
     """
     network = layout.network
     assert isinstance(network, TrainedNetwork), network
-    here = mesh.coordinate
+    here = mesh.mesh_rank
     if shards is None:
         shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))
 
@@ -110,7 +110,7 @@ def build(
         hands_on=network.hands_on,
         after_backward=sharded_model.accumulate,
     )
-    return TrainingParts(layout=layout, sharded_model=sharded_model, runner=runner)
+    return TrainingComponents(layout=layout, sharded_model=sharded_model, runner=runner)
 
 
 def build_sharded_model(
@@ -136,9 +136,9 @@ def build_sharded_model(
         ConfigError: modules of the model were replaced, hooked or parametrised.
     """
     require_unchanged(model)
-    here, shape = mesh.coordinate, mesh.shape
+    here, shape = mesh.mesh_rank, mesh.shape
     dtype = DTYPES[precision(deepspeed_config)]
-    apply_plan(
+    apply_sharding_rules(
         model,
         vocab_size=layout.config.vocab_size,
         rank=here.tensor,
@@ -151,7 +151,7 @@ def build_sharded_model(
             model,
             ranks=SequenceRanks(mesh.groups["tensor"]),
             decoder_layer=layout.network.decoder_layer,
-            gathers_again=model.recompute != "full",
+            regathers=model.recompute != "full",
             rules=layout.network.rules,
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -172,7 +172,7 @@ def build_sharded_model(
 
 def own_flat_layout(layout: Layout, *, mesh: Mesh) -> FlatLayout:
     """The flat parameters of this rank's weight store."""
-    here, size = mesh.coordinate, mesh.shape.data
+    here, size = mesh.mesh_rank, mesh.shape.data
     return flat_layout(layout, pipeline_rank=here.pipeline, tensor_rank=here.tensor, data_parallel_size=size)
 
 
@@ -192,11 +192,11 @@ def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> l
         mesh: The grid.
         load: Full float32 value of a published parameter; asked for those alone that this rank has a part of.
     """
-    here, shape = mesh.coordinate, mesh.shape
+    here, shape = mesh.mesh_rank, mesh.shape
     flat = own_flat_layout(layout, mesh=mesh)
     shards = [torch.zeros(size // shape.data) for size in flat.sizes]
     rules = layout.network.rules
-    own = shard_parts(flat, shape=shape, coordinate=here, full_shapes=layout.full_shapes, rules=rules)
+    own = shard_slices(flat, shape=shape, mesh_rank=here, full_shapes=layout.full_shapes, rules=rules)
     for shard, parts in zip(shards, own, strict=True):
         for part in parts:
             values = cut_tensor(load(part.name), part.name, rank=here.tensor, size=shape.tensor, rules=rules).flatten()

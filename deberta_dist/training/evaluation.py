@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from deberta_dist.data.bucketed_dataset import BucketedData
-from deberta_dist.data.loader import Batch, MaskedLMData
-from deberta_dist.data.sources import BlendedData
+from deberta_dist.data.bucketed_dataset import BucketedDataset
+from deberta_dist.data.loader import Batch, MaskedLMDataset
+from deberta_dist.data.sources import BlendedDataset
 from deberta_dist.data.unigram import blended_counts, unigram_loss
 from deberta_dist.files.atomic import replace_file
 from deberta_dist.parallel.mesh import Mesh
@@ -20,26 +20,26 @@ UNIGRAM_TOKENS = 100_000_000
 
 
 def evaluate(
-    trainer: Trainer, *, plan: Plan, validation: MaskedLMData, mesh: Mesh, sizes: TargetSizes | None = None
+    trainer: Trainer, *, plan: Plan, validation: MaskedLMDataset, mesh: Mesh, sizes: TargetSizes | None = None
 ) -> EvaluationResult:
     """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same, targets padded to ``sizes``."""
     size = plan.config.training.global_batch_size
     count = num_evaluation_sequences(plan, validation)
-    rows = (own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size))
+    rows = (rank_batch(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size))
     return trainer.evaluate(trainer.pack(batch, sizes=sizes) for batch in rows)
 
 
-def num_evaluation_sequences(plan: Plan, validation: MaskedLMData) -> int:
+def num_evaluation_sequences(plan: Plan, validation: MaskedLMDataset) -> int:
     """What is asked for, or all there are."""
     return min(plan.config.evaluation.num_sequences, validation.num_samples)
 
 
-def own_rows(
-    data: MaskedLMData | BlendedData | BucketedData, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None
+def rank_batch(
+    data: MaskedLMDataset | BlendedDataset | BucketedDataset, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None
 ) -> Batch:
     """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
     rows = plan.config.training.global_batch_size // mesh.shape.data
-    first = start + mesh.coordinate.data * rows
+    first = start + mesh.mesh_rank.data * rows
     batch = data.batch(first, rows)
     if stop is not None and first + rows > stop:
         batch.labels[max(stop - first, 0) :] = 0

@@ -18,11 +18,11 @@ from deberta_dist.checkpoint.errors import CheckpointWriteError
 from deberta_dist.conversion.source import SPM_NAME
 from deberta_dist.files.atomic import replace_directory, replace_file, sync_files
 from deberta_dist.parallel.layout import Layout
-from deberta_dist.parallel.mesh import Coordinate, Mesh
+from deberta_dist.parallel.mesh import Mesh, MeshRank
 from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.parallel.tensor import sharding_rules
 from deberta_dist.parallel.tensor.apply import join_slices
-from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.build import TrainingComponents
 from deberta_dist.training.objectives.base import Objective, add_folds
 
 
@@ -46,7 +46,7 @@ def gather_full_weights(
         for pipeline, tensor in places:
             if name not in owned_by_place[pipeline, tensor]:
                 continue
-            source = mesh.shape.rank(Coordinate(pipeline=pipeline, data=0, tensor=tensor))
+            source = mesh.shape.rank(MeshRank(pipeline=pipeline, data=0, tensor=tensor))
             if mesh.rank == source == 0:
                 slices.append(owned[name].to(torch.float32).cpu())
             elif mesh.rank == source:
@@ -57,12 +57,16 @@ def gather_full_weights(
                 dist.recv(received, src=source)
                 slices.append(received)
         if mesh.rank == 0:
-            assert len(slices) == (1 if sharding_rules.parameter_cut(name, layout.network.rules).dim is None else mesh.shape.tensor), name
+            assert len(slices) == (
+                1 if sharding_rules.parameter_sharding(name, layout.network.rules).dim is None else mesh.shape.tensor
+            ), name
             full[name] = join_slices(slices, name, full_shape=shape, rules=layout.network.rules).contiguous()
     return full
 
 
-def gather_networks(networks: Sequence[TrainingParts], *, objective: Objective, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
+def gather_networks(
+    networks: Sequence[TrainingComponents], *, objective: Objective, mesh: Mesh
+) -> dict[str, dict[str, Tensor]]:
     """Full float32 tensors by published name, by network, as each network reads them; on rank 0 alone. Collective.
 
     Args:

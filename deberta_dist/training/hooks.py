@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from deberta_dist.errors import DivergedError
-from deberta_dist.training.loop import FinishedStep, Hook, NetworkResult, Place, Request
+from deberta_dist.training.loop import FinishedStep, Hook, Place, Request, StepOutcome
 from deberta_dist.training.metrics import MetricsLog, StepMetrics
 from deberta_dist.training.saving import Checkpointing
 
@@ -60,7 +60,7 @@ class MetricsHook(Hook):
             self._record(step, result, {"network": name} if len(step.results) > 1 else {})
         return Request.NOTHING
 
-    def _record(self, step: FinishedStep, result: NetworkResult, more: dict[str, Any]) -> None:
+    def _record(self, step: FinishedStep, result: StepOutcome, more: dict[str, Any]) -> None:
         more |= self._more(step, result)
         self._log.step(
             StepMetrics(

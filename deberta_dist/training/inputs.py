@@ -10,16 +10,16 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.find import CHECKPOINTS_NAME
 from deberta_dist.checkpoint.manifest import MANIFEST_NAME
 from deberta_dist.conversion import files
+from deberta_dist.conversion.canonical import CanonicalCheckpoint, to_canonical
 from deberta_dist.conversion.find_tokenizer import own_spm, unread_settings
-from deberta_dist.conversion.canonical import Published, to_published
 from deberta_dist.conversion.official import GENERATOR_NAME, GENERATORS_HEAD, is_discriminator
-from deberta_dist.conversion.options import ReadOptions
+from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import shorten
-from deberta_dist.data.bucketed_dataset import BucketedData
-from deberta_dist.data.loader import MaskedLMData, check_vocabulary
+from deberta_dist.data.bucketed_dataset import BucketedDataset
+from deberta_dist.data.loader import MaskedLMDataset, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.sources import BlendedData
+from deberta_dist.data.sources import BlendedDataset
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError, DebertaDistError
@@ -44,8 +44,8 @@ class RunData:
     """
 
     tokenizer: Tokenizer
-    train: BlendedData | BucketedData
-    validation: MaskedLMData
+    train: BlendedDataset | BucketedDataset
+    validation: MaskedLMDataset
 
     def target_sizes(self, shapes: Sequence[tuple[int, int]]) -> tuple[TargetSizes, TargetSizes]:
         """Sizes to pad targets to, of the training text and of the held-out text, from a sample of each.
@@ -55,7 +55,7 @@ class RunData:
         """
         longest = shapes[-1]
         held_out = count_targets(self.validation.batch(0, num_sampled(longest[0])).labels)
-        if isinstance(self.train, BlendedData):
+        if isinstance(self.train, BlendedDataset):
             sampled = {longest: self.train.batch(0, num_sampled(longest[0]))}
         else:
             sampled = {shape: self.train.of_bucket(k, 0, num_sampled(shape[0])) for k, shape in enumerate(shapes)}
@@ -78,7 +78,7 @@ class RunData:
 
         A run whose batch has become larger may have begun a step; the rest of it is left out.
         """
-        if isinstance(self.train, BlendedData):
+        if isinstance(self.train, BlendedDataset):
             return consumed_samples
         return self.train.mixture.whole_steps(consumed_samples) * self.train.samples_per_step
 
@@ -117,9 +117,9 @@ def open_data(plan: Plan) -> RunData:
         "document_boundaries": data.document_boundaries,
     }
     train = (
-        BlendedData(open_sources(plan.config), tokenizer, seed=seed, **options)
+        BlendedDataset(open_sources(plan.config), tokenizer, seed=seed, **options)
         if data.bucket_lengths is None
-        else BucketedData(
+        else BucketedDataset(
             open_sources(plan.config),
             tokenizer,
             lengths=data.bucket_lengths,
@@ -129,12 +129,12 @@ def open_data(plan: Plan) -> RunData:
             index_directory=data.index_directory,
         )
     )
-    validation = MaskedLMData(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options)
+    validation = MaskedLMDataset(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options)
     _require_targets(validation, count=plan.config.evaluation.num_sequences)
     return RunData(tokenizer=tokenizer, train=train, validation=validation)
 
 
-def _require_targets(validation: MaskedLMData, *, count: int) -> None:
+def _require_targets(validation: MaskedLMDataset, *, count: int) -> None:
     """Refuses held-out text whose first ``count`` sequences have nothing to predict: a run's end would be without result."""
     count = min(count, validation.num_samples)
     for start in range(0, count, 64):
@@ -168,10 +168,10 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
             f"{path / CHECKPOINTS_NAME}/step-..., or its weights/"
         )
     training = plan.config.training
-    options = ReadOptions(allow_unmapped=training.init_allow_unmapped, prefix=training.init_prefix)
+    options = CheckpointReadOptions(allow_unmapped=training.init_allow_unmapped, prefix=training.init_prefix)
     try:
         source = open_source(path, verify=verify, options=options)
-        model = to_published(source)
+        model = to_canonical(source)
     except DebertaDistError as error:
         raise type(error)(f"{where}: {_in_toml(str(error))}") from error
     sha256 = source.tokenizer_sha256
@@ -184,7 +184,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
         )
     is_told = not model.knows_decoder
     if is_told:
-        model = to_published(source, decoder="emd" if config.uses_enhanced_mask_decoder else "plain")
+        model = to_canonical(source, decoder="emd" if config.uses_enhanced_mask_decoder else "plain")
     same_computation(model.config, config, where=where)
     shapes = plan.layout.full_shapes
     _require_all(model, shapes=shapes, where=f"{where} ({source.description})")
@@ -202,7 +202,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
     return InitialWeights(read=read, notes=tuple(notes))
 
 
-def _require_all(model: Published, *, shapes: Collection[str], where: str) -> None:
+def _require_all(model: CanonicalCheckpoint, *, shapes: Collection[str], where: str) -> None:
     missing = [name for name in shapes if name not in model.weights and name not in model.lacking]
     if missing:
         cure = (
@@ -213,7 +213,7 @@ def _require_all(model: Published, *, shapes: Collection[str], where: str) -> No
         raise CheckpointError(f"{where} lacks {shorten(missing)}: {cure}")
 
 
-def _warnings(model: Published, *, shapes: Container[str]) -> list[str]:
+def _warnings(model: CanonicalCheckpoint, *, shapes: Container[str]) -> list[str]:
     """What a masked language model that starts from these weights does not take from them, or takes from elsewhere."""
     found = [text for text in model.reading.warnings if text != GENERATORS_HEAD]
     if is_discriminator(model.weights):

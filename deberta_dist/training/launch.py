@@ -38,7 +38,7 @@ ALONE = (DRY_RUN, *HELP)
 IMPOSSIBLE_FLAGS = frozenset(("--module", "--no_python"))
 
 
-class Split(NamedTuple):
+class SortedArguments(NamedTuple):
     """A launcher's arguments, sorted by who reads them; alone: the script prints something and starts nothing."""
 
     deepspeed: list[str]
@@ -59,13 +59,13 @@ class Split(NamedTuple):
         return found
 
 
-def split_arguments(arguments: Sequence[str]) -> Split:
+def split_arguments(arguments: Sequence[str]) -> SortedArguments:
     """Sorts arguments into DeepSpeed's flags and the script's, each in the order given.
 
     Raises:
         ConfigError: A DeepSpeed flag without its value, or one that cannot be used with a launcher.
     """
-    split = Split([], [], any(word in arguments for word in ALONE))
+    split = SortedArguments([], [], any(word in arguments for word in ALONE))
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -130,7 +130,7 @@ def processes_needed(script: Path, script_arguments: Sequence[str]) -> int:
 
 
 def command(
-    script: Path, split: Split, environment: MutableMapping[str, str], *, start: tuple[str, str] | None = None
+    script: Path, split: SortedArguments, environment: MutableMapping[str, str], *, start: tuple[str, str] | None = None
 ) -> list[str]:
     """The words to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs.
 

@@ -47,7 +47,7 @@ class Place(IntEnum):
     STOP = auto()
 
 
-class NetworkResult(Protocol):
+class StepOutcome(Protocol):
     """What a step did to one network, the same on all ranks."""
 
     @property
@@ -79,7 +79,7 @@ class FinishedStep(Generic[B]):
 
     number: int
     batch: B
-    results: Mapping[str, NetworkResult]
+    results: Mapping[str, StepOutcome]
     learning_rate: float
     consumed_samples: int
     seconds: float
@@ -92,7 +92,7 @@ class Steps(Protocol[B]):
     def make_batch(self, step: int) -> B:
         """This rank's batch, a function of the step alone. Called ahead, in another thread."""
 
-    def take(self, batch: B, *, step: int, learning_rate: float) -> Mapping[str, NetworkResult]:
+    def take(self, batch: B, *, step: int, learning_rate: float) -> Mapping[str, StepOutcome]:
         """Takes the step; what it did, by the name of a network. Collective."""
 
     def consumed_samples(self, num_steps: int) -> int:

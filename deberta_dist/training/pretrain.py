@@ -30,9 +30,9 @@ from deberta_dist.planning.dry_run import describe
 from deberta_dist.planning.plan import Plan, check_plan
 from deberta_dist.planning.reading import describe_reading
 from deberta_dist.training.arguments import parse_arguments
-from deberta_dist.training.build import TrainingParts, build, mesh_shape, shards_of
+from deberta_dist.training.build import TrainingComponents, build, mesh_shape, shards_of
 from deberta_dist.training.entry import require_machine, start
-from deberta_dist.training.evaluation import evaluate, own_rows, write_result
+from deberta_dist.training.evaluation import evaluate, rank_batch, write_result
 from deberta_dist.training.export import gather_networks, keep_tokenizer, write_weights
 from deberta_dist.training.hooks import CheckpointHook, EvaluationHook, FiniteGuard, MetricsHook, StopHook
 from deberta_dist.training.inputs import InitialWeights, RunData, open_data, open_initial_weights
@@ -41,7 +41,7 @@ from deberta_dist.training.loop import FinishedStep, Loop, Request, learning_rat
 from deberta_dist.training.metrics import MetricsLog
 from deberta_dist.training.preview import preview_start
 from deberta_dist.training.resume import (
-    Found,
+    ResumePoint,
     changed_settings,
     find_checkpoint,
     is_interrupted,
@@ -95,7 +95,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     if not is_interrupted(plan):
         initial_weights = open_initial_weights(plan, tokenizer_sha256=data.tokenizer.sha256, verify=launch.rank == 0)
     directory = Path(plan.config.run.directory)
-    lock, found = None, Found(None)
+    lock, found = None, ResumePoint(None)
     if launch.rank == 0:
         lock = RunLock(directory)
         found = find_checkpoint(plan, data=data, lock=lock)
@@ -148,7 +148,7 @@ def _open_log(plan: Plan, *, data: RunData, mesh: Mesh) -> MetricsLog:
     return log
 
 
-def _write_weights(networks: Sequence[TrainingParts], *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
+def _write_weights(networks: Sequence[TrainingComponents], *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
     """Writes ``weights/``, and keeps those of an earlier result beside it. Collective."""
     weights, directory = gather_networks(networks, objective=plan.objective, mesh=mesh), plan.config.run.directory
     if mesh.rank == 0:
@@ -172,7 +172,7 @@ def make_parts(
     log: MetricsLog,
     checkpoint: CheckpointReader | None,
     initial_weights: InitialWeights | None,
-) -> list[TrainingParts]:
+) -> list[TrainingComponents]:
     """This rank's parts of every network, where a checkpoint left them, with given weights, or anew. Collective."""
     make = partial(build, plan.config, deepspeed_config=plan.deepspeed, mesh=mesh)
     if checkpoint is not None:
@@ -240,7 +240,7 @@ class PretrainingSteps:
 
     def make_batch(self, step: int) -> StepBatch:
         """This rank's micro-batches of a step."""
-        batch = own_rows(self._data.train, plan=self._plan, mesh=self._mesh, start=self.consumed_samples(step))
+        batch = rank_batch(self._data.train, plan=self._plan, mesh=self._mesh, start=self.consumed_samples(step))
         return self._trainer.pack(batch, sizes=self._sizes)
 
     def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> dict[str, StepResult]:

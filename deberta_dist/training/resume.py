@@ -29,7 +29,7 @@ _ORDER_KEYS = ("training.seed", "data.max_seq_length", "data.document_boundaries
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """What a run directory holds.
 
     Attributes:
@@ -52,7 +52,7 @@ def is_interrupted(plan: Plan) -> bool:
     return plan.config.checkpoint.resume != "never" and (bool(checkpoints(directory)) or is_being_replaced(directory))
 
 
-def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
+def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> ResumePoint:
     """What the run continues from by ``checkpoint.resume``. For rank 0, before any group.
 
     Raises:
@@ -65,13 +65,13 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> Found:
     sweep(directory, lock=lock, on_remove=_warn)
     refuse_to_begin(plan)
     if resume == "never":
-        return Found(None)
+        return ResumePoint(None)
     damaged: list[Path] = []
     reader = newest_complete(directory, on_skip=_warn, on_damaged=damaged.append)
     check_checkpoint(reader, plan=plan, tokenizer_sha256=data.tokenizer.sha256, data=data)
     if reader is not None and finished_steps is not None:
         continue_finished(run, steps=finished_steps)
-    return Found(reader, frozenset(damaged))
+    return ResumePoint(reader, frozenset(damaged))
 
 
 def refuse_to_begin(plan: Plan) -> None:
@@ -181,7 +181,7 @@ def read_shards(reader: CheckpointReader, *, layout: Layout, mesh: Mesh) -> list
     return reader.read_shards(
         own_flat_layout(layout, mesh=mesh),
         shape=mesh.shape,
-        coordinate=mesh.coordinate,
+        mesh_rank=mesh.mesh_rank,
         rules=network.rules,
         saved_name=network.saved_name,
     )

@@ -24,7 +24,7 @@ from deberta_dist.config import precision
 from deberta_dist.parallel.layout import flat_layouts
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.planning.plan import Plan
-from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.build import TrainingComponents
 from deberta_dist.training.inputs import RunData
 from deberta_dist.training.metrics import MetricsLog
 from deberta_dist.training.resume import checkpoint_directory
@@ -55,7 +55,7 @@ class Checkpointing:
         self,
         plan: Plan,
         *,
-        networks: Sequence[TrainingParts],
+        networks: Sequence[TrainingComponents],
         mesh: Mesh,
         data: RunData,
         log: MetricsLog,
@@ -123,7 +123,7 @@ class Checkpointing:
         elif self._mesh.rank == 0:
             self._committing = self._pool.submit(self._commit, manifest, self._times)
         else:
-            self._writer.hand_over()
+            self._writer.release()
 
     def _commit(self, manifest: Manifest, times: SaveTimes) -> dict[str, Any]:
         """In a thread: what the log is to hold of the finished checkpoint."""

@@ -115,6 +115,6 @@ def optimizer_step(
 
 def world_totals(sums: Tensor, *, mesh: Mesh) -> Tensor:
     """Sums over the data and pipeline axes, float64; all tensor-parallel ranks computed the same. Collective."""
-    totals = sums.double() if mesh.coordinate.tensor == 0 else torch.zeros_like(sums, dtype=torch.float64)
+    totals = sums.double() if mesh.mesh_rank.tensor == 0 else torch.zeros_like(sums, dtype=torch.float64)
     dist.all_reduce(totals)
     return totals

@@ -16,7 +16,7 @@ from torch import Tensor
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.dropout import mix_key
 from deberta_dist.parallel.mesh import Mesh
-from deberta_dist.training.build import TrainingParts
+from deberta_dist.training.build import TrainingComponents
 from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone, check_folds
 from deberta_dist.training.step import Half, apply_halves, reduce_half, world_totals
 from deberta_dist.training.step_batch import StepBatch, pack
@@ -89,7 +89,7 @@ class Trainer:
     A batch that is `pack`-ed ahead, in another thread, costs the step one copy; any other is packed here.
     """
 
-    def __init__(self, *parts: TrainingParts, mesh: Mesh, seed: int, objective: Objective | None = None) -> None:
+    def __init__(self, *parts: TrainingComponents, mesh: Mesh, seed: int, objective: Objective | None = None) -> None:
         self.objective = alone(parts[0].layout.network) if objective is None else objective
         assert [one.layout.network for one in parts] == list(self.objective.networks)
         check_folds(self.objective, [one.layout for one in parts])
@@ -99,7 +99,7 @@ class Trainer:
         self._seed = seed
 
     @property
-    def parts(self) -> TrainingParts:
+    def parts(self) -> TrainingComponents:
         """Of the network whose weights are the run's result."""
         return self.networks[self.objective.main]
 
@@ -138,7 +138,7 @@ class Trainer:
         return self._result(sums, norms, num_targets=int(known[0]), num_tokens=int(known[1]))
 
     def _reduce(
-        self, parts: TrainingParts, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
+        self, parts: TrainingComponents, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
     ) -> tuple[Half, Tensor | None]:
         """The first half of a network's step, and what it hands on."""
         network, found = parts.layout.network, None
@@ -225,7 +225,7 @@ class Trainer:
     def _dropout_keys(self, step: int, *, network: TrainedNetwork) -> list[int]:
         """Keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""
         count = self.parts.runner.num_micro_batches
-        first = self._mesh.coordinate.data * count
+        first = self._mesh.mesh_rank.data * count
         # 63 bits, as keys once travelled: their runs go on with the same masks.
         return [mix_key(self._seed, step, number, *network.own_key) >> 1 for number in range(first, first + count)]
 

@@ -15,7 +15,7 @@ from benchmarks.data_memory import write_sparse
 from benchmarks.data_preparation import OURS, RAW, write_text
 from benchmarks.draw_batches import memory
 from benchmarks.published_masking import PublishedMasking
-from deberta_dist.data.loader import MaskedLMData
+from deberta_dist.data.loader import MaskedLMDataset
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
@@ -31,7 +31,7 @@ Masked = tuple[np.ndarray, np.ndarray]
 def ours(file: TokenFile, tokenizer: Tokenizer, *, method: str) -> Masked:
     masking = MaskingConfig(method=method)
     corpus = open_corpus(file.path)
-    samples = MaskedLMData(corpus, tokenizer, max_seq_length=LENGTH, masking=masking, seed=1, shuffle=False)
+    samples = MaskedLMDataset(corpus, tokenizer, max_seq_length=LENGTH, masking=masking, seed=1, shuffle=False)
     batch = samples.batch(0, samples.num_samples)
     return batch.input_ids.numpy(), batch.labels.numpy()
 

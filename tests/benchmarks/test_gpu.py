@@ -15,31 +15,31 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu, gpu_attention, gpu_training, gpu_wheels
-from benchmarks.gpu_processes import CRASHED, KILLED, NOT_RUN, Step
-from benchmarks.gpu_worker import DISAGREES, DONE, FAILED, Report, Setting
+from benchmarks.gpu_processes import CRASHED, KILLED, NOT_RUN, GpuStep
+from benchmarks.gpu_worker import DISAGREES, DONE, FAILED, StepReport, StepSetting
 from deberta_dist.errors import ConfigError
 
 AHEAD = "tests.benchmarks.planted_steps:ahead"
 ROOT = Path(__file__).resolve().parents[2]
-REHEARSAL = Setting(device="cpu", rehearses=True)
+REHEARSAL = StepSetting(device="cpu", rehearses=True)
 # What takes long, and what a rehearsal cannot tell from another step.
 SLOW = {"layer-compiled", "1.5b-compiled", "1.5b-trainer", "train-bf16", "attention-fp16"}
 SAME = {"attention-2x4096", "attention-4x512", "v3-large-512", "v3-base-4096", "v3-large-4096"}
 STEPS = {step.name: step for part in gpu.PARTS.values() for step in part.steps if step.name not in SAME}
 
 
-def planted(name: str, *, limit: float = 60, function: str | None = None, **more: Any) -> Step:
-    return Step(name, f"tests.benchmarks.planted_steps:{function or name}", limit, "nothing", **more)
+def planted(name: str, *, limit: float = 60, function: str | None = None, **more: Any) -> GpuStep:
+    return GpuStep(name, f"tests.benchmarks.planted_steps:{function or name}", limit, "nothing", **more)
 
 
-def run(out: Path, *steps: Step, words: tuple[str, ...] = ("--rehearse",)) -> tuple[int, dict[str, Any]]:
-    code = gpu.run([*words, "--out", str(out)], parts={"correctness": gpu.Part(60, steps)})
+def run(out: Path, *steps: GpuStep, words: tuple[str, ...] = ("--rehearse",)) -> tuple[int, dict[str, Any]]:
+    code = gpu.run([*words, "--out", str(out)], parts={"correctness": gpu.StepGroup(60, steps)})
     path = out / "summary.json"
     return code, json.loads(path.read_text()) if path.exists() else {}
 
 
-def report(path: Path) -> Report:
-    return Report(path / "step.json", {"step": "step"}, console=sys.stdout)
+def report(path: Path) -> StepReport:
+    return StepReport(path / "step.json", {"step": "step"}, console=sys.stdout)
 
 
 def is_gone(pid: int) -> bool:
@@ -105,7 +105,7 @@ def test_who_fails_is_named_and_stops_nobody(tmp_path: Path, capfd: pytest.Captu
 
 def test_the_part_has_a_limit_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_REHEARSAL_PATIENCE", 1)
-    steps = {"speed": gpu.Part(2, (planted("hangs"), planted("fine")))}
+    steps = {"speed": gpu.StepGroup(2, (planted("hangs"), planted("fine")))}
     assert gpu.run(["--rehearse", "--out", str(tmp_path)], parts=steps) == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"]["hangs"]["status"] == KILLED

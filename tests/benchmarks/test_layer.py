@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import layer, peers, stopwatch
-from benchmarks.attention_contestants import Case, layer_saved_bytes
+from benchmarks.attention_contestants import AttentionCase, layer_saved_bytes
 from deberta_dist.errors import ConfigError
 from deberta_dist.operations.measure import BenchmarkError
 
@@ -27,9 +27,9 @@ def arguments(**changed: Any) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
+def case() -> AttentionCase:
     cpu = torch.device("cpu")
-    return Case(batch_size=BATCH, length=LENGTH, heads=HEADS, dropout=0.1, device=cpu, dtype=torch.float32)
+    return AttentionCase(batch_size=BATCH, length=LENGTH, heads=HEADS, dropout=0.1, device=cpu, dtype=torch.float32)
 
 
 def test_everyone_is_compared_timed_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_whole_layers_are_compared_and_timed(capsys: pytest.CaptureFixture[str])
     assert "a whole layer, forward and backward" in capsys.readouterr().out
 
 
-def test_disentangled_flash_gives_the_same(case: Case) -> None:
+def test_disentangled_flash_gives_the_same(case: AttentionCase) -> None:
     pytest.importorskip("disentangled_flash", reason="not installed: pip install 'deberta_dist[peers]'")
     forward = case.disentangled_flash()
     with case.no_dropout():
@@ -69,7 +69,7 @@ def test_bytes_of_the_large_models_layer() -> None:
     assert 85 < mebibytes[peers.HUGGING_FACE] < 100, "transformers keeps more than twice as much"
 
 
-def test_the_floor_is_the_formulas_products_forward_and_backward(case: Case) -> None:
+def test_the_floor_is_the_formulas_products_forward_and_backward(case: AttentionCase) -> None:
     def products(run) -> int:
         with FlopCounterMode(display=False) as counter:
             run()
@@ -79,7 +79,7 @@ def test_the_floor_is_the_formulas_products_forward_and_backward(case: Case) -> 
     assert products(case.products_alone()) == reference
 
 
-def test_different_results_are_not_compared(case: Case) -> None:
+def test_different_results_are_not_compared(case: AttentionCase) -> None:
     with case.no_dropout():
         values = case.values(case.ours("reference"))
         changed = [*values[:-1], values[-1] + 1e-3 * values[-1].abs().max()]

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import layouts
 from deberta_dist.errors import ConfigError
 from deberta_dist.operations.calibration import STAGES, _fit, calibration, machine_of, with_step_seconds
-from deberta_dist.operations.calibration_rank import MESSAGES, Case, plan_of
+from deberta_dist.operations.calibration_rank import MESSAGES, LayoutCase, plan_of
 from deberta_dist.operations.calibration_world import World
 from deberta_dist.operations.measure import BenchmarkError
 from deberta_dist.planning.machine import Link
@@ -25,7 +25,7 @@ def a_round(scale: float = 1.0) -> dict[str, Any]:
     """Primitives of a machine of 50 GFLOP/s, 10 GB/s, 10 us per call, messages of 1 GB/s and 0.1 ms."""
     stages = []
     for tensor, start, stop, size in STAGES:
-        work = sum_of(plan_of(Case(tensor, 1, 1, size)), range(start, stop))
+        work = sum_of(plan_of(LayoutCase(tensor, 1, 1, size)), range(start, stop))
         stages.append(scale * (work.products / 5e10 + work.bytes / 1e10 + work.calls * 1e-5))
     link = dict.fromkeys(MESSAGES, (1, 1.0)) | {"all_reduce": (2, 1.0), "all_gather": (1, 0.5), "reduce_scatter": (1, 0.5)}
     messages = {kind: [link[kind][0] * 1e-4 + link[kind][1] * size / 1e9 for size in sizes] for kind, sizes in MESSAGES.items()}
@@ -46,15 +46,17 @@ def test_the_primitives_of_a_known_machine_give_that_machine() -> None:
     assert set(machine.kinds) == set(MESSAGES)
     for link in machine.kinds.values():
         assert dataclasses.astuple(link) == pytest.approx(dataclasses.astuple(Link(1e-4, 1e9)), rel=1e-3)
-    plan = plan_of(Case(1, 1, 1))
+    plan = plan_of(LayoutCase(1, 1, 1))
     bare = step_cost(plan, machine_of(table, 1))
     table["processes"] = with_step_seconds(table, bare.seconds - bare.once + 0.05)
     assert step_cost(plan, machine_of(table, 1)).once == pytest.approx(0.05)
-    assert step_cost(plan_of(Case(1, 1, 4)), machine_of(table, 4)).once == pytest.approx(0.1), "four processes on two cores"
+    assert step_cost(plan_of(LayoutCase(1, 1, 4)), machine_of(table, 4)).once == pytest.approx(0.1), (
+        "four processes on two cores"
+    )
 
 
 def test_no_cost_is_negative() -> None:
-    works = [sum_of(plan_of(Case(1, 1, 1, size)), range(1, 2)) for size in (2, 8)]
+    works = [sum_of(plan_of(LayoutCase(1, 1, 1, size)), range(1, 2)) for size in (2, 8)]
     for per_byte, per_call in ((1e-10, 0.0), (0.0, 1e-5), (3e-10, 1e-5)):
         machine_seconds = [work.bytes * per_byte + work.calls * per_call for work in works]
         found = _fit(works, machine_seconds, per_product=0.0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import scale
-from benchmarks.scale_rank import Case, model_config
+from benchmarks.scale_rank import TrafficCase, model_config
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.operations.measure import BenchmarkError
@@ -22,7 +22,7 @@ def found() -> dict[str, Any]:
 
 def test_counted_is_the_formula(found: dict[str, Any]) -> None:
     for row in found["rows"]:
-        case = Case(row["tensor"], row["pipeline"], row["data"], row["micro_batches"], row["sequence_parallel"])
+        case = TrafficCase(row["tensor"], row["pipeline"], row["data"], row["micro_batches"], row["sequence_parallel"])
         for counted, expected in zip(row["ranks"], scale.formula(case), strict=True):
             assert {kind: counted.get(kind, 0) for kind in scale.KINDS} == expected
     num_parameters = sum(parameter.numel() for parameter in DebertaForMaskedLM(model_config()).parameters())
@@ -59,16 +59,16 @@ def test_the_peer_grows_with_the_micro_batches(found: dict[str, Any]) -> None:
     ],
 )
 def test_a_difference_is_an_error(counted: dict[str, int], expected: dict[str, int], message: str) -> None:
-    case = Case(1, 1, 2, 4)
+    case = TrafficCase(1, 1, 2, 4)
     with pytest.raises(BenchmarkError, match=f"1x1x2 with 4 micro-batches, {message}"):
         scale.check(case, counted=[{"tensor": 3}, counted], expected=[{"tensor": 3}, expected])
     scale.check(case, counted=[{"tensor": 3, "deepspeed_norms": 8}], expected=[{"tensor": 3, "scalars": 0}])
 
 
 def test_a_peer_with_another_loss_is_an_error() -> None:
-    case = Case(1, 1, 2, 4)
+    case = TrafficCase(1, 1, 2, 4)
     ours, peer = [[{"first_loss": 6.0}, {"first_loss": 6.0}]], [[{"first_loss": 5.0}, {"first_loss": 7.0}]]
-    scale.check_losses([case], ours, [case, Case(1, 1, 2, 8)], [*peer, *ours])
+    scale.check_losses([case], ours, [case, TrafficCase(1, 1, 2, 8)], [*peer, *ours])
     peer[0][0] = {"first_loss": 5.01}
     with pytest.raises(BenchmarkError, match="do not run the same model"):
         scale.check_losses([case], ours, [case], peer)

@@ -58,8 +58,8 @@ def test_ranks_read_every_number_once(reading: Case, written: dict[Case, Path]) 
             continue
         copied = 0
         for rank in range(reading.shape.world_size):
-            here, reader = reading.shape.coordinate(rank), CheckpointReader(path)
-            reader.read_shards(reading.flat_layout(here.pipeline, here.tensor), shape=reading.shape, coordinate=here)
+            here, reader = reading.shape.mesh_rank(rank), CheckpointReader(path)
+            reader.read_shards(reading.flat_layout(here.pipeline, here.tensor), shape=reading.shape, mesh_rank=here)
             copied += reader.bytes_copied
         assert copied == 3 * 4 * sum(math.prod(entry.shape) for entry in reader.manifest.tensors.values())
 

@@ -14,7 +14,7 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.checkpoint.manifest import FileEntry, Manifest, TensorEntry, WrittenLayout
 from deberta_dist.checkpoint.reader import CheckpointReader
 from deberta_dist.checkpoint.shard_file import STATES
-from deberta_dist.checkpoint.slices import check_table, local_cut, shard_parts, tensor_table
+from deberta_dist.checkpoint.slices import check_table, local_cut, shard_slices, tensor_table
 from deberta_dist.checkpoint.writer import CheckpointWriter
 from deberta_dist.config import Parallel
 from deberta_dist.models.config import DebertaConfig
@@ -103,14 +103,14 @@ class Case:
 
     def shards(self, known: Known, rank: int) -> list[ShardState]:
         """What the rank would hand to the writer. Everything that is padding is NaN and may never come back."""
-        here = self.shape.coordinate(rank)
+        here = self.shape.mesh_rank(rank)
         layout = self.flat_layout(here.pipeline, here.tensor)
         values = {}
         for state in STATES:
             flats = [torch.full((size,), float("nan")) for size in layout.sizes]
             for name, target in layout.views(flats).items():
                 full = known[state][name]
-                if sharding_rules.parameter_cut(name).kind == sharding_rules.VOCAB:
+                if sharding_rules.parameter_sharding(name).kind == sharding_rules.VOCAB:
                     rows = sharding_rules.padded_vocabulary(full.shape[0], tensor_parallel_size=self.tensor)
                     padding = torch.full((rows - full.shape[0], *full.shape[1:]), float("nan"))
                     full = torch.cat([full, padding])
@@ -144,14 +144,14 @@ def write_checkpoint(directory: Path, case: Case, *, step: int = 100, offset: in
         writer.begin(step, shards=case.shards(known, rank), token=f"t{step}")
     assert [writer.wait().error for writer in writers] == [None] * len(writers)
     for writer in writers[1:]:
-        writer.hand_over()
+        writer.release()
     return writers[0].commit(case.manifest(step), keep_last=keep_last)
 
 
 def assert_readable(reader: CheckpointReader, case: Case, known: Known) -> None:
     """Every rank of ``case`` reads its slices and its shards, bit for bit; padding is zeros."""
     for rank in range(case.shape.world_size):
-        here = case.shape.coordinate(rank)
+        here = case.shape.mesh_rank(rank)
         layout = case.flat_layout(here.pipeline, here.tensor)
         flats = {state: [torch.zeros(size) for size in layout.sizes] for state in STATES}
         for state in STATES:
@@ -161,7 +161,7 @@ def assert_readable(reader: CheckpointReader, case: Case, known: Known) -> None:
                     cut = local_cut(name, full_shape=reader.shape(name), rank=here.tensor, size=case.tensor)
                     found = reader.read(name, state=state, cut=cut)
                     assert torch.equal(found, target), name
-        shards = reader.read_shards(layout, shape=case.shape, coordinate=here)
+        shards = reader.read_shards(layout, shape=case.shape, mesh_rank=here)
         for flat, shard in enumerate(shards):
             for state in STATES:
                 assert torch.equal(getattr(shard, state), flats[state][flat].chunk(case.data)[here.data])
@@ -194,7 +194,7 @@ def test_table_tiles_everything_once(case: Case) -> None:
     counts: Counter[str] = Counter()
     for name, entry in case.table.items():
         assert entry.shape == case.layout.full_shapes[name]
-        assert entry.cut_dim == sharding_rules.parameter_cut(name).dim
+        assert entry.cut_dim == sharding_rules.parameter_sharding(name).dim
         for region in entry.regions:
             counts[name] += sum(piece.count for piece in region.pieces)
     words = "deberta.embeddings.word_embeddings.weight"
@@ -203,7 +203,7 @@ def test_table_tiles_everything_once(case: Case) -> None:
     assert all(
         counts[name] == torch.Size(shape).numel()
         for name, shape in case.layout.full_shapes.items()
-        if sharding_rules.parameter_cut(name).kind != sharding_rules.VOCAB
+        if sharding_rules.parameter_sharding(name).kind != sharding_rules.VOCAB
     )
 
 
@@ -217,9 +217,9 @@ def test_parts_of_all_shards_are_the_pieces_of_the_table(case: Case) -> None:
     }
     parts = set()
     for rank in range(case.shape.world_size):
-        here = case.shape.coordinate(rank)
+        here = case.shape.mesh_rank(rank)
         layout = case.flat_layout(here.pipeline, here.tensor)
-        own = shard_parts(layout, shape=case.shape, coordinate=here, full_shapes=case.layout.full_shapes)
+        own = shard_slices(layout, shape=case.shape, mesh_rank=here, full_shapes=case.layout.full_shapes)
         for flat, found in enumerate(own):
             ends = [part.offset + part.count for part in found]
             assert all(part.offset >= end for part, end in zip(found[1:], ends, strict=False))

@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_every_target(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small, so that the reader is opened again and tensors are read in parts.
-    monkeypatch.setattr(native, "PART", 100)
+    monkeypatch.setattr(native, "CHUNK_NUMBERS", 100)
     monkeypatch.setattr(native, "_REOPEN_BYTES", 10_000)
     expected = known_tensors("v2")["weight"]
     for number, source in enumerate((run, run / "checkpoints/step-00000100")):

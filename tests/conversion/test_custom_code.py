@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deberta_dist.conversion.canonical import to_canonical
 from deberta_dist.conversion.convert import build_model, convert
 from deberta_dist.conversion.custom_code import CODE_NAME
 from deberta_dist.conversion.load import load_masked_lm
-from deberta_dist.conversion.canonical import to_published
 from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.conversion.source import open_source
 from deberta_dist.data.tokenizer import train_tokenizer
@@ -120,7 +120,7 @@ def test_a_discriminator_has_the_head_of_its_generator(tmp_path: Path) -> None:
     assert not (tmp_path / "hf" / CODE_NAME).exists()
     card = (tmp_path / "hf/README.md").read_text()
     assert "on this encoder it predicts no words" in card and "fill-mask" not in card and "enhanced mask decoder in" not in card
-    built, names = build_model(to_published(open_source(source)), where=source)
+    built, names = build_model(to_canonical(open_source(source)), where=source)
     assert isinstance(built, DebertaForReplacedTokenDetection) and not head.keys() & set(names)
     with pytest.warns(UserWarning, match="convert the generator"):
         load_masked_lm(source)

@@ -12,8 +12,8 @@ from torch import nn
 
 from deberta_dist import load_masked_lm
 from deberta_dist.checkpoint.compatible import computation
+from deberta_dist.conversion.canonical import CanonicalCheckpoint, to_canonical
 from deberta_dist.conversion.convert import convert
-from deberta_dist.conversion.canonical import Published, to_published
 from deberta_dist.conversion.source import open_source
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import export, make_model, published_tensors, same
@@ -29,8 +29,8 @@ def official(model: nn.Module, directory: Path, **fields: Any) -> Path:
     return directory
 
 
-def published(directory: Path) -> Published:
-    return to_published(open_source(directory))
+def published(directory: Path) -> CanonicalCheckpoint:
+    return to_canonical(open_source(directory))
 
 
 POOLERS = {

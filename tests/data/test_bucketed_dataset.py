@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist.data.bucketed_dataset import BucketedData
+from deberta_dist.data.bucketed_dataset import BucketedDataset
+from deberta_dist.data.chunks import open_chunks
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.chunks import open_pieces
-from deberta_dist.data.sources import Source
+from deberta_dist.data.sources import CorpusSource
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
@@ -28,15 +28,17 @@ def corpus(tokenizer: Tokenizer, tmp_path: Path) -> TokenCorpus:
 
 
 @pytest.fixture
-def sources(corpus: TokenCorpus, tokenizer: Tokenizer, tmp_path: Path) -> list[Source]:
+def sources(corpus: TokenCorpus, tokenizer: Tokenizer, tmp_path: Path) -> list[CorpusSource]:
     """A source of long documents read twice while one of mixed documents is read once."""
     long = corpus_of(tmp_path / "long.tokens", tokenizer, np.random.default_rng(4).integers(20, 90, 50))
-    return [Source(name="mixed", corpus=corpus, epochs=1), Source(name="long", corpus=long, epochs=2)]
+    return [CorpusSource(name="mixed", corpus=corpus, epochs=1), CorpusSource(name="long", corpus=long, epochs=2)]
 
 
-def bucketed(sources: list[Source] | TokenCorpus, tokenizer: Tokenizer, *, lengths: tuple[int, ...] = LENGTHS) -> BucketedData:
-    sources = sources if isinstance(sources, list) else [Source(corpus=sources)]
-    return BucketedData(sources, tokenizer, lengths=lengths, samples_per_step=SAMPLES, masking=MaskingConfig(), seed=5)
+def bucketed(
+    sources: list[CorpusSource] | TokenCorpus, tokenizer: Tokenizer, *, lengths: tuple[int, ...] = LENGTHS
+) -> BucketedDataset:
+    sources = sources if isinstance(sources, list) else [CorpusSource(corpus=sources)]
+    return BucketedDataset(sources, tokenizer, lengths=lengths, samples_per_step=SAMPLES, masking=MaskingConfig(), seed=5)
 
 
 def text_of(batch) -> list[tuple[int, ...]]:
@@ -90,7 +92,7 @@ def test_what_does_not_fill_a_step_begins_the_next(corpus: TokenCorpus, tokenize
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
-def test_any_number_of_ranks_reads_the_same_steps(sources: list[Source], tokenizer: Tokenizer, parts: int) -> None:
+def test_any_number_of_ranks_reads_the_same_steps(sources: list[CorpusSource], tokenizer: Tokenizer, parts: int) -> None:
     data, fresh = bucketed(sources, tokenizer), bucketed(sources[::-1], tokenizer)
     shapes = set()
     for step in range(300, 330):
@@ -134,7 +136,7 @@ def test_the_mask_of_a_piece_depends_on_its_epoch_and_not_on_the_buckets(corpus:
     assert any(three[text][0] != three[text][1] for text in several)
 
 
-def test_sources_keep_their_share_of_the_tokens_in_every_bucket(sources: list[Source], tokenizer: Tokenizer) -> None:
+def test_sources_keep_their_share_of_the_tokens_in_every_bucket(sources: list[CorpusSource], tokenizer: Tokenizer) -> None:
     data = bucketed(sources, tokenizer)
     long, mixed = data.mixture.sizes
     total = 2 * sum(long.room) + sum(mixed.room)
@@ -167,7 +169,7 @@ def test_a_foreign_tokenizer_or_damage_is_refused(
         bucketed(corpus, other_tokenizer)
     assert not list(corpus.path.parent.glob("*.pieces")), "nothing is made for a run that cannot be"
     data = bucketed(corpus, tokenizer)
-    path = open_pieces(corpus, LENGTHS).path
+    path = open_chunks(corpus, LENGTHS).path
     entries = path.read_bytes()[4096:]
     with open(path, "r+b") as file:
         file.seek(4096)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deberta_dist.data import chunks
-from deberta_dist.data.chunks import HEADER_BYTES, count_pieces, open_pieces
+from deberta_dist.data.chunks import HEADER_BYTES, count_chunks, open_chunks
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
@@ -39,10 +39,10 @@ def test_pieces_are_right_however_they_are_made(
     monkeypatch.setattr(chunks, "_PIECES_TOGETHER", together[1])
     lengths = [1, 6, 7, 14, 15, 30, 31, 60, 61, 36, 37, 500, 2]
     corpus = corpus_of(tmp_path / "a.tokens", tokenizer, lengths)
-    found, expected = open_pieces(corpus, LENGTHS), expected_pieces(lengths)
+    found, expected = open_chunks(corpus, LENGTHS), expected_pieces(lengths)
     assert found.path == tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     assert found.path.stat().st_size == HEADER_BYTES + 8 * sum(map(len, expected))
-    assert found.sizes == count_pieces(corpus, LENGTHS)
+    assert found.sizes == count_chunks(corpus, LENGTHS)
     assert found.sizes.num_pieces == tuple(map(len, expected)) and sum(found.sizes.num_tokens) == sum(lengths)
     for bucket, want in enumerate(expected):
         starts, tokens = found.read(bucket, np.arange(len(want))[::-1])
@@ -56,7 +56,7 @@ def test_memory_does_not_grow_with_a_document(tokenizer: Tokenizer, tmp_path: Pa
     peaks = []
     for length in (12, 3):  # 300,000 and 3,000,000 pieces
         tracemalloc.start()
-        open_pieces(corpus, (length,))
+        open_chunks(corpus, (length,))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -64,19 +64,19 @@ def test_memory_does_not_grow_with_a_document(tokenizer: Tokenizer, tmp_path: Pa
 
 def test_a_list_is_used_again_and_serves_its_own_text_only(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "a.tokens"
-    first = open_pieces(corpus_of(path, tokenizer, [5, 50]), LENGTHS)
+    first = open_chunks(corpus_of(path, tokenizer, [5, 50]), LENGTHS)
     made = first.path.stat().st_ino
-    assert open_pieces(open_corpus(path), LENGTHS).path.stat().st_ino == made
+    assert open_chunks(open_corpus(path), LENGTHS).path.stat().st_ino == made
     path.unlink()
-    second = open_pieces(corpus_of(path, tokenizer, [20, 20, 3]), LENGTHS)
+    second = open_chunks(corpus_of(path, tokenizer, [20, 20, 3]), LENGTHS)
     assert second.sizes.num_pieces == (1, 0, 2)
     second.path.write_bytes(first.path.read_bytes())  # under its name, the list of another text
-    assert open_pieces(open_corpus(path), LENGTHS).sizes == second.sizes
+    assert open_chunks(open_corpus(path), LENGTHS).sizes == second.sizes
     with open(second.path, "r+b") as file:
         file.truncate(HEADER_BYTES + 8)
-    again = open_pieces(open_corpus(path), LENGTHS)
+    again = open_chunks(open_corpus(path), LENGTHS)
     assert again.read(2, np.array([1]))[1].tolist() == [20]
-    elsewhere = open_pieces(open_corpus(path), LENGTHS, directory=tmp_path / "lists")
+    elsewhere = open_chunks(open_corpus(path), LENGTHS, directory=tmp_path / "lists")
     assert elsewhere.path.parent == tmp_path / "lists" and elsewhere.sizes == second.sizes
 
 
@@ -88,7 +88,7 @@ def make_and_tell(path: Path, made: Path) -> None:
         write(*arguments)
 
     chunks._write = counted
-    assert open_pieces(open_corpus(path), LENGTHS).sizes.num_pieces[2] == 3000
+    assert open_chunks(open_corpus(path), LENGTHS).sizes.num_pieces[2] == 3000
 
 
 def test_one_process_makes_it_and_the_others_wait(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -113,31 +113,31 @@ def test_a_full_disk_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 4000, hard))
     try:
         with pytest.raises(DataError, match=r"pieces is not written \(File too large\): make room"):
-            open_pieces(corpus, LENGTHS)
+            open_chunks(corpus, LENGTHS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.pieces")) and not list(tmp_path.glob(".*.tmp"))
-    assert open_pieces(corpus, LENGTHS).sizes.num_pieces == (0, 0, 3000)
+    assert open_chunks(corpus, LENGTHS).sizes.num_pieces == (0, 0, 3000)
 
 
 def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "a.tokens", tokenizer, [5, 50])
     with pytest.raises(ConfigError, match="bucket length = 70000 is more than the 65537"):
-        open_pieces(corpus, (70_000,))
+        open_chunks(corpus, (70_000,))
     with pytest.raises(ConfigError, match=r"pieces cannot be made .*data\.index_directory"):
-        open_pieces(corpus, LENGTHS, directory=corpus.path / "no directory")
+        open_chunks(corpus, LENGTHS, directory=corpus.path / "no directory")
     path = tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     for foreign in (b"", b"anything", json.dumps({"format": "deberta_dist pieces 2"}).encode()):
         path.write_bytes(foreign)
         with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
-            open_pieces(corpus, LENGTHS)
+            open_chunks(corpus, LENGTHS)
         assert path.read_bytes() == foreign
     path.unlink()
     path.mkdir()
     with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
-        open_pieces(corpus, LENGTHS)
+        open_chunks(corpus, LENGTHS)
     path.rmdir()
-    found = open_pieces(corpus, LENGTHS)
+    found = open_chunks(corpus, LENGTHS)
     with open(path, "r+b") as file:
         file.seek(HEADER_BYTES)
         file.write(b"\xff" * 8)

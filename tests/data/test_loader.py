@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deberta_dist.data.loader import MaskedLMData, check_vocabulary
+from deberta_dist.data.loader import MaskedLMDataset, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.prefetch import Prefetcher
 from deberta_dist.data.token_corpus import open_corpus
@@ -18,9 +18,9 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 
 
-def data_of(file: TokenFile, tokenizer: Tokenizer, *, length: int = 64, seed: int = 1, shuffle: bool = True) -> MaskedLMData:
+def data_of(file: TokenFile, tokenizer: Tokenizer, *, length: int = 64, seed: int = 1, shuffle: bool = True) -> MaskedLMDataset:
     corpus, masking = open_corpus(file.path), MaskingConfig()
-    return MaskedLMData(corpus, tokenizer, max_seq_length=length, masking=masking, seed=seed, shuffle=shuffle)
+    return MaskedLMDataset(corpus, tokenizer, max_seq_length=length, masking=masking, seed=seed, shuffle=shuffle)
 
 
 def test_sequences_are_the_file_cut_into_samples(token_file: TokenFile, tokenizer: Tokenizer) -> None:
@@ -179,7 +179,7 @@ def test_waiting_is_told_where_making_is_slower_than_using() -> None:
 
 @pytest.mark.parametrize("length", [3, 5, 64, 3000])
 def test_documents_can_be_kept_apart(token_file: TokenFile, tokenizer: Tokenizer, length: int) -> None:
-    data = MaskedLMData(
+    data = MaskedLMDataset(
         open_corpus(token_file.path),
         tokenizer,
         max_seq_length=length,
@@ -211,7 +211,7 @@ def test_many_short_documents_share_a_sample(tokenizer: Tokenizer, tmp_path: Pat
         tmp_path / "short.tokens", tokenizer_sha256=tokenizer.sha256, vocab_size=tokenizer.num_tokens
     ) as writer:
         writer.add_documents(np.full(40, 7), np.ones(40, np.int64))
-    data = MaskedLMData(
+    data = MaskedLMDataset(
         open_corpus(tmp_path / "short.tokens"),
         tokenizer,
         max_seq_length=22,

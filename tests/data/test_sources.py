@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_dist.data.loader import Batch, MaskedLMData
+from deberta_dist.data.loader import Batch, MaskedLMDataset
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.sources import BlendedData, Source, SourcePosition
+from deberta_dist.data.sources import BlendedDataset, CorpusSource, SourcePosition
 from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.token_writer import TokenFileWriter
@@ -36,8 +36,8 @@ def corpora(token_file: TokenFile, tmp_path_factory: pytest.TempPathFactory) -> 
     return found
 
 
-def blended(sources: list[Source], tokenizer: Tokenizer, *, seed: int = 5, boundaries: bool = False) -> BlendedData:
-    return BlendedData(
+def blended(sources: list[CorpusSource], tokenizer: Tokenizer, *, seed: int = 5, boundaries: bool = False) -> BlendedDataset:
+    return BlendedDataset(
         sources, tokenizer, max_seq_length=32, masking=MaskingConfig(), seed=seed, document_boundaries=boundaries
     )
 
@@ -46,15 +46,15 @@ def originals(batch: Batch) -> list[tuple[int, ...]]:
     return [tuple(row) for row in torch.where(batch.labels > 0, batch.labels, batch.input_ids).tolist()]
 
 
-def rows_of(data: BlendedData, name: str, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(data: BlendedDataset, name: str, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of one source among the first ``count`` samples."""
     number = [source.name for source in data.mixture.sources].index(name)
     batch, chosen = data.batch(0, count), torch.tensor(data.mixture.blend.sources_at(0, count)) == number
     return batch.input_ids[chosen], batch.labels[chosen]
 
 
-def proportions(corpora: Corpora, **shares: float) -> list[Source]:
-    return [Source(name=name, corpus=corpora[name], proportion=share) for name, share in shares.items()]
+def proportions(corpora: Corpora, **shares: float) -> list[CorpusSource]:
+    return [CorpusSource(name=name, corpus=corpora[name], proportion=share) for name, share in shares.items()]
 
 
 def test_no_sample_is_lost_or_repeated(corpora: Corpora, tokenizer: Tokenizer) -> None:
@@ -68,7 +68,7 @@ def test_no_sample_is_lost_or_repeated(corpora: Corpora, tokenizer: Tokenizer) -
             consumed += 16
     sources = data.mixture.blend.sources_at(0, consumed)
     for number, (name, size) in enumerate(SIZES.items()):
-        one = MaskedLMData(corpora[name], tokenizer, max_seq_length=32, masking=MaskingConfig(), seed=0, shuffle=False)
+        one = MaskedLMDataset(corpora[name], tokenizer, max_seq_length=32, masking=MaskingConfig(), seed=0, shuffle=False)
         expected = originals(one.batch(0, size))
         assert len(set(expected)) == size == one.num_samples
         of_source = [row for row, source in zip(rows, sources, strict=True) if source == number]
@@ -97,7 +97,7 @@ def test_any_split_and_any_start_give_the_same_rows(corpora: Corpora, tokenizer:
 def test_another_source_moves_none(corpora: Corpora, tokenizer: Tokenizer) -> None:
     two = blended(proportions(corpora, wiki=0.5, books=0.5), tokenizer)
     three = blended(proportions(corpora, web=0.7, books=0.1, wiki=0.2), tokenizer)
-    alone = blended([Source(name="wiki", corpus=corpora["wiki"])], tokenizer)
+    alone = blended([CorpusSource(name="wiki", corpus=corpora["wiki"])], tokenizer)
     expected = rows_of(alone, "wiki", count=60)
     for data in (two, three):
         for found, wanted in zip(rows_of(data, "wiki", count=120), expected, strict=True):
@@ -106,13 +106,13 @@ def test_another_source_moves_none(corpora: Corpora, tokenizer: Tokenizer) -> No
 
 
 def test_a_corpus_without_a_name_keeps_its_order(corpora: Corpora, tokenizer: Tokenizer) -> None:
-    one = MaskedLMData(corpora["web"], tokenizer, max_seq_length=32, masking=MaskingConfig(), seed=5)
+    one = MaskedLMDataset(corpora["web"], tokenizer, max_seq_length=32, masking=MaskingConfig(), seed=5)
     expected = one.batch(20, 50)
-    unnamed, named = (blended([Source(name=name, corpus=corpora["web"])], tokenizer) for name in ("", "web"))
+    unnamed, named = (blended([CorpusSource(name=name, corpus=corpora["web"])], tokenizer) for name in ("", "web"))
     assert torch.equal(unnamed.batch(20, 50).input_ids, expected.input_ids)
     assert torch.equal(unnamed.batch(20, 50).labels, expected.labels)
     assert not torch.equal(named.batch(20, 50).labels, expected.labels)
-    other_seed = blended([Source(name="web", corpus=corpora["web"])], tokenizer, seed=6)
+    other_seed = blended([CorpusSource(name="web", corpus=corpora["web"])], tokenizer, seed=6)
     assert not torch.equal(other_seed.batch(20, 50).labels, named.batch(20, 50).labels)
 
 
@@ -120,12 +120,14 @@ def test_a_corpus_without_a_name_keeps_its_order(corpora: Corpora, tokenizer: To
 def test_a_seed_is_in_its_range_with_and_without_names(corpora: Corpora, tokenizer: Tokenizer, seed: int) -> None:
     for name in ("", "web"):
         with pytest.raises(ConfigError, match=f"seed = {seed} is not within"):
-            blended([Source(name=name, corpus=corpora["web"])], tokenizer, seed=seed)
+            blended([CorpusSource(name=name, corpus=corpora["web"])], tokenizer, seed=seed)
 
 
 def test_epochs_are_kept_beside_each_other(corpora: Corpora, tokenizer: Tokenizer) -> None:
     epochs = {"books": 3.0, "web": 0.5, "wiki": 1.0}
-    mixture = blended([Source(name=name, corpus=corpora[name], epochs=e) for name, e in epochs.items()], tokenizer).mixture
+    mixture = blended(
+        [CorpusSource(name=name, corpus=corpora[name], epochs=e) for name, e in epochs.items()], tokenizer
+    ).mixture
     assert mixture.num_samples == 20 + 3 * 7 + 0.5 * 33
     for times in (1, 2, 1000):
         consumed = int(times * mixture.num_samples)
@@ -141,6 +143,9 @@ def test_a_source_without_a_sample_is_refused(
 ) -> None:
     short = write(tmp_path / "short.tokens", token_file, 0, 29)
     for share in ({"proportion": 0.5}, {"epochs": 1.0}):
-        sources = [Source(name="wiki", corpus=corpora["wiki"], **share), Source(name="short", corpus=short, **share)]
+        sources = [
+            CorpusSource(name="wiki", corpus=corpora["wiki"], **share),
+            CorpusSource(name="short", corpus=short, **share),
+        ]
         with pytest.raises(DataError, match="short.tokens has 29 tokens, less than one sample"):
             blended(sources, tokenizer)

@@ -14,7 +14,7 @@ import torch
 
 from deberta_dist.data import token_corpus
 from deberta_dist.data.corpus_index import write_index
-from deberta_dist.data.loader import MaskedLMData
+from deberta_dist.data.loader import MaskedLMDataset
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.token_corpus import TokenCorpus, open_corpus
 from deberta_dist.data.token_file import FIXED, TokenFile, pack_header
@@ -77,7 +77,7 @@ def test_samples_do_not_depend_on_where_shards_end(
 ) -> None:
     shards = write_shards(tmp_path, token_file, first_documents=[0, 1, 2, 5, 9, 10, 16])
     one, seven = (
-        MaskedLMData(corpus, tokenizer, max_seq_length=48, masking=MaskingConfig(), seed=3, document_boundaries=boundaries)
+        MaskedLMDataset(corpus, tokenizer, max_seq_length=48, masking=MaskingConfig(), seed=3, document_boundaries=boundaries)
         for corpus in (open_corpus(token_file.path), shards)
     )
     assert one.num_samples == seven.num_samples

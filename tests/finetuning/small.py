@@ -116,7 +116,7 @@ class Case:
 
 def make_tuner(plan: TaskPlan, start: StartingPoint) -> tuple[FineTuner, Mesh]:
     """Everything a rank builds, from the process group on."""
-    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
+    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=3)
     load = start.reader(plan.layout.full_shapes, labels=plan.labels, seed=7)
     model = build_sharded_model(
@@ -142,7 +142,7 @@ def train(case: Case, directory: Path) -> dict[str, Any]:
         count_calls(name, traffic)
     for step in range(case.steps):
         picks = order.micro_batches(step)
-        own = dealt(len(picks), rank=mesh.coordinate.data, size=mesh.shape.data)
+        own = dealt(len(picks), rank=mesh.mesh_rank.data, size=mesh.shape.data)
         pad = {"pad_id": start.tokenizer.pad_id, "sep_id": start.tokenizer.sep_id}
         batches = [(i, collate(features["train"], picks[i], **pad)) for i in own]
         result = tuner.step(batches, num_decisions=sum(map(len, picks)), step=step, learning_rate=1e-3)

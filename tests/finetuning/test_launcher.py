@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deberta_dist.conversion.canonical import to_published
+from deberta_dist.conversion.canonical import to_canonical
 from deberta_dist.conversion.source import open_source
 from deberta_dist.finetuning.batches import pad
 from deberta_dist.models.classification import DebertaForSequenceClassification
@@ -74,7 +74,7 @@ def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> No
     # The weights that are kept are those that predicted.
     predictions = read_predictions(out / "seed-7/RTE/test.jsonl")
     plan, point = Case("RTE").plan(start_directory)
-    published = to_published(open_source(out / "seed-7/RTE/weights"))
+    published = to_canonical(open_source(out / "seed-7/RTE/weights"))
     assert published.labels["id2label"] == {"0": "entailment", "1": "not_entailment"}
     model = DebertaForSequenceClassification(published.config)
     model.deberta.embeddings.position_embeddings = None

@@ -180,7 +180,7 @@ def make_trainer(case: Case) -> Trainer:
     """Everything a rank builds, from the process group on."""
     if case.as_on_a_gpu:
         sharded_model.DEVICES_WHOSE_PRODUCTS_ADD = ("cpu",)  # in this rank's process
-    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
+    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     config, model_config = case.run_config(), case.model_config()
     flops = forward_flops(model_config, max_seq_length=LENGTH, micro_batch_size=case.micro_batch_size, mask_probability=0.15)
     layout = plan_layout(MaskedLMNetwork(config=model_config), parallel=config.parallel, flops=flops)
@@ -204,7 +204,7 @@ def own_batch(case: Case, step: int) -> Batch | StepBatch:
 def _own_rows(case: Case, step: int) -> Batch:
     batch = global_batch(case, step)
     per_rank = len(batch.labels) // case.data
-    data = mesh_shape(case.run_config()).coordinate(dist.get_rank()).data
+    data = mesh_shape(case.run_config()).mesh_rank(dist.get_rank()).data
     return rows(batch, data * per_rank, (data + 1) * per_rank)
 
 

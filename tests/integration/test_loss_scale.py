@@ -16,13 +16,13 @@ def train_in_fp16(scale_window: int) -> tuple[list[float], dict[str, Any]]:
 
     from deberta_dist.parallel.zero.weight_store import WeightStore
 
-    scales, hand_over = [], WeightStore.reduce
+    scales, reduce_gradients = [], WeightStore.reduce
     fp16 = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": scale_window}
     settings = parallel_run.deepspeed_settings
 
     def noted(store: WeightStore, *, loss_scale: float) -> torch.Tensor:
         scales.append(loss_scale)
-        return hand_over(store, loss_scale=loss_scale)
+        return reduce_gradients(store, loss_scale=loss_scale)
 
     with (
         mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda _: True),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deberta_dist.kernels.dropout import drop_words_, dropped, kept_share, mark_dropped_, mix_key, row_words
+from deberta_dist.kernels.dropout import drop_words_, dropped, keep_probability, mark_dropped_, mix_key, row_words
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_a_part_has_the_words_of_the_whole():
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.9])
 def test_rate_is_that_asked_for_and_rows_columns_and_neighbours_are_independent(p):
     drops = dropped(mix_key(3), p=p, shape=(4, 16, 128, 128), device=CPU).double()
-    assert kept_share(p) == pytest.approx(1 - p, abs=1e-9)
+    assert keep_probability(p) == pytest.approx(1 - p, abs=1e-9)
 
     def within(values: torch.Tensor, expected: float, deviation: float) -> bool:
         # All of up to 16,384 normal numbers within five standard deviations: 1% of failures for a perfect source.

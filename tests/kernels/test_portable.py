@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from deberta_dist.kernels import AttentionMask, RelativePositions, attention_scale, disentangled_attention, inputs, portable, position_scores
+from deberta_dist.kernels import (
+    AttentionMask,
+    RelativePositions,
+    attention_scale,
+    disentangled_attention,
+    inputs,
+    portable,
+    position_scores,
+)
 from deberta_dist.models.fused_qkv import adjacent
 
 H, R = 8, 11

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from deberta_dist.kernels import rows
-from deberta_dist.kernels.dropout import kept_share, threshold
+from deberta_dist.kernels.dropout import keep_probability, threshold
 from deberta_dist.kernels.rows import RowNumbers, residual_norm, row_dropout, row_words
 
 P, SEED, EPS = 0.3, 0x9E3779B97F4A7C15, 1e-7
@@ -48,9 +48,9 @@ def test_dropout_is_a_function_of_seed_row_and_column(monkeypatch, numbers, has_
     is_dropped = dropped(x.shape, numbers)
     assert 0.2 < is_dropped.float().mean() < 0.4
     y = row_dropout(x, p=P, seed=SEED, numbers=numbers)
-    torch.testing.assert_close(y, (x / kept_share(P)).masked_fill(is_dropped, 0.0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(y, (x / keep_probability(P)).masked_fill(is_dropped, 0.0), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    torch.testing.assert_close(gradient, (~is_dropped) / kept_share(P), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, (~is_dropped) / keep_probability(P), rtol=1e-6, atol=0)
 
 
 def test_rows_have_the_numbers_of_the_whole_they_are_of():
@@ -84,7 +84,7 @@ def formula(tensors, gradient, *, p, numbers):
     x, bias, residual, weight, norm_bias = leaves = [t.detach().double().requires_grad_() for t in tensors]
     attended = x + bias
     if p > 0.0:
-        attended = (attended / kept_share(p)).masked_fill(dropped(x.shape, numbers, p=p), 0.0)
+        attended = (attended / keep_probability(p)).masked_fill(dropped(x.shape, numbers, p=p), 0.0)
     y = F.layer_norm(attended + residual, x.shape[-1:], weight, norm_bias, EPS)
     return [y.detach(), *torch.autograd.grad(y, leaves, gradient.double())]
 

@@ -18,7 +18,7 @@ from deberta_dist.models.fused_qkv import Linear, joint_linear
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.plain import is_plain, require_unchanged
 from deberta_dist.models.presets import preset
-from deberta_dist.parallel.tensor.apply import apply_plan
+from deberta_dist.parallel.tensor.apply import apply_sharding_rules
 
 LEAVES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)
 SIZES = {"num_hidden_layers": 2, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 16}
@@ -282,4 +282,4 @@ def test_the_trainer_refuses_changed_modules(name: str, change: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(changed)):
         require_unchanged(model)
     with pytest.raises(ConfigError, match=re.escape(changed)):
-        apply_plan(model, vocab_size=61, rank=0, size=2, group=None)
+        apply_sharding_rules(model, vocab_size=61, rank=0, size=2, group=None)

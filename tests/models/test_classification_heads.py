@@ -111,7 +111,9 @@ def test_a_head_is_whole_on_every_tensor_parallel_rank(head):
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if "position_embeddings" not in name}
     assert layout.full_shapes == expected
     of_head = [name for name in expected if not name.startswith("deberta.")]
-    assert of_head and all(sharding_rules.parameter_cut(name) == sharding_rules.Cut("replicate", None) for name in of_head)
+    assert of_head and all(
+        sharding_rules.parameter_sharding(name) == sharding_rules.Sharding("replicate", None) for name in of_head
+    )
     assert all(layout.local_shape(name) == expected[name] for name in of_head)
 
 

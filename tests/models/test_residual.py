@@ -6,7 +6,7 @@ import torch
 from deberta_dist import DebertaForMaskedLM
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import rows
-from deberta_dist.kernels.dropout import kept_share, threshold
+from deberta_dist.kernels.dropout import keep_probability, threshold
 from deberta_dist.models import residual
 from deberta_dist.models.presets import preset
 from deberta_dist.models.residual import ResidualOutput, require_compiler
@@ -68,7 +68,7 @@ def hashed_and_ours(monkeypatch, function) -> list[list[torch.Tensor]]:
     x, rest, outer = (torch.randn(2, 3, 48, generator=generator, requires_grad=True) for _ in range(3))
     bias, weight, norm_bias = (torch.randn(48, generator=generator, requires_grad=True) for _ in range(3))
     low, high = rows.row_words(6, seed=seed, numbers=numbers, device=torch.device("cpu"))
-    limits = threshold(p), kept_share(p)
+    limits = threshold(p), keep_probability(p)
     hashed = function((x + bias).flatten(0, 1), rest.flatten(0, 1), low, high, *limits, weight, norm_bias, eps)
     ours = rows.residual_norm(x, bias, rest, weight, norm_bias, eps=eps, p=p, seed=seed, numbers=numbers)
     leaves = [x, bias, rest, weight, norm_bias]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.parallel.mesh import Coordinate, Launch, MeshShape, discover_launch
+from deberta_dist.parallel.mesh import Launch, MeshRank, MeshShape, discover_launch
 
 PREFIXES = ("OMPI_", "PMI_", "MPI_", "SLURM_", "MASTER_")
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
@@ -28,11 +28,11 @@ def bare_environment() -> Iterator[None]:
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 4), (4, 1, 2), (1, 5, 1), (3, 2, 1)])
 def test_rank_and_coordinate_are_inverse(sizes: tuple[int, int, int]) -> None:
     shape = MeshShape(pipeline=sizes[0], data=sizes[1], tensor=sizes[2])
-    found = [shape.coordinate(rank) for rank in range(shape.world_size)]
+    found = [shape.mesh_rank(rank) for rank in range(shape.world_size)]
     assert found == [
-        Coordinate(pipeline=p, data=d, tensor=t) for p in range(sizes[0]) for d in range(sizes[1]) for t in range(sizes[2])
+        MeshRank(pipeline=p, data=d, tensor=t) for p in range(sizes[0]) for d in range(sizes[1]) for t in range(sizes[2])
     ]
-    assert [shape.rank(coordinate) for coordinate in found] == list(range(shape.world_size))
+    assert [shape.rank(mesh_rank) for mesh_rank in found] == list(range(shape.world_size))
 
 
 def test_no_launcher_is_a_world_of_one() -> None:

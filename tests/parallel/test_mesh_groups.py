@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deberta_dist.parallel.mesh import Coordinate, Mesh, MeshShape, disjoint_rounds, make_mesh, start_process_group
+from deberta_dist.parallel.mesh import Mesh, MeshRank, MeshShape, disjoint_rounds, make_mesh, start_process_group
 from tests.harness import run_ranks
 
 SHAPE = MeshShape(pipeline=2, data=2, tensor=2)
@@ -21,14 +21,14 @@ def members(mesh: Mesh, group: dist.ProcessGroup) -> tuple[list[int], float]:
 
 
 def look_around() -> dict[str, object]:
-    device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     mesh = make_mesh(SHAPE, device=device, timeout_minutes=1)
     mesh.new_subgroups(SUBGROUPS)
     mesh.warm_up()
     return {
         "rank": mesh.rank,
         "number of rank 0": mesh.broadcast_number((1 << 62) + 1 if mesh.rank == 0 else mesh.rank),
-        "coordinate": mesh.coordinate,
+        "coordinate": mesh.mesh_rank,
         "groups": {axis: members(mesh, group) for axis, group in mesh.groups.items()},
         "subgroups": {ranks: members(mesh, group) for ranks, group in mesh.subgroups.items()},
         "timeouts": {
@@ -50,7 +50,7 @@ def test_groups_of_eight_ranks() -> None:
     for rank, seen in enumerate(found):
         assert seen["rank"] == rank
         assert seen["number of rank 0"] == (1 << 62) + 1
-        assert seen["coordinate"] == Coordinate(pipeline=rank // 4, data=rank // 2 % 2, tensor=rank % 2)
+        assert seen["coordinate"] == MeshRank(pipeline=rank // 4, data=rank // 2 % 2, tensor=rank % 2)
         assert seen["timeouts"] == {60.0}
         assert seen["groups"].keys() == expected.keys()
         for axis, groups in expected.items():
@@ -77,7 +77,7 @@ def test_a_gpu_splits_the_world_once_for_each_kind_of_group(monkeypatch: pytest.
     splits.clear()
 
     def ranks(places: list[tuple[int, int]], data: int) -> tuple[int, ...]:
-        return tuple(shape.rank(Coordinate(pipeline=p, data=data, tensor=t)) for p, t in places)
+        return tuple(shape.rank(MeshRank(pipeline=p, data=data, tensor=t)) for p, t in places)
 
     last, tensors = shape.pipeline - 1, range(shape.tensor)
     everywhere = [[(p, t) for p in range(shape.pipeline) for t in tensors]]

@@ -27,7 +27,7 @@ def step_peaks(trainer: Trainer, case: Case) -> dict[str, int]:
     The least of several steps: gloo's threads let go of a collective's message a moment after it has arrived, in some
     steps later than in others. The most of all buckets.
     """
-    least: dict[str, list[int]] = {"in_micro_batches": [], "in_hand_over": []}
+    least: dict[str, list[int]] = {"in_micro_batches": [], "in_reduction": []}
     for bucket in range(len(case.buckets)):
         found = [_peaks_of_one_step(trainer, even_batch(case, bucket), step=step) for step in range(9, 13)]
         for name, values in least.items():
@@ -49,6 +49,6 @@ def _peaks_of_one_step(trainer: Trainer, batch: Batch, *, step: int) -> dict[str
         ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
         here = Batch(input_ids=ids, attention_mask=mask, labels=batch.labels)
         trainer.step(here, step=step, learning_rate=LEARNING_RATE)
-    peaks["in_hand_over"] = live.peak
+    peaks["in_reduction"] = live.peak
     model.collect_gradients = collect_gradients
     return peaks

@@ -6,8 +6,8 @@ import pytest
 
 from deberta_dist.config import load_config
 from deberta_dist.data.bucketed_dataset import BucketMixture
-from deberta_dist.data.chunks import count_pieces
-from deberta_dist.data.sources import Source
+from deberta_dist.data.chunks import count_chunks
+from deberta_dist.data.sources import CorpusSource
 from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.planning.dry_run import describe, rank_reports
@@ -31,7 +31,7 @@ def test_shapes_are_told_before_there_is_a_text() -> None:
 
 def test_buckets_of_a_text(token_file: TokenFile) -> None:
     text = describe(plan_of(*BUCKETS, f"--data.train={token_file.path}"))
-    sizes = count_pieces(open_corpus(token_file.path), (32, 64, 128))
+    sizes = count_chunks(open_corpus(token_file.path), (32, 64, 128))
     lines = [line.split() for line in text[text.index("DATA") :].splitlines()[1:6]]
     assert lines[0] == ["bucket", "in", "a", "micro-batch", "sequences/epoch", "padding", "epochs"]
     expected = 500 * 32 * 128 / sum(sizes.room)
@@ -51,8 +51,8 @@ def test_buckets_of_a_text(token_file: TokenFile) -> None:
 
 def test_sources_have_their_own_lines_and_a_wrong_length_of_the_run_is_told(token_file: TokenFile) -> None:
     config, corpus = plan_of(*BUCKETS, "--training.max_steps=90").config, open_corpus(token_file.path)
-    sizes = count_pieces(corpus, (32, 64, 128))
-    sources = [Source(corpus=corpus, name=name, epochs=epochs) for name, epochs in (("b", 2), ("a", 0.5))]
+    sizes = count_chunks(corpus, (32, 64, 128))
+    sources = [CorpusSource(corpus=corpus, name=name, epochs=epochs) for name, epochs in (("b", 2), ("a", 0.5))]
     text = describe_reading(config, BucketMixture(sources, [sizes, sizes], samples_per_step=32))
     names = [line.split()[0] for line in text.splitlines()[2:8]]
     assert names == [f"{name}/{length}" for length in (32, 64, 128) for name in "ab"]

@@ -112,7 +112,7 @@ def run_and_count(case: Case) -> dict[str, Any]:
         "gradient_shard": store_optimizer.grad_partitions_flat_buffer.nbytes,
         "shares_master": bool(masters & at_rest),
         "targets": [(int(row.sum()), int(row.max())) for row in per_sequence],
-        "place": (mesh.coordinate.pipeline, mesh.coordinate.tensor),
+        "place": (mesh.mesh_rank.pipeline, mesh.mesh_rank.tensor),
     }
     model.collect_gradients = collect
     return {**found, "peaks": step_peaks(trainer, case)}
@@ -166,7 +166,7 @@ def test_prediction_equals_a_real_step(case: Case) -> None:
         peaks = rank["peaks"]
         assert (memory.in_micro_batches - memory.at_rest) / peaks["in_micro_batches"] == pytest.approx(1, abs=0.02)
         # A tie's message is counted, but gone in time unless the network is slow.
-        assert 0.98 < (memory.in_hand_over - memory.at_rest) / peaks["in_hand_over"] < 1.15
+        assert 0.98 < (memory.in_reduction - memory.at_rest) / peaks["in_reduction"] < 1.15
 
         message = rank_communication(
             layout,

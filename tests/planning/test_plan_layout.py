@@ -20,7 +20,7 @@ from deberta_dist.models.presets import PRESETS, preset_name
 from deberta_dist.planning.dry_run import rank_reports
 from deberta_dist.planning.machine import GPUS
 from deberta_dist.planning.plan import check_plan
-from deberta_dist.planning.search import Found, Space, search
+from deberta_dist.planning.search import SearchResult, Space, search
 from deberta_dist.planning.step_cost import step_cost
 from tests.harness import run_script
 
@@ -31,7 +31,7 @@ OVERRIDES = ("--data.max_seq_length", "64", "--run.deepspeed", str(JSONS / "zero
 SPACE = Space(deepspeed=(JSONS / "zero3_bf16.json", JSONS / "zero3_offload.json"), micro_batch=(1, 4), stages_per_rank=(2,))
 
 
-def find(limit: float, *, world_size: int = 4, space: Space = SPACE, count: int = 100) -> Found:
+def find(limit: float, *, world_size: int = 4, space: Space = SPACE, count: int = 100) -> SearchResult:
     config = load_config(DEMO, OVERRIDES)
     return search(config, world_size=world_size, machine=H100, memory_limit=limit, space=space, count=count)
 

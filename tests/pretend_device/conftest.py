@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deberta_dist.kernels.dropout import kept_share, threshold
+from deberta_dist.kernels.dropout import keep_probability, threshold
 from deberta_dist.kernels.fused.availability import triton_version
 from deberta_dist.models.residual import _hashed_residual_norm, _residual_norm
 from tests.harness import run_ranks
@@ -57,5 +57,5 @@ def _arguments(*, drops: bool) -> Sequence[Any]:
     limits: tuple[Any, ...] = None, 0, 1.0
     if drops:
         low, high = (torch.zeros(rows, 1, dtype=torch.int32, device="cuda") for _ in range(2))
-        limits = low, high, threshold(0.1), kept_share(0.1)
+        limits = low, high, threshold(0.1), keep_probability(0.1)
     return random(rows, columns), random(rows, columns), *limits, random(columns), random(columns), 1e-7

@@ -127,10 +127,10 @@ def run_cases(cases: Mapping[str, Case], kernels: Mapping[str, Kernels]) -> dict
         cases: By name.
         kernels: Of what training.compile compiles, by name.
     """
-    meeting = os.environ["MEETING_FILE"]
+    meeting = os.environ["RENDEZVOUS_FILE"]
     runs = {}
     for number, (name, case) in enumerate(cases.items()):
-        os.environ["MEETING_FILE"] = f"{meeting}-{number}"  # a rendezvous serves once
+        os.environ["RENDEZVOUS_FILE"] = f"{meeting}-{number}"  # a rendezvous serves once
         runs[name] = _pretrain(case, kernels)
         dist.destroy_process_group()
     return runs
@@ -170,10 +170,10 @@ def fine_tune(cases: Mapping[str, tuple[fine_tuning.Case, bool]], directory: Pat
         cases: By name, and whether Triton is there (see `Case.triton`).
         directory: That `fine_tuning.write_start` has written.
     """
-    meeting = os.environ["MEETING_FILE"]
+    meeting = os.environ["RENDEZVOUS_FILE"]
     runs = {}
     for number, (name, (case, triton)) in enumerate(cases.items()):
-        os.environ["MEETING_FILE"] = f"{meeting}-{number}"
+        os.environ["RENDEZVOUS_FILE"] = f"{meeting}-{number}"
         with _triton(triton):
             runs[name] = _fine_tune(case, directory)
         dist.destroy_process_group()

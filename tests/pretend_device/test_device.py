@@ -88,7 +88,7 @@ def test_nothing_is_recorded_in_a_pause() -> None:
 
 
 def communicate(has_nccl_alone: bool) -> Record:
-    rank, meeting = int(os.environ["RANK"]), os.environ["MEETING_FILE"]
+    rank, meeting = int(os.environ["RANK"]), os.environ["RENDEZVOUS_FILE"]
     backend = "nccl" if has_nccl_alone else "cpu:gloo,cuda:nccl"
     with PretendDevice(index=rank, count=2) as device:
         dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=2)

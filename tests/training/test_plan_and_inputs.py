@@ -20,7 +20,7 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.parallel.mesh import Mesh, MeshShape
 from deberta_dist.planning.plan import check_plan, read_model_config
-from deberta_dist.training.evaluation import num_evaluation_sequences, own_rows
+from deberta_dist.training.evaluation import num_evaluation_sequences, rank_batch
 from deberta_dist.training.inputs import InitialWeights, open_data, open_initial_weights
 from deberta_dist.training.resume import changed_settings
 from tests.training.conftest import VOCABULARY, MakeRun
@@ -193,7 +193,7 @@ def test_every_held_out_sequence_counts_once(make_run: MakeRun, data_parallel_si
         for rank in range(data_parallel_size):
             shape = MeshShape(data=data_parallel_size)
             mesh = Mesh(shape=shape, rank=rank, device=torch.device("cpu"), groups={}, timeout=timedelta(minutes=1))
-            batch = own_rows(validation, plan=plan, mesh=mesh, start=start, stop=count)
+            batch = rank_batch(validation, plan=plan, mesh=mesh, start=start, stop=count)
             assert batch.input_ids.shape == (8 // data_parallel_size, 32), "every rank runs the same shapes"
             rows.append(batch.labels)
     labels, expected = torch.cat(rows), validation.batch(0, count).labels

@@ -62,7 +62,7 @@ LOG = SimpleNamespace(say=print, checkpoint=lambda **_: None, resumed=lambda **_
 
 def train(case: Case, directory: str, resume: bool, options: dict[str, bool]) -> dict[str, Any]:
     """Steps on this rank: all, saved in between, or those behind the checkpoint."""
-    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['MEETING_FILE']}")
+    device = start_process_group(timeout_minutes=3, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     plan = plan_of(case, directory, **options)
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=3)
     reader = open_checkpoint(Path(directory) / "checkpoints" / f"step-{SAVED_AT:08d}") if resume else None
@@ -81,7 +81,7 @@ def train(case: Case, directory: str, resume: bool, options: dict[str, bool]) ->
         if step + 1 == SAVED_AT and not resume:
             saving.save(step=step + 1, consumed_samples=8 * (step + 1))
     saving.poll(wait=True)
-    place = {"pipeline_rank": mesh.coordinate.pipeline, "tensor_rank": mesh.coordinate.tensor}
+    place = {"pipeline_rank": mesh.mesh_rank.pipeline, "tensor_rank": mesh.mesh_rank.tensor}
     planned = [rank_memory(layout, config=plan.config, deepspeed_config=plan.deepspeed, **place) for layout in plan.layouts]
     resident = [parts.sharded_model.store.resident_bytes() for parts in networks]
     weights = gather_networks(networks, objective=plan.objective, mesh=mesh)

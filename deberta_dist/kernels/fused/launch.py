@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from deberta_dist.kernels.dropout import kept_share, signed, threshold
+from deberta_dist.kernels.dropout import keep_probability, signed, threshold
 from deberta_dist.kernels.fused.call import Call, Operands
 from deberta_dist.kernels.fused.gradients import row_sums_kernel, token_gradient_kernel
 from deberta_dist.kernels.fused.kernels import backward_kernel, delta_kernel, forward_kernel, keep_bits_kernel
@@ -107,7 +107,7 @@ def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
         "num_rows": 0 if tables is None else tables.num_rows,
         "scale_log2": call.scale * _LOG2_E,
         "inverse_scale": 1.0 / call.scale,
-        "inverse_keep": 1.0 / kept_share(call.dropout_p),
+        "inverse_keep": 1.0 / keep_probability(call.dropout_p),
         "HEAD_SIZE": head_size,
         "HAS_C2P": rel_key is not None,
         "HAS_P2C": rel_query is not None,

@@ -24,17 +24,17 @@ def balance_stages(costs: Sequence[float], *, num_stages: int) -> list[range]:
     Raises:
         ConfigError: more stages than units.
     """
-    num_units = len(costs)
-    if num_stages > num_units:
+    num_layers = len(costs)
+    if num_stages > num_layers:
         raise ConfigError(
             f"{num_stages} pipeline stages (parallel.pipeline_parallel_size x parallel.stages_per_rank) cannot share "
-            f"model.num_hidden_layers = {num_units} layers: every stage needs at least one"
+            f"model.num_hidden_layers = {num_layers} layers: every stage needs at least one"
         )
     total = [0.0, *accumulate(costs)]
     limit = _cut(total, num_stages=num_stages, limit=float("inf"), weigh=max)[0]
     # A second pass among the cuts that keep to it: the smallest sum of squares.
     starts = _cut(total, num_stages=num_stages, limit=limit, weigh=lambda so_far, cost: so_far + cost * cost)[1]
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], num_units], strict=True)]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], num_layers], strict=True)]
 
 
 def _cut(
@@ -45,11 +45,11 @@ def _cut(
     Args:
         total: Sum of the costs before each unit, and of all.
     """
-    num_units = len(total) - 1
-    best: list[tuple[float, list[int]] | None] = [(0.0, []), *[None] * num_units]
+    num_layers = len(total) - 1
+    best: list[tuple[float, list[int]] | None] = [(0.0, []), *[None] * num_layers]
     for _ in range(num_stages):
-        longer: list[tuple[float, list[int]] | None] = [None] * (num_units + 1)
-        for stop in range(1, num_units + 1):
+        longer: list[tuple[float, list[int]] | None] = [None] * (num_layers + 1)
+        for stop in range(1, num_layers + 1):
             options = [
                 (weigh(best[start][0], total[stop] - total[start]), [*best[start][1], start])
                 for start in range(stop)
@@ -57,7 +57,7 @@ def _cut(
             ]
             longer[stop] = min(options, default=None)
         best = longer
-    return best[num_units]
+    return best[num_layers]
 
 
 def explicit_stages(layers_per_stage: Sequence[int], *, num_layers: int, num_stages: int) -> list[range]:

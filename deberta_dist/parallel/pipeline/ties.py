@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deberta_dist.parallel.mesh import Coordinate, Mesh, MeshShape
+from deberta_dist.parallel.mesh import Mesh, MeshRank, MeshShape
 
-Place = tuple[int, int]
+ModelParallelRank = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Tie:
     """
 
     names: tuple[str, ...]
-    users: tuple[Place, ...]
+    users: tuple[ModelParallelRank, ...]
     is_sum: bool
 
 
@@ -50,7 +50,7 @@ def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str
     for pipeline, names in enumerate(names_by_rank):
         for name in names:
             pipeline_users[name].append(pipeline)
-    groups: dict[tuple[tuple[Place, ...], bool], list[str]] = defaultdict(list)
+    groups: dict[tuple[tuple[ModelParallelRank, ...], bool], list[str]] = defaultdict(list)
     for name, pipelines in pipeline_users.items():
         kind = kinds[name]
         if kind == "split":
@@ -66,7 +66,7 @@ def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str
     return [Tie(tuple(sorted(names)), users, is_sum) for (users, is_sum), names in sorted(groups.items())]
 
 
-def owned_names(names: Sequence[str], *, ties: Sequence[Tie], place: Place) -> list[str]:
+def owned_names(names: Sequence[str], *, ties: Sequence[Tie], place: ModelParallelRank) -> list[str]:
     """Those of ``names`` that the rank at ``place`` owns, in the same order."""
     borrowed = {name for tie in ties if place in tie.users[1:] for name in tie.names}
     return [name for name in names if name not in borrowed]
@@ -74,7 +74,7 @@ def owned_names(names: Sequence[str], *, ties: Sequence[Tie], place: Place) -> l
 
 def tie_ranks(tie: Tie, *, shape: MeshShape, data: int) -> tuple[int, ...]:
     """Global ranks of the users of ``tie`` in one data-parallel replica, owner first."""
-    return tuple(shape.rank(Coordinate(pipeline=p, data=data, tensor=t)) for p, t in tie.users)
+    return tuple(shape.rank(MeshRank(pipeline=p, data=data, tensor=t)) for p, t in tie.users)
 
 
 def make_tie_groups(ties: Sequence[Tie], *, mesh: Mesh) -> None:
@@ -94,7 +94,7 @@ class TiedWeights:
     """
 
     def __init__(self, ties: Sequence[Tie], *, mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        here = mesh.coordinate
+        here = mesh.mesh_rank
         self._place = (here.pipeline, here.tensor)
         self._ties = [tie for tie in ties if self._place in tie.users]
         self._mesh = mesh
@@ -115,7 +115,7 @@ class TiedWeights:
             else:
                 buffer = torch.empty(self._size(tie), dtype=self._dtype, device=self._mesh.device)
                 borrowed.update(self._views(buffer, tie))
-            ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.coordinate.data)
+            ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.mesh_rank.data)
             dist.broadcast(buffer, src=ranks[0], group=self._mesh.subgroups[ranks])
         return borrowed
 
@@ -139,7 +139,7 @@ class TiedWeights:
         self._gradients = {}
 
     def _collect(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
-        ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.coordinate.data)
+        ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.mesh_rank.data)
         if self._owns(tie):
             buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
         else:

@@ -31,7 +31,7 @@ from deberta_dist.parallel.tensor.sequence import (
 )
 
 
-def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
+def check_tensor_parallel_sizes(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
     """Refuses a split that does not come out even. Needs no process group.
 
     Raises:
@@ -50,8 +50,14 @@ def check_split(*, num_attention_heads: int, intermediate_size: int, tensor_para
         )
 
 
-def apply_plan(
-    model: nn.Module, *, vocab_size: int, rank: int, size: int, group: dist.ProcessGroup, rules: sharding_rules.Rules = sharding_rules.PLAN
+def apply_sharding_rules(
+    model: nn.Module,
+    *,
+    vocab_size: int,
+    rank: int,
+    size: int,
+    group: dist.ProcessGroup,
+    rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
 ) -> None:
     """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
 
@@ -104,10 +110,10 @@ def split_sequence(
     *,
     ranks: SequenceRanks,
     decoder_layer: int | None,
-    gathers_again: bool,
-    rules: sharding_rules.Rules = sharding_rules.PLAN,
+    regathers: bool,
+    rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
 ) -> None:
-    """Swaps modules of a model that ``apply_plan`` has cut, so that activations between them are split along the sequence.
+    """Swaps modules of a model that ``apply_sharding_rules`` has cut, so that activations between them are split along the sequence.
 
     Args:
         model: A model with published names; absent parts (other stages) are fine.
@@ -124,7 +130,7 @@ def split_sequence(
             continue
         kind = sharding_rules.module_kind(name, rules)
         if re.fullmatch(sharding_rules.ENTER_PATTERN, name):
-            _replace(model, name, EnterSequenceRegion(ranks, recomputes=gathers_again))
+            _replace(model, name, EnterSequenceRegion(ranks, recomputes=regathers))
         elif re.fullmatch(sharding_rules.OWN_TOKENS_PATTERN, name):
             _replace(model, name, OwnTokens(ranks))
         elif re.fullmatch(sharding_rules.HALO_PATTERN, name):
@@ -138,9 +144,11 @@ def split_sequence(
             module.reduce = ScatterSequence(ranks)
 
 
-def cut_tensor(full: Tensor, name: str, *, rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.PLAN) -> Tensor:
+def cut_tensor(
+    full: Tensor, name: str, *, rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES
+) -> Tensor:
     """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
-    cut = sharding_rules.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_sharding(name, rules)
     if cut.dim is None or size == 1:
         return full
     if cut.kind == sharding_rules.VOCAB:
@@ -150,9 +158,11 @@ def cut_tensor(full: Tensor, name: str, *, rank: int, size: int, rules: sharding
     return full.narrow(cut.dim, part.start, part.stop - part.start)
 
 
-def join_slices(slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: sharding_rules.Rules = sharding_rules.PLAN) -> Tensor:
+def join_slices(
+    slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES
+) -> Tensor:
     """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
-    cut = sharding_rules.parameter_cut(name, rules)
+    cut = sharding_rules.parameter_sharding(name, rules)
     if cut.dim is None or len(slices) == 1:
         return slices[0]
     return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])

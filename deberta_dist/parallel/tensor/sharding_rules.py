@@ -29,7 +29,7 @@ Rules = tuple[tuple[str, str], ...]
 _LAYER = r"deberta\.encoder\.layer\.\d+\."
 
 # Module name pattern -> kind. Parameters of modules that match nothing are replicated. A network may have rules of its own.
-PLAN: Rules = (
+SHARDING_RULES: Rules = (
     (_LAYER + r"attention\.self\.(query|key|value|pos_key|pos_query)_proj", COLUMN),
     (_LAYER + r"attention\.output\.dense", ROW),
     (_LAYER + r"intermediate\.dense", COLUMN),
@@ -53,7 +53,7 @@ WHOLE_SEQUENCE_PATTERN = r"whole_sequence"
 
 
 @dataclass(frozen=True)
-class Cut:
+class Sharding:
     """How one parameter is laid out over the tensor-parallel ranks.
 
     Attributes:
@@ -65,20 +65,20 @@ class Cut:
     dim: int | None
 
 
-def module_kind(name: str, rules: Rules = PLAN) -> str:
+def module_kind(name: str, rules: Rules = SHARDING_RULES) -> str:
     """Kind of the module called ``name`` (published name)."""
     return next((kind for pattern, kind in rules if re.fullmatch(pattern, name)), REPLICATE)
 
 
-def parameter_cut(name: str, rules: Rules = PLAN) -> Cut:
+def parameter_sharding(name: str, rules: Rules = SHARDING_RULES) -> Sharding:
     """How the parameter with published ``name`` is cut."""
     module, _, leaf = name.rpartition(".")
     kind = module_kind(module, rules)
     if kind in (COLUMN, VOCAB):
-        return Cut(kind, 0)
+        return Sharding(kind, 0)
     if kind == ROW:
-        return Cut(ROW, 1) if leaf == "weight" else Cut(REPLICATE, None)
-    return Cut(kind, None)
+        return Sharding(ROW, 1) if leaf == "weight" else Sharding(REPLICATE, None)
+    return Sharding(kind, None)
 
 
 def in_sequence_region(name: str, *, decoder_layer: int | None) -> bool:

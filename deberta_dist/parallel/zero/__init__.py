@@ -7,8 +7,8 @@ store of flat parameters, and it is met twice per optimizer step, however many m
     gather     all-gather the flat weights of the stage over the data-parallel group (once)
                ... all micro-batches run on plain modules whose parameters are views of the gathered weights,
                ... their gradients accumulating in float32 views of one flat buffer
-    hand_over  the accumulated gradient goes through one ``engine.backward`` (one reduce-scatter), and its norm is made
-    step       the host has read the norm: ``engine.step`` does clipping, loss scale, master weights, offload and Adam, or
+    reduce     the accumulated gradient goes through one ``engine.backward`` (one reduce-scatter), and its norm is made
+    apply      the host has read the norm: ``engine.step`` does clipping, loss scale, master weights, offload and Adam, or
                declines a norm that is not finite
 
 The weights stay gathered from the first meeting to the second, so the engine's own hooks find them present

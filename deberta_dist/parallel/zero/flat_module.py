@@ -56,7 +56,7 @@ class ModelParallelUnit:
         return self._mesh.groups["model"]
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.coordinate.data
+        return self._mesh.mesh_rank.data
 
     def get_data_parallel_world_size(self) -> int:
         return self._mesh.shape.data

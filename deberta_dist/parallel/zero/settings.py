@@ -132,7 +132,7 @@ def _legal(model: Any, above: str) -> dict[str, tuple[str, Any]]:
 def _unknown(
     section: Mapping[str, Any], name: str, left_out: Mapping[str, str], legal: Mapping[str, Any], classes: Mapping[str, Any]
 ) -> Problems:
-    given = [*_places(section, name), *(key for key in left_out if key.startswith(f"{name}."))]
+    given = [*_key_paths(section, name), *(key for key in left_out if key.startswith(f"{name}."))]
     found: Problems = {}
     for key in given:
         table = key.rpartition(".")[0]
@@ -144,11 +144,11 @@ def _unknown(
     return found
 
 
-def _places(table: Mapping[str, Any], above: str) -> Iterator[str]:
+def _key_paths(table: Mapping[str, Any], above: str) -> Iterator[str]:
     for key, value in table.items():
         yield f"{above}.{key}"
         if isinstance(value, Mapping):
-            yield from _places(value, f"{above}.{key}")
+            yield from _key_paths(value, f"{above}.{key}")
 
 
 def _wrong_kinds(table: Mapping[str, Any], above: str, legal: Mapping[str, tuple[str, Any]]) -> Problems:

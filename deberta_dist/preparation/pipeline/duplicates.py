@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import safe_open
 
 from deberta_dist.preparation.filtering.near_duplicates import NearDuplicates
-from deberta_dist.preparation.pipeline.spool import Part, checked, read_checked
 from deberta_dist.preparation.pipeline.publish import publish, wait_for
+from deberta_dist.preparation.pipeline.spool import SpoolFile, checked, read_checked
 
 # Per document of a range: hash 16, part and document 4 each, the sort's order 8, and copies of some of them.
 BYTES_PER_DOCUMENT = 64
@@ -31,14 +31,14 @@ def bounds(number: int, *, count: int) -> tuple[int, int | None]:
     return edge[0], None if number + 1 == count else edge[1]
 
 
-def find_duplicates(parts: Sequence[Part], *, number: int, count: int, path: Path) -> None:
+def find_duplicates(parts: Sequence[SpoolFile], *, number: int, count: int, path: Path) -> None:
     """Writes the duplicates of one range of hashes.
 
     Args:
         parts: all parts, in the order of the input.
         number: of the range, 0 .. count - 1.
         count: how many ranges there are.
-        path: file to write, for ``Dropped``.
+        path: file to write, for ``DroppedDocuments``.
     """
     low, high = bounds(number, count=count)
     found = [part.hash_range(low, high) for part in parts]
@@ -54,14 +54,14 @@ def find_duplicates(parts: Sequence[Part], *, number: int, count: int, path: Pat
     write_dropped(path, which=which[order[same]], documents=documents[order[same]], num_parts=len(parts))
 
 
-def find_near_duplicates(parts: Sequence[Part], *, threshold: float, dropped: "Dropped", path: Path) -> None:
+def find_near_duplicates(parts: Sequence[SpoolFile], *, threshold: float, dropped: "DroppedDocuments", path: Path) -> None:
     """Writes the documents that are near an earlier one, exact duplicates aside.
 
     Args:
         parts: all parts, in the order of the input.
         threshold: as of ``NearDuplicates``, which also says how much memory is needed.
         dropped: documents that are no more, and near nothing.
-        path: file to write, for ``Dropped``.
+        path: file to write, for ``DroppedDocuments``.
     """
     memory = NearDuplicates(threshold)
     which: list[int] = []
@@ -90,7 +90,7 @@ def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_p
     publish(path, checked(tensors))
 
 
-class Dropped:
+class DroppedDocuments:
     """Lists of documents to drop, read part by part.
 
     Args:

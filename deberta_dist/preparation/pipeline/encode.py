@@ -19,11 +19,11 @@ from deberta_dist.data.token_file import id_dtype
 from deberta_dist.data.tokenizer import Tokenizer, clean_text
 from deberta_dist.preparation.filtering.contamination import NgramSet
 from deberta_dist.preparation.filtering.near_duplicates import signature, signature_bytes
-from deberta_dist.preparation.pipeline.workers import Worker
-from deberta_dist.preparation.pipeline.spool import HASH_BYTES, SUFFIX, Counts, Part, write_part
 from deberta_dist.preparation.pipeline.publish import wait_for
-from deberta_dist.preparation.pipeline.recipe import Recipe
-from deberta_dist.preparation.pipeline.work_items import Unit
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
+from deberta_dist.preparation.pipeline.spool import HASH_BYTES, SUFFIX, Counts, SpoolFile, write_spool_file
+from deberta_dist.preparation.pipeline.work_items import WorkItem
+from deberta_dist.preparation.pipeline.workers import Worker
 from deberta_dist.preparation.reading.documents import REPLACED_UTF8
 from deberta_dist.preparation.reading.texts import Document, read_documents
 
@@ -79,42 +79,42 @@ def held_out_below(percent: float) -> int:
     return round(percent / 100 * 2**64)
 
 
-def part_path(directory: Path, unit: Unit, number: int) -> Path:
+def spool_path(directory: Path, unit: WorkItem, number: int) -> Path:
     """Where part ``number`` of a unit lies."""
     return directory / f"{unit.name}.{number}{SUFFIX}"
 
 
-def finished_parts(directory: Path, unit: Unit) -> tuple[list[Part], bool]:
+def finished_spool_files(directory: Path, unit: WorkItem) -> tuple[list[SpoolFile], bool]:
     """The parts of a unit that are there, in order, and whether they are all of it."""
-    parts: list[Part] = []
-    while (path := part_path(directory, unit, len(parts))).exists():
-        parts.append(Part(path))
+    parts: list[SpoolFile] = []
+    while (path := spool_path(directory, unit, len(parts))).exists():
+        parts.append(SpoolFile(path))
         if parts[-1].is_last:
             return parts, True
     return parts, False
 
 
-def collect_parts(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
+def collect_spool(units: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
     """All parts in order, and the number of the unit of each; no duplicate is sought in damaged ones."""
-    parts: list[Part] = []
-    unit_of_part: list[int] = []
+    parts: list[SpoolFile] = []
+    item_of_spool_file: list[int] = []
     for number, unit in enumerate(units):
-        found: list[Part] = []
-        wait_for(f"{unit.file.path}: its parts in {directory} have", partial(_has_all_parts, directory, unit, found))
+        found: list[SpoolFile] = []
+        wait_for(f"{unit.file.path}: its parts in {directory} have", partial(_is_spooled, directory, unit, found))
         for part in found:
             part.verify_hashes()
         parts += found
-        unit_of_part += [number] * len(found)
-    return parts, unit_of_part
+        item_of_spool_file += [number] * len(found)
+    return parts, item_of_spool_file
 
 
-def _has_all_parts(directory: Path, unit: Unit, found: list[Part]) -> bool:
+def _is_spooled(directory: Path, unit: WorkItem, found: list[SpoolFile]) -> bool:
     """Puts the parts of a unit that are finished by now into ``found``; True if the last one is among them."""
-    found[:], is_last = finished_parts(directory, unit)
+    found[:], is_last = finished_spool_files(directory, unit)
     return is_last
 
 
-class Encoder:
+class DocumentEncoder:
     """Turns units into parts, one after another.
 
     Args:
@@ -124,13 +124,13 @@ class Encoder:
         directory: where parts are written.
     """
 
-    def __init__(self, *, recipe: Recipe, tokenizer: Tokenizer, ngrams: NgramSet | None, directory: Path) -> None:
+    def __init__(self, *, recipe: PreparationRecipe, tokenizer: Tokenizer, ngrams: NgramSet | None, directory: Path) -> None:
         self.recipe = recipe
         self.tokenizer = tokenizer
         self.ngrams = ngrams
         self._directory = directory
 
-    def encode(self, unit: Unit, *, worker: Worker) -> bool:
+    def encode(self, unit: WorkItem, *, worker: Worker) -> bool:
         """Writes what is missing of a unit's parts.
 
         Returns:
@@ -139,7 +139,7 @@ class Encoder:
         Raises:
             DataError: as ``read_documents``, or the disk is full. Parts written before stay.
         """
-        parts, is_complete = finished_parts(self._directory, unit)
+        parts, is_complete = finished_spool_files(self._directory, unit)
         if is_complete:
             return False
         number, skipped = len(parts), sum(part.counts.num_read for part in parts)
@@ -150,21 +150,21 @@ class Encoder:
                 continue
             if batch.is_full:
                 # Only now: an empty part behind the last document would be one too many.
-                batch.write(part_path(self._directory, unit, number), is_last=False)
+                batch.write(spool_path(self._directory, unit, number), is_last=False)
                 number += 1
                 batch = _Batch(self, all_held_out=unit.held_out)
             batch.add(document)
             if batch.unreported_bytes >= _REPORT_BYTES:
                 batch.report(worker)
         batch.report(worker)
-        batch.write(part_path(self._directory, unit, number), is_last=True)
+        batch.write(spool_path(self._directory, unit, number), is_last=True)
         return True
 
 
 class _Batch:
     """The documents of a part in the making."""
 
-    def __init__(self, encoder: Encoder, *, all_held_out: bool) -> None:
+    def __init__(self, encoder: DocumentEncoder, *, all_held_out: bool) -> None:
         self._encoder = encoder
         self._recipe = encoder.recipe
         self._all_held_out = all_held_out
@@ -233,7 +233,7 @@ class _Batch:
         hashes = np.frombuffer(b"".join(self._hashes), ">u8").astype(np.uint64).reshape(-1, 2)
         held_out = np.full(len(hashes), self._all_held_out)
         held_out |= hashes[:, 1] < np.uint64(min(held_out_below(self._recipe.held_out_percent), 2**64 - 1))
-        write_part(
+        write_spool_file(
             path,
             ids=np.concatenate([np.empty(0, self._dtype), *self._ids]),
             lengths=np.array([ids.size for ids in self._ids], np.uint32),

@@ -9,17 +9,17 @@ from pathlib import Path
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.filtering.contamination import NgramSet
+from deberta_dist.preparation.pipeline.duplicates import DroppedDocuments, find_duplicates, find_near_duplicates
+from deberta_dist.preparation.pipeline.encode import DocumentEncoder, finished_spool_files
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
+from deberta_dist.preparation.pipeline.shards import ShardAssignment, write_shard
+from deberta_dist.preparation.pipeline.spool import SpoolFile
+from deberta_dist.preparation.pipeline.work_items import WorkItem
 from deberta_dist.preparation.pipeline.workers import Worker
-from deberta_dist.preparation.pipeline.duplicates import Dropped, find_duplicates, find_near_duplicates
-from deberta_dist.preparation.pipeline.encode import Encoder, finished_parts
-from deberta_dist.preparation.pipeline.spool import Part
-from deberta_dist.preparation.pipeline.recipe import Recipe
-from deberta_dist.preparation.pipeline.shards import ShardPlan, write_shard
-from deberta_dist.preparation.pipeline.work_items import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeTask:
+class EncodePhase:
     """Pieces of the inputs to parts; a unit is a piece.
 
     Attributes:
@@ -30,8 +30,8 @@ class EncodeTask:
         directory: where parts are written.
     """
 
-    pieces: Sequence[Unit]
-    recipe: Recipe
+    pieces: Sequence[WorkItem]
+    recipe: PreparationRecipe
     tokenizer: Path
     ngrams: NgramSet | None
     directory: Path
@@ -54,14 +54,14 @@ class EncodeTask:
 
     def finished_bytes(self) -> int:
         """Bytes of the inputs whose parts were there already."""
-        return sum(unit.input_bytes for unit in self.pieces if finished_parts(self.directory, unit)[1])
+        return sum(unit.input_bytes for unit in self.pieces if finished_spool_files(self.directory, unit)[1])
 
     @cached_property
-    def _encoder(self) -> Encoder:
+    def _encoder(self) -> DocumentEncoder:
         tokenizer = Tokenizer(self.tokenizer)
         if tokenizer.sha256 != self.recipe.tokenizer_sha256:
             raise DataError(f"{self.tokenizer} is not the tokenizer that this preparation began with")
-        return Encoder(recipe=self.recipe, tokenizer=tokenizer, ngrams=self.ngrams, directory=self.directory)
+        return DocumentEncoder(recipe=self.recipe, tokenizer=tokenizer, ngrams=self.ngrams, directory=self.directory)
 
     def __getstate__(self) -> dict[str, object]:
         """Without what was made on the way: a tokenizer does not travel."""
@@ -69,7 +69,7 @@ class EncodeTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindDuplicatesTask:
+class FindDuplicatesPhase:
     """Exact duplicates; a unit is a range of hashes.
 
     Attributes:
@@ -78,7 +78,7 @@ class FindDuplicatesTask:
         directory: where the lists are written.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[SpoolFile]
     count: int
     directory: Path
 
@@ -89,7 +89,7 @@ class FindDuplicatesTask:
 
     @property
     def paths(self) -> list[Path]:
-        """The lists, for ``Dropped``."""
+        """The lists, for ``DroppedDocuments``."""
         return [self.directory / f"{unit}.dropped" for unit in self.units]
 
     def run(self, number: int, *, worker: Worker) -> None:
@@ -100,7 +100,7 @@ class FindDuplicatesTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindNearDuplicatesTask:
+class FindNearDuplicatesPhase:
     """Near-duplicates; one unit for one process, for the order decides.
 
     Attributes:
@@ -110,7 +110,7 @@ class FindNearDuplicatesTask:
         path: the list to write.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[SpoolFile]
     threshold: float
     duplicates: Sequence[Path]
     path: Path
@@ -123,11 +123,13 @@ class FindNearDuplicatesTask:
     def run(self, number: int, *, worker: Worker) -> None:
         """Searches all, unless the list is there."""
         if not self.path.exists():
-            find_near_duplicates(self.parts, threshold=self.threshold, dropped=Dropped(self.duplicates), path=self.path)
+            find_near_duplicates(
+                self.parts, threshold=self.threshold, dropped=DroppedDocuments(self.duplicates), path=self.path
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteShardsTask:
+class WriteShardsPhase:
     """Documents to token files; a unit is a token file.
 
     Attributes:
@@ -138,8 +140,8 @@ class WriteShardsTask:
         tokenizer_sha256, vocab_size: of the tokenizer that made the parts; its file may be another by now.
     """
 
-    plan: ShardPlan
-    parts: Sequence[Part]
+    plan: ShardAssignment
+    parts: Sequence[SpoolFile]
     duplicates: Sequence[Path]
     directory: Path
     tokenizer_sha256: str
@@ -162,8 +164,8 @@ class WriteShardsTask:
         )
 
     @cached_property
-    def _dropped(self) -> Dropped:
-        return Dropped(self.duplicates)
+    def _dropped(self) -> DroppedDocuments:
+        return DroppedDocuments(self.duplicates)
 
     def __getstate__(self) -> dict[str, object]:
         """Without what was made on the way."""

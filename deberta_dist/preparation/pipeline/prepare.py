@@ -23,17 +23,17 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.filtering.contamination import NgramSet
-from deberta_dist.preparation.pipeline.workers import Crew
-from deberta_dist.preparation.pipeline.duplicates import Dropped, num_ranges
-from deberta_dist.preparation.pipeline.encode import collect_parts
-from deberta_dist.preparation.pipeline.spool import Part
+from deberta_dist.preparation.pipeline.duplicates import DroppedDocuments, num_ranges
+from deberta_dist.preparation.pipeline.encode import collect_spool
+from deberta_dist.preparation.pipeline.phases import EncodePhase, FindDuplicatesPhase, FindNearDuplicatesPhase, WriteShardsPhase
 from deberta_dist.preparation.pipeline.progress import Monitor, Progress
-from deberta_dist.preparation.pipeline.ranks import Ranks
-from deberta_dist.preparation.pipeline.recipe import Recipe
+from deberta_dist.preparation.pipeline.ranks import PreparationRanks
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.pipeline.report import Outcome, write_report
-from deberta_dist.preparation.pipeline.shards import ShardPlan, plan_shards
-from deberta_dist.preparation.pipeline.phases import EncodeTask, FindDuplicatesTask, FindNearDuplicatesTask, WriteShardsTask
-from deberta_dist.preparation.pipeline.work_items import Unit, list_units
+from deberta_dist.preparation.pipeline.shards import ShardAssignment, assign_shards
+from deberta_dist.preparation.pipeline.spool import SpoolFile
+from deberta_dist.preparation.pipeline.work_items import WorkItem, list_work_items
+from deberta_dist.preparation.pipeline.workers import WorkerPool
 from deberta_dist.preparation.pipeline.workspace import Workspace
 from deberta_dist.preparation.reading.inputs import PassedOver
 
@@ -52,7 +52,7 @@ class _Start:
         outcome: of a start that was killed when all was done but the moving; None: there is work.
     """
 
-    units: tuple[Unit, ...]
+    units: tuple[WorkItem, ...]
     passed_over: PassedOver
     run: Path
     state: Path
@@ -64,11 +64,11 @@ def prepare_corpus(
     output: str | Path,
     *,
     tokenizer: Tokenizer,
-    recipe: Recipe | None = None,
+    recipe: PreparationRecipe | None = None,
     held_out_inputs: Sequence[str | Path] = (),
     ngrams: NgramSet | None = None,
     num_workers: int = 1,
-    ranks: Ranks | None = None,
+    ranks: PreparationRanks | None = None,
     memory_bytes: int = 1 << 30,
     progress: Callable[[Progress], None] | None = None,
     progress_seconds: float = 5.0,
@@ -98,8 +98,8 @@ def prepare_corpus(
             same call goes on with it.
         UnfinishedError: a worker was killed.
     """
-    ranks = Ranks() if ranks is None else ranks
-    recipe = Recipe.of(tokenizer) if recipe is None else recipe
+    ranks = PreparationRanks() if ranks is None else ranks
+    recipe = PreparationRecipe.of(tokenizer) if recipe is None else recipe
     recipe = dataclasses.replace(recipe, contamination=None if ngrams is None else ngrams.fingerprint)
     if num_workers < 1:
         raise ConfigError(f"--workers {num_workers}: expected at least 1")
@@ -110,7 +110,7 @@ def prepare_corpus(
     with ExitStack() as stack:
 
         def begin() -> _Start:
-            units, passed_over = list_units(
+            units, passed_over = list_work_items(
                 inputs, held_out_inputs, piece_bytes=recipe.piece_bytes, format=recipe.reading.format
             )
             workspace.refuse_foreign()
@@ -149,11 +149,11 @@ def _prepare(
     start: _Start,
     *,
     workspace: Workspace,
-    recipe: Recipe,
+    recipe: PreparationRecipe,
     tokenizer: Tokenizer,
     ngrams: NgramSet | None,
     num_workers: int,
-    ranks: Ranks,
+    ranks: PreparationRanks,
     memory_bytes: int,
     progress: Callable[[Progress], None] | None,
     progress_seconds: float,
@@ -163,9 +163,9 @@ def _prepare(
     made = workspace.made(start.state)
     with (
         Monitor(start.run, report=progress if ranks.rank == 0 else None, seconds=progress_seconds) as monitor,
-        Crew(start.run, rank=ranks.rank, num_workers=num_workers) as crew,
+        WorkerPool(start.run, rank=ranks.rank, num_workers=num_workers) as crew,
     ):
-        encode = EncodeTask(
+        encode = EncodePhase(
             pieces=start.units,
             recipe=recipe,
             tokenizer=Path(tokenizer.path),
@@ -177,7 +177,7 @@ def _prepare(
             monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
         crew.run(encode)
         ranks.barrier()
-        parts, unit_of_part = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
+        parts, item_of_spool_file = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
 
         duplicates = _find_duplicates(
             parts,
@@ -189,11 +189,11 @@ def _prepare(
             monitor=monitor,
         )
         monitor.phase("writing token files")
-        plan: ShardPlan = ranks.first(
-            lambda: plan_shards(
+        plan: ShardAssignment = ranks.first(
+            lambda: assign_shards(
                 parts,
-                sources=[start.units[number].file.source for number in unit_of_part],
-                duplicates={rule: Dropped(paths) for rule, paths in duplicates.items()},
+                sources=[start.units[number].file.source for number in item_of_spool_file],
+                duplicates={rule: DroppedDocuments(paths) for rule, paths in duplicates.items()},
                 shard_bytes=recipe.shard_bytes,
                 vocab_size=tokenizer.num_tokens,
             )
@@ -201,7 +201,7 @@ def _prepare(
         if not plan.shards:
             raise DataError(_nothing_kept(parts))
         crew.run(
-            WriteShardsTask(
+            WriteShardsPhase(
                 plan=plan,
                 parts=parts,
                 duplicates=[path for paths in duplicates.values() for path in paths],
@@ -220,7 +220,7 @@ def _prepare(
         outcome = Outcome.of(
             start.units,
             parts=parts,
-            unit_of_part=unit_of_part,
+            item_of_spool_file=item_of_spool_file,
             plan=plan,
             recipe=recipe,
             processes=ranks.size * num_workers,
@@ -235,13 +235,13 @@ def _prepare(
 
 
 def _find_duplicates(
-    parts: Sequence[Part],
+    parts: Sequence[SpoolFile],
     *,
     directory: Path,
-    recipe: Recipe,
+    recipe: PreparationRecipe,
     memory_bytes: int,
-    crew: Crew,
-    ranks: Ranks,
+    crew: WorkerPool,
+    ranks: PreparationRanks,
     monitor: Monitor,
 ) -> dict[str, list[Path]]:
     """Lists of documents to drop, by rule."""
@@ -249,7 +249,7 @@ def _find_duplicates(
     if recipe.deduplicate:
         monitor.phase("finding duplicates")
         count = num_ranges(sum(part.num_documents for part in parts), memory_bytes=memory_bytes)
-        exact = FindDuplicatesTask(parts=parts, count=count, directory=directory)
+        exact = FindDuplicatesPhase(parts=parts, count=count, directory=directory)
         crew.run(exact)
         ranks.barrier()
         found["duplicate"] = exact.paths
@@ -257,7 +257,7 @@ def _find_duplicates(
         monitor.phase("finding near-duplicates")
         path = directory / "near.dropped"
         crew.run(
-            FindNearDuplicatesTask(
+            FindNearDuplicatesPhase(
                 parts=parts, threshold=recipe.near_duplicates, duplicates=found.get("duplicate", []), path=path
             )
         )
@@ -266,20 +266,20 @@ def _find_duplicates(
     return found
 
 
-def _collect(units: Sequence[Unit], *, directory: Path) -> tuple[list[Part], list[int]]:
-    """All parts, as ``collect_parts``; refuses inputs to be held out in which there is no document."""
-    parts, unit_of_part = collect_parts(units, directory=directory)
-    held_out = [part for part, number in zip(parts, unit_of_part, strict=True) if units[number].held_out]
+def _collect(units: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
+    """All parts, as ``collect_spool``; refuses inputs to be held out in which there is no document."""
+    parts, item_of_spool_file = collect_spool(units, directory=directory)
+    held_out = [part for part, number in zip(parts, item_of_spool_file, strict=True) if units[number].held_out]
     if held_out and not sum(part.counts.kept for part in held_out):
         raise DataError(f"no document of --held-out-input is left to hold out ({_dropped(held_out)})")
-    return parts, unit_of_part
+    return parts, item_of_spool_file
 
 
-def _nothing_kept(parts: Sequence[Part]) -> str:
+def _nothing_kept(parts: Sequence[SpoolFile]) -> str:
     return f"no document is left to write ({_dropped(parts)})"
 
 
-def _dropped(parts: Sequence[Part]) -> str:
+def _dropped(parts: Sequence[SpoolFile]) -> str:
     """How many documents were left out, by rule."""
     dropped: dict[str, int] = {}
     for part in parts:

@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.01
 _STARTED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 
 
-class Ranks:
+class PreparationRanks:
     """A group of processes that run the same program.
 
     Attributes:
@@ -35,7 +35,7 @@ class Ranks:
         self.size: int = communicator.Get_size() if communicator else 1
 
     @classmethod
-    def of_environment(cls) -> "Ranks":
+    def of_environment(cls) -> "PreparationRanks":
         """All processes of the mpirun that started this one; this one alone where none did.
 
         Raises:

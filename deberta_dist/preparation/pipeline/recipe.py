@@ -7,7 +7,7 @@ from typing import Any
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
 from deberta_dist.preparation.filtering.filters import Filters
-from deberta_dist.preparation.reading.texts import ReadOptions
+from deberta_dist.preparation.reading.texts import TextReadOptions
 
 # sentencepiece counts bytes in 32 bits with a sign.
 MAX_DOCUMENT_BYTES = 2**31 - 1
@@ -17,7 +17,7 @@ MIN_SHARD_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class PreparationRecipe:
     """The settings that decide the output.
 
     Attributes:
@@ -33,7 +33,7 @@ class Recipe:
     """
 
     tokenizer_sha256: str
-    reading: ReadOptions = field(default_factory=ReadOptions)
+    reading: TextReadOptions = field(default_factory=TextReadOptions)
     filters: Filters = field(default_factory=Filters)
     held_out_percent: float = 5.0
     deduplicate: bool = True
@@ -60,7 +60,7 @@ class Recipe:
             raise ConfigError(f"--max-document-bytes {self.reading.max_document_bytes}: expected at most {MAX_DOCUMENT_BYTES}")
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, **settings: Any) -> "Recipe":
+    def of(cls, tokenizer: Tokenizer, **settings: Any) -> "PreparationRecipe":
         """The defaults for a tokenizer, with other ``settings`` where they are given."""
         return cls(tokenizer_sha256=tokenizer.sha256, **settings)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from deberta_dist.errors import encodable, printable
 from deberta_dist.preparation.filtering.contamination import NgramSet, Used
-from deberta_dist.preparation.pipeline.spool import Counts, Part
 from deberta_dist.preparation.pipeline.publish import publish
-from deberta_dist.preparation.pipeline.recipe import Recipe
-from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN, ShardPlan, Split, folder_of
-from deberta_dist.preparation.pipeline.work_items import Unit
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
+from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN, ShardAssignment, SourceSplit, folder_of
+from deberta_dist.preparation.pipeline.spool import Counts, SpoolFile
+from deberta_dist.preparation.pipeline.work_items import WorkItem
 from deberta_dist.preparation.reading.inputs import PassedOver
 
 JSON_NAME, TEXT_NAME = "report.json", "report.md"
@@ -39,8 +39,8 @@ class SourceReport:
     read_bytes: int
     dropped: Mapping[str, int]
     altered: Mapping[str, int]
-    train: Split
-    heldout: Split
+    train: SourceSplit
+    heldout: SourceSplit
     cpu_seconds: float
 
     @property
@@ -80,12 +80,12 @@ class Outcome:
     @classmethod
     def of(
         cls,
-        units: Sequence[Unit],
+        units: Sequence[WorkItem],
         *,
-        parts: Sequence[Part],
-        unit_of_part: Sequence[int],
-        plan: ShardPlan,
-        recipe: Recipe,
+        parts: Sequence[SpoolFile],
+        item_of_spool_file: Sequence[int],
+        plan: ShardAssignment,
+        recipe: PreparationRecipe,
         processes: int,
         seconds: float,
         passed_over: PassedOver,
@@ -103,7 +103,7 @@ class Outcome:
             ngrams: of the benchmark; None: there is none.
         """
         counts: dict[str, Counts] = {unit.file.source: Counts() for unit in units}
-        for part, number in zip(parts, unit_of_part, strict=True):
+        for part, number in zip(parts, item_of_spool_file, strict=True):
             counts[units[number].file.source] += part.counts
         sources: dict[str, SourceReport] = {}
         for source, count in counts.items():
@@ -116,8 +116,8 @@ class Outcome:
                 read_bytes=count.num_bytes,
                 dropped={**count.dropped, **duplicates},
                 altered=count.altered,
-                train=plan.splits.get((source, TRAIN), Split()),
-                heldout=plan.splits.get((source, HELD_OUT), Split()),
+                train=plan.splits.get((source, TRAIN), SourceSplit()),
+                heldout=plan.splits.get((source, HELD_OUT), SourceSplit()),
                 cpu_seconds=round(count.seconds, 3),
             )
         folders = plan.folders()
@@ -250,7 +250,7 @@ def _shown(path: str) -> str:
 
 
 def _source(content: Mapping[str, Any]) -> SourceReport:
-    splits = {split: Split(**content[split]) for split in (TRAIN, HELD_OUT)}
+    splits = {split: SourceSplit(**content[split]) for split in (TRAIN, HELD_OUT)}
     return SourceReport(**{**content, **splits})
 
 
@@ -266,7 +266,7 @@ def _sum(sources: Sequence[SourceReport]) -> SourceReport:
         read_bytes=sum(source.read_bytes for source in sources),
         dropped=add([source.dropped for source in sources]),
         altered=add([source.altered for source in sources]),
-        train=sum((source.train for source in sources), Split()),
-        heldout=sum((source.heldout for source in sources), Split()),
+        train=sum((source.train for source in sources), SourceSplit()),
+        heldout=sum((source.heldout for source in sources), SourceSplit()),
         cpu_seconds=round(sum(source.cpu_seconds for source in sources), 3),
     )

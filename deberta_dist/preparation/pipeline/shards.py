@@ -1,6 +1,6 @@
 """Second half of a preparation: the documents that stay, in the order of the input, as token files of bounded size.
 
-``plan_shards`` decides from the lengths alone which document goes where; then every process writes whole token files.
+``assign_shards`` decides from the lengths alone which document goes where; then every process writes whole token files.
 """
 
 from collections import Counter
@@ -13,14 +13,14 @@ import numpy as np
 from deberta_dist.data.token_file import TokenFile, id_dtype
 from deberta_dist.data.token_writer import TokenFileWriter
 from deberta_dist.errors import DataError
-from deberta_dist.preparation.pipeline.duplicates import Dropped
-from deberta_dist.preparation.pipeline.spool import Part, damaged
+from deberta_dist.preparation.pipeline.duplicates import DroppedDocuments
+from deberta_dist.preparation.pipeline.spool import SpoolFile, damaged
 
 TRAIN, HELD_OUT = "train", "heldout"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class SpoolRange:
     """Documents of one part that go into one shard: those of its split that stay, within a range.
 
     Attributes:
@@ -34,7 +34,7 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class OutputShard:
     """One token file to write.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shard:
 
     folder: str
     number: int
-    sections: tuple[Section, ...]
+    sections: tuple[SpoolRange, ...]
     num_tokens: int
     num_documents: int
 
@@ -57,7 +57,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class SourceSplit:
     """What of one source goes into one split.
 
     Attributes:
@@ -68,8 +68,8 @@ class Split:
     tokens: int = 0
     text_bytes: int = 0
 
-    def __add__(self, other: "Split") -> "Split":
-        return Split(
+    def __add__(self, other: "SourceSplit") -> "SourceSplit":
+        return SourceSplit(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
             text_bytes=self.text_bytes + other.text_bytes,
@@ -77,7 +77,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardPlan:
+class ShardAssignment:
     """Where every document goes.
 
     Attributes:
@@ -86,13 +86,13 @@ class ShardPlan:
         dropped: documents of each source that are duplicates, by rule.
     """
 
-    shards: tuple[Shard, ...]
-    splits: Mapping[tuple[str, str], Split]
+    shards: tuple[OutputShard, ...]
+    splits: Mapping[tuple[str, str], SourceSplit]
     dropped: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
-    def folders(self) -> dict[str, list[Shard]]:
+    def folders(self) -> dict[str, list[OutputShard]]:
         """Shards by folder, in order."""
-        found: dict[str, list[Shard]] = {}
+        found: dict[str, list[OutputShard]] = {}
         for shard in self.shards:
             found.setdefault(shard.folder, []).append(shard)
         return found
@@ -103,9 +103,9 @@ class _Folder:
 
     def __init__(self, folder: str, *, max_tokens: int) -> None:
         self.folder = folder
-        self.shards: list[Shard] = []
+        self.shards: list[OutputShard] = []
         self._max_tokens = max_tokens
-        self._sections: list[Section] = []
+        self._sections: list[SpoolRange] = []
         self._num_tokens = self._num_documents = 0
 
     def add(self, part: int, *, documents: np.ndarray, lengths: np.ndarray) -> None:
@@ -121,7 +121,7 @@ class _Folder:
                 self.close()
                 continue
             tokens = int(ends[stop - 1]) - taken
-            self._sections.append(Section(part=part, start=int(documents[start]), stop=int(documents[stop - 1]) + 1))
+            self._sections.append(SpoolRange(part=part, start=int(documents[start]), stop=int(documents[stop - 1]) + 1))
             self._num_tokens += tokens
             self._num_documents += stop - start
             start, taken = stop, taken + tokens
@@ -130,7 +130,7 @@ class _Folder:
         """Ends the shard that is being filled."""
         if self._num_documents:
             self.shards.append(
-                Shard(
+                OutputShard(
                     folder=self.folder,
                     number=len(self.shards),
                     sections=tuple(self._sections),
@@ -141,14 +141,14 @@ class _Folder:
         self._sections, self._num_tokens, self._num_documents = [], 0, 0
 
 
-def plan_shards(
-    parts: Sequence[Part],
+def assign_shards(
+    parts: Sequence[SpoolFile],
     *,
     sources: Sequence[str],
-    duplicates: Mapping[str, Dropped],
+    duplicates: Mapping[str, DroppedDocuments],
     shard_bytes: int,
     vocab_size: int,
-) -> ShardPlan:
+) -> ShardAssignment:
     """Which documents go into which token file.
 
     Args:
@@ -160,7 +160,7 @@ def plan_shards(
     """
     max_tokens = max(1, shard_bytes // id_dtype(vocab_size).itemsize)
     folders: dict[str, _Folder] = {}
-    splits: dict[tuple[str, str], Split] = {}
+    splits: dict[tuple[str, str], SourceSplit] = {}
     dropped: dict[str, Counter[str]] = {}
     for number, (part, source) in enumerate(zip(parts, sources, strict=True)):
         lengths, num_bytes, held_out = part.read("lengths", "num_bytes", "held_out")
@@ -174,7 +174,7 @@ def plan_shards(
             name = folder_of(source, split=split)
             folder = folders.setdefault(name, _Folder(name, max_tokens=max_tokens))
             folder.add(number, documents=documents, lengths=lengths[documents])
-            splits[source, split] = splits.get((source, split), Split()) + Split(
+            splits[source, split] = splits.get((source, split), SourceSplit()) + SourceSplit(
                 documents=len(documents),
                 tokens=int(lengths[documents].sum(dtype=np.int64)),
                 text_bytes=int(num_bytes[documents].sum(dtype=np.int64)),
@@ -182,7 +182,7 @@ def plan_shards(
     for folder in folders.values():
         folder.close()
     shards = tuple(shard for folder in folders.values() for shard in folder.shards)
-    return ShardPlan(shards=shards, splits=splits, dropped=dropped)
+    return ShardAssignment(shards=shards, splits=splits, dropped=dropped)
 
 
 def folder_of(source: str, *, split: str) -> str:
@@ -191,7 +191,13 @@ def folder_of(source: str, *, split: str) -> str:
 
 
 def write_shard(
-    shard: Shard, *, parts: Sequence[Part], dropped: Dropped, directory: Path, tokenizer_sha256: str, vocab_size: int
+    shard: OutputShard,
+    *,
+    parts: Sequence[SpoolFile],
+    dropped: DroppedDocuments,
+    directory: Path,
+    tokenizer_sha256: str,
+    vocab_size: int,
 ) -> None:
     """Writes one token file; one that is there, of an earlier start, is compared with its checksum and left.
 
@@ -218,7 +224,9 @@ def write_shard(
         assert (writer.num_tokens, writer.num_documents) == (shard.num_tokens, shard.num_documents)
 
 
-def _documents(shard: Shard, *, parts: Sequence[Part], dropped: Dropped) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _documents(
+    shard: OutputShard, *, parts: Sequence[SpoolFile], dropped: DroppedDocuments
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Ids and lengths of each section."""
     is_held_out = shard.folder == HELD_OUT
     for section in shard.sections:

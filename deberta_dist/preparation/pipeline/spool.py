@@ -55,7 +55,7 @@ class Counts:
         )
 
 
-def write_part(
+def write_spool_file(
     path: Path,
     *,
     ids: np.ndarray,
@@ -126,7 +126,7 @@ def damaged(path: Path, why: str) -> DataError:
     return DataError(f"{path} is damaged ({why}): remove this file and run the same command again")
 
 
-class Part:
+class SpoolFile:
     """A part on disk; arrays are read when asked for.
 
     Attributes:

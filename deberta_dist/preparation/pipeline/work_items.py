@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deberta_dist.errors import DataError
-from deberta_dist.preparation.reading.inputs import AUTO, PARQUET, InputFile, PassedOver, Piece, find_inputs
+from deberta_dist.preparation.reading.inputs import AUTO, PARQUET, FileRange, InputFile, PassedOver, find_inputs
 from deberta_dist.preparation.reading.texts import cut
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class WorkItem:
     """A piece of an input: what one process encodes at a time.
 
     Attributes:
@@ -24,15 +24,15 @@ class Unit:
     """
 
     file: InputFile
-    piece: Piece
+    piece: FileRange
     held_out: bool
     input_bytes: int
     name: str
 
 
-def list_units(
+def list_work_items(
     inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int, format: str = AUTO
-) -> tuple[tuple[Unit, ...], PassedOver]:
+) -> tuple[tuple[WorkItem, ...], PassedOver]:
     """Pieces of all inputs, in order, and what lies beside them; an empty file is one piece, so that the report counts it.
 
     Args:
@@ -45,7 +45,7 @@ def list_units(
         DataError: as ``find_inputs`` and ``cut``; a file is in both; an archive has no bytes, or all files of one of
             ``held_out_inputs`` have none; the names of two sources differ in case alone.
     """
-    units: list[Unit] = []
+    units: list[WorkItem] = []
     seen: dict[Path, bool] = {}
     spelling: dict[str, str] = {}
     for word in held_out_inputs:
@@ -64,11 +64,11 @@ def list_units(
                 )
             if not file.num_bytes and (file.compression or file.kind == PARQUET):
                 raise DataError(f"{file.path} is cut short: it has no bytes; copy it again, or leave it out")
-            pieces = cut(file, piece_bytes=piece_bytes) or [Piece(start=0, stop=0)]
+            pieces = cut(file, piece_bytes=piece_bytes) or [FileRange(start=0, stop=0)]
             identity = json.dumps([str(path), file.num_bytes, file.modified_ns, held_out])
             digest = hashlib.sha256(identity.encode("ascii")).hexdigest()[:20]
             units += [
-                Unit(
+                WorkItem(
                     file=file,
                     piece=piece,
                     held_out=held_out,

@@ -81,7 +81,7 @@ def progress(directory: Path) -> tuple[int, int, int]:
     return totals[0], totals[1], totals[2]
 
 
-class Task(Protocol):
+class Phase(Protocol):
     """A phase of the work; picklable."""
 
     @property
@@ -92,7 +92,7 @@ class Task(Protocol):
         """Does unit ``number``."""
 
 
-def _work(task: Task, worker: Worker) -> None:
+def _work(task: Phase, worker: Worker) -> None:
     for number, unit in enumerate(task.units):
         if worker.claim(f"{type(task).__name__}-{unit}"):
             try:
@@ -128,7 +128,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class Crew:
+class WorkerPool:
     """The workers of this rank; a context manager. One works in this process, several in processes of their own.
 
     Args:
@@ -163,7 +163,7 @@ class Crew:
             if can_block:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, task: Task) -> None:
+    def run(self, task: Phase) -> None:
         """Works until no unit of a task is left to claim; those of other ranks may still be at theirs.
 
         Raises:
@@ -187,7 +187,7 @@ class Crew:
                 if outcome is not None:
                     raise outcome
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -201,7 +201,7 @@ class Crew:
             process.join()
 
 
-def _send(connection: Connection, task: Task, *, process: BaseProcess) -> None:
+def _send(connection: Connection, task: Phase, *, process: BaseProcess) -> None:
     try:
         connection.send(task)
     except ConnectionError:

@@ -21,11 +21,11 @@ from typing import Any
 
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.pipeline.publish import publish
-from deberta_dist.preparation.pipeline.recipe import Recipe
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.pipeline.report import JSON_NAME, Outcome
 from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN
-from deberta_dist.preparation.pipeline.work_items import Unit
-from deberta_dist.preparation.reading.documents import ReadOptions
+from deberta_dist.preparation.pipeline.work_items import WorkItem
+from deberta_dist.preparation.reading.documents import TextReadOptions
 
 WORK_NAME = ".work"
 _RECIPE_NAME = "recipe.json"
@@ -43,7 +43,7 @@ class Workspace:
         self.directory = output / WORK_NAME
         self.parts = self.directory / "parts"
 
-    def state(self, recipe: Recipe, units: Sequence[Unit]) -> Path:
+    def state(self, recipe: PreparationRecipe, units: Sequence[WorkItem]) -> Path:
         """Where the results live that depend on all units."""
         identity = json.dumps([recipe.as_json(), [unit.name for unit in units], [unit.file.source for unit in units]])
         return self.directory / hashlib.sha256(identity.encode("utf-8")).hexdigest()[:20]
@@ -78,7 +78,7 @@ class Workspace:
         path = self.made(state) / JSON_NAME
         return Outcome.from_json(json.loads(path.read_bytes())) if path.exists() else None
 
-    def begin(self, recipe: Recipe, *, state: Path) -> Path:
+    def begin(self, recipe: PreparationRecipe, *, state: Path) -> Path:
         """Makes the folders, clears away what killed processes left and returns the folder of this start.
 
         Raises:
@@ -140,7 +140,7 @@ def _unusable(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         return different
     different.remove("reading")
     # An option that was not there yet had its default.
-    old, new = {**dataclasses.asdict(ReadOptions()), **found.get("reading", {})}, wanted["reading"]
+    old, new = {**dataclasses.asdict(TextReadOptions()), **found.get("reading", {})}, wanted["reading"]
     for key in sorted({*old, *new}):
         was_error = old.get("invalid_utf8" if key == "invalid_utf8" else "bad_records") == "error"
         is_wider = key != "max_document_bytes" or new[key] > old.get(key, 0)

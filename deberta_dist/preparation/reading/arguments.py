@@ -2,10 +2,10 @@
 
 import argparse
 
-from deberta_dist.preparation.reading.documents import BAD_RECORDS, DOCUMENTS, INVALID_UTF8, ReadOptions
+from deberta_dist.preparation.reading.documents import BAD_RECORDS, DOCUMENTS, INVALID_UTF8, TextReadOptions
 from deberta_dist.preparation.reading.inputs import FORMATS
 
-_DEFAULTS = ReadOptions()
+_DEFAULTS = TextReadOptions()
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +61,13 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_options(arguments: argparse.Namespace) -> ReadOptions:
+def read_options(arguments: argparse.Namespace) -> TextReadOptions:
     """The options that were given.
 
     Raises:
-        ConfigError: as ``ReadOptions``.
+        ConfigError: as ``TextReadOptions``.
     """
-    return ReadOptions(
+    return TextReadOptions(
         format=arguments.format,
         text_field=arguments.text_field,
         document=arguments.document,

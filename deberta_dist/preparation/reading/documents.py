@@ -21,7 +21,7 @@ REPLACED_UTF8, DROPPED_UTF8, BAD_RECORD, TOO_LONG = "replaced_utf8", "dropped_ut
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class TextReadOptions:
     """How text is read.
 
     Attributes:
@@ -110,7 +110,7 @@ class DocumentMaker:
     """
 
     file: InputFile
-    options: ReadOptions
+    options: TextReadOptions
     unit: str
 
     def document(self, *, start: int, content: bytes | bytearray | None, num_bytes: int) -> Document | None:

@@ -49,7 +49,7 @@ class InputFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class FileRange:
     """A part of one file that can be read without the rest.
 
     Attributes:

@@ -30,7 +30,7 @@ _LOOK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Region:
+class LineRun:
     """Whole lines that follow each other.
 
     Attributes:
@@ -45,7 +45,7 @@ class Region:
     lines: bytes | bytearray | None
 
 
-def regions(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refuse) -> Iterator[Region]:
+def line_runs(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refuse) -> Iterator[LineRun]:
     """Cuts a stream behind its line feeds.
 
     Args:
@@ -70,7 +70,7 @@ def regions(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refuse)
             if rest.kept:
                 rest.kept += lines
                 lines = rest.kept
-            yield Region(offset=rest.offset, num_bytes=len(lines), lines=lines)
+            yield LineRun(offset=rest.offset, num_bytes=len(lines), lines=lines)
             rest.begin(rest.offset + len(lines))
         rest.add(chunk[behind:])
     if rest.num_bytes:
@@ -107,24 +107,24 @@ class _Rest:
         if self._is_text:
             self._refuse(self.offset)
 
-    def region(self, *, num_bytes: int) -> Region:
+    def region(self, *, num_bytes: int) -> LineRun:
         """The line as a region of its own; begins the next one."""
         if self._is_long and not self._is_text and self._decoder.decode(b"", final=True):
             self._is_text = True  # it ends within a character
             self._refuse(self.offset)
         lines = None if self._is_text else b"\n" if self._is_long else bytes(self.kept) + b"\n"
-        region = Region(offset=self.offset, num_bytes=num_bytes, lines=lines)
+        region = LineRun(offset=self.offset, num_bytes=num_bytes, lines=lines)
         self.begin(self.offset + num_bytes)
         return region
 
 
-def split_lines(parts: Iterable[Region], *, stop: int | None, limit: int) -> Iterator[Extent]:
+def split_lines(parts: Iterable[LineRun], *, stop: int | None, limit: int) -> Iterator[Extent]:
     """Every line that is not empty; lines of white space among them.
 
     Args:
         parts: the text.
         stop: no line that begins there or later; None: all.
-        limit: as for ``regions``.
+        limit: as for ``line_runs``.
     """
     for part in parts:
         if part.lines is None:
@@ -146,7 +146,7 @@ def split_lines(parts: Iterable[Region], *, stop: int | None, limit: int) -> Ite
 
 
 def split_blocks(
-    parts: Iterable[Region], *, stop: int | None, limit: int, inside: int | None, refuse: Refuse
+    parts: Iterable[LineRun], *, stop: int | None, limit: int, inside: int | None, refuse: Refuse
 ) -> Iterator[Extent]:
     """Every run of lines that are not blank.
 

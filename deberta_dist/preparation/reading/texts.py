@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from deberta_dist.errors import ConfigError, DataError
-from deberta_dist.preparation.reading.documents import Document, DocumentMaker, ReadOptions
-from deberta_dist.preparation.reading.inputs import ARTICLES, PARQUET, RECORDS, InputFile, Piece, list_inputs
+from deberta_dist.preparation.reading.documents import Document, DocumentMaker, TextReadOptions
+from deberta_dist.preparation.reading.inputs import ARTICLES, PARQUET, RECORDS, FileRange, InputFile, list_inputs
 from deberta_dist.preparation.reading.parquet import read_rows, row_groups
 from deberta_dist.preparation.reading.records import WHOLE_ARRAY, WHOLE_OBJECT
-from deberta_dist.preparation.reading.splitting import Extent, Refuse, line_before, regions, split_blocks, split_lines
+from deberta_dist.preparation.reading.splitting import Extent, Refuse, line_before, line_runs, split_blocks, split_lines
 from deberta_dist.preparation.reading.streams import open_input, text_chunks
 from deberta_dist.preparation.reading.wikiextractor import split_articles
 
-__all__ = ["Document", "ReadOptions", "RowRange", "cut", "read_documents", "read_texts", "unit_of"]
+__all__ = ["Document", "RowRange", "TextReadOptions", "cut", "document_kind", "read_documents", "read_texts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class RowRange:
     last: int | None
 
 
-def unit_of(file: InputFile, *, options: ReadOptions) -> str:
+def document_kind(file: InputFile, *, options: TextReadOptions) -> str:
     """What a document of this file is: "line", "block", "record", "article" or "file".
 
     ``options.document`` is about text files; JSON lines and Parquet files hold records whatever it says.
@@ -43,7 +43,7 @@ def unit_of(file: InputFile, *, options: ReadOptions) -> str:
     return "block" if options.document == "auto" else options.document
 
 
-def cut(file: InputFile, *, piece_bytes: int) -> list[Piece]:
+def cut(file: InputFile, *, piece_bytes: int) -> list[FileRange]:
     """Pieces of about ``piece_bytes`` of the file, in order; together the whole file.
 
     A document belongs to the piece in which its first byte lies (behind a byte order mark): of a line, its first
@@ -64,7 +64,7 @@ def cut(file: InputFile, *, piece_bytes: int) -> list[Piece]:
     if piece_bytes < 1:
         raise ConfigError(f"piece_bytes = {piece_bytes}, expected at least 1")
     if file.compression or not file.num_bytes:
-        return [Piece(start=0, stop=file.num_bytes)] if file.num_bytes else []
+        return [FileRange(start=0, stop=file.num_bytes)] if file.num_bytes else []
     if file.kind == PARQUET:
         with open_input(file) as handle:
             groups = row_groups(file, handle, field=None)
@@ -72,15 +72,17 @@ def cut(file: InputFile, *, piece_bytes: int) -> list[Piece]:
         for number, group in enumerate(groups, start=1):
             num_bytes += group.num_bytes
             if num_bytes >= piece_bytes or number == len(groups):
-                pieces.append(Piece(start=start, stop=number))
+                pieces.append(FileRange(start=start, stop=number))
                 start, num_bytes = number, 0
         return pieces
     count = max(1, round(file.num_bytes / piece_bytes))
     bounds = [file.num_bytes * i // count for i in range(count + 1)]
-    return [Piece(start=a, stop=b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [FileRange(start=a, stop=b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def read_documents(file: InputFile, *, options: ReadOptions, piece: Piece | RowRange | None = None) -> Iterator[Document]:
+def read_documents(
+    file: InputFile, *, options: TextReadOptions, piece: FileRange | RowRange | None = None
+) -> Iterator[Document]:
     """The documents of one file, or of one piece of it.
 
     Blank lines are no records, and end blocks. A document's text is without its last line end.
@@ -97,14 +99,14 @@ def read_documents(file: InputFile, *, options: ReadOptions, piece: Piece | RowR
         DataError: the file cannot be read, is damaged or changes while it is read; or, with file and line or row,
             what ``options`` make an error.
     """
-    unit = unit_of(file, options=options)
+    unit = document_kind(file, options=options)
     maker = DocumentMaker(file=file, options=options, unit=unit)
     with open_input(file) as handle:
         if file.kind == PARQUET:
             yield from _rows(file, handle, maker=maker, piece=piece)
             return
         assert not isinstance(piece, RowRange), "a text file has no rows"
-        piece = piece or Piece(start=0, stop=file.num_bytes)
+        piece = piece or FileRange(start=0, stop=file.num_bytes)
         if piece.stop <= piece.start:
             return
         done = piece.start
@@ -118,7 +120,7 @@ def read_documents(file: InputFile, *, options: ReadOptions, piece: Piece | RowR
                 yield document
 
 
-def read_texts(inputs: Iterable[str | Path], *, options: ReadOptions | None = None) -> Iterator[str]:
+def read_texts(inputs: Iterable[str | Path], *, options: TextReadOptions | None = None) -> Iterator[str]:
     """The texts of all documents that are not dropped.
 
     Args:
@@ -128,14 +130,14 @@ def read_texts(inputs: Iterable[str | Path], *, options: ReadOptions | None = No
     Raises:
         DataError: as ``list_inputs`` and ``read_documents``.
     """
-    options = options or ReadOptions()
+    options = options or TextReadOptions()
     for file in list_inputs(inputs, format=options.format):
         for document in read_documents(file, options=options):
             if not document.is_dropped:
                 yield document.text
 
 
-def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: Piece, maker: DocumentMaker) -> Iterator[Extent]:
+def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: FileRange, maker: DocumentMaker) -> Iterator[Extent]:
     """Where documents lie, and their bytes; the first may belong to the piece before."""
     limit = maker.options.max_document_bytes
     stop = None if file.compression else piece.stop
@@ -159,7 +161,7 @@ def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: Piece, make
         chunks = text_chunks(file, handle, start=begin)
     if unit == "record" and piece.start == 0:
         chunks = _lines_of_json(file, chunks)
-    parts = regions(chunks, offset=begin, limit=limit, refuse=refuse)
+    parts = line_runs(chunks, offset=begin, limit=limit, refuse=refuse)
     if unit == "block":
         return split_blocks(parts, stop=stop, limit=limit, inside=inside, refuse=refuse)
     if unit == "article":
@@ -204,9 +206,9 @@ def _whole(chunks: Iterator[bytes], *, limit: int, refuse: Refuse) -> Iterator[E
     yield 0, begin + num_bytes, kept if num_bytes <= limit else None
 
 
-def _rows(file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: Piece | RowRange | None) -> Iterator[Document]:
+def _rows(file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: FileRange | RowRange | None) -> Iterator[Document]:
     """Rows of a Parquet file as documents."""
-    if isinstance(piece, Piece):
+    if isinstance(piece, FileRange):
         sizes = [group.num_rows for group in row_groups(file, handle, field=None)]
         piece = RowRange(first=sum(sizes[: piece.start]), last=sum(sizes[: piece.stop]))
     piece = piece or RowRange(first=0, last=None)

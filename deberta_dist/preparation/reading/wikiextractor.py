@@ -10,7 +10,7 @@ line of an article and escapes ``&``, ``<`` and ``>`` in its text.
 import re
 from collections.abc import Iterable, Iterator
 
-from deberta_dist.preparation.reading.splitting import Extent, Refuse, Region
+from deberta_dist.preparation.reading.splitting import Extent, LineRun, Refuse
 
 _OPEN, _CLOSE = b"<doc ", b"</doc>"
 _OPENING = re.compile(r"<doc [^\n]*>[ \t\r]*\n")
@@ -20,7 +20,7 @@ _CLOSING = re.compile(r"\n?</doc>\s*\Z")
 _Segment = tuple[int, int, bytes | None, bytes | None]
 
 
-def split_articles(parts: Iterable[Region], *, stop: int | None, limit: int, inside: bool, refuse: Refuse) -> Iterator[Extent]:
+def split_articles(parts: Iterable[LineRun], *, stop: int | None, limit: int, inside: bool, refuse: Refuse) -> Iterator[Extent]:
     """Every article, with the lines that open and close it; and every run of other lines that are not blank.
 
     ``article_text`` refuses those runs, and articles whose end is missing.
@@ -100,7 +100,7 @@ class _Article:
         return self._start, self._end, self._kept
 
 
-def _segments(parts: Iterable[Region], *, is_within_line: bool) -> Iterator[_Segment]:
+def _segments(parts: Iterable[LineRun], *, is_within_line: bool) -> Iterator[_Segment]:
     for part in parts:
         if part.lines is None:
             yield part.offset, part.offset + part.num_bytes, None, None

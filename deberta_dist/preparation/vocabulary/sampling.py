@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deberta_dist.errors import ConfigError
-from deberta_dist.preparation.reading.documents import Document, ReadOptions
-from deberta_dist.preparation.reading.inputs import PARQUET, InputFile, Piece, list_inputs
+from deberta_dist.preparation.reading.documents import Document, TextReadOptions
+from deberta_dist.preparation.reading.inputs import PARQUET, FileRange, InputFile, list_inputs
 from deberta_dist.preparation.reading.parquet import RowGroup, row_groups
 from deberta_dist.preparation.reading.streams import open_input, text_chunks
 from deberta_dist.preparation.reading.texts import RowRange, read_documents
@@ -29,7 +29,7 @@ def is_held_out(text: str) -> bool:
 
 
 def sample_texts(
-    inputs: Iterable[str | Path], *, options: ReadOptions, max_bytes: int | None, salt: str = ""
+    inputs: Iterable[str | Path], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
 ) -> Iterator[tuple[str, bool]]:
     """Texts of all documents, or about ``max_bytes`` of them taken evenly from all inputs.
 
@@ -55,7 +55,7 @@ def sample_texts(
 
 
 def sample_files(
-    files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int | None, salt: str = ""
+    files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
 ) -> Iterator[tuple[str, bool]]:
     """``sample_texts`` of files that have been listed."""
     if max_bytes is not None and max_bytes < 1:
@@ -65,7 +65,7 @@ def sample_files(
             yield document.text, is_held_out(document.text)
 
 
-def _sample(files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int | None, salt: str) -> Iterator[Document]:
+def _sample(files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str) -> Iterator[Document]:
     layouts = [] if max_bytes is None else [_layout(file, options=options) for file in files]
     total = sum(layout.num_bytes for layout in layouts)
     if max_bytes is None or max_bytes >= total:
@@ -87,7 +87,7 @@ def _sample(files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int 
                     yield document
             continue
         end = begin + layout.num_bytes
-        inside = [Piece(start=low - begin, stop=high - begin) for low, high in windows.within(begin, end)]
+        inside = [FileRange(start=low - begin, stop=high - begin) for low, high in windows.within(begin, end)]
         if layout.groups:
             yield from _rows(layout, inside, options=options)
         else:
@@ -96,7 +96,7 @@ def _sample(files: Sequence[InputFile], *, options: ReadOptions, max_bytes: int 
         begin = end
 
 
-def _rows(layout: "_Layout", windows: Sequence[Piece], *, options: ReadOptions) -> Iterator[Document]:
+def _rows(layout: "_Layout", windows: Sequence[FileRange], *, options: TextReadOptions) -> Iterator[Document]:
     """The rows of a Parquet file whose text lies in windows, if the rows of a group are equally long.
 
     A group is read once, up to the last row that is wanted: its rows cannot be entered in the middle.
@@ -164,7 +164,7 @@ class _Layout:
     groups: tuple[RowGroup, ...] = ()
 
 
-def _layout(file: InputFile, *, options: ReadOptions) -> _Layout:
+def _layout(file: InputFile, *, options: TextReadOptions) -> _Layout:
     with open_input(file) as handle:
         if file.kind == PARQUET:
             groups = tuple(row_groups(file, handle, field=options.text_field))

@@ -12,7 +12,7 @@ from deberta_dist.data.training_words import TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import DataError, encodable
 from deberta_dist.files.atomic import new_file, refuse_existing
-from deberta_dist.preparation.reading.documents import ReadOptions
+from deberta_dist.preparation.reading.documents import TextReadOptions
 from deberta_dist.preparation.reading.inputs import PassedOver, find_inputs
 from deberta_dist.preparation.vocabulary.sampling import sample_files
 
@@ -112,7 +112,7 @@ def train_vocabulary(
     inputs: Sequence[str | Path],
     output: str | Path,
     *,
-    reading: ReadOptions,
+    reading: TextReadOptions,
     options: VocabularyOptions,
     vocab_size: int,
     max_bytes: int | None,
@@ -161,7 +161,7 @@ def train_vocabulary(
 
 
 def take_published(
-    inputs: Sequence[str | Path], output: str | Path, *, model: str | Path, reading: ReadOptions, max_bytes: int | None
+    inputs: Sequence[str | Path], output: str | Path, *, model: str | Path, reading: TextReadOptions, max_bytes: int | None
 ) -> Vocabulary:
     """Copies a published model, byte for byte, and measures it on an even sample of the inputs.
 

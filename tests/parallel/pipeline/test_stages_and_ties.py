@@ -124,12 +124,14 @@ def test_every_slice_has_one_owner_and_it_is_the_first_user(model: str, tensor: 
             owned = set(found.owned(p, t))
             for name in found.names_by_rank[p]:
                 # A replicated weight is one slice, whoever holds it.
-                part = t if sharding_rules.parameter_cut(name).dim is not None else 0
+                part = t if sharding_rules.parameter_sharding(name).dim is not None else 0
                 users.setdefault((name, part), []).append((p, t))
                 if name in owned:
                     owners.setdefault((name, part), []).append((p, t))
     expected = {
-        (name, part) for name in found.full_shapes for part in range(tensor if sharding_rules.parameter_cut(name).dim is not None else 1)
+        (name, part)
+        for name in found.full_shapes
+        for part in range(tensor if sharding_rules.parameter_sharding(name).dim is not None else 1)
     }
     assert users.keys() == expected, "a slice that nobody uses, or one of no parameter"
     for piece, places in users.items():
@@ -144,7 +146,7 @@ def test_ties_sum_exactly_where_gradients_are_parts(model: str, tensor: int, pip
         assert len(tie.users) > 1 and len(set(tie.users)) == len(tie.users) and tie.users[0] == min(tie.users)
         assert list(tie.names) == sorted(tie.names)
         for name in tie.names:
-            cut = sharding_rules.parameter_cut(name)
+            cut = sharding_rules.parameter_sharding(name)
             stages = {p for p, _ in tie.users}
             if cut.kind == sharding_rules.REPLICATE:
                 assert len(stages) == 1 and not tie.is_sum, name

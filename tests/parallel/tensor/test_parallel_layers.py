@@ -50,7 +50,7 @@ def embedded_ids() -> Tensor:
 
 def run_split_layers(bias: bool) -> dict[str, Any]:
     """What one rank computes with its slices."""
-    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     up, down, x, upstream = whole_layers()
     if not bias:
@@ -149,7 +149,7 @@ def test_foreign_ids_touch_no_row() -> None:
 
 def only_foreign_ids() -> Any:
     """Gradient of this rank's slice where all ids are of rank 0."""
-    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     table = VocabParallelEmbedding(whole_table(None), padded_size=128, rank=dist.get_rank(), size=2, group=dist.group.WORLD)
     table(torch.tensor([0, 1, 63])).sum().backward()
     return table.weight.grad.numpy()

@@ -63,7 +63,7 @@ def received(ranks: list[Any]) -> list[Any]:
 
 def run_layers() -> dict[str, Any]:
     """What one rank computes with its slices and its tokens."""
-    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     ranks = SequenceRanks(dist.group.WORLD)
     place = {"rank": ranks.rank, "size": ranks.size}
     gate, up, down = full = layers()
@@ -113,7 +113,7 @@ def test_layers_equal_layers_of_the_whole_sequence(size: int) -> None:
 
 
 def run_exchanges() -> dict[str, Any]:
-    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     ranks = SequenceRanks(dist.group.WORLD)
     x, upstream = tensors(2)
     found: dict[str, Any] = {"own": OwnTokens(ranks)(x)}

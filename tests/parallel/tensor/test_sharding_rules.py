@@ -8,7 +8,7 @@ import torch
 from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.errors import ConfigError
 from deberta_dist.parallel.tensor import sharding_rules
-from deberta_dist.parallel.tensor.apply import check_split, cut_tensor, join_slices
+from deberta_dist.parallel.tensor.apply import check_tensor_parallel_sizes, cut_tensor, join_slices
 
 LAYER = r"deberta\.encoder\.layer\.\d+\."
 # Written out once more, by parameter and with nothing left over: (pattern, kind, cut dimension).
@@ -56,7 +56,7 @@ def test_every_parameter_has_the_intended_kind(name: str) -> None:
         matching = [row for row in table if re.fullmatch(row[0], parameter)]
         assert len(matching) == 1, f"{parameter}: {matching}"
         pattern, kind, dim = matching[0]
-        assert sharding_rules.parameter_cut(parameter) == sharding_rules.Cut(kind, dim), parameter
+        assert sharding_rules.parameter_sharding(parameter) == sharding_rules.Sharding(kind, dim), parameter
         unused.discard(pattern)
     assert not unused, "the table above names parameters that do not exist"
 
@@ -64,7 +64,7 @@ def test_every_parameter_has_the_intended_kind(name: str) -> None:
 @pytest.mark.parametrize("name", INTENDED)
 def test_every_pattern_of_the_plan_is_in_use(name: str) -> None:
     modules = [module for module, _ in meta_model(name).named_modules()]
-    patterns = {pattern for pattern, _ in sharding_rules.PLAN}
+    patterns = {pattern for pattern, _ in sharding_rules.SHARDING_RULES}
     patterns |= {value for key, value in vars(sharding_rules).items() if key.endswith("_PATTERN")}
     if name == "tiny-v1":
         patterns -= {r"deberta\.encoder\.LayerNorm", sharding_rules.HALO_PATTERN}
@@ -94,7 +94,7 @@ def test_cut_and_join_are_inverse_bit_for_bit(name: str, size: int) -> None:
         full = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         slices = [cut_tensor(full, parameter, rank=rank, size=size) for rank in range(size)]
         assert len({tuple(part.shape) for part in slices}) == 1
-        if sharding_rules.parameter_cut(parameter).dim is not None:
+        if sharding_rules.parameter_sharding(parameter).dim is not None:
             assert sum(part.numel() for part in slices) >= full.numel()
             if size > 1:
                 assert slices[0].numel() < full.numel()
@@ -151,12 +151,12 @@ def test_local_slices_cover_a_dimension() -> None:
 
 
 def test_check_split_names_key_value_and_what_would_fit() -> None:
-    check_split(num_attention_heads=12, intermediate_size=48, tensor_parallel_size=4)
+    check_tensor_parallel_sizes(num_attention_heads=12, intermediate_size=48, tensor_parallel_size=4)
     with pytest.raises(ConfigError) as heads:
-        check_split(num_attention_heads=12, intermediate_size=48, tensor_parallel_size=8)
+        check_tensor_parallel_sizes(num_attention_heads=12, intermediate_size=48, tensor_parallel_size=8)
     assert "parallel.tensor_parallel_size = 8" in str(heads.value)
     assert "model.num_attention_heads = 12" in str(heads.value)
     assert "1, 2, 3, 4, 6, 12" in str(heads.value)
     with pytest.raises(ConfigError) as features:
-        check_split(num_attention_heads=12, intermediate_size=50, tensor_parallel_size=4)
+        check_tensor_parallel_sizes(num_attention_heads=12, intermediate_size=50, tensor_parallel_size=4)
     assert "parallel.tensor_parallel_size = 4 does not divide model.intermediate_size = 50" in str(features.value)

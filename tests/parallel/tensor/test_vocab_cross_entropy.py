@@ -95,7 +95,7 @@ def product_case(loss: CrossEntropy, labels: Tensor, upstream: Tensor, *, chunks
 
 
 def all_cases() -> dict[str, dict[str, Any]]:
-    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     return {name: split_case(name) for name in CASES}
 
 

@@ -44,7 +44,7 @@ ODDEST = {
 
 def steps(jsons: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
     """Weights after three steps under each JSON."""
-    device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['MEETING_FILE']}")
+    device = start_process_group(timeout_minutes=1, init_method=f"file://{os.environ['RENDEZVOUS_FILE']}")
     world = int(os.environ["WORLD_SIZE"])
     mesh = make_mesh(MeshShape(tensor=1, pipeline=1, data=world), device=device, timeout_minutes=1)
     layout = lay_out({"a": (40, 5), "b": (7,)}, groups=["a".__eq__, "b".__eq__], data_parallel_size=world)
@@ -53,7 +53,7 @@ def steps(jsons: list[dict[str, Any]]) -> list[dict[str, list[float]]]:
 
 def _steps(ds: dict[str, Any], layout: Any, mesh: Any) -> dict[str, list[float]]:
     draw = torch.Generator().manual_seed(0)
-    here = mesh.coordinate.data
+    here = mesh.mesh_rank.data
     store = WeightStore(
         [torch.randn(size, generator=draw).chunk(mesh.shape.data)[here] for size in layout.sizes],
         layout=layout,

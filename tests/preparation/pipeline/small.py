@@ -8,7 +8,7 @@ from deberta_dist.data.token_corpus import open_corpus
 from deberta_dist.data.token_file import TokenFile
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.preparation.pipeline.prepare import prepare_corpus
-from deberta_dist.preparation.pipeline.recipe import Recipe
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.pipeline.report import Outcome
 
 
@@ -22,10 +22,10 @@ def jsonl(path: Path, *texts: str, field: str = "text") -> Path:
 def prepare(
     inputs: list[Any], output: Path, *, tokenizer: Tokenizer, held_out_percent: float = 0.0, **settings: Any
 ) -> Outcome:
-    """A preparation by one rank; what ``Recipe`` does not know goes to ``prepare_corpus``."""
+    """A preparation by one rank; what ``PreparationRecipe`` does not know goes to ``prepare_corpus``."""
     names = ("held_out_inputs", "ngrams", "num_workers", "memory_bytes", "progress", "progress_seconds")
     others = {name: settings.pop(name) for name in names if name in settings}
-    recipe = Recipe.of(tokenizer, held_out_percent=held_out_percent, **settings)
+    recipe = PreparationRecipe.of(tokenizer, held_out_percent=held_out_percent, **settings)
     outcome = prepare_corpus(inputs, output, tokenizer=tokenizer, recipe=recipe, **others)
     assert outcome is not None
     return outcome

@@ -15,7 +15,7 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.pipeline.progress import Progress
-from deberta_dist.preparation.pipeline.work_items import list_units
+from deberta_dist.preparation.pipeline.work_items import list_work_items
 from deberta_dist.preparation.reading.texts import ReadOptions
 from tests.preparation.pipeline.runs import Start, parts_of
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare
@@ -156,7 +156,7 @@ def test_a_bit_that_flips_in_a_part_is_found(
 
     def flip() -> None:
         # Of the first file: nothing that is only in the second stays, so nobody would look at all of it.
-        name = list_units(paths, [], piece_bytes=1 << 23)[0][0].name
+        name = list_work_items(paths, [], piece_bytes=1 << 23)[0][0].name
         (path,) = (output / ".work" / "parts").glob(f"{name}.*")
         content = bytearray(path.read_bytes())
         size = int.from_bytes(content[:8], "little")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.preparation.pipeline.ranks import Ranks
-from deberta_dist.preparation.pipeline.work_items import list_units
+from deberta_dist.preparation.pipeline.ranks import PreparationRanks
+from deberta_dist.preparation.pipeline.work_items import list_work_items
 from tests.preparation.pipeline.runs import Start, children, mpirun, parts_of
 from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT
@@ -62,7 +62,7 @@ def test_killed_ranks_and_workers_of_two_then_four(tokenizer: Tokenizer, tmp_pat
 def test_a_rank_that_stands_still_leaves_the_work_to_the_other(
     tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    output, num_pieces = tmp_path / "x", len(list_units([DEMO_TEXT], [], piece_bytes=PIECE_BYTES)[0])
+    output, num_pieces = tmp_path / "x", len(list_work_items([DEMO_TEXT], [], piece_bytes=PIECE_BYTES)[0])
     with Start(output, arguments_for(tokenizer, num_workers=1), num_ranks=2) as start:
         start.when(lambda: parts_of(output), what="the first part")
         slow = children(start.pid)[1]
@@ -93,8 +93,8 @@ def test_ranks_bound_to_few_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE", raising=False)
-    assert Ranks().unused_cores(num_workers=4) is None
+    assert PreparationRanks().unused_cores(num_workers=4) is None
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    assert Ranks().unused_cores(num_workers=1) is None
-    told = Ranks().unused_cores(num_workers=4)
+    assert PreparationRanks().unused_cores(num_workers=1) is None
+    told = PreparationRanks().unused_cores(num_workers=4)
     assert told is not None and "4 workers of each rank share 1 of 8 cores" in told and "--bind-to none" in told

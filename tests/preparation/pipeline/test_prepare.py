@@ -11,7 +11,7 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
 from deberta_dist.preparation.filtering.filters import Filters
 from deberta_dist.preparation.pipeline.progress import Progress
-from deberta_dist.preparation.pipeline.recipe import Recipe
+from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.reading.inputs import list_inputs
 from deberta_dist.preparation.reading.texts import ReadOptions
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare
@@ -144,7 +144,7 @@ def test_what_exists_is_refused_and_left(tokenizer: Tokenizer, tmp_path: Path) -
         prepare([path], tmp_path / "y", tokenizer=tokenizer, num_workers=0)
     for threshold in (0.0, 80.0, float("nan")):
         with pytest.raises(ConfigError, match=rf"--near-duplicates {threshold}: expected above 0 and at most 1"):
-            Recipe.of(tokenizer, near_duplicates=threshold)
+            PreparationRecipe.of(tokenizer, near_duplicates=threshold)
     with pytest.raises(ConfigError, match=r"--held-out 100.* below 100"):
         prepare([path], tmp_path / "y", tokenizer=tokenizer, held_out_percent=100.0)
     assert not (tmp_path / "y").exists()

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from deberta_dist.preparation.pipeline.workers import Crew, Worker
+from deberta_dist.preparation.pipeline.workers import Worker, WorkerPool
 from tests.preparation.pipeline.slow_task import SlowTask
 
 
@@ -12,7 +12,7 @@ def test_a_slow_worker_holds_up_nobody(tmp_path: Path) -> None:
     run.mkdir()
     done.mkdir()
     task = SlowTask(done, 30)
-    with Crew(run, rank=0, num_workers=3) as crew:
+    with WorkerPool(run, rank=0, num_workers=3) as crew:
         crew.run(task)
     counts = Counter(task.done())
     # Every unit once; the slow one did its own, and the others the 29 that are left.

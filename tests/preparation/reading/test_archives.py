@@ -18,8 +18,8 @@ import zstandard
 
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.reading import streams
-from deberta_dist.preparation.reading.documents import ReadOptions
-from deberta_dist.preparation.reading.inputs import Piece, list_inputs
+from deberta_dist.preparation.reading.documents import TextReadOptions
+from deberta_dist.preparation.reading.inputs import FileRange, list_inputs
 from deberta_dist.preparation.reading.texts import cut, read_documents
 from tests.preparation.reading.test_reading import in_pieces, read, texts
 
@@ -46,7 +46,7 @@ def test_compressed_text_is_the_same_text(tmp_path: Path, kind: str) -> None:
         path.write_bytes(data)
         plain, packed = read(tmp_path / "a.txt"), read(path)
         assert [(d.text, d.offset, d.num_bytes) for d in packed] == [(d.text, d.offset, d.num_bytes) for d in plain]
-        assert cut(list_inputs([path])[0], piece_bytes=100) == [Piece(start=0, stop=len(data))]
+        assert cut(list_inputs([path])[0], piece_bytes=100) == [FileRange(start=0, stop=len(data))]
     (tmp_path / f"a.jsonl.{kind}").write_bytes(pack(b'{"text": "one"}\n{"text": 2}'))
     with pytest.raises(DataError, match=rf"a.jsonl.{kind}:2: no string"):
         read(tmp_path / f"a.jsonl.{kind}")
@@ -72,7 +72,7 @@ def test_damaged_archives_are_told(tmp_path: Path, kind: str, damage: Callable[[
     pack = zstandard.ZstdCompressor(write_checksum=True).compress if kind == "zst" else PACK[kind]
     path.write_bytes(damage(pack(TEXT)))
     with pytest.raises(DataError, match=re.escape(str(path)) + " " + message.format(kind=kind)) as raised:
-        texts(path, options=ReadOptions(invalid_utf8="replace"))
+        texts(path, options=TextReadOptions(invalid_utf8="replace"))
     assert "\n" not in str(raised.value)
 
 
@@ -116,7 +116,7 @@ def test_a_page_in_place_of_a_file_is_told(tmp_path: Path, content: bytes, kind:
     path = tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl")
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path} is {kind}.* saved in place of the file.*: download it again"):
-        texts(path, options=ReadOptions(bad_records="drop"))
+        texts(path, options=TextReadOptions(bad_records="drop"))
     (tmp_path / "a.txt").write_bytes(content)
     assert texts(tmp_path / "a.txt") == [content.decode()]
 
@@ -125,7 +125,7 @@ def test_a_page_in_place_of_a_file_is_told(tmp_path: Path, content: bytes, kind:
 def test_an_archive_without_its_ending_is_told(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(TEXT))
     with pytest.raises(DataError, match=rf"{name} begins like gzip data, expected (text|xz data) by its name"):
-        texts(tmp_path / name, options=ReadOptions(invalid_utf8="replace", bad_records="drop"))
+        texts(tmp_path / name, options=TextReadOptions(invalid_utf8="replace", bad_records="drop"))
     for text in ("PAR1 and more", "BZh is text", "GGUF"):
         (tmp_path / "b.txt").write_text(text)
         assert texts(tmp_path / "b.txt") == [text]
@@ -153,7 +153,7 @@ def test_what_is_packed_is_text_and_no_other_archive(tmp_path: Path, kind: str, 
     path = tmp_path / f"a.txt.{kind}"
     path.write_bytes(PACK[kind](content))
     with pytest.raises(DataError, match=f"what {path} was packed from {message}"):
-        texts(path, options=ReadOptions(invalid_utf8="replace", bad_records="drop"))
+        texts(path, options=TextReadOptions(invalid_utf8="replace", bad_records="drop"))
 
 
 def parquet(path: Path, **columns: Any) -> Path:
@@ -169,11 +169,11 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
         assert texts(path) == expected
     file = list_inputs([path])[0]
     pieces = cut(file, piece_bytes=1)
-    assert pieces == [Piece(start=i, stop=i + 1) for i in range(4)]
-    documents = in_pieces(file, pieces, options=ReadOptions())
+    assert pieces == [FileRange(start=i, stop=i + 1) for i in range(4)]
+    documents = in_pieces(file, pieces, options=TextReadOptions())
     assert [(d.text, d.offset) for d in documents] == [(text, i) for i, text in enumerate(expected)]
     assert documents[17].where == f"{path}: row 17" and documents[17].num_bytes == len(expected[17].encode())
-    assert cut(file, piece_bytes=10**9) == [Piece(start=0, stop=4)]
+    assert cut(file, piece_bytes=10**9) == [FileRange(start=0, stop=4)]
     assert read(parquet(tmp_path / "b.parquet", text=pyarrow.array([], pyarrow.string()))) == []
 
 
@@ -181,16 +181,16 @@ def test_text_in_struct_columns(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "of": {"kind": "a"}} if i % 4 else None for i in range(30)]
     table = {"doc": rows, "doc.id": [str(i) for i in range(30)], "text": ["other"] * 30}
     path = parquet(tmp_path / "a.parquet", **table)
-    found = read(path, options=ReadOptions(text_field="doc.text", bad_records="drop"))
+    found = read(path, options=TextReadOptions(text_field="doc.text", bad_records="drop"))
     assert [d.text for d in found] == [row["text"] if row else "" for row in rows]
     assert {d.fault for d in found[::4]} == {"bad_record"}
     file = list_inputs([path])[0]
     pieces = cut(file, piece_bytes=1)
     assert len(pieces) == 3
-    assert in_pieces(file, pieces, options=ReadOptions(text_field="doc.text", bad_records="drop")) == found
-    assert texts(path, options=ReadOptions(text_field="doc.of.kind", bad_records="drop"))[:5] == ["", "a", "a", "a", ""]
+    assert in_pieces(file, pieces, options=TextReadOptions(text_field="doc.text", bad_records="drop")) == found
+    assert texts(path, options=TextReadOptions(text_field="doc.of.kind", bad_records="drop"))[:5] == ["", "a", "a", "a", ""]
     # A column whose name has the dot comes first, beside a struct of that name.
-    assert texts(path, options=ReadOptions(text_field="doc.id")) == table["doc.id"]
+    assert texts(path, options=TextReadOptions(text_field="doc.id")) == table["doc.id"]
     for field, message in (
         ("doc.body", "has no column 'doc.body'; its columns: doc.text, doc.of.kind, doc.id, text: give"),
         ("text.doc", "has no column 'text.doc'"),
@@ -198,20 +198,20 @@ def test_text_in_struct_columns(tmp_path: Path) -> None:
         ("doc.of", "column 'doc.of' holds struct<"),
     ):
         with pytest.raises(DataError, match=message):
-            read(path, options=ReadOptions(text_field=field))
+            read(path, options=TextReadOptions(text_field=field))
 
 
 def test_bad_rows_and_damaged_parquet_files(tmp_path: Path) -> None:
     values = pyarrow.array([b"fine", None, b"caf\xe9", b"x" * 99, b""]).view(pyarrow.string())
     path = parquet(tmp_path / "a.parquet", text=values)
     for options, message in (
-        (ReadOptions(), "row 1 has no value in column 'text'"),
-        (ReadOptions(bad_records="drop"), r"row 2: byte 3 of the value \(0xe9\) is not UTF-8"),
-        (ReadOptions(text_field="body"), "has no column 'body'; its columns: text: give --text-field"),
+        (TextReadOptions(), "row 1 has no value in column 'text'"),
+        (TextReadOptions(bad_records="drop"), r"row 2: byte 3 of the value \(0xe9\) is not UTF-8"),
+        (TextReadOptions(text_field="body"), "has no column 'body'; its columns: text: give --text-field"),
     ):
         with pytest.raises(DataError, match=message):
             read(path, options=options)
-    options = ReadOptions(bad_records="drop", invalid_utf8="drop", max_document_bytes=50)
+    options = TextReadOptions(bad_records="drop", invalid_utf8="drop", max_document_bytes=50)
     assert [d.fault for d in read(path, options=options)] == [None, "bad_record", "dropped_utf8", "too_long", None]
     with pytest.raises(DataError, match="column 'text' holds int64, expected text"):
         read(parquet(tmp_path / "b.parquet", text=[1]))
@@ -233,4 +233,4 @@ def test_a_missing_package_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(DataError, match=rf"a.{suffix} needs the package {module}: pip install {module} \(extra"):
-        list(read_documents(list_inputs([tmp_path / f"a.{suffix}"])[0], options=ReadOptions()))
+        list(read_documents(list_inputs([tmp_path / f"a.{suffix}"])[0], options=TextReadOptions()))

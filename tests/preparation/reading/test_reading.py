@@ -10,8 +10,8 @@ import pytest
 
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.reading import splitting, streams
-from deberta_dist.preparation.reading.documents import Document, ReadOptions
-from deberta_dist.preparation.reading.inputs import InputFile, Piece, list_inputs
+from deberta_dist.preparation.reading.documents import Document, TextReadOptions
+from deberta_dist.preparation.reading.inputs import FileRange, InputFile, list_inputs
 from deberta_dist.preparation.reading.texts import cut, read_documents
 
 SPACES = [b"\n", b"\n\n", b"\r\n", b" ", b"\t", b"\xc2\xa0", b"\xe3\x80\x80", b"\x0c"]
@@ -19,15 +19,15 @@ NASTY = [*SPACES, b"a", b"bb", b"\xe2\x82\xac", b"xyz"]
 MARK = b"\xef\xbb\xbf"
 
 
-def read(path: Path, *, options: ReadOptions | None = None) -> list[Document]:
-    return list(read_documents(list_inputs([path])[0], options=options or ReadOptions()))
+def read(path: Path, *, options: TextReadOptions | None = None) -> list[Document]:
+    return list(read_documents(list_inputs([path])[0], options=options or TextReadOptions()))
 
 
-def texts(path: Path, *, options: ReadOptions | None = None) -> list[str]:
+def texts(path: Path, *, options: TextReadOptions | None = None) -> list[str]:
     return [document.text for document in read(path, options=options)]
 
 
-def in_pieces(file: InputFile, pieces: Sequence[Piece], *, options: ReadOptions) -> list[Document]:
+def in_pieces(file: InputFile, pieces: Sequence[FileRange], *, options: TextReadOptions) -> list[Document]:
     return [document for piece in pieces for document in read_documents(file, options=options, piece=piece)]
 
 
@@ -55,13 +55,13 @@ def test_pieces_together_are_the_file_wherever_it_is_cut(tmp_path: Path, monkeyp
         path.write_bytes(data)
         file = list_inputs([path])[0]
         limit = draw.choice([3, 6, 1 << 20])
-        options = ReadOptions(document=unit, bad_records="drop", max_document_bytes=limit)
+        options = TextReadOptions(document=unit, bad_records="drop", max_document_bytes=limit)
         monkeypatch.setattr(streams, "CHUNK_BYTES", draw.choice([1, 2, 7, 1 << 20]))
         monkeypatch.setattr(splitting, "_LOOK_BYTES", draw.choice([1, 2, 1 << 16]))
         whole = list(read_documents(file, options=options))
         assert [document.text for document in whole] == expected(data, unit=unit, limit=limit), data
         for size in range(1, len(data) + 1):
-            pieces = [Piece(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
+            pieces = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
             again = in_pieces(file, pieces, options=options)
             assert [(d.text, d.offset, d.fault) for d in again] == [(d.text, d.offset, d.fault) for d in whole], data
 
@@ -73,7 +73,7 @@ def test_pieces_of_a_larger_file_and_their_bytes(tmp_path: Path) -> None:
     pieces = cut(file, piece_bytes=10_000)
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == file.num_bytes and all(9000 < p.stop - p.start < 11_000 for p in pieces)
-    documents = in_pieces(file, pieces, options=ReadOptions())
+    documents = in_pieces(file, pieces, options=TextReadOptions())
     assert [document.text for document in documents] == [f"document {i}" for i in range(5000)]
     whole = read(path)
     assert sum(document.num_bytes for document in whole) == file.num_bytes
@@ -87,12 +87,12 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     path.write_bytes(MARK + b'{"text": "one"}\r\n{"text": ""}\n \n{"text": "th\\u2028ree"}')
     lines = ['{"text": "one"}', '{"text": ""}', '{"text": "th\\u2028ree"}']
     assert texts(path) == [f"{lines[0]}\r\n{lines[1]}", lines[2]]
-    assert texts(path, options=ReadOptions(document="line")) == lines
-    assert texts(path, options=ReadOptions(document="record")) == ["one", "", "th\u2028ree"]
-    assert texts(path, options=ReadOptions(document="file")) == [path.read_bytes().decode("utf-8-sig")]
+    assert texts(path, options=TextReadOptions(document="line")) == lines
+    assert texts(path, options=TextReadOptions(document="record")) == ["one", "", "th\u2028ree"]
+    assert texts(path, options=TextReadOptions(document="file")) == [path.read_bytes().decode("utf-8-sig")]
     file = list_inputs([path])[0]
-    pieces = [Piece(start=0, stop=9), Piece(start=9, stop=file.num_bytes)]
-    assert len(in_pieces(file, pieces, options=ReadOptions(document="file"))) == 1
+    pieces = [FileRange(start=0, stop=9), FileRange(start=9, stop=file.num_bytes)]
+    assert len(in_pieces(file, pieces, options=TextReadOptions(document="file"))) == 1
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\xe2\x80\xa8four\x0cfive\n")
     documents = read(path)
     assert [document.text for document in documents] == ["one\r\ntwo", "three\u2028four\x0cfive"]
@@ -102,9 +102,9 @@ def test_what_a_document_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["document", "invalid_utf8", "bad_records"])
 def test_options_are_checked(option: str) -> None:
     with pytest.raises(ConfigError, match=f"{option} = 'x', expected one of .*error|block"):
-        ReadOptions(**{option: "x"})
+        TextReadOptions(**{option: "x"})
     with pytest.raises(ConfigError, match="max_document_bytes = 0"):
-        ReadOptions(max_document_bytes=0)
+        TextReadOptions(max_document_bytes=0)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -114,9 +114,9 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
     path.write_bytes(start + b'{"text": "caf\xe9"}\n\n{"text": "fine"}')
     with pytest.raises(DataError, match=rf"{name}:3: byte {len(start) + 13} of the file \(0xe9\) is not UTF-8"):
         read(path)
-    faults = [(d.text[-4:], d.fault) for d in read(path, options=ReadOptions(document="record", invalid_utf8="drop"))]
+    faults = [(d.text[-4:], d.fault) for d in read(path, options=TextReadOptions(document="record", invalid_utf8="drop"))]
     assert faults == [("fine", None), ("", "dropped_utf8"), ("fine", None)]
-    replaced = read(path, options=ReadOptions(document="record", invalid_utf8="replace"))[1]
+    replaced = read(path, options=TextReadOptions(document="record", invalid_utf8="replace"))[1]
     assert (replaced.text, replaced.fault, replaced.is_dropped) == ("caf\ufffd", "replaced_utf8", False)
 
 
@@ -138,7 +138,7 @@ def test_lines_that_are_no_records_are_located_or_left_out(tmp_path: Path, line:
     path.write_text('{"text": "fine"}\n' + line + '\n\n{"text": "", "body": "x"}\n')
     with pytest.raises(DataError, match=message):
         read(path)
-    faults = [document.fault for document in read(path, options=ReadOptions(bad_records="drop"))]
+    faults = [document.fault for document in read(path, options=TextReadOptions(bad_records="drop"))]
     assert faults == [None, "bad_record", None]
 
 
@@ -167,13 +167,13 @@ def test_fields_in_objects(tmp_path: Path, line: str, field: str, expected: str)
     path = tmp_path / "a.json"
     path.write_text(f"{line}\n")
     if " " not in expected:
-        assert texts(path, options=ReadOptions(text_field=field)) == [expected]
+        assert texts(path, options=TextReadOptions(text_field=field)) == [expected]
     else:
         with pytest.raises(DataError, match=f"a.json:1: {expected}"):
-            read(path, options=ReadOptions(text_field=field))
+            read(path, options=TextReadOptions(text_field=field))
     for field in ("", ".text", "doc."):
         with pytest.raises(ConfigError, match="text_field = "):
-            ReadOptions(text_field=field)
+            TextReadOptions(text_field=field)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_json_that_is_one_value_is_refused_whatever_becomes_of_bad_records(tmp_p
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     message = rf"{name} is one JSON (array|object over many lines), expected one object a line: jq -c"
     with pytest.raises(DataError, match=message):
-        read(tmp_path / name, options=ReadOptions(bad_records="drop", max_document_bytes=10))
+        read(tmp_path / name, options=TextReadOptions(bad_records="drop", max_document_bytes=10))
 
 
 def articles(data: bytes, *, limit: int) -> list[tuple[str, str | None]]:
@@ -230,19 +230,19 @@ def test_articles_of_wikiextractor_wherever_the_file_is_cut(tmp_path: Path, monk
         path.write_bytes(data)
         file = list_inputs([path], format="wikiextractor")[0]
         limit = draw.choice([40, 1 << 20])
-        options = ReadOptions(format="wikiextractor", bad_records="drop", max_document_bytes=limit)
+        options = TextReadOptions(format="wikiextractor", bad_records="drop", max_document_bytes=limit)
         monkeypatch.setattr(streams, "CHUNK_BYTES", draw.choice([1, 7, 1 << 20]))
         whole = list(read_documents(file, options=options))
         assert [(d.text, d.fault) for d in whole] == articles(data, limit=limit), data
         for size in range(1, len(data) + 1, 3):
-            pieces = [Piece(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
+            pieces = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
             again = in_pieces(file, pieces, options=options)
             assert [(d.text, d.offset, d.fault) for d in again] == [(d.text, d.offset, d.fault) for d in whole], (data, size)
 
 
 def test_a_file_that_is_not_of_wikiextractor_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "wiki_00"
-    options = ReadOptions(format="wikiextractor")
+    options = TextReadOptions(format="wikiextractor")
 
     def found() -> list[str]:
         return [d.text for d in read_documents(list_inputs([path], format="wikiextractor")[0], options=options)]
@@ -265,8 +265,8 @@ def test_documents_too_long_are_named_or_left_out_in_bounded_memory(tmp_path: Pa
     (tmp_path / "b.jsonl").write_text("\n" + "x" * 1001 + '\n{"text": "last"}')
     for name, message in (("a.txt", r":90: a document is larger .* empty line"), ("b.jsonl", ":2: a line is larger")):
         with pytest.raises(DataError, match=name + message):
-            read(tmp_path / name, options=ReadOptions(max_document_bytes=1000))
-        documents = read(tmp_path / name, options=ReadOptions(max_document_bytes=1000, bad_records="drop"))
+            read(tmp_path / name, options=TextReadOptions(max_document_bytes=1000))
+        documents = read(tmp_path / name, options=TextReadOptions(max_document_bytes=1000, bad_records="drop"))
         assert [d.fault for d in documents[-2:]] == ["too_long", None] and documents[-1].text == "last"
 
     seen = 0
@@ -281,7 +281,7 @@ def test_documents_too_long_are_named_or_left_out_in_bounded_memory(tmp_path: Pa
         raise DataError(f"too long at {start}")
 
     with pytest.raises(DataError, match="too long at 0"):
-        list(splitting.regions(endless(), offset=0, limit=1000, refuse=refuse))
+        list(splitting.line_runs(endless(), offset=0, limit=1000, refuse=refuse))
     assert seen == 1100
 
 
@@ -289,21 +289,21 @@ def test_a_file_that_changes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo")
     file = list_inputs([path])[0]
-    reader = read_documents(file, options=ReadOptions())
+    reader = read_documents(file, options=TextReadOptions())
     assert next(reader).text == "one"
     with open(path, "a") as more:
         more.write("!")
     with pytest.raises(DataError, match="a.txt changed while it was read"):
         list(reader)
     with pytest.raises(DataError, match="a.txt changed while it was read"):
-        list(read_documents(file, options=ReadOptions()))
+        list(read_documents(file, options=TextReadOptions()))
     # A change explains what else is wrong.
     monkeypatch.setattr(streams, "CHUNK_BYTES", 5)
-    reader = read_documents(list_inputs([path])[0], options=ReadOptions())
+    reader = read_documents(list_inputs([path])[0], options=TextReadOptions())
     assert next(reader).text == "one"
     path.write_bytes(b"one\n\n\xff")
     with pytest.raises(DataError, match="changed"):
         list(reader)
     path.unlink()
     with pytest.raises(DataError, match="a.txt cannot be read"):
-        list(read_documents(file, options=ReadOptions()))
+        list(read_documents(file, options=TextReadOptions()))

@@ -13,7 +13,7 @@ from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.data.training_words import TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import ConfigError
-from deberta_dist.preparation.reading.documents import ReadOptions
+from deberta_dist.preparation.reading.documents import TextReadOptions
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.preparation.vocabulary import sampling, vocabulary
 from deberta_dist.preparation.vocabulary.sampling import is_held_out, sample_texts
@@ -35,7 +35,7 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 
 def test_a_sample_is_even_over_all_inputs_and_repeatable(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ReadOptions()
+    options = TextReadOptions()
     everything = list(sample_texts(corpus, options=options, max_bytes=None))
     assert len(everything) == 12_000
     size = sum(len(text) for text, _ in everything)
@@ -59,7 +59,7 @@ def test_every_document_has_the_same_chance(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(f"{i} first\n\n{i} {'x' * 100}\n\n{i} last")
     counts: dict[str, int] = {}
     for salt in range(200):
-        for text, _ in sample_texts([tmp_path], options=ReadOptions(), max_bytes=400, salt=str(salt)):
+        for text, _ in sample_texts([tmp_path], options=TextReadOptions(), max_bytes=400, salt=str(salt)):
             counts[text] = counts.get(text, 0) + 1
     share = 400 / sum(path.stat().st_size for path in tmp_path.iterdir())
     assert len(counts) == 30
@@ -68,12 +68,12 @@ def test_every_document_has_the_same_chance(tmp_path: Path) -> None:
 
 
 def test_held_out_depends_on_the_text_alone(corpus: list[Path]) -> None:
-    texts = list(sample_texts(corpus, options=ReadOptions(), max_bytes=None))
+    texts = list(sample_texts(corpus, options=TextReadOptions(), max_bytes=None))
     held_out = {text for text, is_out in texts if is_out}
     assert 180 < len(held_out) < 300 and all(is_held_out(text) == (text in held_out) for text, _ in texts)
     assert is_held_out("lone \ud800 surrogate") in (True, False)
     with pytest.raises(ConfigError, match="max_bytes = 0"):
-        list(sample_texts(corpus, options=ReadOptions(), max_bytes=0))
+        list(sample_texts(corpus, options=TextReadOptions(), max_bytes=0))
 
 
 def test_held_out_text_is_measured_and_not_trained_on(
@@ -87,7 +87,7 @@ def test_held_out_text_is_measured_and_not_trained_on(
 
     monkeypatch.setattr(vocabulary, "train_tokenizer", train)
     made = vocabulary.train_vocabulary(
-        corpus, tmp_path / "m", reading=ReadOptions(), options=VocabularyOptions(), vocab_size=50, max_bytes=None
+        corpus, tmp_path / "m", reading=TextReadOptions(), options=VocabularyOptions(), vocab_size=50, max_bytes=None
     )
     assert made.fit.num_documents + len(trained) == 12_000 and not any(map(is_held_out, trained))
 

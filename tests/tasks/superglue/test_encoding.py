@@ -10,16 +10,16 @@ from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.tasks.base import Head, Release
-from deberta_dist.tasks.encoding import Lengths
+from deberta_dist.tasks.encoding import SequenceLengths
 from deberta_dist.tasks.features import Features, encode_split
-from deberta_dist.tasks.segments import KEPT_CUT, TextPart, encode_parts, window_starts
+from deberta_dist.tasks.segments import KEPT_CUT, TextPart, encode_spans, window_starts
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
 from deberta_dist.tasks.superglue.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
 
 ROOT = Path(__file__).parents[3]
 DEMO = Release(ROOT / "launchers" / "demo_superglue", SUPERGLUE)
-WIDE = Lengths(max_seq_length=512, window_overlap=64, max_windows=4)
+WIDE = SequenceLengths(max_seq_length=512, window_overlap=64, max_windows=4)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(path)
 
 
-def encoded(task: str, split: str, tokenizer: Tokenizer, lengths: Lengths = WIDE) -> Features:
+def encoded(task: str, split: str, tokenizer: Tokenizer, lengths: SequenceLengths = WIDE) -> Features:
     return encode_split(DEMO.read(TASKS[task], split), tokenizer, lengths)
 
 
@@ -131,7 +131,7 @@ def test_record_puts_every_candidate_once_in_the_place_of_the_placeholder(tokeni
 
 
 def test_long_passages_become_windows_that_cover_them(tokenizer: Tokenizer) -> None:
-    lengths = Lengths(max_seq_length=64, window_overlap=16, max_windows=50)
+    lengths = SequenceLengths(max_seq_length=64, window_overlap=16, max_windows=50)
     features = encoded("BoolQ", "val", tokenizer, lengths)
     for example in features.examples:
         windows = features.sequences(example, 0)
@@ -160,22 +160,22 @@ def test_windows_overlap_and_end_at_the_end(length: int) -> None:
 
 def test_cutting_keeps_marked_words_and_their_neighbours(tokenizer: Tokenizer) -> None:
     parts = [TextPart("one two three " * 30), TextPart("* bank *", is_kept=True), TextPart("four five six " * 30)]
-    ids, how = encode_parts(tokenizer, parts, limit=20)
+    ids, how = encode_spans(tokenizer, parts, limit=20)
     kept = tokenizer.encode("* bank *")
     text = ids.tolist()
     assert len(text) == 20 and how != KEPT_CUT
     place = next(i for i in range(20) if text[i : i + len(kept)] == kept)
     assert abs(place - (20 - len(kept)) / 2) <= 1, "context on both sides"
-    assert encode_parts(tokenizer, [TextPart("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
+    assert encode_spans(tokenizer, [TextPart("a b c d e f g h", is_kept=True)], limit=3)[1] == KEPT_CUT
     assert (
-        encode_parts(tokenizer, [TextPart("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
+        encode_spans(tokenizer, [TextPart("a b c d e f g h")], limit=3)[0].tolist() == tokenizer.encode("a b c d e f g h")[:3]
     )
 
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_nothing_is_too_long_and_cuts_are_counted(task: str, tokenizer: Tokenizer) -> None:
     split = "test" if TASKS[task].is_diagnostic else "train"
-    features = encoded(task, split, tokenizer, Lengths(max_seq_length=24, window_overlap=6, max_windows=2))
+    features = encoded(task, split, tokenizer, SequenceLengths(max_seq_length=24, window_overlap=6, max_windows=2))
     count = 0
     for example in features.examples:
         for choice in range(len(example.seconds)):
