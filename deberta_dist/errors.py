@@ -7,6 +7,7 @@ any other exception is a fault of ours and keeps its traceback.
 
 import errno
 import functools
+import importlib.util
 import io
 import os
 import sys
@@ -66,6 +67,17 @@ def missing_package(name: str) -> str:
     """What to say where a package cannot be imported because it is not installed."""
     extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
     return f"{name} is not installed: pip install 'deberta_dist{extra}'"
+
+
+def require_packages(*names: str) -> None:
+    """Refuses to begin what a missing package would end.
+
+    Raises:
+        ConfigError: one cannot be imported; the message has the command that installs it.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(missing_package(name))
 
 
 def printable(name: str) -> str:

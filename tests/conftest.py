@@ -46,3 +46,20 @@ def _let_the_interpreter_count() -> None:
 
 if TRITON.startswith("3.6."):
     _let_the_interpreter_count()
+
+
+def _without_half_surrogates(value: Any) -> Any:
+    """Names of files that are not UTF-8 stand in reports as half surrogates, which cannot be sent to pytest-xdist's parent."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _without_half_surrogates(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_half_surrogates(inner) for inner in value)
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """What a worker sends of a test."""
+    return _without_half_surrogates((yield))

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from deberta_dist.errors import ConfigError, with_exit_code
+from deberta_dist.errors import ConfigError, require_packages, with_exit_code
 from deberta_dist.files.atomic import new_file, refuse_existing
 
 MOST_PROCESSES = 256
@@ -55,6 +55,7 @@ def main() -> int:
         raise ConfigError(f"--steps {arguments.steps} and --rounds {arguments.rounds} must be positive")
     counts = counts_of(arguments.processes)
     refuse_existing(arguments.output)
+    require_packages("torch", "deepspeed")
     # DeepSpeed comes in with the ranks' module; a wrong flag is reported before.
     import deberta_dist.operations.calibration as measuring
     from deberta_dist.operations.measure import machine

@@ -1,13 +1,12 @@
 """How ``deberta-dist pretrain`` and ``deberta-dist finetune`` become DeepSpeed's launcher: see ``training/launch.py``."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from deberta_dist.errors import ConfigError, missing_package
+from deberta_dist.errors import ConfigError, require_packages
 from deberta_dist.files.shipped import find_package
 from deberta_dist.training.launch import command, split_arguments
 
@@ -40,9 +39,7 @@ def start(verb: str, toml: Path, arguments: Sequence[str]) -> NoReturn:
     Raises:
         ConfigError: a package is missing, DeepSpeed's flags name no machines or wrong ones, or the TOML is wrong.
     """
-    for package in ("torch", "deepspeed"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(missing_package(package))
+    require_packages("torch", "deepspeed")
     environment = dict(os.environ)
     find_package(environment)
     # The launcher of this interpreter, also where its environment is not activated.

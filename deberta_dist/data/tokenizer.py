@@ -6,6 +6,7 @@ it; a file is known by the SHA-256 of its bytes, which token files and checkpoin
 """
 
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import re
@@ -16,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from deberta_dist.data.seed_pieces import seed_pieces
 from deberta_dist.data.sentencepiece_model import without_seeds_file
@@ -28,7 +28,6 @@ from deberta_dist.files.foreign import HEAD_BYTES, begins_like, refuse_foreign
 
 SPECIAL_PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 MASK_PIECE = "[MASK]"
-SENTENCEPIECE_VERSION: str = sentencepiece.__version__
 TESTED_SENTENCEPIECE = "0.2.2"
 """The version that pyproject.toml asks for, which says why."""
 
@@ -63,8 +62,14 @@ def _has_no_surrogate(text: str) -> bool:
     return True
 
 
-def version_warning(installed: str = SENTENCEPIECE_VERSION) -> str:
-    """What to know about a version of sentencepiece before training with it; "" for the tested one."""
+def sentencepiece_version() -> str:
+    """The installed one."""
+    return importlib.metadata.version("sentencepiece")
+
+
+def version_warning(installed: str = "") -> str:
+    """What to know about a version of sentencepiece (by default the installed one) before training with it; "" for the tested one."""
+    installed = installed or sentencepiece_version()
     if installed == TESTED_SENTENCEPIECE:
         return ""
     known = " (of Thai, Devanagari and scripts like them its own trainer loses most pieces)"
@@ -99,6 +104,8 @@ def train_tokenizer(
         DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
             possible one) or has more characters than that, or ``model_path`` holds something else.
     """
+    import sentencepiece
+
     _require_symbols(options)
     more = len(options.symbols) + (_NUM_BYTES if options.byte_fallback else 0)
     if vocab_size <= len(SPECIAL_PIECES) + more:
@@ -124,6 +131,8 @@ def train_tokenizer(
 
 def _train(counts: dict[str, int], *, vocab_size: int, options: VocabularyOptions) -> bytes:
     """The model file for words and their counts."""
+    import sentencepiece
+
     model = io.BytesIO()
     # The trainer puts a space before each word that it is given, and so has to be counted.
     spaced = {WORD_START + word: count for word, count in counts.items()}
@@ -224,6 +233,8 @@ class Tokenizer:
             ) from error
         refuse_foreign(model, f"tokenizer {path}")
         try:
+            import sentencepiece  # here, for help texts and submissions need no tokenizer
+
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         except RuntimeError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.data.tokenizer import SENTENCEPIECE_VERSION, WORD_START, Tokenizer, clean_text, train_tokenizer
+from deberta_dist.data.tokenizer import WORD_START, Tokenizer, clean_text, sentencepiece_version, train_tokenizer
 from deberta_dist.data.training_words import TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import DataError, encodable
@@ -145,7 +145,7 @@ def train_vocabulary(
     tokenizer = Tokenizer(output)
     cut = f"{words.num_cut_runs:,} runs without white space, of {words.num_cut_characters:,} characters together"
     lines = (
-        ("trained by", f"sentencepiece {SENTENCEPIECE_VERSION}"),
+        ("trained by", f"sentencepiece {sentencepiece_version()}"),
         ("vocab-size", f"{vocab_size:,}"),
         ("character-coverage", str(options.character_coverage)),
         ("byte-fallback", "yes" if options.byte_fallback else "no"),

@@ -16,7 +16,7 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.pipeline.progress import Progress
 from deberta_dist.preparation.pipeline.work_items import list_work_items
-from deberta_dist.preparation.reading.texts import ReadOptions
+from deberta_dist.preparation.reading.texts import TextReadOptions
 from tests.preparation.pipeline.runs import Start, parts_of
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare
 
@@ -95,7 +95,7 @@ def test_a_line_far_too_long_in_bounded_memory(tokenizer: Tokenizer, tmp_path: P
 def test_bytes_that_are_not_utf8_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"the time\n\ncaf\xe9\n\nwas late")
-    options = ReadOptions(invalid_utf8="drop")
+    options = TextReadOptions(invalid_utf8="drop")
     outcome = prepare([path], tmp_path / "x", tokenizer=tokenizer, reading=options)
     assert outcome.total.dropped == {"dropped_utf8": 1} and outcome.total.read_documents == 3
     assert documents_of(tmp_path / "x" / "train") == [tokenizer.encode("the time"), tokenizer.encode("was late")]

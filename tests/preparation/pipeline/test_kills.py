@@ -13,7 +13,7 @@ import pytest
 
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
-from deberta_dist.preparation.reading.texts import ReadOptions, read_texts
+from deberta_dist.preparation.reading.texts import TextReadOptions, read_texts
 from tests.preparation.pipeline.runs import Start, children, num_shards, parts_of, shards_of
 from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT
@@ -133,7 +133,7 @@ def test_killed_in_every_phase(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with Start(output, arguments) as start:
         code, told, _ = start.end()
         assert code == 0 and told.startswith(f"{output}: ")
-    reading = ReadOptions(document="line")
+    reading = TextReadOptions(document="line")
     whole = tmp_path / "whole"
     prepare([text], whole, tokenizer=tokenizer, reading=reading, held_out_percent=5.0, shard_bytes=1 << 12)
     assert files_of(output) == files_of(whole)

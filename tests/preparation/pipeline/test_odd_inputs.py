@@ -12,7 +12,7 @@ from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
 from deberta_dist.preparation.pipeline.report import Outcome
-from deberta_dist.preparation.reading.texts import ReadOptions
+from deberta_dist.preparation.reading.texts import TextReadOptions
 from tests.preparation.pipeline.runs import Start
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare
 
@@ -73,7 +73,7 @@ def test_a_document_longer_than_a_token_file_has_one_alone(tokenizer: Tokenizer,
     prepare([path], tmp_path / "y", tokenizer=tokenizer, shard_bytes=1 << 12, piece_bytes=20_000)
     assert files_of(tmp_path / "y") == files_of(tmp_path / "x")
     with pytest.raises(ConfigError, match=r"--max-document-bytes 2147483648: expected at most 2147483647"):
-        prepare([path], tmp_path / "z", tokenizer=tokenizer, reading=ReadOptions(max_document_bytes=1 << 31))
+        prepare([path], tmp_path / "z", tokenizer=tokenizer, reading=TextReadOptions(max_document_bytes=1 << 31))
 
 
 def test_files_of_every_name_are_read_or_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_files_of_every_name_are_read_or_told(tokenizer: Tokenizer, tmp_path: Pa
     line = f"passed over beside the inputs: 3 ({', '.join(told['first'])})"
     assert line in outcome.summary(tmp_path / "x") and f"- {line}\n" in (tmp_path / "x" / "report.md").read_text()
 
-    reading = ReadOptions(format="wikiextractor")
+    reading = TextReadOptions(format="wikiextractor")
     outcome = prepare([folder], tmp_path / "y", tokenizer=tokenizer, reading=reading)
     assert documents_of(tmp_path / "y" / "train") == [tokenizer.encode("The fifth\n\nof all")]
     assert outcome.passed_over.count == 6
@@ -140,7 +140,7 @@ def test_what_is_to_be_held_out_never_comes_to_nothing(tokenizer: Tokenizer, tmp
     with pytest.raises(DataError, match=r"--held-out-input .*empty has no bytes: nothing would be held out"):
         prepare([text], tmp_path / "x", tokenizer=tokenizer, held_out_inputs=[valid, tmp_path / "empty"])
     assert not (tmp_path / "x").exists()
-    reading = ReadOptions(bad_records="drop")
+    reading = TextReadOptions(bad_records="drop")
     for name, why in (("blank.txt", "the inputs are empty"), ("bad.jsonl", "1 bad_record")):
         with pytest.raises(DataError, match=rf"no document of --held-out-input is left to hold out \({why}\)"):
             held_out = [tmp_path / name]

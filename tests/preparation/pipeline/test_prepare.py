@@ -13,7 +13,7 @@ from deberta_dist.preparation.filtering.filters import Filters
 from deberta_dist.preparation.pipeline.progress import Progress
 from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.reading.inputs import list_inputs
-from deberta_dist.preparation.reading.texts import ReadOptions
+from deberta_dist.preparation.reading.texts import TextReadOptions
 from tests.preparation.pipeline.small import documents_of, files_of, jsonl, prepare
 
 
@@ -118,10 +118,10 @@ def test_bad_documents_stop_it_or_are_counted_as_told(tokenizer: Tokenizer, tmp_
     with pytest.raises(DataError, match=r"a\.jsonl:2: byte 34 .*--invalid-utf8 replace or drop"):
         prepare([path], tmp_path / "x", tokenizer=tokenizer)
     # As the message says: that option, and it goes on.
-    options = ReadOptions(invalid_utf8="replace")
+    options = TextReadOptions(invalid_utf8="replace")
     with pytest.raises(DataError, match=r"a\.jsonl:3: no string in the field 'text'.*--bad-records drop"):
         prepare([path], tmp_path / "x", tokenizer=tokenizer, reading=options)
-    options = ReadOptions(invalid_utf8="replace", bad_records="drop")
+    options = TextReadOptions(invalid_utf8="replace", bad_records="drop")
     outcome = prepare([path], tmp_path / "x", tokenizer=tokenizer, reading=options)
     assert outcome.total.dropped == {"bad_record": 1} and outcome.total.altered == {"replaced_utf8": 1}
     expected = [tokenizer.encode(text) for text in ("the time", "caf\ufffd", "was late")]
