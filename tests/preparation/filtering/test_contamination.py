@@ -174,7 +174,7 @@ def test_fingerprint_is_that_of_the_ngrams(tmp_path: Path) -> None:
     [
         ("b.jsonl", b'{"a": "b"}\n{"a": }\n', r"b.jsonl:2 is not JSON"),
         ("b.json", b'{"a": "b"}\n{"a": \n', r"b.json is not JSON"),
-        ("b.jsonl.gz", gzip.compress(b'{"a": "b"}\n{"a": }\n'), r"b.jsonl.gz:2 is not JSON"),
+        ("b.jsonl.gz", gzip.compress(b'{"a": "b"}\n{"a": }\n', mtime=0), r"b.jsonl.gz:2 is not JSON"),
         ("b.jsonl.xz", b"\xfd7zXZ\0", r"b.jsonl.xz is cut short"),
         ("b.csv", b'"a,\0"\n', r"b.csv:\d is not CSV|has 13 words"),
         ("b.json", b"[" * 200_000, r"b.json is not JSON"),
@@ -192,8 +192,8 @@ def test_fingerprint_is_that_of_the_ngrams(tmp_path: Path) -> None:
         ("b.tsv", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", r"b.tsv is a Git LFS pointer"),
         ("b.tsv", b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\nsize 3\n", r"b.tsv is a Git LFS pointer"),
         ("b.json", b"<!DOCTYPE html>", r"b.json is an HTML page"),
-        ("b.txt.gz", gzip.compress(gzip.compress(b"x")), r"b.txt.gz was packed from begins like gzip data"),
-        ("b.txt", gzip.compress(b"x"), r"b.txt begins like gzip data, expected text by its name"),
+        ("b.txt.gz", gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), r"b.txt.gz was packed from begins like gzip data"),
+        ("b.txt", gzip.compress(b"x", mtime=0), r"b.txt begins like gzip data, expected text by its name"),
         ("missing.txt", None, r"missing.txt does not exist"),
     ],
 )
