@@ -7,10 +7,11 @@ Gloo on the CPU. A calibration holds for the numbers of processes that it was me
 """
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
-from deberta_dist.errors import ConfigError, with_exit_code
+from deberta_dist.errors import ConfigError, missing_package, with_exit_code
 from deberta_dist.files.atomic import new_file, refuse_existing
 
 MOST_PROCESSES = 256
@@ -55,7 +56,9 @@ def main() -> int:
         raise ConfigError(f"--steps {arguments.steps} and --rounds {arguments.rounds} must be positive")
     counts = counts_of(arguments.processes)
     refuse_existing(arguments.output)
-    # DeepSpeed comes in with the ranks' module; a wrong flag is reported before.
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(missing_package("deepspeed"))
+    # Torch comes in with the ranks' module; a wrong flag is reported before.
     import deberta_dist.operations.calibration as measuring
     from deberta_dist.operations.measure import machine
 

@@ -17,12 +17,15 @@ How many rows were cut, and in how many that reached what the label depends on, 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.tasks.decisions import Decision, Key
 from deberta_dist.tasks.segments import CONTEXT_CUT, KEPT_CUT, TextPart, encode_spans, window_starts
+
+if TYPE_CHECKING:  # help and the checks of a command line need no tokenizer
+    from deberta_dist.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class RowEncoder:
         lengths: How long sequences may be.
     """
 
-    def __init__(self, decisions: Mapping[Key, Decision], tokenizer: Tokenizer, lengths: SequenceLengths) -> None:
+    def __init__(self, decisions: Mapping[Key, Decision], tokenizer: "Tokenizer", lengths: SequenceLengths) -> None:
         self._decisions, self._tokenizer, self._lengths = decisions, tokenizer, lengths
         # Half of what three special tokens leave.
         self._second_limit = (lengths.max_seq_length - 3) // 2

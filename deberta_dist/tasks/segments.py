@@ -5,10 +5,13 @@ Letters: F tokens of a first segment, S of a sequence.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deberta_dist.data.tokenizer import Tokenizer
+if TYPE_CHECKING:  # help and the checks of a command line need no tokenizer
+    from deberta_dist.data.tokenizer import Tokenizer
+
 
 NOT_CUT, CONTEXT_CUT, KEPT_CUT = "not cut", "context cut", "kept part cut"
 
@@ -26,7 +29,7 @@ class TextPart:
     is_kept: bool = False
 
 
-def encode_spans(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
+def encode_spans(tokenizer: "Tokenizer", parts: Sequence[TextPart], *, limit: int) -> tuple[np.ndarray, str]:
     """Ids of a segment of at most ``limit`` tokens.
 
     Where it is longer, the tokens nearest to a kept part stay, in their order; without a kept part the first ones do.
@@ -73,7 +76,7 @@ def window_starts(length: int, *, room: int, overlap: int, most: int) -> np.ndar
 
 
 def sequences(
-    tokenizer: Tokenizer, first: np.ndarray, second: np.ndarray, *, max_seq_length: int, overlap: int, max_windows: int
+    tokenizer: "Tokenizer", first: np.ndarray, second: np.ndarray, *, max_seq_length: int, overlap: int, max_windows: int
 ) -> list[np.ndarray]:
     """``[CLS] window of first [SEP] second [SEP]`` for every window; without a second segment ``[CLS] window [SEP]``.
 
