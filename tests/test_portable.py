@@ -1,4 +1,4 @@
-"""Conversion and preparation run where POSIX's own modules and calls are missing, as on Windows."""
+"""The core runs where POSIX's own modules and calls are missing, as on Windows, and without what only extras bring."""
 
 import ast
 import json
@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from deberta_dist.files import disk
+from deberta_dist.tasks.base import Release
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from tests.conversion.small_models import FOLDER, export, make_model, published_tensors
+from tests.tasks.conftest import write_release, write_run
 from tests.test_architecture import PACKAGE, python_files
 
 POSIX_MODULES = frozenset("fcntl grp posix pty pwd readline resource syslog termios tty".split())
@@ -29,7 +32,12 @@ POSIX_CALLS = {
     ),
 }
 # Path -> why. Each asks whether the system has the call before it is made.
-ASKS_FIRST = {f"{PACKAGE}/files/disk.py": POSIX_CALLS["os"], f"{PACKAGE}/preparation/pipeline/crew.py": POSIX_CALLS["signal"]}
+ASKS_FIRST = {
+    f"{PACKAGE}/files/disk.py": POSIX_CALLS["os"],
+    f"{PACKAGE}/preparation/pipeline/workers.py": POSIX_CALLS["signal"],
+}
+# Nothing of what `pip install deberta_dist` brings without an extra.
+ONLY_EXTRAS = ("deepspeed", "scipy", "transformers", "mpi4py", "pyarrow", "zstandard", "rensa", "onnx", "sklearn", "peft")
 # Measurements are made on Linux.
 LINUX_ONLY = ("benchmarks/", f"{PACKAGE}/operations/")
 
@@ -104,7 +112,7 @@ def run_on_windows(commands: list[list[str]], *, cwd: Path) -> str:
     # The library itself asks for these; Windows has the first.
     calls = POSIX_CALLS["os"] - {"kill", "register_at_fork", "statvfs", "uname"}
     program = WINDOWS.format(
-        modules=sorted(POSIX_MODULES - {"posix"}), calls=sorted(calls), signals=sorted(POSIX_CALLS["signal"]),
+        modules=[*sorted(POSIX_MODULES - {"posix"}), *ONLY_EXTRAS], calls=sorted(calls), signals=sorted(POSIX_CALLS["signal"]),
         root=str(FOLDER), commands=commands,
     )  # fmt: skip
     run = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120)
@@ -120,9 +128,26 @@ def test_conversion_where_posix_is_missing(tmp_path: Path) -> None:
         ["convert_checkpoint.py", "hf", "ms", "--to", "official", "--report", "report.json"],
         ["convert_checkpoint.py", "ms", "hf", "--to", "deberta_dist", "--force"],
         ["inspect_checkpoint.py", "hf", "--diff", "source"],
+        ["train_tokenizer.py", "--input", "text.txt", "--output", "spm.model", "--vocab-size", "60"],
+        ["fill_mask.py", "source", "sentence [MASK] .", "--tokenizer", "spm.model", "--top", "1"],
+    ]
+    (tmp_path / "text.txt").write_text("".join(f"sentence {i} of another text {i * i}\n" for i in range(400)), encoding="utf-8")
+    shown = run_on_windows(commands, cwd=tmp_path)
+    assert "mask 1: " in shown
+    assert f"{len(published_tensors(model))} tensors are equal bit for bit, 0 have other numbers" in shown
+
+
+def test_scores_and_submissions_where_posix_is_missing(tmp_path: Path) -> None:
+    data = write_release(tmp_path / "data")
+    release = Release(data, SUPERGLUE)
+    for name, first in (("ours/seed-1", 0.6), ("ours/seed-2", 0.7), ("theirs/seed-1", 0.4), ("theirs/seed-2", 0.6)):
+        write_run(tmp_path / name, release, first=first)
+    commands = [
+        ["report_scores.py", "--predictions", "ours", "--against", "theirs", "--data", "data"],
+        ["make_submission.py", "--predictions", "ours", "--data", "data", "--out", "s.zip", "--partial"],
     ]
     shown = run_on_windows(commands, cwd=tmp_path)
-    assert f"{len(published_tensors(model))} tensors are equal bit for bit, 0 have other numbers" in shown
+    assert "BoolQ" in shown and (tmp_path / "s.partial.zip").is_file()
 
 
 @pytest.mark.slow  # the same imports as a conversion; the calls of each room are found by the search above

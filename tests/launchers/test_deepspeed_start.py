@@ -29,9 +29,11 @@ def checkout(tmp_path: Path) -> Path:
     for part in (
         "__init__.py",
         "errors.py",
-        "foreign.py",
+        "values.py",
+        "files",
         "config",
         "training/__init__.py",
+        "training/arguments.py",
         "training/launch.py",
         "training/hostfile.py",
     ):
