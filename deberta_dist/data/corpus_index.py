@@ -124,7 +124,7 @@ def read_index(directory: Path) -> Index:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     refuse_foreign(content, path)
     try:
-        raw = loads(content)
+        raw = loads(content, any_text=True)
         version = raw["format_version"]
         index = _parse(raw) if version == INDEX_VERSION else None
     except (ValueError, LookupError, TypeError) as error:

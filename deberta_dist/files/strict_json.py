@@ -35,13 +35,14 @@ def json_integer(digits: str) -> int | LongInteger:
         return LongInteger(digits)
 
 
-def loads(text: bytes | str, *, any_numbers: bool = False) -> Any:
+def loads(text: bytes | str, *, any_numbers: bool = False, any_text: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: UTF-8 where it is bytes.
         any_numbers: Integers of any length are taken, as `LongInteger` where need be, and so are numbers that are infinite as
             a float: for readers that pass over fields.
+        any_text: Half surrogates are taken: so are names of files that are not UTF-8 written.
 
     Raises:
         ValueError: It is no JSON, has a key twice, NaN or Infinity, a number without room, text that cannot be written, or
@@ -55,8 +56,9 @@ def loads(text: bytes | str, *, any_numbers: bool = False) -> Any:
             parse_float=float if any_numbers else _finite,
             parse_int=json_integer if any_numbers else _integer,
         )
-        # Half of a surrogate pair is JSON, and text that nothing can print or write.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if not any_text:
+            # Half of a surrogate pair is JSON, and text that nothing can print or write.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value

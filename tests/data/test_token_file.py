@@ -63,6 +63,7 @@ def test_read_of_a_file_cut_short_meanwhile_is_refused(tmp_path: Path) -> None:
 
 def test_a_token_file_gives_its_descriptor_back(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tokens")
+    gc.collect()
     before = os.listdir("/proc/self/fd")
     for _ in range(20):
         TokenFile(path).read(0, 1)

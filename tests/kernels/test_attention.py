@@ -211,7 +211,7 @@ def test_half_precision_scores_are_float32(dtype, implementation):
     [
         ({"p2c_BNSR": torch.zeros(1)}, "two forms of one term"),
         ({"dropout_p": 1.0}, r"dropout_p = 1.0 is not in \[0, 1\)"),
-        ({"implementation": "quick"}, "'quick' is not one of reference, portable, fused"),
+        ({"implementation": "quick"}, "'quick' is not one of fused, portable, reference"),
         ({"implementation": "portable", "return_probabilities": True}, "portable .* returns no probabilities"),
         ({"implementation": "fused", "return_probabilities": True}, "'fused' cannot be had: .* needs an NVIDIA GPU"),
     ],

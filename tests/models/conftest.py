@@ -48,7 +48,7 @@ class Golden:
 def _load(name: str) -> Golden:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safetensors' files are no mappings)
     return Golden(metadata["kind"], DebertaConfig.from_dict(json.loads(metadata["config"])), tensors)
 
 

@@ -50,7 +50,7 @@ def test_every_launch_of_a_backward_pass_has_a_line_and_a_micro_batch(name: str,
     for direction in ("backward", "recompute"):
         launches = runs[name].record.launches().where(within=STEP, direction=direction)
         # The loss is scaled behind the model, and the weight store's own backward pass is for all micro-batches at once.
-        inside = launches.where(lambda event: not event.site.startswith(("pipeline_parallel/runner.py:", "zero/")))
+        inside = launches.where(lambda event: not event.site.startswith(("parallel/pipeline/runner.py:", "parallel/zero/")))
         strange = inside.where(lambda event: not event.site or "micro-batch 0" not in event.phases)
         assert not strange, strange.report()
         assert direction == "recompute" or len(inside) > 150
