@@ -3,8 +3,8 @@
 import argparse
 import dataclasses
 import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +117,9 @@ def test_a_round_of_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ],
 )
 def test_a_rank_that_fails_or_hangs_ends_it_all(
-    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, message: str, tmp_path: Path, ranks_run: Callable[[str], None]
 ) -> None:
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f"#!/bin/sh\n{script}\n")
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(stand_in))
+    ranks_run(script)
     world = World(1, folder=tmp_path, deadline=time.monotonic() + (0.0 if "sleep" in script else 60.0))
     try:
         with pytest.raises(BenchmarkError, match=message):
