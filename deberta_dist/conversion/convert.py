@@ -30,11 +30,9 @@ from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_toke
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, DroppedKey, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
-from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from deberta_dist.models.encoder import DebertaModel
-from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.heads import LABELLED, MASKED_LM, model_with_head
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.values import CONVERSION_FORMATS
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -342,9 +340,7 @@ def _warnings(model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerRe
 
 
 def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module, list[str]]:
-    """The model with its first head of: fine-tuning, replaced token detection, masked language modelling; else the backbone.
-
-    A masked language modelling head beside a detector was trained on the generator's encoder, not on this one.
+    """The model of a checkpoint, with the head that `CanonicalCheckpoint.model_head` says.
 
     Args:
         found: The checkpoint; all its weights have one number format.
@@ -356,11 +352,15 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
     Raises:
         CheckpointError: the checkpoint lacks some of them.
     """
+    head = found.model_head
     with without_memory():
-        model = _empty(found)
-    prefix = "deberta." if isinstance(model, DebertaModel) else ""
+        model: nn.Module
+        if head:
+            model, prefix = model_with_head(found.config, head, num_labels=found.num_labels), ""
+        else:
+            model, prefix = DebertaModel(found.config, seed=None), "deberta."
     names = {name: prefix + name for name, _ in model.named_parameters()}
-    if not isinstance(model, DebertaForMaskedLM):
+    if head != MASKED_LM:
         # Absolute positions of a decoder that this model does not have.
         names = {name: key for name, key in names.items() if key in found.weights or key not in found.lacking}
     if missing := [key for key in names.values() if key not in found.weights]:
@@ -369,14 +369,3 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
     model.load_state_dict(state, strict=len(names) == len(list(model.parameters())), assign=True)
     model.eval().requires_grad_(False)
     return model, list(names.values())
-
-
-def _empty(found: CanonicalCheckpoint) -> nn.Module:
-    if found.head:
-        return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
-    heads = {name.split(".")[0] for name in found.weights}
-    if "mask_predictions" in heads:
-        return DebertaForReplacedTokenDetection(found.config)
-    if "lm_predictions" in heads:
-        return DebertaForMaskedLM(found.config)
-    return DebertaModel(found.config, seed=None)
