@@ -37,6 +37,11 @@ class Timeline:
         """Share of the time in which a pipeline rank waits, the mean over the ranks."""
         return 1 - sum(self.worked) / (len(self.worked) * self.seconds) if self.seconds else 0.0
 
+    def __add__(self, other: "Timeline") -> "Timeline":
+        """The one, then the other, on the same ranks."""
+        worked = tuple(one + more for one, more in zip(self.worked, other.worked, strict=True))
+        return Timeline(seconds=self.seconds + other.seconds, worked=worked)
+
 
 def orders(schedule: str, *, ranks: int, stages_per_rank: int, micro_batches: int) -> list[list[Pass]]:
     """What every pipeline rank does, in order.

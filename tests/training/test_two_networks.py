@@ -25,7 +25,7 @@ from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.trainer import Trainer
 from tests.harness import run_ranks
 from tests.integration.parallel_run import LEARNING_RATE, Case, deepspeed_settings, own_batch
-from tests.training.two_networks import DRAFTER, TABLE, train_plain, two_networks
+from tests.two_networks import DRAFTER, TABLE, train_plain, two_networks
 
 STEPS, SAVED_AT = 4, 2
 BASE = {"steps": STEPS, "num_layers": 4, "clipping": 0.3}
