@@ -27,9 +27,11 @@ class TrainedNetwork(Network):
 
     Attributes:
         loss_weight: Factor on its loss.
+        learning_rate_factor: Factor on the run's learning rate in every step.
     """
 
     loss_weight: float = 1.0
+    learning_rate_factor: float = 1.0
 
     @property
     @abstractmethod
