@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def convert(
     if with_code:
         target = custom_code.with_code(target, model, where=source_path)
 
+    found = _Converted(source=source, model=model, source_dtype=source_dtype, is_rounded=is_rounded, warnings=warnings)
     with new_directory(target_path, force=force, num_bytes=target.num_bytes) as output:
         output.write_text(target.config_name, json.dumps(target.config, indent=2) + "\n")
         notes = target.write(output)
@@ -119,17 +121,54 @@ def convert(
         )
         if to == "huggingface":
             output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
-        warnings += [*_warnings(model, target, result, is_rounded=is_rounded), *_left_behind(source, result), *notes]
-        report = make_report(
-            source,
-            model,
-            source_dtype=source_dtype,
-            written=target.weights,
-            lost=target.lost,
-            target_format=f"{to} ({target.architecture})" if target.architecture else to,
-            details={"tokenizer": dataclasses.asdict(result), "warnings": warnings, "files": dict(output.files)},
-        )
-        output.write_text(REPORT_NAME, json.dumps(report, indent=1) + "\n")
+        return _write_report(output, found, target, result, to=to, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What a report says of the source.
+
+    Attributes:
+        source: What was read.
+        model: In published names, in the target's number format.
+        source_dtype: Number formats of the source.
+        is_rounded: Whether the target's is narrower than one of them.
+        warnings: What reading it gave rise to.
+    """
+
+    source: CheckpointSource
+    model: CanonicalCheckpoint
+    source_dtype: Sequence[str]
+    is_rounded: bool
+    warnings: Sequence[str]
+
+
+def _write_report(
+    output: OutputDirectory,
+    found: _Converted,
+    target: Target,
+    tokenizer: TokenizerResult,
+    *,
+    to: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Writes the report, after everything else, and returns it."""
+    warnings = [
+        *found.warnings,
+        *_warnings(found.model, target, tokenizer, is_rounded=found.is_rounded),
+        *_left_behind(found.source, tokenizer),
+        *notes,
+    ]
+    report = make_report(
+        found.source,
+        found.model,
+        source_dtype=found.source_dtype,
+        written=target.weights,
+        lost=target.lost,
+        target_format=f"{to} ({target.architecture})" if target.architecture else to,
+        details={"tokenizer": dataclasses.asdict(tokenizer), "warnings": warnings, "files": dict(output.files)},
+    )
+    output.write_text(REPORT_NAME, json.dumps(report, indent=1) + "\n")
     return report
 
 
