@@ -73,11 +73,15 @@ class LabelledModel(ModelWithBackbone):
         Raises:
             ValueError: labels of another shape or kind of number.
         """
-        backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
+        hidden_BSD = self.encode(input_ids, attention_mask, token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
-        logits, pooled_BD = self.head(backbone.last_hidden_state, dropout_key=head_key)
+        logits, pooled_BD = self.head(hidden_BSD, dropout_key=head_key)
         loss = None if labels is None else self.loss(logits, labels)
         return ClassificationOutput(loss=loss, logits=logits, hidden_BD=pooled_BD)
+
+    def encode(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, *, dropout_key: int | None) -> Tensor:
+        """Last hidden states [B, S, D]."""
+        return self.deberta(ids, mask, token_type_ids=types, dropout_key=dropout_key).last_hidden_state
 
     def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor | None]:
         """Logits, and the pooled state [B, D] where there is one."""

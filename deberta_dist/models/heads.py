@@ -17,7 +17,6 @@ from torch import Tensor
 from deberta_dist.errors import ConfigError
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.classification import (
-    ClassificationOutput,
     DebertaForReplacedTokenDetection,
     DebertaForSequenceClassification,
     LabelledModel,
@@ -133,6 +132,8 @@ class DebertaForQuestionAnswering(ModelWithBackbone):
 class DebertaForMultipleChoice(DebertaForSequenceClassification):
     """Which of several texts: one score for each by a sequence head of one row.
 
+    Inputs are [B, C, S], C choices; logits are scores [B, C].
+
     Args:
         config: sizes and switches.
         seed: start of the parameters; without effect on the meta device.
@@ -143,34 +144,21 @@ class DebertaForMultipleChoice(DebertaForSequenceClassification):
     def __init__(self, config: DebertaConfig, *, seed: int = 0) -> None:
         super().__init__(config, num_labels=1, seed=seed)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        token_type_ids: Tensor | None = None,
-        dropout_key: int | None = None,
-    ) -> ClassificationOutput:
-        """Scores [B, C], and with labels the mean loss.
-
-        Args:
-            input_ids: int64 [B, C, S].
-            attention_mask: [B, C, S]; absent: all tokens are seen.
-            labels: int64 [B], number of the right choice, negative where unknown.
-            token_type_ids: [B, C, S].
-            dropout_key: see `DebertaModel.forward`.
+    def encode(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, *, dropout_key: int | None) -> Tensor:
+        """Last hidden states [B, C, S, D].
 
         Raises:
-            ValueError: ``input_ids`` have not three dimensions, or labels another shape, or no int64.
+            ValueError: ``input_ids`` have not three dimensions.
         """
-        if input_ids.ndim != 3:
-            raise ValueError(f"input_ids are {list(input_ids.shape)}, expected [batch, choices, tokens]")
-        flat = [None if value is None else value.flatten(0, 1) for value in (input_ids, attention_mask, token_type_ids)]
-        output = super().forward(flat[0], flat[1], token_type_ids=flat[2], dropout_key=dropout_key)
-        logits_BC = output.logits.view(input_ids.shape[:2])
-        loss = None if labels is None else self.loss(logits_BC, labels)
-        return ClassificationOutput(loss=loss, logits=logits_BC, hidden_BD=output.hidden_BD)
+        if ids.ndim != 3:
+            raise ValueError(f"input_ids are {list(ids.shape)}, expected [batch, choices, tokens]")
+        flat = [None if value is None else value.flatten(0, 1) for value in (ids, mask, types)]
+        return super().encode(*flat, dropout_key=dropout_key).unflatten(0, ids.shape[:2])
+
+    def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor]:
+        """Scores [B, C] of hidden states [B, C, S, D], and the pooled states [B C, D]."""
+        scores, pooled = super().head(hidden_BSD.flatten(0, 1), dropout_key=dropout_key)
+        return scores.view(hidden_BSD.shape[:2]), pooled
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the samples; ``labels`` int64 [B], number of the right choice, negative where unknown."""

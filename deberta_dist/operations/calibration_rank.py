@@ -25,6 +25,7 @@ from deberta_dist.data.loader import Batch
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_batch
+from deberta_dist.operations.ranks import store_settings
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.planning.activations import local_config
 from deberta_dist.planning.memory import expected_targets
@@ -102,15 +103,7 @@ def plan_of(case: LayoutCase) -> Plan:
         parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
         run=Run(directory="unused", deepspeed="unused"),
     )
-    deepspeed = {
-        "train_batch_size": case.data,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000_000},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    deepspeed = store_settings(case.data, reduce_bucket_size=10_000_000)
     return plan_networks(config, deepspeed, model_config=model, objective=masked_lm(config, model))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
-from deberta_dist.planning.activations import StageActivations, stage_activations
+from deberta_dist.planning.activations import StageActivations, StageCase, stage_activations
 from deberta_dist.values import INTERLEAVED
 
 FLOAT32, INT64 = 4, 8  # bytes
@@ -210,15 +210,17 @@ def _in_flight(
     stages = [
         stage_activations(
             layout.network,
-            layers=layout.stages[index],
-            tensor_parallel_size=layout.tensor_parallel_size,
-            sequence_parallel=layout.sequence_parallel,
-            batch_shape=batch_shape,
-            targets_per_sequence=expected_targets(config, length=batch_shape[1]),
-            dtype=dtype,
-            recompute=training.recompute,
-            document_boundaries=config.data.document_boundaries,
-            vocabulary_chunks=training.vocabulary_chunks,
+            StageCase(
+                layers=layout.stages[index],
+                tensor_parallel_size=layout.tensor_parallel_size,
+                sequence_parallel=layout.sequence_parallel,
+                batch_shape=batch_shape,
+                targets_per_sequence=expected_targets(config, length=batch_shape[1]),
+                dtype=dtype,
+                recompute=training.recompute,
+                document_boundaries=config.data.document_boundaries,
+                vocabulary_chunks=training.vocabulary_chunks,
+            ),
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from deberta_dist.config import offload_device, precision
 from deberta_dist.parallel.layout import DTYPES
-from deberta_dist.planning.activations import stage_activations
+from deberta_dist.planning.activations import StageCase, stage_activations
 from deberta_dist.planning.dry_run import rank_reports
 from deberta_dist.planning.memory import FLOAT32, micro_batches_in_flight, rank_memory
 from deberta_dist.planning.plan import MakeObjective, NetworkPlan, Plan, check_plan
@@ -136,17 +136,19 @@ def _activation_floor(part: NetworkPlan) -> float:
     One layer's, measured with four sequences; with more of them a sequence keeps up to 3% less.
     """
     run = part.config
-    options = {
-        "tensor_parallel_size": run.parallel.tensor_parallel_size,
-        "batch_shape": (4, run.data.max_seq_length),
-        "targets_per_sequence": 1,
-        "dtype": DTYPES[precision(part.deepspeed)],
-        "recompute": run.training.recompute,
-        "document_boundaries": run.data.document_boundaries,
-    }
+    case = StageCase(
+        layers=range(1, 4),
+        tensor_parallel_size=run.parallel.tensor_parallel_size,
+        batch_shape=(4, run.data.max_seq_length),
+        targets_per_sequence=1,
+        dtype=DTYPES[precision(part.deepspeed)],
+        recompute=run.training.recompute,
+        document_boundaries=run.data.document_boundaries,
+    )
     config = dataclasses.replace(part.model_config, num_hidden_layers=6)
     network = dataclasses.replace(part.network, config=config)
-    three, four = (stage_activations(network, layers=range(1, stop), **options).saved for stop in (4, 5))
+    cases = (case, dataclasses.replace(case, layers=range(1, 5)))
+    three, four = (stage_activations(network, one).saved for one in cases)
     layers = [len(part.layout.stages[index]) for index in part.layout.stages_by_rank[0]]
     kept = max(sum(n * count for n, count in zip(counts, layers, strict=True)) for counts, _ in _moments(part))
     return 0.95 * (four - three) / 4 * run.training.micro_batch_size * kept
