@@ -12,8 +12,7 @@ from pathlib import Path
 
 from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
 from deberta_dist.files.atomic import new_file, refuse_existing
-from deberta_dist.tasks.archive import read_zip, zip_bytes
-from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.assemble import assemble, read_zip, zip_bytes
 from deberta_dist.tasks.base import Release, Verdict
 from deberta_dist.tasks.predictions import predictions_file
 from deberta_dist.tasks.registry import DEFAULT
