@@ -45,8 +45,6 @@ PROBE = (
 )
 """Strings that tokenizers of other make are known to split differently."""
 
-MASK_PROBE = "a [MASK] b"
-
 
 def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings = AS_TRAINED) -> dict[str, Any]:
     """The contents of ``tokenizer.json``.

@@ -63,11 +63,6 @@ class BucketSizes:
         """Tokens of all sequences of each bucket, padding included."""
         return tuple(count * length for count, length in zip(self.num_pieces, self.lengths, strict=True))
 
-    @property
-    def total_padding(self) -> float:
-        """Share of all tokens of an epoch that are padding."""
-        return 1 - (sum(self.num_tokens) + NUM_SPECIAL * sum(self.num_pieces)) / sum(self.room)
-
 
 def count_chunks(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
     """Goes through the documents once and keeps nothing.

@@ -57,11 +57,6 @@ class Index:
     shards: tuple[CorpusShard, ...]
 
 
-def shard_name(number: int) -> str:
-    """File name of a shard: 00000.tokens, 00001.tokens, ..."""
-    return f"{number:05}{TOKENS_SUFFIX}"
-
-
 def shard_of(file: TokenFile) -> CorpusShard:
     """A token file as an index names it."""
     return CorpusShard(

@@ -25,7 +25,7 @@ TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 
 class Head(Enum):
-    """What the model gives for a sequence.
+    """What the model gives for a sequence; the values are those of `values.HeadKind`.
 
     Spans, tokens, several labels at once and plain numbers become members with the first task that answers so. What depends on the
     head: `Task.num_outputs` and `Task.probabilities` here, the loss and the batches of ``finetuning/``, and what the

@@ -5,13 +5,12 @@ Called by tools/train_tokenizer.py.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.preparation.reading.documents import Document, TextReadOptions
-from deberta_dist.preparation.reading.inputs import PARQUET, FileRange, InputFile, list_inputs
+from deberta_dist.preparation.reading.inputs import PARQUET, FileRange, InputFile
 from deberta_dist.preparation.reading.parquet import RowGroup, row_groups
 from deberta_dist.preparation.reading.streams import open_input, text_chunks
 from deberta_dist.preparation.reading.texts import RowRange, read_documents
@@ -28,8 +27,8 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest[:8], "little") % 100 < _HELD_OUT_PER_CENT
 
 
-def sample_texts(
-    inputs: Iterable[str | Path], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
+def sample_files(
+    files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
 ) -> Iterator[tuple[str, bool]]:
     """Texts of all documents, or about ``max_bytes`` of them taken evenly from all inputs.
 
@@ -39,7 +38,7 @@ def sample_texts(
     number. Where documents are larger than ``max_bytes / 64`` the sample's size is that rough.
 
     Args:
-        inputs: as for ``list_inputs``.
+        files: from ``list_inputs``, in the order in which they are sampled.
         options: as for ``read_documents``; documents that are left out are left out here, too.
         max_bytes: bytes of text to take, about; of files with records, of their lines. None: all.
         salt: another one gives another sample; the same gives the same.
@@ -49,15 +48,8 @@ def sample_texts(
 
     Raises:
         ConfigError: ``max_bytes`` is less than 1.
-        DataError: as ``list_inputs`` and ``read_documents``.
+        DataError: as ``read_documents``.
     """
-    yield from sample_files(list_inputs(inputs, format=options.format), options=options, max_bytes=max_bytes, salt=salt)
-
-
-def sample_files(
-    files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
-) -> Iterator[tuple[str, bool]]:
-    """``sample_texts`` of files that have been listed."""
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}, expected at least 1")
     for document in _sample(files, options=options, max_bytes=max_bytes, salt=salt):

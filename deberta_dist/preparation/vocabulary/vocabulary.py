@@ -124,11 +124,11 @@ def train_vocabulary(
         output: model file to make; the report is written beside it.
         reading: as for ``read_documents``.
         options, vocab_size: as for ``train_tokenizer``.
-        max_bytes: as for ``sample_texts``.
+        max_bytes: as for ``sample_files``.
 
     Raises:
-        ConfigError: as ``train_tokenizer`` and ``sample_texts``.
-        DataError: ``output`` or its report exists; or as ``train_tokenizer`` and ``sample_texts``.
+        ConfigError: as ``train_tokenizer`` and ``sample_files``.
+        DataError: ``output`` or its report exists; or as ``train_tokenizer`` and ``sample_files``.
     """
     _refuse_existing(output)
     listing = find_inputs(inputs, format=reading.format)
@@ -174,9 +174,9 @@ def take_published(
         The model, with its measures on all documents of the sample.
 
     Raises:
-        ConfigError: as ``sample_texts``.
+        ConfigError: as ``sample_files``.
         DataError: ``output`` or its report exists; ``model`` is not a model of DeBERTa (as ``Tokenizer``); or as
-            ``sample_texts``.
+            ``sample_files``.
     """
     _refuse_existing(output)
     tokenizer = Tokenizer(model)
