@@ -1,14 +1,14 @@
 """Text to a corpus of token files, by one process or many on any number of nodes: the same bytes every time.
 
-Called by tools/prepare_corpus.py on every rank. Three phases, each shared out in units that any process can take::
+Called by tools/prepare_corpus.py on every rank. Three phases, each shared out in work items that any process can take::
 
-    encode        a piece of an input      -> parts: ids, lengths, hashes of its documents
+    encode        a range of an input      -> spool: ids, lengths, hashes of its documents
     duplicates    a range of hashes        -> documents to drop
     shards        a token file             -> the documents that stay, in the order of the input
 
-What a phase has finished is on disk, so the same command goes on after any end. Memory of a process: a part (about 100 MB),
+What a phase has finished is on disk, so the same command goes on after any end. Memory of a process: a spool file (about 100 MB),
 26 bytes for each byte of the longest document, the hashes of a range, nothing that grows with the corpus but a few numbers
-per part; near-duplicates have a memory of their own.
+per spool file; near-duplicates have a memory of their own.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ class _Start:
     """What rank 0 tells the others.
 
     Attributes:
-        units: all pieces of the inputs, in order.
+        work_items: ranges of all inputs, in order.
         passed_over: what lies beside them and is not read.
         run: folder of this start.
-        state: folder of what depends on all units.
+        state: folder of what depends on all work items.
         outcome: of a start that was killed when all was done but the moving; None: there is work.
     """
 
-    units: tuple[WorkItem, ...]
+    work_items: tuple[WorkItem, ...]
     passed_over: PassedOver
     run: Path
     state: Path
@@ -110,16 +110,16 @@ def prepare_corpus(
     with ExitStack() as stack:
 
         def begin() -> _Start:
-            units, passed_over = list_work_items(
-                inputs, held_out_inputs, piece_bytes=recipe.piece_bytes, format=recipe.reading.format
+            work_items, passed_over = list_work_items(
+                inputs, held_out_inputs, range_bytes=recipe.piece_bytes, format=recipe.reading.format
             )
             workspace.refuse_foreign()
             stack.enter_context(RunLock(workspace.directory, key="--output: working directory"))
             workspace.refuse_foreign()  # whoever had the lock may have completed it
-            state = workspace.state(recipe, units)
+            state = workspace.state(recipe, work_items)
             run = workspace.begin(recipe, state=state)
             outcome = workspace.finished(state)
-            return _Start(units=units, passed_over=passed_over, run=run, state=state, outcome=outcome)
+            return _Start(work_items=work_items, passed_over=passed_over, run=run, state=state, outcome=outcome)
 
         start = ranks.first(begin)
         outcome = start.outcome or _prepare(
@@ -163,47 +163,47 @@ def _prepare(
     made = workspace.made(start.state)
     with (
         Monitor(start.run, report=progress if ranks.rank == 0 else None, seconds=progress_seconds) as monitor,
-        WorkerPool(start.run, rank=ranks.rank, num_workers=num_workers) as crew,
+        WorkerPool(start.run, rank=ranks.rank, num_workers=num_workers) as pool,
     ):
         encode = EncodePhase(
-            pieces=start.units,
+            work_items=start.work_items,
             recipe=recipe,
             tokenizer=Path(tokenizer.path),
             ngrams=ngrams,
-            directory=workspace.parts,
+            directory=workspace.spool,
         )
         if ranks.rank == 0:
-            total = sum(unit.input_bytes for unit in start.units)
+            total = sum(item.input_bytes for item in start.work_items)
             monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
-        crew.run(encode)
+        pool.run(encode)
         ranks.barrier()
-        parts, item_of_spool_file = ranks.first(lambda: _collect(start.units, directory=workspace.parts))
+        spool, item_of_spool_file = ranks.first(lambda: _collect(start.work_items, directory=workspace.spool))
 
         duplicates = _find_duplicates(
-            parts,
+            spool,
             directory=workspace.duplicates(start.state),
             recipe=recipe,
             memory_bytes=memory_bytes,
-            crew=crew,
+            pool=pool,
             ranks=ranks,
             monitor=monitor,
         )
         monitor.phase("writing token files")
-        plan: ShardAssignment = ranks.first(
+        assignment: ShardAssignment = ranks.first(
             lambda: assign_shards(
-                parts,
-                sources=[start.units[number].file.source for number in item_of_spool_file],
+                spool,
+                sources=[start.work_items[number].file.source for number in item_of_spool_file],
                 duplicates={rule: DroppedDocuments(paths) for rule, paths in duplicates.items()},
                 shard_bytes=recipe.shard_bytes,
                 vocab_size=tokenizer.num_tokens,
             )
         )
-        if not plan.shards:
-            raise DataError(_nothing_kept(parts))
-        crew.run(
+        if not assignment.shards:
+            raise DataError(_nothing_kept(spool))
+        pool.run(
             WriteShardsPhase(
-                plan=plan,
-                parts=parts,
+                assignment=assignment,
+                spool=spool,
                 duplicates=[path for paths in duplicates.values() for path in paths],
                 directory=made,
                 tokenizer_sha256=tokenizer.sha256,
@@ -213,15 +213,15 @@ def _prepare(
         ranks.barrier()
 
     def finish() -> Outcome:
-        names = " ".join(dict.fromkeys(unit.file.path.name for unit in start.units))
-        for folder, shards in plan.folders().items():
+        names = " ".join(dict.fromkeys(item.file.path.name for item in start.work_items))
+        for folder, shards in assignment.folders().items():
             if not (made / folder / INDEX_NAME).exists():
                 write_index(made / folder, [shard.name for shard in shards], source=names[:400])
         outcome = Outcome.of(
-            start.units,
-            parts=parts,
+            start.work_items,
+            spool=spool,
             item_of_spool_file=item_of_spool_file,
-            plan=plan,
+            assignment=assignment,
             recipe=recipe,
             processes=ranks.size * num_workers,
             seconds=time.monotonic() - began,
@@ -235,12 +235,12 @@ def _prepare(
 
 
 def _find_duplicates(
-    parts: Sequence[SpoolFile],
+    spool: Sequence[SpoolFile],
     *,
     directory: Path,
     recipe: PreparationRecipe,
     memory_bytes: int,
-    crew: WorkerPool,
+    pool: WorkerPool,
     ranks: PreparationRanks,
     monitor: Monitor,
 ) -> dict[str, list[Path]]:
@@ -248,17 +248,17 @@ def _find_duplicates(
     found: dict[str, list[Path]] = {}
     if recipe.deduplicate:
         monitor.phase("finding duplicates")
-        count = num_ranges(sum(part.num_documents for part in parts), memory_bytes=memory_bytes)
-        exact = FindDuplicatesPhase(parts=parts, count=count, directory=directory)
-        crew.run(exact)
+        count = num_ranges(sum(spool_file.num_documents for spool_file in spool), memory_bytes=memory_bytes)
+        exact = FindDuplicatesPhase(spool=spool, count=count, directory=directory)
+        pool.run(exact)
         ranks.barrier()
         found["duplicate"] = exact.paths
     if recipe.near_duplicates is not None:
         monitor.phase("finding near-duplicates")
         path = directory / "near.dropped"
-        crew.run(
+        pool.run(
             FindNearDuplicatesPhase(
-                parts=parts, threshold=recipe.near_duplicates, duplicates=found.get("duplicate", []), path=path
+                spool=spool, threshold=recipe.near_duplicates, duplicates=found.get("duplicate", []), path=path
             )
         )
         ranks.barrier()
@@ -266,23 +266,23 @@ def _find_duplicates(
     return found
 
 
-def _collect(units: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
-    """All parts, as ``collect_spool``; refuses inputs to be held out in which there is no document."""
-    parts, item_of_spool_file = collect_spool(units, directory=directory)
-    held_out = [part for part, number in zip(parts, item_of_spool_file, strict=True) if units[number].held_out]
-    if held_out and not sum(part.counts.kept for part in held_out):
+def _collect(work_items: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
+    """All spool files, as ``collect_spool``; refuses inputs to be held out in which there is no document."""
+    spool, item_of_spool_file = collect_spool(work_items, directory=directory)
+    held_out = [spool_file for spool_file, number in zip(spool, item_of_spool_file, strict=True) if work_items[number].held_out]
+    if held_out and not sum(spool_file.counts.kept for spool_file in held_out):
         raise DataError(f"no document of --held-out-input is left to hold out ({_dropped(held_out)})")
-    return parts, item_of_spool_file
+    return spool, item_of_spool_file
 
 
-def _nothing_kept(parts: Sequence[SpoolFile]) -> str:
-    return f"no document is left to write ({_dropped(parts)})"
+def _nothing_kept(spool: Sequence[SpoolFile]) -> str:
+    return f"no document is left to write ({_dropped(spool)})"
 
 
-def _dropped(parts: Sequence[SpoolFile]) -> str:
+def _dropped(spool: Sequence[SpoolFile]) -> str:
     """How many documents were left out, by rule."""
     dropped: dict[str, int] = {}
-    for part in parts:
-        for rule, number in part.counts.dropped.items():
+    for spool_file in spool:
+        for rule, number in spool_file.counts.dropped.items():
             dropped[rule] = dropped.get(rule, 0) + number
     return ", ".join(f"{number:,} {rule}" for rule, number in sorted(dropped.items())) or "the inputs are empty"

@@ -1,6 +1,6 @@
 """The processes of ``mpirun -n K``, or one alone; the only door to mpi4py.
 
-Ranks share a file system and little else: work is claimed there (``crew``), so MPI carries plans, not work.
+Ranks share a file system and little else: work is claimed there (``workers``), so MPI carries what was decided, not work.
 """
 
 import os

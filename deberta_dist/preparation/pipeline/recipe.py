@@ -11,7 +11,7 @@ from deberta_dist.preparation.reading.texts import TextReadOptions
 
 # sentencepiece counts bytes in 32 bits with a sign.
 MAX_DOCUMENT_BYTES = 2**31 - 1
-# A new number where the same recipe would give other parts or shards than before.
+# A new number where the same recipe would give other spool files or shards than before.
 VERSION = 1
 MIN_SHARD_BYTES = 1 << 12
 
@@ -65,5 +65,5 @@ class PreparationRecipe:
         return cls(tokenizer_sha256=tokenizer.sha256, **settings)
 
     def as_json(self) -> dict[str, Any]:
-        """All settings, as they are written beside the parts."""
+        """All settings, as they are written beside the spool files."""
         return {"version": VERSION, **dataclasses.asdict(self)}

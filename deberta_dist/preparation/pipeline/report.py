@@ -80,11 +80,11 @@ class Outcome:
     @classmethod
     def of(
         cls,
-        units: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         *,
-        parts: Sequence[SpoolFile],
+        spool: Sequence[SpoolFile],
         item_of_spool_file: Sequence[int],
-        plan: ShardAssignment,
+        assignment: ShardAssignment,
         recipe: PreparationRecipe,
         processes: int,
         seconds: float,
@@ -94,21 +94,21 @@ class Outcome:
         """Counts what there is.
 
         Args:
-            units: pieces of the inputs.
-            parts: what they became.
-            unit_of_part: number of the unit of each part.
-            plan: where documents went.
+            work_items: ranges of the inputs.
+            spool: what they became.
+            item_of_spool_file: number of the work item of each spool file.
+            assignment: where documents went.
             recipe: the settings.
             processes, seconds, passed_over: as above.
             ngrams: of the benchmark; None: there is none.
         """
-        counts: dict[str, Counts] = {unit.file.source: Counts() for unit in units}
-        for part, number in zip(parts, item_of_spool_file, strict=True):
-            counts[units[number].file.source] += part.counts
+        counts: dict[str, Counts] = {item.file.source: Counts() for item in work_items}
+        for spool_file, number in zip(spool, item_of_spool_file, strict=True):
+            counts[work_items[number].file.source] += spool_file.counts
         sources: dict[str, SourceReport] = {}
         for source, count in counts.items():
-            files = {unit.file.path: unit.file.num_bytes for unit in units if unit.file.source == source}
-            duplicates = {rule: number for rule, number in plan.dropped.get(source, {}).items() if number}
+            files = {item.file.path: item.file.num_bytes for item in work_items if item.file.source == source}
+            duplicates = {rule: number for rule, number in assignment.dropped.get(source, {}).items() if number}
             sources[source] = SourceReport(
                 files=len(files),
                 input_bytes=sum(files.values()),
@@ -116,13 +116,13 @@ class Outcome:
                 read_bytes=count.num_bytes,
                 dropped={**count.dropped, **duplicates},
                 altered=count.altered,
-                train=plan.splits.get((source, TRAIN), SourceSplit()),
-                heldout=plan.splits.get((source, HELD_OUT), SourceSplit()),
+                train=assignment.splits.get((source, TRAIN), SourceSplit()),
+                heldout=assignment.splits.get((source, HELD_OUT), SourceSplit()),
                 cpu_seconds=round(count.seconds, 3),
             )
-        folders = plan.folders()
-        expected = dict.fromkeys(folder_of(unit.file.source, split=TRAIN) for unit in units if not unit.held_out)
-        if recipe.held_out_percent or any(unit.held_out for unit in units):
+        folders = assignment.folders()
+        expected = dict.fromkeys(folder_of(item.file.source, split=TRAIN) for item in work_items if not item.held_out)
+        if recipe.held_out_percent or any(item.held_out for item in work_items):
             expected[HELD_OUT] = None
         return cls(
             recipe=recipe.as_json(),

@@ -1,6 +1,6 @@
-"""Parts: the encoded documents of a stretch of one input, as a preparation keeps them until all is read.
+"""Spool files: the encoded documents of a stretch of one input, as a preparation keeps them until all is read.
 
-A part is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
+A spool file is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
 and ``shards`` read from it what they need and no more. Each array has a CRC-32, compared wherever the whole of it is read.
 """
 
@@ -67,7 +67,7 @@ def write_spool_file(
     counts: Counts,
     is_last: bool,
 ) -> None:
-    """Writes a part; replaces one of that name, whose content is the same.
+    """Writes a spool file; replaces one of that name, whose content is the same.
 
     Args:
         path: file to make.
@@ -77,8 +77,8 @@ def write_spool_file(
         hashes: 128 bits of each document's normalised text, uint64 [N, 2].
         held_out: whether each belongs to the held-out split, bool [N].
         signatures: MinHash signatures, uint8 [N, K], or None.
-        counts: of the stretch of input that the part covers.
-        is_last: whether the piece of input ends with this part.
+        counts: of the stretch of input that the spool file covers.
+        is_last: whether the file range ends with this spool file.
     """
     # By hash, so that a search for duplicates reads one contiguous range of hashes; the sort is stable.
     order = np.lexsort((hashes[:, 1], hashes[:, 0])).astype(np.uint32)
@@ -127,12 +127,12 @@ def damaged(path: Path, why: str) -> DataError:
 
 
 class SpoolFile:
-    """A part on disk; arrays are read when asked for.
+    """A spool file on disk; arrays are read when asked for.
 
     Attributes:
         path: its file.
         counts: of the input it covers.
-        is_last: whether the piece of input ends with it.
+        is_last: whether the file range ends with it.
         num_documents: documents kept.
     """
 
@@ -140,7 +140,7 @@ class SpoolFile:
         """Reads the header.
 
         Raises:
-            DataError: the file is missing or no complete part.
+            DataError: the file is missing or no complete spool file.
         """
         self.path = path
         try:
@@ -161,7 +161,7 @@ class SpoolFile:
         return read_checked(self.path, *names)
 
     def verify_hashes(self) -> None:
-        """Reads what ``hash_range`` reads in pieces; a bit that has flipped could hide a duplicate.
+        """Reads what ``hash_range`` reads a few at a time; a bit that has flipped could hide a duplicate.
 
         Raises:
             DataError: the file is missing or damaged.
@@ -172,7 +172,7 @@ class SpoolFile:
         """Documents whose hash has its upper 64 bits in ``low`` .. ``high`` - 1 (None: up to the end).
 
         Returns:
-            (hash_high, hash_low, document), uint64, uint64 and uint32; documents count from 0 within the part.
+            (hash_high, hash_low, document), uint64, uint64 and uint32; documents count from 0 within the spool file.
         """
         with safe_open(self.path, "np") as file:
             names = ("hash_high", "hash_low", "order")

@@ -106,12 +106,12 @@ class DocumentMaker:
     Attributes:
         file: the file.
         options: what becomes of bad ones.
-        unit: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
+        kind: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
     """
 
     file: InputFile
     options: TextReadOptions
-    unit: str
+    kind: str
 
     def document(self, *, start: int, content: bytes | bytearray | None, num_bytes: int) -> Document | None:
         """The document in ``content``, which begins at byte ``start``.
@@ -136,7 +136,7 @@ class DocumentMaker:
             if not text or text.isspace():
                 if fault is None:
                     return None
-            elif self.unit in ("record", "article"):
+            elif self.kind in ("record", "article"):
                 text, fault = self._inside(text, start=start, fault=fault)
             else:
                 text = text.removesuffix("\r")
@@ -170,9 +170,9 @@ class DocumentMaker:
             DataError: with its line.
         """
         if self.options.bad_records == "error":
-            kind = "line" if self.unit in ("record", "line") else "document"
-            hint = "; an empty line separates documents" if self.unit == "block" else ""
-            self._refuse_record(f"{self._place(start)}: a {kind} is larger than {self._limit}{hint}")
+            what = "line" if self.kind in ("record", "line") else "document"
+            hint = "; an empty line separates documents" if self.kind == "block" else ""
+            self._refuse_record(f"{self._place(start)}: a {what} is larger than {self._limit}{hint}")
 
     @property
     def _limit(self) -> str:
@@ -207,7 +207,7 @@ class DocumentMaker:
     def _inside(self, content: str, *, start: int, fault: str | None) -> tuple[str, str | None]:
         """Text in one JSON object or article, and fault."""
         try:
-            if self.unit == "article":
+            if self.kind == "article":
                 return article_text(content), fault
             return text_of(content, field=self.options.text_field), fault
         except ValueError as error:

@@ -50,11 +50,11 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRange:
-    """A part of one file that can be read without the rest.
+    """Bytes or row groups of one file that can be read without the rest.
 
     Attributes:
         start, stop: bytes ``[start, stop)`` of a plain file; row groups ``[start, stop)`` of a .parquet file. A
-            compressed file cannot be cut: its only piece is all its bytes.
+            compressed file cannot be cut: its only range is all its bytes.
     """
 
     start: int

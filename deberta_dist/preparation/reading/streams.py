@@ -135,10 +135,10 @@ def _unpacked(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     waiting: list[bytes] = []
     waiting_bytes = 0
     try:
-        for part in unpack(file, handle):
-            waiting.append(part)
-            waiting_bytes += len(part)
-            num_bytes += len(part)
+        for chunk in unpack(file, handle):
+            waiting.append(chunk)
+            waiting_bytes += len(chunk)
+            num_bytes += len(chunk)
             if waiting_bytes >= CHUNK_BYTES // 2:
                 yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
                 waiting, waiting_bytes = [], 0
@@ -178,18 +178,18 @@ def _unpack_gzip(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=handle) as unpacked:
         while True:
             try:
-                part = unpacked.read(CHUNK_BYTES)
+                chunk = unpacked.read(CHUNK_BYTES)
             except (gzip.BadGzipFile, zlib.error) as error:
                 raise _Damaged(str(error)) from error
-            if not part:
+            if not chunk:
                 return
-            yield part
+            yield chunk
 
 
 def _unpack_bz2(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     def decompress(decoder: bz2.BZ2Decompressor, data: bytes) -> tuple[bytes, bool]:
-        part = decoder.decompress(data, CHUNK_BYTES)
-        return part, not decoder.eof and not decoder.needs_input
+        chunk = decoder.decompress(data, CHUNK_BYTES)
+        return chunk, not decoder.eof and not decoder.needs_input
 
     return _unpack(handle, bz2.BZ2Decompressor, decompress, errors=(OSError,), read_bytes=_READ_BYTES)
 
@@ -200,12 +200,12 @@ def _unpack_xz(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
 
     def decompress(decoder: lzma.LZMADecompressor, data: bytes) -> tuple[bytes, bool]:
         try:
-            part = decoder.decompress(data, CHUNK_BYTES)
+            chunk = decoder.decompress(data, CHUNK_BYTES)
         except lzma.LZMAError as error:
             if "Memory usage limit" in str(error):
                 raise _Refused(_TOO_LARGE) from error
             raise
-        return part, not decoder.eof and not decoder.needs_input
+        return chunk, not decoder.eof and not decoder.needs_input
 
     errors = (lzma.LZMAError, EOFError)
     return _unpack(handle, new_decoder, decompress, errors=errors, read_bytes=_READ_BYTES, padding=b"\0")
@@ -261,11 +261,11 @@ def _unpack(
             continue
         decoder = decoder or new_decoder()
         try:
-            part, has_more = decompress(decoder, data)
+            chunk, has_more = decompress(decoder, data)
         except errors as error:
             raise _Damaged(str(error)) from error
-        if part:
-            yield part
+        if chunk:
+            yield chunk
         if decoder.eof:
             data, decoder, has_more = decoder.unused_data, None, False
         else:

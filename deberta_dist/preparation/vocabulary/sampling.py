@@ -32,7 +32,7 @@ def sample_files(
 ) -> Iterator[tuple[str, bool]]:
     """Texts of all documents, or about ``max_bytes`` of them taken evenly from all inputs.
 
-    Every document has the same chance. Of plain and .parquet files only parts are read: windows of at most 1 MiB,
+    Every document has the same chance. Of plain and .parquet files only samples are read: windows of at most 1 MiB,
     one at a drawn place in each of as many equal stretches of the corpus; the documents that begin in a window are
     taken. Compressed files cannot be entered in the middle: they are read whole, and each document is drawn by its
     number. Where documents are larger than ``max_bytes / 64`` the sample's size is that rough.
@@ -83,8 +83,8 @@ def _sample(files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: 
         if layout.groups:
             yield from _rows(layout, inside, options=options)
         else:
-            for piece in inside:
-                yield from read_documents(layout.file, options=options, piece=piece)
+            for file_range in inside:
+                yield from read_documents(layout.file, options=options, file_range=file_range)
         begin = end
 
 
@@ -102,7 +102,7 @@ def _rows(layout: "_Layout", windows: Sequence[FileRange], *, options: TextReadO
             wanted.update(range(math.ceil(low * rows_per_byte), math.ceil(high * rows_per_byte)))
         if wanted:
             rows = RowRange(first=first_row + min(wanted), last=first_row + max(wanted) + 1)
-            for document in read_documents(layout.file, options=options, piece=rows):
+            for document in read_documents(layout.file, options=options, file_range=rows):
                 if document.offset - first_row in wanted:
                     yield document
         begin += group.text_bytes
@@ -125,7 +125,7 @@ class _Windows:
     salt: str
 
     def within(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts of windows that lie in ``[begin, end)``, in order."""
+        """What of the windows lies in ``[begin, end)``, in order."""
         stretch = self.size / self.share
         for number in range(int(begin / stretch), math.ceil(self.total / stretch)):
             start = int(number * stretch)
