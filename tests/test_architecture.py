@@ -87,7 +87,6 @@ LONG_FUNCTIONS = {
     f"{PACKAGE}/kernels/fused/kernels.py backward_kernel": "one kernel is one function",
     f"{PACKAGE}/planning/memory.py rank_memory": "to be cut",
     f"{PACKAGE}/planning/pipeline_timeline.py play": "to be cut",
-    f"{PACKAGE}/preparation/pipeline/prepare.py _prepare": "to be cut",
 }
 MAX_PARAMETERS = 8
 # File and function -> why more parameters are better here than an object that holds them.

@@ -120,7 +120,7 @@ def convert(
             config=model.config,
         )
         if to == "huggingface":
-            output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
+            output.write_text("README.md", model_card(source, model, target=target, tokenizer=result, for_hub=for_hub))
         warnings += [*_warnings(model, target, result, is_rounded=is_rounded), *_left_behind(source, result), *notes]
         report = make_report(
             source,
@@ -298,22 +298,6 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
     index = {"metadata": {"total_size": _num_bytes(weights)}, "weight_map": weight_map}
     output.write_text(huggingface.WEIGHTS_NAME + ".index.json", json.dumps(index, indent=1) + "\n")
     return []
-
-
-def _card(
-    source: CheckpointSource, model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]
-) -> str:
-    return model_card(
-        source,
-        model,
-        architecture=target.architecture,
-        dtype="/".join(dtype_names(target.weights)),
-        why_class=target.why_class,
-        tokenizer=tokenizer.message,
-        has_tokenizer="tokenizer.json" in tokenizer.files,
-        has_code="auto_map" in target.config,
-        for_hub=for_hub,
-    )
 
 
 # What a model is made of, what is written anew, and hidden files.

@@ -22,6 +22,7 @@ from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import known_cross_entropy
+from deberta_dist.values import HeadKind
 
 
 class DebertaForTokenClassification(ModelWithBackbone):
@@ -193,7 +194,7 @@ HEADS: Mapping[str, type[ModelWithBackbone]] = MappingProxyType(
         "span": DebertaForQuestionAnswering,
     }
 )
-LABELLED = ("sequence", "token")
+LABELLED: tuple[HeadKind, ...] = ("sequence", "token")
 """Heads with a row for every label; the others have as many rows as they need."""
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -94,18 +95,33 @@ def finished_spool_files(directory: Path, item: WorkItem) -> tuple[list[SpoolFil
     return spool, False
 
 
-def collect_spool(work_items: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
-    """All spool files in order, and the number of the work item of each; no duplicate is sought in damaged ones."""
-    spool: list[SpoolFile] = []
-    item_of_spool_file: list[int] = []
+class Spool(NamedTuple):
+    """Everything that is encoded.
+
+    Attributes:
+        files: in the order of the input.
+        item_numbers: for each file the number of the work item that it came from.
+    """
+
+    files: list[SpoolFile]
+    item_numbers: list[int]
+
+
+def collect_spool(work_items: Sequence[WorkItem], *, directory: Path) -> Spool:
+    """The spool of finished work items; reads every file's hashes, so that no duplicate is sought in a damaged one.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    spool = Spool([], [])
     for number, item in enumerate(work_items):
         found: list[SpoolFile] = []
         wait_for(f"{item.file.path}: its spool files in {directory} have", partial(_is_spooled, directory, item, found))
         for spool_file in found:
             spool_file.verify_hashes()
-        spool += found
-        item_of_spool_file += [number] * len(found)
-    return spool, item_of_spool_file
+        spool.files.extend(found)
+        spool.item_numbers.extend([number] * len(found))
+    return spool
 
 
 def _is_spooled(directory: Path, item: WorkItem, found: list[SpoolFile]) -> bool:

@@ -13,7 +13,7 @@ per spool file; near-duplicates have a memory of their own.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from deberta_dist.errors import ConfigError, DataError
 from deberta_dist.files.lock import RunLock
 from deberta_dist.preparation.filtering.contamination import NgramSet
 from deberta_dist.preparation.pipeline.duplicates import DroppedDocuments, num_ranges
-from deberta_dist.preparation.pipeline.encode import collect_spool
+from deberta_dist.preparation.pipeline.encode import Spool, collect_spool
 from deberta_dist.preparation.pipeline.phases import EncodePhase, FindDuplicatesPhase, FindNearDuplicatesPhase, WriteShardsPhase
 from deberta_dist.preparation.pipeline.progress import Monitor, Progress
 from deberta_dist.preparation.pipeline.ranks import PreparationRanks
@@ -122,19 +122,18 @@ def prepare_corpus(
             return _Start(work_items=work_items, passed_over=passed_over, run=run, state=state, outcome=outcome)
 
         start = ranks.first(begin)
-        outcome = start.outcome or _prepare(
-            start,
+        job = _Preparation(
+            start=start,
             workspace=workspace,
             recipe=recipe,
             tokenizer=tokenizer,
             ngrams=ngrams,
-            num_workers=num_workers,
             ranks=ranks,
+            num_workers=num_workers,
             memory_bytes=memory_bytes,
-            progress=progress,
-            progress_seconds=progress_seconds,
-            began=began,
         )
+        report = progress if ranks.rank == 0 else None
+        outcome = start.outcome or job.run(report=report, progress_seconds=progress_seconds, began=began)
 
         def end() -> None:
             workspace.publish(start.state)
@@ -145,134 +144,136 @@ def prepare_corpus(
         return outcome if ranks.rank == 0 else None
 
 
-def _prepare(
-    start: _Start,
-    *,
-    workspace: Workspace,
-    recipe: PreparationRecipe,
-    tokenizer: Tokenizer,
-    ngrams: NgramSet | None,
-    num_workers: int,
-    ranks: PreparationRanks,
-    memory_bytes: int,
-    progress: Callable[[Progress], None] | None,
-    progress_seconds: float,
-    began: float,
-) -> Outcome:
-    """The phases; everything is in the working directory when they end."""
-    made = workspace.made(start.state)
-    with (
-        Monitor(start.run, report=progress if ranks.rank == 0 else None, seconds=progress_seconds) as monitor,
-        WorkerPool(start.run, rank=ranks.rank, num_workers=num_workers) as pool,
-    ):
+@dataclass(frozen=True, kw_only=True)
+class _Preparation:
+    """The phases of one start, on every rank: each ends in a barrier, so that the next finds all files of the one before.
+
+    Attributes:
+        start: from rank 0.
+        workspace: where everything is until the end.
+        recipe: what is done with each document.
+        tokenizer: the one that the recipe names.
+        ngrams: n-grams of benchmarks, as the recipe names them; None: there are none.
+        ranks: the group of processes.
+        num_workers: processes of this rank.
+        memory_bytes: of one process, for a range of hashes.
+    """
+
+    start: _Start
+    workspace: Workspace
+    recipe: PreparationRecipe
+    tokenizer: Tokenizer
+    ngrams: NgramSet | None
+    ranks: PreparationRanks
+    num_workers: int
+    memory_bytes: int
+
+    def run(self, *, report: Callable[[Progress], None] | None, progress_seconds: float, began: float) -> Outcome:
+        """All phases; everything is in the working directory when they end.
+
+        Args:
+            report: gets the progress; None on all ranks but the first.
+            progress_seconds: between two calls of it.
+            began: when the preparation began, as ``time.monotonic`` has it.
+        """
+        with (
+            Monitor(self.start.run, report=report, seconds=progress_seconds) as monitor,
+            WorkerPool(self.start.run, rank=self.ranks.rank, num_workers=self.num_workers) as pool,
+        ):
+            spool = self._encode(pool, monitor)
+            duplicates = self._find_duplicates(spool.files, pool=pool, monitor=monitor)
+            monitor.phase("writing token files")
+            assignment = self._write(spool, duplicates, pool=pool)
+        return self.ranks.first(lambda: self._finish(spool, assignment, began=began))
+
+    def _encode(self, pool: WorkerPool, monitor: Monitor) -> Spool:
         encode = EncodePhase(
-            work_items=start.work_items,
-            recipe=recipe,
-            tokenizer=Path(tokenizer.path),
-            ngrams=ngrams,
-            directory=workspace.spool,
+            work_items=self.start.work_items,
+            recipe=self.recipe,
+            tokenizer=Path(self.tokenizer.path),
+            ngrams=self.ngrams,
+            directory=self.workspace.spool,
         )
-        if ranks.rank == 0:
-            total = sum(item.input_bytes for item in start.work_items)
+        if self.ranks.rank == 0:
+            total = sum(item.input_bytes for item in self.start.work_items)
             monitor.phase("encoding", total_bytes=total, found_bytes=encode.finished_bytes())
         pool.run(encode)
-        ranks.barrier()
-        spool, item_of_spool_file = ranks.first(lambda: _collect(start.work_items, directory=workspace.spool))
+        self.ranks.barrier()
+        return self.ranks.first(lambda: _collect(self.start.work_items, directory=self.workspace.spool))
 
-        duplicates = _find_duplicates(
-            spool,
-            directory=workspace.duplicates(start.state),
-            recipe=recipe,
-            memory_bytes=memory_bytes,
-            pool=pool,
-            ranks=ranks,
-            monitor=monitor,
-        )
-        monitor.phase("writing token files")
-        assignment: ShardAssignment = ranks.first(
+    def _find_duplicates(self, spool: Sequence[SpoolFile], *, pool: WorkerPool, monitor: Monitor) -> dict[str, list[Path]]:
+        """Lists of documents to drop, by rule."""
+        directory = self.workspace.duplicates(self.start.state)
+        found: dict[str, list[Path]] = {}
+        if self.recipe.deduplicate:
+            monitor.phase("finding duplicates")
+            count = num_ranges(sum(file.num_documents for file in spool), memory_bytes=self.memory_bytes)
+            exact = FindDuplicatesPhase(spool=spool, count=count, directory=directory)
+            pool.run(exact)
+            self.ranks.barrier()
+            found["duplicate"] = exact.paths
+        if (threshold := self.recipe.near_duplicates) is not None:
+            monitor.phase("finding near-duplicates")
+            path, exact_lists = directory / "near.dropped", found.get("duplicate", [])
+            pool.run(FindNearDuplicatesPhase(spool=spool, threshold=threshold, duplicates=exact_lists, path=path))
+            self.ranks.barrier()
+            found["near_duplicate"] = [path]
+        return found
+
+    def _write(self, spool: Spool, duplicates: Mapping[str, Sequence[Path]], *, pool: WorkerPool) -> ShardAssignment:
+        assignment: ShardAssignment = self.ranks.first(
             lambda: assign_shards(
-                spool,
-                sources=[start.work_items[number].file.source for number in item_of_spool_file],
+                spool.files,
+                sources=[self.start.work_items[number].file.source for number in spool.item_numbers],
                 duplicates={rule: DroppedDocuments(paths) for rule, paths in duplicates.items()},
-                shard_bytes=recipe.shard_bytes,
-                vocab_size=tokenizer.num_tokens,
+                shard_bytes=self.recipe.shard_bytes,
+                vocab_size=self.tokenizer.num_tokens,
             )
         )
         if not assignment.shards:
-            raise DataError(_nothing_kept(spool))
+            raise DataError(_nothing_kept(spool.files))
         pool.run(
             WriteShardsPhase(
                 assignment=assignment,
-                spool=spool,
+                spool=spool.files,
                 duplicates=[path for paths in duplicates.values() for path in paths],
-                directory=made,
-                tokenizer_sha256=tokenizer.sha256,
-                vocab_size=tokenizer.num_tokens,
+                directory=self.workspace.made(self.start.state),
+                tokenizer_sha256=self.tokenizer.sha256,
+                vocab_size=self.tokenizer.num_tokens,
             )
         )
-        ranks.barrier()
+        self.ranks.barrier()
+        return assignment
 
-    def finish() -> Outcome:
-        names = " ".join(dict.fromkeys(item.file.path.name for item in start.work_items))
+    def _finish(self, spool: Spool, assignment: ShardAssignment, *, began: float) -> Outcome:
+        """Writes the indexes and the report; on rank 0."""
+        made = self.workspace.made(self.start.state)
+        names = " ".join(dict.fromkeys(item.file.path.name for item in self.start.work_items))
         for folder, shards in assignment.folders().items():
             if not (made / folder / INDEX_NAME).exists():
                 write_index(made / folder, [shard.name for shard in shards], source=names[:400])
         outcome = Outcome.of(
-            start.work_items,
+            self.start.work_items,
             spool=spool,
-            item_of_spool_file=item_of_spool_file,
             assignment=assignment,
-            recipe=recipe,
-            processes=ranks.size * num_workers,
+            recipe=self.recipe,
+            processes=self.ranks.size * self.num_workers,
             seconds=time.monotonic() - began,
-            passed_over=start.passed_over,
-            ngrams=ngrams,
+            passed_over=self.start.passed_over,
+            ngrams=self.ngrams,
         )
         write_report(outcome, directory=made)
         return outcome
 
-    return ranks.first(finish)
 
-
-def _find_duplicates(
-    spool: Sequence[SpoolFile],
-    *,
-    directory: Path,
-    recipe: PreparationRecipe,
-    memory_bytes: int,
-    pool: WorkerPool,
-    ranks: PreparationRanks,
-    monitor: Monitor,
-) -> dict[str, list[Path]]:
-    """Lists of documents to drop, by rule."""
-    found: dict[str, list[Path]] = {}
-    if recipe.deduplicate:
-        monitor.phase("finding duplicates")
-        count = num_ranges(sum(spool_file.num_documents for spool_file in spool), memory_bytes=memory_bytes)
-        exact = FindDuplicatesPhase(spool=spool, count=count, directory=directory)
-        pool.run(exact)
-        ranks.barrier()
-        found["duplicate"] = exact.paths
-    if recipe.near_duplicates is not None:
-        monitor.phase("finding near-duplicates")
-        path = directory / "near.dropped"
-        pool.run(
-            FindNearDuplicatesPhase(
-                spool=spool, threshold=recipe.near_duplicates, duplicates=found.get("duplicate", []), path=path
-            )
-        )
-        ranks.barrier()
-        found["near_duplicate"] = [path]
-    return found
-
-
-def _collect(work_items: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
+def _collect(work_items: Sequence[WorkItem], *, directory: Path) -> Spool:
     """All spool files, as ``collect_spool``; refuses inputs to be held out in which there is no document."""
-    spool, item_of_spool_file = collect_spool(work_items, directory=directory)
-    held_out = [spool_file for spool_file, number in zip(spool, item_of_spool_file, strict=True) if work_items[number].held_out]
-    if held_out and not sum(spool_file.counts.kept for spool_file in held_out):
+    spool = collect_spool(work_items, directory=directory)
+    pairs = zip(spool.files, spool.item_numbers, strict=True)
+    held_out = [file for file, number in pairs if work_items[number].held_out]
+    if held_out and not sum(file.counts.kept for file in held_out):
         raise DataError(f"no document of --held-out-input is left to hold out ({_dropped(held_out)})")
-    return spool, item_of_spool_file
+    return spool
 
 
 def _nothing_kept(spool: Sequence[SpoolFile]) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 from deberta_dist.errors import encodable, printable
 from deberta_dist.preparation.filtering.contamination import NgramSet, Used
+from deberta_dist.preparation.pipeline.encode import Spool
 from deberta_dist.preparation.pipeline.publish import publish
 from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN, ShardAssignment, SourceSplit, folder_of
-from deberta_dist.preparation.pipeline.spool import Counts, SpoolFile
+from deberta_dist.preparation.pipeline.spool import Counts
 from deberta_dist.preparation.pipeline.work_items import WorkItem
 from deberta_dist.preparation.reading.inputs import PassedOver
 
@@ -82,8 +83,7 @@ class Outcome:
         cls,
         work_items: Sequence[WorkItem],
         *,
-        spool: Sequence[SpoolFile],
-        item_of_spool_file: Sequence[int],
+        spool: Spool,
         assignment: ShardAssignment,
         recipe: PreparationRecipe,
         processes: int,
@@ -96,14 +96,13 @@ class Outcome:
         Args:
             work_items: ranges of the inputs.
             spool: what they became.
-            item_of_spool_file: number of the work item of each spool file.
             assignment: where documents went.
             recipe: the settings.
             processes, seconds, passed_over: as above.
             ngrams: of the benchmark; None: there is none.
         """
         counts: dict[str, Counts] = {item.file.source: Counts() for item in work_items}
-        for spool_file, number in zip(spool, item_of_spool_file, strict=True):
+        for spool_file, number in zip(spool.files, spool.item_numbers, strict=True):
             counts[work_items[number].file.source] += spool_file.counts
         sources: dict[str, SourceReport] = {}
         for source, count in counts.items():
