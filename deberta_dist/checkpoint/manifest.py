@@ -28,13 +28,13 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class FlatRange:
-    """A run of elements of a region.
+    """A run of elements of a slice.
 
     Attributes:
         file: Shard file that holds it.
         flat: Which flat parameter.
         offset: Its first element in that file's shard of the flat parameter.
-        begin: The same element's place in the flattened region.
+        begin: The same element's place in the flattened slice.
         count: Elements.
     """
 
@@ -52,12 +52,12 @@ class TensorSlice:
     Attributes:
         start: First index along the cut dimension (dimension 0 of an uncut tensor).
         stop: First index behind it; may lie behind the real size where a vocabulary is padded.
-        pieces: Its elements in order.
+        ranges: Its elements in order.
     """
 
     start: int
     stop: int
-    pieces: tuple[FlatRange, ...]
+    ranges: tuple[FlatRange, ...]
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class TensorEntry:
 
     Attributes:
         shape: Full shape, without vocabulary padding.
-        cut_dim: Dimension along which ``regions`` lie, None where there is one region.
-        regions: In order.
+        cut_dim: Dimension along which ``slices`` lie, None where there is one slice.
+        slices: In order.
     """
 
     shape: tuple[int, ...]
     cut_dim: int | None
-    regions: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
 
 
 @dataclass(frozen=True)
@@ -254,11 +254,15 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...
 
 
 def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
-    regions = [
-        {"start": region.start, "stop": region.stop, "pieces": [vars(piece) for piece in region.pieces]}
-        for region in entry.regions
+    slices = [
+        {
+            "start": tensor_slice.start,
+            "stop": tensor_slice.stop,
+            "pieces": [vars(flat_range) for flat_range in tensor_slice.ranges],
+        }
+        for tensor_slice in entry.slices
     ]
-    return {"shape": list(entry.shape), "cut_dim": entry.cut_dim, "regions": regions}
+    return {"shape": list(entry.shape), "cut_dim": entry.cut_dim, "regions": slices}
 
 
 def _checksum(document: Mapping[str, Any], *, file: object = MANIFEST_NAME) -> str:
@@ -298,20 +302,20 @@ def _tensor(raw: Any, *, where: str) -> TensorEntry:
     return TensorEntry(
         shape=tuple(strict_json.integer(size, where=f"{where}.shape", minimum=1) for size in shape),
         cut_dim=None if cut_dim is None else strict_json.integer(cut_dim, where=f"{where}.cut_dim"),
-        regions=tuple(_region(r, where=where) for r in strict_json.sequence(raw["regions"], where=where)),
+        slices=tuple(_tensor_slice(r, where=where) for r in strict_json.sequence(raw["regions"], where=where)),
     )
 
 
-def _region(raw: Any, *, where: str) -> TensorSlice:
+def _tensor_slice(raw: Any, *, where: str) -> TensorSlice:
     raw = strict_json.fields(raw, keys=("start", "stop", "pieces"), where=where)
     return TensorSlice(
         start=strict_json.integer(raw["start"], where=f"{where}.start"),
         stop=strict_json.integer(raw["stop"], where=f"{where}.stop", minimum=1),
-        pieces=tuple(_piece(piece, where=where) for piece in strict_json.sequence(raw["pieces"], where=where)),
+        ranges=tuple(_flat_range(flat_range, where=where) for flat_range in strict_json.sequence(raw["pieces"], where=where)),
     )
 
 
-def _piece(raw: Any, *, where: str) -> FlatRange:
+def _flat_range(raw: Any, *, where: str) -> FlatRange:
     raw = strict_json.fields(raw, keys=("file", "flat", "offset", "begin", "count"), where=where)
     numbers = {key: strict_json.integer(raw[key], where=f"{where}.{key}") for key in ("flat", "offset", "begin", "count")}
     return FlatRange(file=strict_json.string(raw["file"], where=f"{where}.file"), **numbers)

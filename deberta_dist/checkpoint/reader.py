@@ -87,10 +87,10 @@ class CheckpointReader:
         result = np.zeros(count, dtype=np.float32)
         targets = rectangles(part, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1
-        for region in entry.regions:
-            source_part = window(entry.shape, cut=_region_cut(entry, region))
-            for piece in region.pieces:
-                sources = rectangles(source_part, begin=piece.begin, count=piece.count, address=piece.offset)
+        for tensor_slice in entry.slices:
+            source_part = window(entry.shape, cut=_slice_cut(entry, tensor_slice))
+            for flat_range in tensor_slice.ranges:
+                sources = rectangles(source_part, begin=flat_range.begin, count=flat_range.count, address=flat_range.offset)
                 for source in sources:
                     for target in targets:
                         common = overlap(source, target)
@@ -98,7 +98,7 @@ class CheckpointReader:
                             continue
                         if common.top + common.height > rows:  # the writer's vocabulary padding is not data
                             common = type(common)(common.top, common.left, rows - common.top, common.width)
-                        numbers = self._shard(piece, state=state)
+                        numbers = self._shard(flat_range, state=state)
                         view(result, target, part=common)[:] = view(numbers, source, part=common)
                         self.bytes_copied += 4 * common.num_elements
         return torch.from_numpy(result)
@@ -115,9 +115,9 @@ class CheckpointReader:
         """A rank's shard of every flat parameter, as ``WeightStore.copy_shards`` gave it to the writer.
 
         Args:
-            layout: What the rank's place owns.
-            shape: The reader's grid.
-            coordinate: The rank.
+            layout: What the rank owns.
+            shape: Sizes of the reader's mesh.
+            mesh_rank: The rank.
             rules: How the network's modules are split.
             saved_name: What the checkpoint calls a parameter of the layout.
 
@@ -183,17 +183,17 @@ class CheckpointReader:
             raise CheckpointError(f"{self.directory} has no tensor {name}: it is of another model")
         return self.manifest.tensors[name]
 
-    def _shard(self, piece: FlatRange, *, state: str) -> np.ndarray:
-        """The mapped shard that holds a piece."""
-        file = piece.file
+    def _shard(self, flat_range: FlatRange, *, state: str) -> np.ndarray:
+        """The mapped shard that holds a flat range."""
+        file = flat_range.file
         if file not in self._mapped:
             self._check_size(file)
             self._mapped[file] = map_shard_file(self.directory / file)
             if len(self._mapped) > MAX_MAPPED_FILES:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(file)
-        shard = self._mapped[file].get((piece.flat, state))
-        if shard is None or piece.offset + piece.count > shard.size:
+        shard = self._mapped[file].get((flat_range.flat, state))
+        if shard is None or flat_range.offset + flat_range.count > shard.size:
             raise CheckpointError(f"{self.directory / file} does not hold what the manifest says: it is of another layout")
         return shard
 
@@ -214,5 +214,5 @@ def open_checkpoint(directory: str | Path, *, verify: bool = True) -> Checkpoint
     return reader
 
 
-def _region_cut(entry: TensorEntry, region: TensorSlice) -> SliceBounds | None:
-    return None if entry.cut_dim is None else (entry.cut_dim, region.start, region.stop)
+def _slice_cut(entry: TensorEntry, tensor_slice: TensorSlice) -> SliceBounds | None:
+    return None if entry.cut_dim is None else (entry.cut_dim, tensor_slice.start, tensor_slice.stop)

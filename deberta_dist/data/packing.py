@@ -84,9 +84,9 @@ class Packing:
         stop = min(first + self._window, self._corpus.num_documents)
         # Where the [SEP] of each document lies: behind its tokens and one [SEP] for each before it.
         ends = self._corpus.document_offsets(first + 1, stop + 1) + np.arange(first, stop)
-        places = np.arange(start, start + self._window)
-        which = np.searchsorted(ends, places)
-        is_end = ends[which] == places
+        positions = np.arange(start, start + self._window)
+        which = np.searchsorted(ends, positions)
+        is_end = ends[which] == positions
         ids = np.full(self._window, self._tokenizer.sep_id, self._corpus.dtype)
         begin = start - first
         ids[~is_end] = self._corpus.read(begin, begin + int((~is_end).sum()))

@@ -1,4 +1,4 @@
-"""Tensors of the host in one piece of pinned memory, so that one copy brings all of them to a GPU and nobody waits for it.
+"""Tensors of the host in one block of pinned memory, so that one copy brings all of them to a GPU and nobody waits for it.
 
 A copy from ordinary memory makes the host wait until it is done, whatever it is asked for, and each copy costs a launch.
 """
@@ -35,8 +35,8 @@ class PinnedTensors:
         return self._views(self._whole.to(device, non_blocking=True))
 
     def _views(self, whole: Tensor) -> list[Tensor]:
-        parts = zip(whole.split(self._sizes), self._likes, strict=True)
-        return [part[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for part, (dtype, shape) in parts]
+        pairs = zip(whole.split(self._sizes), self._likes, strict=True)
+        return [flat[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for flat, (dtype, shape) in pairs]
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

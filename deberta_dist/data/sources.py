@@ -63,7 +63,7 @@ class SourcePosition:
 
     @property
     def epochs(self) -> float:
-        """Epochs read, with the part of this one."""
+        """Epochs read, with the share of this one that is read."""
         return self.epoch + self.index / self.num_samples
 
 
@@ -176,7 +176,7 @@ class BlendedDataset:
             DataError: as ``MaskedLMDataset``.
         """
         self.mixture = Mixture(sources, max_seq_length=max_seq_length, document_boundaries=document_boundaries)
-        self._parts = [
+        self._datasets = [
             MaskedLMDataset(
                 source.corpus,
                 tokenizer,
@@ -201,23 +201,23 @@ class BlendedDataset:
         Raises:
             DataError: as ``MaskedLMDataset.batch``.
         """
-        if len(self._parts) == 1:
-            return self._parts[0].batch(start, count)
+        if len(self._datasets) == 1:
+            return self._datasets[0].batch(start, count)
         sources = torch.tensor(self.mixture.blend.sources_at(start, count))
         # Positions in a row are, of each source, samples in a row.
         firsts = self.mixture.blend.consumed(start)
-        rows, parts = [], []
+        rows, batches = [], []
         for number in sources.unique().tolist():
             rows.append(torch.nonzero(sources == number)[:, 0])
-            parts.append(self._parts[number].batch(firsts[number], len(rows[-1])))
-        return in_order(parts, torch.cat(rows))
+            batches.append(self._datasets[number].batch(firsts[number], len(rows[-1])))
+        return in_order(batches, torch.cat(rows))
 
 
-def in_order(parts: Sequence[Batch], rows: torch.Tensor) -> Batch:
-    """One batch whose row ``rows[i]`` is row i of the parts one after another."""
+def in_order(batches: Sequence[Batch], rows: torch.Tensor) -> Batch:
+    """One batch whose row ``rows[i]`` is row i of the batches one after another."""
     order = torch.argsort(rows)
     columns = {}
     for field in fields(Batch):
-        tensors = [getattr(part, field.name) for part in parts]
+        tensors = [getattr(batch, field.name) for batch in batches]
         columns[field.name] = None if tensors[0] is None else torch.cat(tensors)[order]
     return Batch(**columns)

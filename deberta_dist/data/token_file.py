@@ -105,7 +105,7 @@ class TokenFile:
             )
         self._file = open_file(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        ends = [int(self.read_offsets(place, place + 1)[0]) for place in (0, self.num_documents)]
+        ends = [int(self.read_offsets(number, number + 1)[0]) for number in (0, self.num_documents)]
         if ends != [0, self.num_tokens]:
             raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
 

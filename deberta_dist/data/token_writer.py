@@ -91,10 +91,10 @@ class TokenFileWriter(PublishingWriter):
         ends = np.cumsum(lengths, dtype=np.int64)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
-            place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
-            document = self.num_documents + int(np.searchsorted(ends, place, side="right"))
+            position = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
+            document = self.num_documents + int(np.searchsorted(ends, position, side="right"))
             raise DataError(
-                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's {self._vocab_size} tokens"
+                f"{self.path}: id {int(ids[position])} of document {document} is outside the tokenizer's {self._vocab_size} tokens"
             )
         self._max_token_id = max(self._max_token_id, high)
         self._write(ids.astype(self._dtype, copy=False).tobytes())

@@ -55,8 +55,8 @@ def count_words(texts: Iterable[str], *, normalize: Callable[[str], str], max_ru
             continue
         num_runs += count
         num_characters += count * len(run)
-        for part in cut_run(run, max_characters=max_run_characters):
-            counts[part] = counts.get(part, 0) + count
+        for text in cut_run(run, max_characters=max_run_characters):
+            counts[text] = counts.get(text, 0) + count
     return TrainingWords(counts=counts, num_cut_runs=num_runs, num_cut_characters=num_characters)
 
 

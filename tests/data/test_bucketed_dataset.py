@@ -85,7 +85,7 @@ def test_what_does_not_fill_a_step_begins_the_next(corpus: TokenCorpus, tokenize
     for step in range(90):
         batch = data.batch(step * SAMPLES, SAMPLES)
         read[batch.input_ids.shape[1]] += text_of(batch)
-    for length, size in zip(LENGTHS, sizes.num_pieces, strict=True):
+    for length, size in zip(LENGTHS, sizes.num_chunks, strict=True):
         epochs = [read[length][start : start + size] for start in range(0, 3 * size, size)]
         assert len(epochs[2]) == size and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
         assert epochs[0] != epochs[1] != epochs[2]
