@@ -31,11 +31,11 @@ class FlatRange:
     """A run of elements of a slice.
 
     Attributes:
-        file: Shard file that holds it.
-        flat: Which flat parameter.
+        file: Name of the shard file.
+        flat: Number of the flat parameter in that file, from 0.
         offset: Its first element in that file's shard of the flat parameter.
         begin: The same element's place in the flattened slice.
-        count: Elements.
+        count: Number of elements, at least 1.
     """
 
     file: str
@@ -52,7 +52,7 @@ class TensorSlice:
     Attributes:
         start: First index along the cut dimension (dimension 0 of an uncut tensor).
         stop: First index behind it; may lie behind the real size where a vocabulary is padded.
-        ranges: Its elements in order.
+        ranges: Where its elements lie, row by row, without gaps.
     """
 
     start: int
@@ -67,7 +67,7 @@ class TensorEntry:
     Attributes:
         shape: Full shape, without vocabulary padding.
         cut_dim: Dimension along which ``slices`` lie, None where there is one slice.
-        slices: In order.
+        slices: Side by side along ``cut_dim``, together the whole tensor.
     """
 
     shape: tuple[int, ...]
@@ -98,9 +98,10 @@ class NetworkState:
     """What the manifest says of a network beside the one whose tensors have their published names.
 
     Attributes:
-        optimizer_steps: Steps that moved its weights.
+        optimizer_steps: Steps that moved the network's weights: skipped steps do not count, and Adam's bias
+            correction needs it.
         loss_scale: State of its fp16 loss scaler, None for other precisions.
-        model_config: Published model configuration.
+        model_config: The network's configuration, as a published ``config.json`` has it.
     """
 
     optimizer_steps: int
@@ -119,11 +120,11 @@ class Manifest:
         seed: Of initial weights, data order, masks and dropout.
         loss_scale: State of the fp16 loss scaler, None for other precisions.
         run_config: Resolved run configuration, as JSON.
-        model_config: Published model configuration.
-        tokenizer_sha256: Of the SentencePiece model.
+        model_config: The network's configuration, as a published ``config.json`` has it.
+        tokenizer_sha256: SHA-256 of the SentencePiece model file, in hex: ids mean nothing with another one.
         data_sha256: Of the token files, by what they are for; only to tell that they have changed.
         precision: Of the run: fp32, bf16 or fp16; only to tell that it has changed.
-        layout: Who wrote it.
+        layout: Parallel sizes of the run that wrote it, for people; a reader needs none of them.
         tensors: Every published tensor by name, in model order; those of further networks behind their network's name.
         files: Every shard file by name. ``CheckpointWriter.commit`` fills it in.
         networks: Further networks by name. Absent from the file where there are none.

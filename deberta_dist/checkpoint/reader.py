@@ -61,7 +61,7 @@ class CheckpointReader:
         """A tensor or a slice of it, float32 on the CPU.
 
         Args:
-            name: Published name.
+            name: Published name of the tensor.
             state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
             cut: (dimension 0 or 1, start, stop); None is the whole tensor. ``stop`` may lie behind the last row
                 of dimension 0, where a vocabulary is padded: there are zeros.
@@ -117,7 +117,7 @@ class CheckpointReader:
         Args:
             layout: What the rank owns.
             shape: Sizes of the reader's mesh.
-            mesh_rank: The rank.
+            mesh_rank: Whose shards are read.
             rules: How the network's modules are split.
             saved_name: What the checkpoint calls a parameter of the layout.
 

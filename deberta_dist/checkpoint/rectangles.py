@@ -52,7 +52,7 @@ def window(shape: Sequence[int], *, cut: SliceBounds | None) -> Window:
     """What a slice of a tensor covers of its matrix.
 
     Args:
-        shape: Full shape of the tensor.
+        shape: Full shape; a dimension beyond the second is counted into the columns.
         cut: Slice along dimension 0 or 1; None is the whole. ``stop`` may lie behind the last row.
     """
     rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)

@@ -26,10 +26,10 @@ class ShardSlice:
     """Elements [begin, begin + count) of a flattened slice of a tensor, and where they lie in a rank's shard.
 
     Attributes:
-        name: Published name.
-        cut: The rank's slice of it.
+        name: Published name of the tensor.
+        cut: Slice of the tensor that the rank holds, as (dim, start, stop); None: all of it.
         begin: First element, in the flattened slice.
-        count: Elements.
+        count: Number of elements.
         offset: Place of the first element in the shard.
     """
 
@@ -71,7 +71,6 @@ def tensor_table(
 
     Args:
         layouts: What each model-parallel rank, (pipeline, tensor), owns; all of them.
-        shape: Sizes of the mesh.
         full_shapes: Full shape of every published parameter.
         rules: How the network's modules are split.
         first_flat: Number of its first flat parameter in a rank's file: behind those of the networks before it.
@@ -110,8 +109,7 @@ def shard_slices(
 
     Args:
         layout: What the rank owns.
-        shape: Sizes of the mesh.
-        mesh_rank: The rank.
+        mesh_rank: Whose shard is described.
         full_shapes: Full shape of every published parameter.
         rules: How the network's modules are split.
     """
@@ -128,9 +126,9 @@ def check_table(tensors: Mapping[str, TensorEntry], *, files: Mapping[str, FileE
     """Checks that slices tile every tensor, flat ranges tile every slice, and no element of a file is used twice.
 
     Args:
-        tensors: The manifest's table.
-        files: Its files.
-        where: Named in messages.
+        tensors: Table of a manifest, not checked yet.
+        files: Shard files that the manifest lists; a range in any other file is refused.
+        where: Prefix of messages: the manifest's path.
 
     Raises:
         CheckpointError: something is missing, overlaps, or lies outside its file.

@@ -60,7 +60,7 @@ class CheckpointWriter:
 
     Args:
         directory: ``<run>/checkpoints``, the same for all ranks; made when it is needed.
-        rank: Global rank of this process.
+        rank: Global rank; each writes a file of its own, and rank 0 the manifest.
     """
 
     def __init__(self, directory: str | Path, *, rank: int) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter:
         """Starts writing this rank's file. The one before has been committed, handed over or abandoned.
 
         Args:
-            step: Steps done.
+            step: Optimizer steps done; names the checkpoint's directory.
             shards: ``WeightStore.copy_shards()``: host copies nobody changes any more.
             token: Letters and digits, the same on every rank of this run and different in another.
         """

@@ -33,7 +33,7 @@ def start(verb: str, toml: Path, arguments: Sequence[str]) -> NoReturn:
 
     Args:
         verb: ``pretrain`` or ``finetune``.
-        toml: The run's.
+        toml: Configuration of the run; relative paths in it start from its folder.
         arguments: DeepSpeed's flags and the run's own, mixed.
 
     Raises:

@@ -80,7 +80,7 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
     """What an unknown key may have meant, as the end of a message.
 
     Args:
-        key: Dotted.
+        key: The unknown key, with dots between the tables it lies in.
         known: Dotted keys of the same table.
         elsewhere: Dotted keys of other tables, which count where the last name is right.
     """

@@ -103,7 +103,7 @@ def check(table: dict[str, Any], model: type[Plain], *, name: str, problems: dic
 
     Args:
         table: The section, or the whole JSON for ``BareKeys``.
-        model: Its keys.
+        model: Class whose fields are the table's known keys.
         name: Of the section, with a dot behind it; empty for the whole.
         problems: Takes what is wrong, by dotted key.
     """

@@ -69,10 +69,10 @@ def load_table(toml_path: str | os.PathLike[str], overrides: Sequence[str], name
     """Reads one table of a TOML and leaves the others alone: all that starting the processes needs.
 
     Args:
-        toml_path: The file.
+        toml_path: A whole TOML; what is wrong in its other tables is not looked at.
         overrides: As for ``load_config``, of this table only.
         name: The table, e.g. ``parallel``; an absent one has its defaults.
-        section: Its class.
+        section: Class that the table is checked with.
 
     Raises:
         ConfigError: As for ``load_config``.

@@ -52,7 +52,7 @@ def to_toml(
     """The configuration as TOML that ``load_config`` reads back to the same values.
 
     Args:
-        config: Any.
+        config: Of pre-training or fine-tuning, resolved or not.
         head: Lines of comment on top; by default what a run says of itself.
         deepspeed: What stands for ``run.deepspeed``.
         folder: Paths are written as from here, where the file will lie; by default as they are.

@@ -30,7 +30,7 @@ class CanonicalCheckpoint:
     """A checkpoint in the form in which all formats meet.
 
     Attributes:
-        config: Of the model.
+        config: Sizes and switches, checked against the weights' shapes.
         head: Head of fine-tuning, a key of `models.heads.HEADS`; empty without one.
         num_labels: Rows of that head, None without one.
         labels: What the source's configuration says about classes.
@@ -70,7 +70,7 @@ def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> Can
     """Applies a format's rules and checks that the result is a model; the options are the source's.
 
     Args:
-        source: A recognised checkpoint.
+        source: The checkpoint as `source.open_source` found it; no weight is read yet.
         decoder: How its masked language model decodes, "emd" or "plain"; None: as the source's options say.
 
     Raises:

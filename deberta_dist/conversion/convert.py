@@ -62,7 +62,7 @@ def convert(
 
     Args:
         source_path: See `source.open_source`.
-        target_path: Directory to make.
+        target_path: Directory to make; it appears when everything in it is complete.
         to: One of ``CONVERSION_FORMATS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
@@ -332,7 +332,7 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
 
     Args:
         found: The checkpoint; all its weights have one number format.
-        where: For messages.
+        where: Prefix of messages: the source.
 
     Returns:
         The model in evaluation mode, and the published names of the weights that it holds.

@@ -36,7 +36,7 @@ def find_heads(names: Container[str], *, listed_class: str, beside: Container[st
     """The heads that a checkpoint has something of, at most one of fine-tuning, which comes last.
 
     Args:
-        names: Published names of its weights.
+        names: Published names of the weights that the checkpoint has.
         listed_class: Hugging Face class that its configuration names; may be empty.
         beside: Further names that the file has and that are left out.
     """
@@ -112,10 +112,10 @@ def settle_heads(
 
     Args:
         reading: By published names; changed in place.
-        shapes: See `head_shapes`.
+        shapes: Expected shapes by head and published name, from `head_shapes`.
         is_backbone_whole: The weights beside the heads fit the configuration.
         allow_unmapped: fnmatch patterns of the file's keys.
-        where: For messages.
+        where: Prefix of messages: the source.
 
     Raises:
         CheckpointError: a head lacks a weight, or one has another shape, and no pattern names its keys.

@@ -119,9 +119,8 @@ def model_type(weights: Weights, *, config: DebertaConfig, head: str, is_fused: 
 
     Args:
         weights: By published names.
-        config: Of the model.
         head: Its head of fine-tuning; empty without one.
-        is_fused: The fused form is asked for.
+        is_fused: Whether v1's one `in_proj` is asked for instead of three projections.
 
     Raises:
         ConfigError: neither can hold the model. Whether the v1 classes can, where ``is_fused`` asks for them, is left
@@ -184,9 +183,9 @@ def to_config(
     """``config.json`` with every field that their classes read, declared there or not.
 
     Args:
-        config: Of the model.
-        kind: Pair of classes.
-        architecture: Class.
+        config: Sizes and switches; becomes the file's fields.
+        kind: `model_type` of transformers: `deberta` or `deberta-v2`.
+        architecture: Class that `architectures` lists.
         dtype: Number format of most weights.
         labels: What is known of classes.
         num_labels: Rows of a head with a row for every class.

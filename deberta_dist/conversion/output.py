@@ -103,7 +103,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     that name with ``.old`` at its end, which nothing removes.
 
     Args:
-        target: Its name.
+        target: Where the directory appears once the block has ended without an error.
         force: Replace what a conversion or export has made there.
         num_bytes: About what will be written; a terminal shows how far it is.
 

@@ -37,7 +37,7 @@ class Reading:
 
     Attributes:
         weights: By the names so far.
-        config: Of the model.
+        config: Sizes that rules need, such as heads for the split of `in_proj`.
         dropped: Keys that are left behind.
         warnings: What a user should know.
         open_generator: Weights of the generator that lies beside a discriminator by published names, empty where
@@ -64,7 +64,7 @@ class Format:
 
     Attributes:
         name: What messages call it.
-        renames: Applied in order.
+        renames: Each is applied to what the ones before it have made.
         drops: Applied to renamed keys.
         rules: Structural ones, in order; each changes the ``Reading``.
         consumed: Patterns of renamed keys that are no published names and that the rules need.
@@ -124,8 +124,7 @@ def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmappe
     """Brings ``reading`` to published names.
 
     Args:
-        fmt: Format of the keys.
-        reading: Changed in place.
+        reading: Weights by the file's keys; by published names afterwards.
         known: Published names of the model.
         allow_unmapped: fnmatch patterns of the file's keys; those that nothing else explains are left out.
     """

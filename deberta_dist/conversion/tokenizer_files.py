@@ -116,7 +116,6 @@ def tokenizer_texts(tokenizer: Tokenizer, settings: TokenizerSettings, *, max_le
     """Name -> text of the tokenizer files beside ``spm.model``.
 
     Args:
-        tokenizer: The SentencePiece model.
         settings: What the source says beside it.
         max_length: Longest text that the model can take, tokens; unless the settings say another.
 

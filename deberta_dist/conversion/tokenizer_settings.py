@@ -52,7 +52,7 @@ class TokenizerSettings:
     """Settings of one tokenizer.
 
     Attributes:
-        do_lower_case: Text is lower-cased first.
+        do_lower_case: Whether text is lower-cased before SentencePiece sees it.
         split_by_punct: Every punctuation character is a word of its own.
         add_prefix_space: Text behind an added token begins with a space too.
         roles: The special tokens, by ``ROLES``.

@@ -49,7 +49,7 @@ class TorchFile:
     """One ``.bin`` file.
 
     Attributes:
-        weights: Its tensors, unread.
+        weights: Tensors by key; the numbers are read from the file when they are asked for.
         config: The published code's ``config`` entry, if there is one; otherwise None.
         others: Entries beside the model in a training checkpoint, such as the optimizer's state.
         is_streamed: Whether tensors are read one by one. Files from before torch 1.6 are read whole.
@@ -59,7 +59,7 @@ class TorchFile:
         """Reads the table of contents.
 
         Args:
-            path: The file.
+            path: Zip or old form of `torch.save`; nothing in it is executed.
             allow_unmapped: fnmatch patterns of entries that may be something else than tensors.
 
         Raises:

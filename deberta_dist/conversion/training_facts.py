@@ -16,7 +16,7 @@ def training_facts(manifest: Manifest, *, run: Path) -> dict[str, str]:
     """Name -> value, for people; what is not known is absent.
 
     Args:
-        manifest: Of the checkpoint.
+        manifest: Has the step, the samples read and the run's configuration.
         run: Directory that the checkpoint's run has written.
     """
     config, facts = manifest.run_config, {}

@@ -32,7 +32,7 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
 
     Args:
         weights: Published names, fused or not.
-        head_size: Width of one head.
+        head_size: Rows of one head: in `in_proj` each head's query, key and value follow each other.
 
     Raises:
         CheckpointError: the rows of an ``in_proj`` are not three times whole heads.

@@ -58,7 +58,7 @@ def unwrap(weights: Weights, *, prefix: str | None, where: object, allow_unmappe
     Args:
         weights: By the file's own keys.
         prefix: Given by the user, with or without the dot at its end; None: known wrappers alone.
-        where: For messages.
+        where: Prefix of messages: the source.
         allow_unmapped: Patterns of the file's keys. Where two keys become one, the one that they name keeps its own.
 
     Raises:

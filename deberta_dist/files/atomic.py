@@ -135,8 +135,7 @@ def replace_file(path: Path, content: bytes, *, temporary: Path | None = None) -
     """Writes a small file in the place of what is there; a reader sees the old content or the new one.
 
     Args:
-        path: Its name.
-        content: All of it.
+        content: Whole content: it is held in memory.
         temporary: Where it is written first, in the same directory, for who sweeps by another name; one process at a time.
 
     Raises:
@@ -159,7 +158,7 @@ def replace_directory(temporary: Path, final: Path, *, aside: Path) -> None:
     renames of a process that is killed there is nothing under the name; then ``aside`` holds what was there, see `restore`.
 
     Args:
-        temporary: The directory.
+        temporary: The complete directory, on the same file system.
         final: Its name, on the same file system.
         aside: Where what stands in its way waits.
 

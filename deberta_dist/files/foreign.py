@@ -70,8 +70,8 @@ def refuse_stand_in(head: bytes, path: object, *, error: type[DebertaDistError] 
 
     Args:
         head: as for ``stand_in``.
-        path: the file, for the message.
-        error: class to raise.
+        path: As the message names it.
+        error: Class of the error: each room refuses with its own.
 
     Raises:
         DebertaDistError: of that class, with the file and what to do.

@@ -68,7 +68,6 @@ def read_configuration(path: Path, *, shown: str, kind: str = "JSON", hint: str 
     """The text of a small file of settings.
 
     Args:
-        path: Its place.
         shown: Its name where it cannot be read, as "run.deepspeed = PATH".
         kind: What it should be.
         hint: The end of the message where it cannot be read.

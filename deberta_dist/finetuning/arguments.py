@@ -41,7 +41,7 @@ class FineTuneArguments:
     Attributes:
         benchmark: Whose tasks they are.
         tasks: Names in the order of training, or ``ALL`` alone.
-        data: The benchmark's data.
+        data: Folder or zip of the benchmark's release.
         init: Checkpoint to start from.
         tokenizer: SentencePiece model; None for the one beside the checkpoint.
         read_options: What the user says of the checkpoint.
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> FineTuneA
     """Reads the command line.
 
     Args:
-        arguments: Its words.
+        arguments: Words of the command line behind the launcher's name.
         benchmark: Whose tasks it names.
 
     Raises:

@@ -98,8 +98,8 @@ def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], 
     Args:
         features: Where they come from.
         picks: Each with the choices to compare; a classification has choice 0 alone.
-        pad_id: Of the tokenizer.
-        sep_id: Of the tokenizer.
+        pad_id: Id that fills shorter sequences; its positions are masked.
+        sep_id: Id after the first segment; token types are 1 behind it.
     """
     choices = features.split.task.head is Head.CHOICE
     # At least two: with a single number SiFT would take a decision for a regression.
@@ -123,10 +123,10 @@ class TrainingOrder:
     """The decisions of every step.
 
     Args:
-        features: Of the training split.
+        features: Encoded sequences of the training split.
         epochs: Passes, the last may be a part of one.
         global_batch_size: Decisions per step.
-        micro_batch_size: Decisions per micro-batch.
+        micro_batch_size: Decisions that one rank's forward pass takes; each may be several sequences.
         max_choices: Choices per decision that training compares.
         seed: Decides order and candidates.
         done: Steps and decisions of a shorter run that goes on. Its last step may have been a part of one: the next begins

@@ -50,7 +50,7 @@ class FineTuner:
         model: A classifier, this rank's shards of it.
         mesh: Its data axis shares out the decisions of a step and the sequences of a split.
         sift: How to perturb; None for plain fine-tuning.
-        seed: Of dropout and perturbations.
+        seed: Start of the random numbers of dropout and of SiFT's perturbations.
         pad_id: Fills sequences up to the longest of a batch.
         sep_id: Ends the first of two texts, behind which token types are 1.
     """
@@ -74,7 +74,7 @@ class FineTuner:
             batches: This data-parallel rank's micro-batches with their numbers in the step.
             num_decisions: Of the step, over all ranks.
             step: Number of the step, from 0.
-            learning_rate: Of the optimizer in this step.
+            learning_rate: Rate of this step; the schedule is the caller's.
         """
         loss_scale = self.model.store.loss_scale
 
@@ -172,7 +172,6 @@ def decision_loss(logits: Tensor, gold: Tensor) -> Tensor:
     """Cross entropy [D] of logits [D, C]: minus the log of the probability that the right ones have together.
 
     Args:
-        logits: of every decision.
         gold: which are right, bool [D, C].
 
     Raises:

@@ -36,8 +36,7 @@ class TaskFolder:
 
     Args:
         run_directory: Of all tasks and seeds.
-        task: The task.
-        seed: Of the run.
+        seed: Names the folder above the task's: one run for each seed.
     """
 
     def __init__(self, run_directory: Path, task: Task, seed: int) -> None:

@@ -81,8 +81,8 @@ def run_task(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> None:
     """Fine-tunes and fills the folder. Collective.
 
     Args:
-        run: The task and its seed.
-        start: The checkpoint that it starts from.
+        run: The task, its seed and where its results go.
+        start: Weights, model configuration and tokenizer to start from.
         mesh: All ranks take part.
 
     Raises:

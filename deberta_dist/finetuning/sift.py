@@ -104,7 +104,6 @@ class Sift:
 
     Args:
         layer_norm: The LayerNorm of the model's embeddings, ``deberta.embeddings.LayerNorm``.
-        settings: How to perturb.
     """
 
     def __init__(self, layer_norm: nn.Module, settings: SiftSettings) -> None:

@@ -28,12 +28,12 @@ class StartingPoint:
     """A checkpoint to fine-tune.
 
     Attributes:
-        path: As given.
+        path: The checkpoint, as the command line names it.
         description: What was recognised.
-        config: Its model.
+        config: Sizes and switches of its encoder.
         weights: By published name, unread.
         label_names: Of its classifier's rows; empty where it has none or they have no names.
-        tokenizer: Its tokenizer.
+        tokenizer: The SentencePiece model beside the checkpoint, or the one that was named.
         notes: What a user should know, one line each.
     """
 

@@ -115,7 +115,7 @@ def write_state(
         model: This rank's weights, whatever they are by now.
         shards: This rank's state after the last step.
         plan: Its settings go into the manifest.
-        seed: Likewise.
+        seed: Goes into the manifest, as the settings do.
         done: Steps and decisions behind the state.
         tokenizer_sha256: A run with another tokenizer is refused by it.
         mesh: Every rank writes its shards.

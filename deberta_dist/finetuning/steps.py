@@ -59,7 +59,7 @@ class TaskSteps:
     """The steps of one task, for the loop.
 
     Args:
-        tuner: Takes the steps.
+        tuner: The model on this rank with its optimizer.
         plan: Has the training rows and the sizes of batches.
         order: Says which rows a step has.
         done: Steps and decisions of a shorter run that it continues.

@@ -29,7 +29,7 @@ class Assembly:
 
     Attributes:
         directories: The runs that it was made of.
-        files: By name.
+        files: Content by file name, one for every task that has predictions.
         missing: Tasks without predictions.
         warnings: What is worth a look.
         sources: By task: the prediction files with their checksums, what their makers say of them, validation scores.
@@ -120,7 +120,7 @@ def read_zip(path: Path, names: Collection[str]) -> tuple[dict[str, bytes], list
     """(files by name, what is wrong with the zip itself). Nothing is unpacked to disk.
 
     Args:
-        path: Anyone's zip.
+        path: The zip; its members are not trusted.
         names: Files of a submission; what has another name is not unpacked.
 
     Raises:

@@ -30,7 +30,6 @@ class Example:
     """One decision as ids.
 
     Attributes:
-        key: The decision's.
         first: int32 [F].
         seconds: One for a classification, one per choice otherwise.
         gold: Indices of the right labels or choices; empty where unknown.
@@ -47,7 +46,7 @@ class SequenceLengths:
     """How long sequences may be, tokens.
 
     Attributes:
-        max_seq_length: Of a sequence.
+        max_seq_length: Tokens of a sequence at most, special tokens included.
         window_overlap: Shared by neighbouring windows; at most a quarter of ``max_seq_length``.
         max_windows: Of one sequence's first segment.
     """
@@ -61,8 +60,7 @@ class RowEncoder:
     """Makes the examples of a split of the segments that its task names.
 
     Args:
-        decisions: Of the split.
-        tokenizer: Of the model.
+        tokenizer: The one that the model was pre-trained with.
         lengths: How long sequences may be.
     """
 
@@ -80,8 +78,8 @@ class RowEncoder:
         """What was counted, one line each.
 
         Args:
-            where: Task and split.
-            of: Examples of the split.
+            where: Task and split, with which every line begins.
+            of: Number of examples in the split, to which the counts are compared.
         """
         return [f"{where}: {what} in {number:,} of {of:,}" for what, number in sorted(self._counts.items())]
 
@@ -89,8 +87,7 @@ class RowEncoder:
         """A first segment in windows as long as need be, beside each second one.
 
         Args:
-            key: Of the decision.
-            first: The long text.
+            first: The text that is cut into overlapping windows.
             seconds: One for a decision among labels, one a choice for a decision among choices.
         """
         ids, _ = encode_spans(self._tokenizer, first, limit=2**31)

@@ -12,8 +12,8 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
     """(line number, object) of every line that is not empty.
 
     Args:
-        content: Of the file.
-        where: Its name, for messages.
+        content: UTF-8 text, one JSON object a line.
+        where: Prefix of messages, before the number of the line.
         may_be_blank: Whether empty lines are passed over; the end of the last line is none.
 
     Raises:

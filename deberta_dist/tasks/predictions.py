@@ -102,7 +102,6 @@ def read_predictions(path: Path, *, parse_key: Callable[..., Key] = whole_number
     """Reads a file of predictions.
 
     Args:
-        path: The file.
         parse_key: Of the task: (value, at=file and line) -> key.
 
     Raises:
@@ -175,8 +174,8 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
     """Mean of the probabilities of several runs: an ensemble.
 
     Args:
-        runs: For the same decisions.
-        names: Of the runs, for messages.
+        runs: Probabilities of each run; all runs have the same decisions.
+        names: What messages call the runs, in the same order.
 
     Raises:
         DataError: their decisions or labels differ.

@@ -30,10 +30,10 @@ class _Table:
     """One table.
 
     Attributes:
-        title: Above it.
-        header: Names of the columns.
+        title: One line above the table; a heading in Markdown.
+        header: Names of the columns, as many as each row has cells.
         rows: As many cells each.
-        below: Sentences under it.
+        below: Sentences under the table; a list in Markdown.
         names: Columns, from the first, that stand to the left; numbers stand to the right.
     """
 
@@ -67,10 +67,10 @@ class ScoreReport:
 
     Attributes:
         benchmark: Whose tasks they are.
-        directories: The runs.
+        directories: The runs, in the order of the column `each run`.
         against: Those of the other model.
         scores: By task, of the runs that have it.
-        others: Likewise, of the other model.
+        others: Scores of the other model's runs, by task.
         comparisons: By task, where both have it.
         notes: What is missing, or worth a look.
     """

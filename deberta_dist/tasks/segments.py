@@ -61,9 +61,9 @@ def window_starts(length: int, *, room: int, overlap: int, most: int) -> np.ndar
     so many are spread evenly and may leave gaps.
 
     Args:
-        length: Tokens of the segment.
+        length: Tokens of the whole segment.
         room: Tokens of a window, more than ``overlap``.
-        overlap: Tokens.
+        overlap: Tokens that neighbouring windows share; less than a window has.
         most: Windows at most, from 1.
     """
     if length <= room:

@@ -30,8 +30,8 @@ def find_span(text: str, span: str, index: int) -> tuple[int, int, str]:
     """Characters of a span.
 
     Args:
-        text: Of the row.
-        span: Words of the span.
+        text: The row's text, in which words are counted between white space.
+        span: The span's words, as the row spells them.
         index: Of its first word in ``text.split()``.
 
     Returns:
