@@ -34,7 +34,7 @@ class _Node:
     Attributes:
         first, second: the children.
         first_weight: weight of ``first``, a.
-        weight: of both, b.
+        weight: sum of both children's weights, b.
     """
 
     first: "int | _Node"

@@ -39,7 +39,7 @@ class BucketMixture:
         sources: by name, so that the order in a file does not matter.
         sizes: what the buckets of each source hold.
         shares: of each source in the tokens, padding included.
-        bucket_shares: of each bucket in the steps.
+        bucket_shares: share of the run's steps that each bucket has; 0 for an empty one.
         samples_per_step: sequences of the longest bucket's steps.
     """
 
@@ -144,7 +144,7 @@ class BucketedDataset:
             lengths: of the buckets, tokens, ascending.
             samples_per_step: sequences of the longest bucket's steps.
             masking: how targets are chosen.
-            seed: the run's seed.
+            seed: the run's seed; each source derives its own from it and its name.
             index_directory: see ``open_chunks``.
 
         Raises:

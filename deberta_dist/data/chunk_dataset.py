@@ -25,11 +25,10 @@ class ChunkDataset:
         """Of a corpus made with this tokenizer.
 
         Args:
-            corpus: the text.
             tokenizer: the tokenizer it was made with.
-            chunks: of this corpus.
+            chunks: where this corpus's chunks begin, by bucket.
             masking: how targets are chosen.
-            seed: seed of order and masks.
+            seed: decides the order of every epoch and the masks.
 
         Raises:
             ConfigError: ``seed`` is outside 0 .. 2**64 - 1.

@@ -45,7 +45,7 @@ class BucketSizes:
 
     Attributes:
         lengths: tokens of a sequence, ``[CLS]``, ``[SEP]`` and padding included, ascending.
-        num_chunks: chunks of each bucket.
+        num_chunks: chunks whose shortest fitting length is each bucket's.
         num_tokens: tokens of all chunks of each, without ``[CLS]`` and ``[SEP]``.
     """
 
@@ -68,7 +68,6 @@ def count_chunks(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
     """Goes through the documents once and keeps nothing.
 
     Args:
-        corpus: the text.
         lengths: of the buckets, tokens, ascending.
 
     Raises:
@@ -112,7 +111,6 @@ class ChunkList:
     """The chunks of a corpus by bucket; made by ``open_chunks``. Safe to use from several threads.
 
     Attributes:
-        path: the file.
         sizes: what the buckets hold.
     """
 
@@ -129,7 +127,7 @@ class ChunkList:
         """First tokens and numbers of tokens of some chunks, int64 [B] each.
 
         Args:
-            bucket: number of the bucket.
+            bucket: number of the bucket, from 0, the shortest first.
             numbers: of chunks within it, int64 [B].
 
         Raises:
@@ -157,7 +155,6 @@ def open_chunks(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path 
     One process makes it, those who ask meanwhile wait. One that is not whole is replaced.
 
     Args:
-        corpus: the text.
         lengths: of the buckets, tokens, ascending.
         directory: where the list is kept; by default beside the corpus.
 

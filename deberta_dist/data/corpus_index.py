@@ -31,7 +31,7 @@ class CorpusShard:
     Attributes:
         name: file name within the directory.
         num_tokens, num_documents: their numbers.
-        checksum: that of the token file.
+        checksum: SHA-256 of everything after the file's header, hexadecimal; the header has it, too.
     """
 
     name: str

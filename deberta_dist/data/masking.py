@@ -133,10 +133,9 @@ def mask_batch(
         special_ids: ids that are never targets, 0 (padding) among them.
         mask_id: id of ``[MASK]``.
         vocab_size: number of ids random replacements are drawn from.
-        seed: seed of the run.
+        seed: 0 .. 2**64 - 1.
         epochs: integers [B]: a sequence's mask depends on its epoch and sample.
         samples: integers [B].
-        config: how to mask.
         lengths: integers [B], tokens of every sequence without padding; None: S of all.
 
     Returns:
@@ -197,7 +196,6 @@ def _targets(
         live: int64 [R], ascending, the rows which have a token that is not special.
         quotas: int64 [R].
         seed, epochs, samples: as for ``mask_batch``, [R] each.
-        config: how to mask.
 
     Returns:
         Three arrays over all targets: the position in ``kinds`` as one row, ascending, and the two uniform numbers that
@@ -256,7 +254,7 @@ def sample_draws(count: int, *, seed: int, epochs: np.ndarray, samples: np.ndarr
 
     Args:
         count: numbers per sample.
-        seed: seed of the run.
+        seed: 0 .. 2**64 - 1.
         epochs: integers [B], from 0.
         samples: integers [B], from 0.
 

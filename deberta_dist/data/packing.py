@@ -41,7 +41,7 @@ class Packing:
     What is left behind the last full window is not used.
 
     Attributes:
-        num_samples: samples in the corpus.
+        num_samples: full windows of the corpus.
         num_dropped_tokens: tokens behind the last full window, the ``[SEP]`` of documents included.
     """
 

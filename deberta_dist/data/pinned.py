@@ -15,7 +15,7 @@ class PinnedTensors:
     """Copies of tensors, one behind the other in pinned memory.
 
     Args:
-        tensors: on the host.
+        tensors: on the host, of any shapes and number formats.
 
     Attributes:
         tensors: the copies, like the originals.

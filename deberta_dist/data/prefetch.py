@@ -25,7 +25,7 @@ class Prefetcher(Generic[T]):
 
         Args:
             make_batch: makes the batch of a number; called by one thread only.
-            start: first number.
+            start: number of the first item, for a run that resumes.
             depth: most batches made and not yet taken, at least 1.
             stop: number to end before; None: never.
         """

@@ -44,7 +44,7 @@ def samples_at(start: int, count: int, *, size: int, seed: int | None) -> tuple[
 
     Args:
         start: first position, from 0.
-        count: number of positions.
+        count: positions in a row; they may reach into the next epochs.
         size: samples per epoch.
         seed: of the epochs' orders; None: every epoch in ascending order.
 

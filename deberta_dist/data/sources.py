@@ -35,7 +35,6 @@ class CorpusSource:
     """A corpus and how much of it is read, in exactly one of two ways, the same for all sources of a run.
 
     Attributes:
-        corpus: the text.
         name: its name in the configuration; "" for the only one of a run, which keeps the run's own seed.
         proportion: its share of the samples, in any unit.
         epochs: how often it is read while the others are read as often as theirs say.
@@ -54,7 +53,7 @@ class SourcePosition:
     Attributes:
         epoch: times it was read in full.
         index: samples read of this epoch.
-        num_samples: samples per epoch.
+        num_samples: samples of one epoch of this source.
     """
 
     epoch: int
@@ -168,7 +167,7 @@ class BlendedDataset:
             tokenizer: the tokenizer they were made with.
             max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
             masking: how targets are chosen.
-            seed: the run's seed.
+            seed: the run's seed; each source derives its own from it and its name.
             document_boundaries: documents of a sample are separated and do not see each other.
 
         Raises:

@@ -31,7 +31,7 @@ class TokenCorpus:
 
     Attributes:
         path: the token file, or the directory.
-        shards: the files, in order.
+        shards: token files in the order in which their documents follow each other.
         num_tokens, num_documents: of all files.
         dtype: of the ids, uint16 or uint32.
         tokenizer_sha256: SHA-256 of the tokenizer's model file.

@@ -64,7 +64,6 @@ class TokenFile:
     asked for, by those who go through all of a file: a mapping's pages, once touched, count as resident memory.
 
     Attributes:
-        path: the file.
         dtype: type of the ids, uint16 or uint32.
         num_tokens, num_documents: their numbers.
         tokenizer_sha256: SHA-256 of the tokenizer's model file.

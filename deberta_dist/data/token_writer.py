@@ -34,7 +34,7 @@ class TokenFileWriter(PublishingWriter):
         """Opens the file beside its destination.
 
         Args:
-            path: file to make.
+            path: file to make; it appears when the writer is closed without an error.
             tokenizer_sha256: SHA-256 of the tokenizer's model file, in hexadecimal.
             vocab_size: number of ids of that tokenizer; each id written is below it.
             source: where the text came from, for people; cut after 400 characters.

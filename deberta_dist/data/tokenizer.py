@@ -210,7 +210,7 @@ class Tokenizer:
     """Text to ids and back with one sentencepiece model.
 
     Attributes:
-        path: the model file.
+        path: the SentencePiece model file.
         sha256: SHA-256 of its bytes, in hexadecimal.
         num_tokens: number of ids: the pieces and ``[MASK]``.
         pad_id, cls_id, sep_id, unk_id, mask_id: the special ids.

@@ -28,7 +28,7 @@ class TrainingWords:
         counts: word -> how often, in the order in which they come first; without ``WORD_START``. No word holds
             white space, and none is longer than the limit.
         num_cut_runs: runs without white space that were longer, and were cut.
-        num_cut_characters: their characters, normalised.
+        num_cut_characters: characters of those runs, once normalised.
     """
 
     counts: dict[str, int]

@@ -174,7 +174,7 @@ def test_a_foreign_tokenizer_or_damage_is_refused(
     with open(path, "r+b") as file:
         file.seek(4096)
         file.write(b"".join(entries[at : at + 2] + b"\xff" * 6 for at in range(0, len(entries), 8)))
-    with pytest.raises(DataError, match=r"pieces is damaged: a piece ends behind the text; remove it"):
+    with pytest.raises(DataError, match=r"pieces is damaged: a chunk ends behind the text; remove it"):
         data.batch(0, SAMPLES)
     path.unlink()
     with open(corpus.path, "r+b") as file:

@@ -129,12 +129,12 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     for foreign in (b"", b"anything", json.dumps({"format": "deberta_dist pieces 2"}).encode()):
         path.write_bytes(foreign)
-        with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
+        with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
             open_chunks(corpus, LENGTHS)
         assert path.read_bytes() == foreign
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
+    with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
         open_chunks(corpus, LENGTHS)
     path.rmdir()
     found = open_chunks(corpus, LENGTHS)

@@ -41,7 +41,7 @@ class BenchmarkFile:
     """A file of a benchmark.
 
     Attributes:
-        file: it.
+        file: the file with its compression.
         ending: one of ``ENDINGS``.
     """
 

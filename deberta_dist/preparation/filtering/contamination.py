@@ -27,8 +27,8 @@ class Used:
     """What a benchmark's file gave to look for.
 
     Attributes:
-        path: the file.
-        num_texts: its texts.
+        path: as a string, so that report.json can hold it.
+        num_texts: strings found in the file.
         num_searched: those of them that have n words.
     """
 
@@ -52,7 +52,7 @@ class NgramSet:
         text: the benchmark's words in UTF-8, a space after each.
         quick_filter: Bloom filter of one word of memory a hash; h has the bits of ``_bits(h)`` in number
             h >> quick_shift; uint64 [power of two].
-        quick_shift: see above.
+        quick_shift: 64 less the logarithm of the filter's length: the upper bits of a hash choose its number.
         fingerprint: SHA-256 of n and the hashes, hexadecimal; the same for the same n-grams, however they are filed.
         files: where they come from.
         passed_over: what lay beside these files and was not read.

@@ -43,7 +43,6 @@ def signature(text: str, *, num_permutations: int = 128) -> bytes:
     (punctuation, emoji) gets a signature that is near nothing.
 
     Args:
-        text: the document.
         num_permutations: numbers of a signature; the standard deviation of an estimated similarity J is at most
             sqrt(J (1 - J) / num_permutations): 0.035 for 0.8 with 128.
 
@@ -77,7 +76,7 @@ class NearDuplicates:
     bands, as tables double when they are full. 40 million documents kept: about 105 GB, in one process.
 
     Attributes:
-        num_bands: see above.
+        num_bands: bands that a signature is cut into; more bands miss fewer pairs and cost more memory.
     """
 
     num_bands: int

@@ -30,7 +30,7 @@ class ConvertReport:
     """What a conversion wrote.
 
     Attributes:
-        paths: the files.
+        paths: the files written.
         num_documents, num_tokens: documents and tokens written.
         num_empty_documents: documents of the source that were left out because they have no ids.
         num_eod: ids at the end of documents which were dropped or appended.

@@ -79,7 +79,6 @@ def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_s
     """Writes a list of documents to drop.
 
     Args:
-        path: file to write.
         which: spool file of each, integers [N].
         documents: its number in that spool file, integers [N].
         num_spool_files: how many spool files there are.

@@ -25,7 +25,7 @@ class EncodePhase:
     Attributes:
         work_items: all of them, in the order of the input.
         recipe: what is done with each document.
-        tokenizer: path of its model.
+        tokenizer: path of the model file: each worker loads it for itself.
         ngrams: n-grams of benchmarks; None: there are none.
         directory: where spool files are written.
     """
@@ -74,7 +74,7 @@ class FindDuplicatesPhase:
 
     Attributes:
         spool: all spool files, in the order of the input.
-        count: number of ranges.
+        count: ranges that the hashes are divided into; decides memory, not the result.
         directory: where the lists are written.
     """
 
@@ -105,9 +105,9 @@ class FindNearDuplicatesPhase:
 
     Attributes:
         spool: all spool files, in the order of the input.
-        threshold: least similarity.
-        duplicates: lists of exact duplicates.
-        path: the list to write.
+        threshold: least Jaccard similarity of word 5-grams, above 0 and up to 1.
+        duplicates: lists of exact duplicates, which are not looked at again.
+        path: the list to write, for ``DroppedDocuments``.
     """
 
     spool: Sequence[SpoolFile]

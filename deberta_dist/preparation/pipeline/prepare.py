@@ -47,7 +47,7 @@ class _Start:
     Attributes:
         work_items: ranges of all inputs, in order.
         passed_over: what lies beside them and is not read.
-        run: folder of this start.
+        run: folder of this start's claims and progress; another start has another.
         state: folder of what depends on all work items.
         outcome: of a start that was killed when all was done but the moving; None: there is work.
     """
@@ -83,7 +83,7 @@ def prepare_corpus(
         held_out_inputs: further inputs, all of whose documents are held out; they come before the others, so a document
             that is in both is held out.
         ngrams: documents that hold one of them are left out; None: there are none.
-        num_workers: processes of this rank.
+        num_workers: workers of this rank, at least 1; a single one works in this process.
         ranks: the group of processes; None: this one alone.
         memory_bytes: of one process for the search for exact duplicates.
         progress: told how far it is, every ``progress_seconds``, on rank 0.
@@ -154,8 +154,7 @@ class _Preparation:
         recipe: what is done with each document.
         tokenizer: the one that the recipe names.
         ngrams: n-grams of benchmarks, as the recipe names them; None: there are none.
-        ranks: the group of processes.
-        num_workers: processes of this rank.
+        num_workers: workers of this rank, at least 1; a single one works in this process.
         memory_bytes: of one process, for a range of hashes.
     """
 

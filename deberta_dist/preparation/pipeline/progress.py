@@ -47,7 +47,7 @@ class Monitor:
     """Tells the progress of all workers of a start; a context manager.
 
     Args:
-        directory: folder of this start.
+        directory: where the workers of this start write how far they are.
         report: told; None: nobody is.
         seconds: between two times.
     """
@@ -66,7 +66,7 @@ class Monitor:
         """Begins a phase, and tells so.
 
         Args:
-            name: of it.
+            name: begins every line about it.
             total_bytes: bytes of input; 0: they are not counted.
             found_bytes: those of them that an earlier start has done.
         """

@@ -24,7 +24,7 @@ class PreparationRanks:
     """A group of processes that run the same program.
 
     Attributes:
-        rank: this one's number.
+        rank: number of this process in the group, from 0.
         size: how many there are.
     """
 

@@ -21,7 +21,7 @@ class PreparationRecipe:
     """The settings that decide the output.
 
     Attributes:
-        tokenizer_sha256: of the tokenizer's model file.
+        tokenizer_sha256: SHA-256 of the tokenizer's model file, hexadecimal.
         reading: how files become documents.
         filters: which documents are dropped for what they look like.
         held_out_percent: share of the documents that is held out, by their hash.

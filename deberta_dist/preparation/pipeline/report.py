@@ -25,8 +25,8 @@ class SourceReport:
     """One source, or all together.
 
     Attributes:
-        files: input files.
-        input_bytes: their size.
+        files: number of input files.
+        input_bytes: bytes of these files on disk, compressed as they are.
         read_documents, read_bytes: documents read and bytes of text (of compressed files: after decompression).
         dropped: documents that are in no split, by rule.
         altered: documents that were altered and kept by the rules that look at one document, by reason.
@@ -55,12 +55,12 @@ class Outcome:
     """A finished preparation.
 
     Attributes:
-        recipe: its settings.
+        recipe: settings as ``PreparationRecipe.as_json`` gives them.
         sources: what each source came to; "" is the name of inputs without one.
-        total: all of them.
+        total: sum over the sources.
         shards: token files in each folder.
         missing: folders that were asked for and are not there, for no document is left for them.
-        processes: of the start that finished it.
+        processes: workers of all ranks in the start that finished it.
         seconds: wall time of that start.
         passed_over: what lay in the inputs' directories, or fitted their patterns, and was not read.
         benchmark: files whose texts documents were compared with.
@@ -94,10 +94,9 @@ class Outcome:
         """Counts what there is.
 
         Args:
-            work_items: ranges of the inputs.
+            work_items: all of them, in the order of the input: the spool's numbers count them.
             spool: what they became.
             assignment: where documents went.
-            recipe: the settings.
             processes, seconds, passed_over: as above.
             ngrams: of the benchmark; None: there is none.
         """

@@ -24,7 +24,7 @@ class SpoolRange:
     """Documents of one spool file that go into one shard: those of its split that stay, within a range.
 
     Attributes:
-        file_number: number of the spool file.
+        file_number: number of the spool file, from 0, in the order of the input.
         start, stop: documents of the spool file.
     """
 
@@ -204,7 +204,6 @@ def write_shard(
     """Writes one token file; one that is there, of an earlier start, is compared with its checksum and left.
 
     Args:
-        shard: which documents.
         spool: all spool files, in the order of the input.
         dropped: documents that go nowhere.
         directory: where its folder is made.

@@ -31,7 +31,7 @@ class Counts:
     Attributes:
         num_read: documents read, dropped ones among them.
         num_bytes: bytes read (of compressed files: after decompression).
-        kept: documents kept.
+        kept: documents that were encoded; duplicates are still among them.
         dropped: documents dropped, by rule.
         altered: documents kept that were altered, by reason.
         seconds: processor time taken.
@@ -70,7 +70,6 @@ def write_spool_file(
     """Writes a spool file; replaces one of that name, whose content is the same.
 
     Args:
-        path: file to make.
         ids: token ids of all documents kept, one after another, uint16 or uint32 [sum of lengths].
         lengths: tokens of each, integers [N].
         num_bytes: bytes of each document's text, integers [N].
@@ -130,10 +129,9 @@ class SpoolFile:
     """A spool file on disk; arrays are read when asked for.
 
     Attributes:
-        path: its file.
-        counts: of the input it covers.
+        counts: what was read of the stretch of input that it covers.
         is_last: whether the file range ends with it.
-        num_documents: documents kept.
+        num_documents: rows of its arrays.
     """
 
     def __init__(self, path: Path) -> None:

@@ -16,8 +16,7 @@ class WorkItem:
     """A range of an input: what one process encodes at a time.
 
     Attributes:
-        file: the input.
-        file_range: what of it.
+        file_range: bytes, or row groups, of the file that are this work item's.
         held_out: whether all its documents are held out.
         input_bytes: bytes of the file that it takes, about.
         name: begins the names of its spool: another file, or the same file changed, has another.

@@ -35,7 +35,7 @@ class Worker:
     """One process at its work items: what a phase may ask of it, and tell it.
 
     Args:
-        directory: folder of this start.
+        directory: folder of this start, on a file system that all ranks share.
         name: of the worker, in no other process.
 
     Raises:
@@ -133,7 +133,7 @@ class WorkerPool:
 
     Args:
         directory: folder of this start, the same on all ranks.
-        rank: this rank's number.
+        rank: number of this rank; goes into the names of its workers.
         num_workers: how many, at least 1.
     """
 

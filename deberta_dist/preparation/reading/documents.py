@@ -71,7 +71,6 @@ class Document:
 
     Attributes:
         text: its text; "" for one that is left out.
-        path: its file.
         offset: byte of the (decompressed) text where it begins; of a Parquet file the row, from 0.
         num_bytes: bytes of the (decompressed) text from the end of the document before to the end of this one; of a
             Parquet file the bytes of the document.
@@ -104,7 +103,6 @@ class DocumentMaker:
     """Bytes of one file to documents.
 
     Attributes:
-        file: the file.
         options: what becomes of bad ones.
         kind: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
     """

@@ -53,7 +53,6 @@ def entries_below(folder: Path, *, above: tuple[Path, ...] = ()) -> Iterator[Pat
     Of hidden directories there is the directory itself, and nothing that is in it.
 
     Args:
-        folder: the directory.
         above: real paths of the directories on the way to it.
 
     Raises:

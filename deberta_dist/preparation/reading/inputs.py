@@ -32,11 +32,11 @@ class InputFile:
     """One file to read, as it was when it was listed.
 
     Attributes:
-        path: the file.
+        path: as it was given, or found below a directory.
         kind: ``TEXT``, ``RECORDS``, ``PARQUET`` or ``ARTICLES``.
         compression: one of ``COMPRESSIONS``, or "".
         source: name of the source it belongs to; "" where none was given.
-        num_bytes: its size.
+        num_bytes: bytes on disk; a change of it ends the reading.
         modified_ns: time of its last change, in nanoseconds.
     """
 
@@ -103,7 +103,7 @@ class Listing:
 
     Attributes:
         files: what is read, in order.
-        passed_over: what is not.
+        passed_over: what lay in the directories, or fitted the patterns, and is not read.
     """
 
     files: list[InputFile]

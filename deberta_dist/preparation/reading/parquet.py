@@ -27,7 +27,7 @@ class RowGroup:
     """A part of a Parquet file that can be read without the rest.
 
     Attributes:
-        num_rows: its rows.
+        num_rows: rows of the group, from the file's footer.
         num_bytes: bytes of all its columns in the file.
         text_bytes: bytes of the text column before compression, about.
     """
@@ -41,8 +41,7 @@ def row_groups(file: InputFile, handle: BinaryIO, *, field: str | None) -> list[
     """What the end of the file says about its row groups.
 
     Args:
-        file: the file.
-        handle: it, open.
+        handle: the file, from ``open_input``.
         field: the text column, or the text in a struct column; None: ``text_bytes`` counts all columns.
 
     Raises:
@@ -73,9 +72,8 @@ def read_rows(
     """Rows ``[first, last)`` of the text column.
 
     Args:
-        file: the file.
-        handle: it, open.
-        field: the text column.
+        handle: the file, from ``open_input``.
+        field: name of the text column; dots lead into struct columns.
         first, last: numbers of rows within the file, from 0; None: to the end.
 
     Yields:
@@ -104,8 +102,7 @@ def read_columns(file: InputFile, handle: BinaryIO) -> Iterator[list[dict[str, A
     """All columns that hold text at any depth, batch after batch.
 
     Args:
-        file: the file.
-        handle: it, open.
+        handle: the file, from ``open_input``.
 
     Yields:
         Rows, by name of the column: values as Python has them, in lists and dictionaries where they are nested.

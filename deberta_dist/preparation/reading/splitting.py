@@ -49,7 +49,7 @@ def line_runs(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refus
     """Cuts a stream behind its line feeds.
 
     Args:
-        chunks: the stream.
+        chunks: the bytes of the text in order, cut anywhere.
         offset: where it begins in the text.
         limit: bytes of the longest line that is kept.
         refuse: called with the beginning of a longer line that is not blank, as soon as that is known.
@@ -122,7 +122,7 @@ def split_lines(runs: Iterable[LineRun], *, stop: int | None, limit: int) -> Ite
     """Every line that is not empty; lines of white space among them.
 
     Args:
-        runs: the text.
+        runs: from ``line_runs``.
         stop: no line that begins there or later; None: all.
         limit: as for ``line_runs``.
     """
@@ -151,7 +151,7 @@ def split_blocks(
     """Every run of lines that are not blank.
 
     Args:
-        runs: the text.
+        runs: from ``line_runs``.
         stop, limit: as for ``split_lines``.
         inside: where a block has begun whose lines may go on here; None: there is none.
         refuse: called with the beginning of a block longer than ``limit``, as soon as that is known.
@@ -204,7 +204,7 @@ def line_before(handle: BinaryIO, *, start: int, first: int) -> int:
     """Where to begin so that a parser sees whether the line that holds byte ``start - 1`` is blank.
 
     Args:
-        handle: a plain file.
+        handle: an uncompressed file, in which one can seek.
         start: beginning of a range, behind ``first``.
         first: where the file's text begins.
 

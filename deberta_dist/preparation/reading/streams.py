@@ -38,9 +38,6 @@ _NO_TEXT = re.compile(rb"[\0-\x08]|\A%PDF-")
 def open_input(file: InputFile) -> Iterator[BinaryIO]:
     """An input file, open; it has to stay what it was when it was listed, up to the end of the block.
 
-    Args:
-        file: the file.
-
     Yields:
         It, without a buffer.
 
@@ -99,7 +96,7 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
 
     Args:
         file: what ``handle`` was opened from.
-        handle: the open file.
+        handle: from ``open_input``.
         start: byte to begin at; 0 for a compressed file.
 
     Yields:
@@ -248,11 +245,11 @@ def _unpack(
     The readers of bz2 and zstandard take what follows the first archive, or an early end, for the end of the text.
 
     Args:
-        handle: the open file.
+        handle: from ``open_input``.
         new_decoder: makes the decoder of one archive; it has ``eof`` and ``unused_data``.
         decompress: (decoder, data) -> (text, whether the decoder holds more that needs no data).
         errors: what ``decompress`` raises on damage.
-        read_bytes: bytes to read at once.
+        read_bytes: compressed bytes that are read at once; bounds what one call can unpack to.
         padding: byte that may fill space behind an archive; empty: there is none.
     """
     decoder, data, has_more = None, b"", False

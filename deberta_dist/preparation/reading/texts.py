@@ -52,7 +52,7 @@ def cut(file: InputFile, *, range_bytes: int) -> list[FileRange]:
 
     Args:
         file: the file; a compressed one is one range, a .parquet file is cut between row groups.
-        range_bytes: bytes of the file in a range, about.
+        range_bytes: about how many bytes of the file a range has, at least 1.
 
     Returns:
         At least one range, unless the file is empty.

@@ -26,7 +26,7 @@ def split_articles(runs: Iterable[LineRun], *, stop: int | None, limit: int, ins
     ``article_text`` refuses those runs, and articles whose end is missing.
 
     Args:
-        runs: the text.
+        runs: from ``line_runs``.
         stop: no article that begins there or later; None: all.
         limit: bytes of the longest article.
         inside: whether the text begins within a line, and maybe an article, of the range before: what comes before the

@@ -145,7 +145,6 @@ class _Layout:
     """Where a file's text lies.
 
     Attributes:
-        file: the file.
         num_bytes: bytes of its text; of a compressed one estimated from its beginning, of a .parquet file as its
             end tells.
         groups: row groups of a .parquet file.
