@@ -1,4 +1,4 @@
-"""Makes a submission to a benchmark of predictions, or validates one that anybody made.
+"""Makes a benchmark's submission from predictions, or validates any submission.
 
 deberta-dist make-submission --predictions runs/superglue/ --data superglue/ --out submission.zip
 deberta-dist make-submission --validate theirs.zip --data superglue/
@@ -30,20 +30,20 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="folders with TASK/test.jsonl, or of seed-* folders; several that have a task are averaged",
+        help="run directories, with TASK/test.jsonl or with seed-* folders; several runs of a task are averaged",
     )
-    what.add_argument("--validate", type=Path, metavar="FILE.zip", help="check this submission and make nothing")
-    parser.add_argument("--out", type=Path, help="zip to make; never replaced. A manifest lies beside it")
+    what.add_argument("--validate", type=Path, metavar="FILE.zip", help="check this submission and write nothing")
+    parser.add_argument("--out", type=Path, help="zip to make; an existing one is refused. A manifest is written beside it")
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="make X.partial.zip, which says that it is not for submission, of the tasks that are there",
+        help="make X.partial.zip, marked as not for submission, from the tasks that have predictions",
     )
     return parser.parse_args()
 
 
 def report(verdict: Verdict, *, what: object) -> None:
-    """Prints what was found; raises DataError where it is not good."""
+    """Prints warnings and errors; raises DataError if there are errors."""
     for warning in verdict.warnings:
         print(f"warning: {warning}")
     for error in verdict.errors:
