@@ -1,6 +1,6 @@
 """What a checkpoint says about itself: ``manifest.json`` as frozen values.
 
-The manifest names every published tensor once with its full shape and tells in which files its slices lie;
+The manifest names every published tensor once, with its full shape and the files in which its slices lie;
 the layout that wrote it is mentioned for people and never needed for reading. The last key is a checksum of
 all others, so that a flipped digit is a damaged checkpoint and not another run.
 """
@@ -122,8 +122,8 @@ class Manifest:
         run_config: Resolved run configuration, as JSON.
         model_config: The network's configuration, as a published ``config.json`` has it.
         tokenizer_sha256: SHA-256 of the SentencePiece model file, in hex: ids mean nothing with another one.
-        data_sha256: Of the token files, by what they are for; only to tell that they have changed.
-        precision: Of the run: fp32, bf16 or fp16; only to tell that it has changed.
+        data_sha256: Of the token files, by what they are for; only to report that they have changed.
+        precision: Of the run: fp32, bf16 or fp16; only to report that it has changed.
         layout: Parallel sizes of the run that wrote it, for people; a reader needs none of them.
         tensors: Every published tensor by name, in model order; those of further networks behind their network's name.
         files: Every shard file by name. ``CheckpointWriter.commit`` fills it in.

@@ -84,6 +84,7 @@ class CheckpointReader:
         entry = self._entry(name)
         part = window(entry.shape, cut=cut)
         assert begin >= 0 and count >= 0 and begin + count <= part.num_elements, (name, cut, begin, count)
+        # Rows of vocabulary padding are no data, whatever the files hold there: they stay zero.
         result = np.zeros(count, dtype=np.float32)
         targets = rectangles(part, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1
@@ -128,6 +129,7 @@ class CheckpointReader:
         parts = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
         shards = []
         for size, own in zip(layout.sizes, parts, strict=True):
+            # Padding between the slices is in no checkpoint: it depends on the layout.
             values = {state: torch.zeros(size // shape.data) for state in STATES}
             for part in own:
                 for state in STATES:
@@ -163,6 +165,7 @@ class CheckpointReader:
                 for check in checks:
                     check.result()
             finally:
+                # One damaged file is enough: the others, maybe terabytes, need not be read.
                 pool.shutdown(cancel_futures=True)
 
     def _check_size(self, name: str) -> None:
@@ -189,6 +192,7 @@ class CheckpointReader:
         if file not in self._mapped:
             self._check_size(file)
             self._mapped[file] = map_shard_file(self.directory / file)
+            # Arrays that are still in use keep their mapping alive; only the descriptor count is bounded here.
             if len(self._mapped) > MAX_MAPPED_FILES:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(file)

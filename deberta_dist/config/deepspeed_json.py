@@ -3,7 +3,7 @@
 ``read_deepspeed`` fills what follows from the TOML and refuses what contradicts it, so that no number
 has two homes. DeepSpeed's batch numbers do not count sequences here: its engine sees one forward,
 backward and step per optimizer step on a weight store (see the pipeline runner), hence 1 x 1 x
-data_parallel_size. The dictionary is handed to ``zero/``; nothing here imports DeepSpeed: whoever may
+data_parallel_size. The dictionary goes to ``zero/``; nothing here imports DeepSpeed: whoever may
 do so passes in ``examine``, which asks DeepSpeed's own classes.
 """
 
@@ -123,7 +123,7 @@ class DeepSpeedJson:
 
     Attributes:
         values: What ``deepspeed.initialize`` gets, without any "auto" of ours.
-        notes: What the plan should tell of it, one line each.
+        notes: What the plan should say of it, one line each.
     """
 
     values: dict[str, Any]

@@ -34,7 +34,7 @@ class CanonicalCheckpoint:
         head: Head of fine-tuning, a key of `models.heads.HEADS`; empty without one.
         num_labels: Rows of that head, None without one.
         labels: What the source's configuration says about classes.
-        knows_decoder: Whether the source says, or was told, how its masked language model decodes.
+        knows_decoder: Whether the source, or the user, says how its masked language model decodes.
         is_legacy: Its masked language modelling head had the names of Hugging Face's older class.
         weights: Published names, in model order.
         reading: How it got there: what was dropped, what to know.
@@ -150,7 +150,7 @@ def _completed_config(source: CheckpointSource) -> tuple[dict[str, Any], list[st
 
 @contextlib.contextmanager
 def _named(path: object) -> Iterator[None]:
-    """Whatever is refused of a configuration is told with the place that it is in."""
+    """Adds the source to every error about a configuration."""
     try:
         yield
     except ConfigError as error:

@@ -91,7 +91,7 @@ def convert(
     _require_options_of_target(to, is_fused=is_fused, for_hub=with_code or license_name is not None or bool(languages))
     for_hub = {} if license_name is None else hub.license_fields(license_name)
     for_hub |= {"language": hub.language_codes(languages)} if languages else {}
-    # Rounding comes last here, so that the report can tell what the source has.
+    # Rounding comes last, so that the report can say which number formats the source has.
     options = CheckpointReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)

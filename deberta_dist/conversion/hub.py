@@ -1,4 +1,4 @@
-"""What the hub of Hugging Face reads at the top of a model's card, checked here because only a push would tell."""
+"""What the hub of Hugging Face reads at the top of a model's card, checked here because otherwise only a push would show what is wrong."""
 
 import difflib
 import json

@@ -80,7 +80,7 @@ def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[s
 
     Args:
         raw: As it stands in the file.
-        keys: Of the weights; they tell the pair of classes where the file does not.
+        keys: Of the weights; they decide the pair of classes where the file does not.
 
     Raises:
         ConfigError: it is of another kind of model, or of one that is not built here.

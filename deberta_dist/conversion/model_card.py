@@ -59,7 +59,7 @@ def model_card(
         f"{origin}. Numbers are {dtype}. {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
         f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}."
         + (f" {target.why_class}." if target.why_class else ""),
-        "`conversion_report.json` tells what became of every key and has the SHA-256 of every file.",
+        "`conversion_report.json` says what became of every key and has the SHA-256 of every file.",
         *(["## Masked language modelling", _CODE_TEXT] if has_code else []),
         *_training(source),
         "## What these classes do not use, and why it is in the file",

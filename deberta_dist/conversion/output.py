@@ -44,6 +44,7 @@ class OutputDirectory:
 
     def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
+        # "x": two files of one name would be a fault of ours, and the later one would win without a word.
         with open(self.path / name, "xb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as hasher:
             file = HashedFile(raw, hasher=hasher, on_bytes=self._progress.update)
             fill(file)
@@ -118,6 +119,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target, host=host)
+        # Before anything is written: a conversion of hundreds of gigabytes should not fail at its end.
         free = shutil.disk_usage(target.parent).free
         if free < num_bytes + _SMALL_FILES_BYTES:
             raise CheckpointWriteError(
@@ -167,6 +169,7 @@ def _foreign(target: Path) -> list[str]:
 
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
+    # Once more: something may have appeared in the minutes that the conversion took.
     require_free(target, force=force)
     replace_directory(temporary, target, aside=temporary.with_name(temporary.name + ".old"))
 
@@ -175,6 +178,7 @@ def _sweep(target: Path, *, host: str) -> None:
     mine = re.compile(_MINE.format(name=re.escape(target.name), host=re.escape(host)))
     for path in target.parent.iterdir():
         match = mine.fullmatch(path.name)
+        # Another conversion to the same target may be at work on this host; those of other hosts cannot be asked.
         if match and not may_be_alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 

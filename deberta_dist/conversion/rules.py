@@ -83,7 +83,7 @@ COMMON_RENAMES = (
     Rename(r"^bert\.", "deberta.", "prefix of the first releases"),
     Rename(r"^(?=(embeddings|encoder)\.)", "deberta.", "a backbone saved on its own has no prefix"),
 )
-COMMON_DROPS = (Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, made anew by every model"),)
+COMMON_DROPS = (Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, rebuilt by every model"),)
 
 
 def leave_out_twins(reading: Reading, *, renames: Sequence[Rename], allow_unmapped: Sequence[str]) -> None:
@@ -137,6 +137,7 @@ def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmappe
         if pattern is not None and not explained:
             reading.drop(key, why=f"--allow-unmapped {pattern}")
     reading.weights = renamed(reading.weights, fmt.renames)
+    # A copy of the names: dropping changes the dictionary.
     for name in list(reading.weights):
         for drop in fmt.drops:
             if re.fullmatch(drop.pattern, name):

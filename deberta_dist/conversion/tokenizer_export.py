@@ -33,7 +33,7 @@ class TokenizerResult:
     Attributes:
         files: Names of the files written.
         sha256: Of the SentencePiece model, None without one.
-        message: What the user and the model card are told.
+        message: What the terminal and the model card say about it.
         compared: Whether the exported tokenizer was compared with SentencePiece.
         differences: Texts, of those compared, that the exported tokenizer splits into other ids.
     """

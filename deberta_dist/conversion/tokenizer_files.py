@@ -70,7 +70,7 @@ def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings 
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if model.remove_extra_whitespaces:
         normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        # A space in front is all that tells a new word behind an added token, where no other is put there.
+        # Behind an added token only a leading space marks a new word, where none is inserted.
         normalizers.append({"type": "Strip", "strip_left": settings.add_prefix_space, "strip_right": True})
     scheme = ("always" if settings.add_prefix_space else "first") if model.add_dummy_prefix else "never"
     spaces = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": scheme, "split": True}

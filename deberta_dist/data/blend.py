@@ -59,7 +59,7 @@ class Blend:
         """Joins the sources.
 
         Args:
-            weights: of each source, in any unit, each above 0. Equal ones are told apart by their place.
+            weights: of each source, in any unit, each above 0. Equal ones are ordered by their position.
         """
         assert weights and all(weight > 0 for weight in weights)
         total = sum(weights)

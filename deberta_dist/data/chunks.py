@@ -6,7 +6,7 @@ Layout of ``<corpus>.<lengths>.<checksum>.pieces``, little-endian::
     4096   chunks, uint64 [num_chunks]: first token << 16 | number of tokens; those of the shortest bucket first
 
 8 bytes per chunk and none of them in memory: a batch reads its own. The list follows from the corpus and the lengths
-of the buckets alone, so it is made by whoever needs it first and serves every later run. ``buckets.py`` draws from it.
+of the buckets alone, so the first run that needs it writes it, and later runs read it. ``bucketed_dataset.py`` draws from it.
 """
 
 import json

@@ -90,6 +90,7 @@ def uniform_words(draws: np.ndarray, num_words: np.ndarray, *, quotas: np.ndarra
     ends = np.cumsum(lengths, axis=1)
     counts = np.count_nonzero(ends < wanted[:, None], axis=1) + 1
     rows = np.arange(counts.size)
+    # The last span is shortened, so that the spans have exactly the words that are wanted.
     lengths[rows, counts - 1] -= ends[rows, counts - 1] - wanted
     column = np.arange(counts.max())
     is_span = column < counts[:, None]
@@ -99,6 +100,7 @@ def uniform_words(draws: np.ndarray, num_words: np.ndarray, *, quotas: np.ndarra
     # Spans are spread over the slots that they and the remaining words have in a row.
     num_slots = counts + num_words - wanted
     position = np.arange(num_slots.max())
+    # The smallest random keys of a row choose the slots of its spans: a subset without replacement, for all rows at once.
     keys = _shifted(draws, wanted, position)
     keys[position >= num_slots[:, None]] = _LAST
     taken = np.argsort(keys, axis=1)[:, : column.size][is_span]
@@ -106,6 +108,7 @@ def uniform_words(draws: np.ndarray, num_words: np.ndarray, *, quotas: np.ndarra
     occupied[np.repeat(rows, counts), taken] = True
     starts = np.flatnonzero(occupied) - np.repeat(rows * position.size, counts) + before[is_span]
 
+    # One draw turns the row with its ends joined; otherwise words near the ends would be chosen less often.
     turned_at = wanted + num_slots
     angle = (draws[rows, turned_at] * num_words).astype(np.int64)
     keys = _shifted(draws, turned_at + 1, column)

@@ -146,6 +146,7 @@ def mask_batch(
         ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
     """
     num_rows, width = ids.shape
+    # Token files hold uint16 or uint32; torch's embedding and loss take int64.
     input_ids = ids.astype(np.int64)
     labels = np.full_like(input_ids, NOT_A_TARGET)
     kinds = np.where(is_word_start | (config.max_ngram == 1), _BEGINS, _CONTINUES).astype(np.uint8)
@@ -160,7 +161,7 @@ def mask_batch(
         block_kinds = kinds.take(input_ids[rows])
         # Rows without a token that can be masked stay as they are.
         live = np.flatnonzero(block_kinds.any(axis=1))
-        if live.size == 0:
+        if live.size == 0:  # reduceat and max below have no answer for no rows
             continue
         targets, kind, random_id = _targets(
             block_kinds,
@@ -206,6 +207,7 @@ def _targets(
     num_maskable = np.count_nonzero(kinds, axis=1)[live]
     row_starts = starts_of(num_maskable)
     begins = flat_kinds[maskable] == _BEGINS
+    # A sequence may begin in the middle of a word; what is left of it counts as a word.
     begins[row_starts] = True
     word_starts, word_lengths = _words(begins)
     if config.method == "uniform" and (is_long := word_lengths > _LONGEST_WORD).any():
@@ -228,12 +230,14 @@ def _targets(
 
     words = chosen.words + np.repeat(first_words, chosen.counts)
     taken_before = np.cumsum(word_lengths[words]) - word_lengths[words]
+    # The sum ran on through all rows: each has to begin at 0.
     taken_before -= np.repeat(taken_before[starts_of(chosen.counts)], chosen.counts)
     is_target = np.zeros(word_starts.size, dtype=bool)
     is_target[words[taken_before < np.repeat(quotas, chosen.counts)]] = True
     targets = maskable[np.repeat(is_target, word_lengths)]
 
     counts = np.diff(np.searchsorted(targets, (live + 1) * kinds.shape[1]), prepend=0)
+    # Behind the draws that chose the words: one for each target's kind of replacement, then one for each target's id.
     row_draws = np.arange(live.size) * draws.shape[1] + chosen.num_draws
     at = np.repeat(row_draws, counts) + within(counts)
     return targets, draws.reshape(-1)[at], draws.reshape(-1)[at + np.repeat(counts, counts)]

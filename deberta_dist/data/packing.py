@@ -75,6 +75,7 @@ class Packing:
             else:
                 ids[row, 1:-1], documents[row, 1:-1] = self._with_boundaries(start)
         if documents is not None:
+            # [CLS] and the last [SEP] belong to the document beside them: with a number of their own they would see nothing.
             documents[:, 0], documents[:, -1] = documents[:, 1], documents[:, -2]
         return ids, documents
 

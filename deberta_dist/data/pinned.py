@@ -25,6 +25,7 @@ class PinnedTensors:
         self._likes = [(tensor.dtype, tensor.shape) for tensor in tensors]
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self._sizes = sizes
+        # One pinned block and one copy for all tensors: each of them costs a fixed time, however small it is.
         self._whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
         self.tensors = self._views(self._whole)
         for copy, tensor in zip(self.tensors, tensors, strict=True):

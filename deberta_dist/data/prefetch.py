@@ -56,7 +56,7 @@ class Prefetcher(Generic[T]):
                     self._ready.append(batch)
                     self._next += 1
                     self._changed.notify_all()
-        except BaseException as error:  # handed to the thread that asks for the batch
+        except BaseException as error:  # raised in the thread that asks for the batch
             self._error = error
         finally:
             with self._changed:

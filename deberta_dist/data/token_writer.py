@@ -60,6 +60,7 @@ class TokenFileWriter(PublishingWriter):
             # Beside the output, where there is room for it, and without a name: it leaves nothing behind.
             self._index: BinaryIO = stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._stack = stack.pop_all()
+        # The header comes last, when its counts and checksum are known.
         self._file.seek(PAYLOAD_START)
         self._index.write(np.zeros(1, OFFSET_DTYPE).tobytes())
 
@@ -109,6 +110,7 @@ class TokenFileWriter(PublishingWriter):
     def _finish(self) -> None:
         if self.num_tokens == 0:
             raise DataError(f"{self.path} is not written: there is no document to put into it")
+        # Zeros, so that the int64 offsets are aligned when they are mapped; the checksum covers them like the rest.
         self._write(bytes(index_start_of(self.num_tokens, self._dtype) - self._file.tell()))
         self._index.seek(0)
         while block := self._index.read(COPY_BYTES):

@@ -101,7 +101,7 @@ def train_tokenizer(
 
     Raises:
         ConfigError: ``vocab_size`` leaves no piece for text or is above a million, or a user-defined symbol cannot be one.
-        DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
+        DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message gives the largest
             possible one) or has more characters than that, or ``model_path`` holds something else.
     """
     import sentencepiece
@@ -332,7 +332,7 @@ class Tokenizer:
 
 
 def _bytes_as_characters(surfaces: list[str]) -> list[str]:
-    """Surfaces with a character in the place of its first byte, and "" in the place of the others."""
+    """Surfaces with a character instead of its first byte, and "" instead of the others."""
     result: list[str] = []
     for is_byte, group in itertools.groupby(surfaces, key=lambda surface: bool(_BYTE_PIECE.fullmatch(surface))):
         if not is_byte:

@@ -44,6 +44,7 @@ def write_at(file: int, content: bytes, offset: int) -> None:
 def write_all(write: Callable[[memoryview], int], content: bytes | memoryview) -> None:
     """Writes all of ``content``, by as many calls of ``write`` as it takes, each of which returns how much it took."""
     rest = memoryview(content)
+    # os.write may take less than it is given: Linux at most 2 GiB at a time, network file systems any number.
     while rest:
         rest = rest[write(rest) :]
 

@@ -129,7 +129,7 @@ class TrainingOrder:
         micro_batch_size: Decisions that one rank's forward pass takes; each may be several sequences.
         max_choices: Choices per decision that training compares.
         seed: Decides order and candidates.
-        done: Steps and decisions of a shorter run that goes on. Its last step may have been a part of one: the next begins
+        done: Steps and decisions of a shorter run that is resumed. Its last step may have been a part of one: the next begins
             behind it, so that no row is left out or read twice.
     """
 

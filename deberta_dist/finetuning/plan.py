@@ -83,7 +83,7 @@ class TaskPlan:
         return SiftSettings(**settings) if settings.pop("enabled") else None
 
     def order(self, seed: int, *, done: tuple[int, int] = (0, 0)) -> TrainingOrder:
-        """The rows of every step; ``done`` are steps and decisions of a shorter run that goes on."""
+        """The rows of every step; ``done`` are steps and decisions of a shorter run that is resumed."""
         training = self.config.training
         return TrainingOrder(
             self.features["train"],

@@ -214,7 +214,7 @@ def _result(run: TaskRun, best: Best, *, num_steps: int, train_seconds: float) -
         "recipe": str(run.plan.recipe),
         IDENTITY: run.made_from,
     }
-    return result if run.earlier is None else {**result, EARLIER: run.earlier.told()}
+    return result if run.earlier is None else {**result, EARLIER: run.earlier.summary()}
 
 
 def _best_of(earlier: Earlier, plan: TaskPlan) -> Best:

@@ -66,7 +66,7 @@ class StartingPoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names and numbers of the vectors, biases and LayerNorms: what tells one checkpoint from another
+        """SHA-256 over names and numbers of the vectors, biases and LayerNorms: what distinguishes one checkpoint from another
         without reading the gigabytes of its matrices."""
         found = hashlib.sha256()
         for name, weight in sorted(self.weights.items()):

@@ -34,7 +34,7 @@ from deberta_dist.training.loop import learning_rate
 
 @dataclass(frozen=True)
 class Earlier:
-    """A finished run of a task that goes on to more epochs.
+    """A finished run of a task that is resumed for more epochs.
 
     Attributes:
         folder: Of its result, with metrics, predictions and weights.
@@ -64,7 +64,7 @@ class Earlier:
         schedule = {"peak": plan.config.optimizer.learning_rate, "warmup_steps": plan.config.schedule.warmup_steps}
         return learning_rate(step - 1, max_steps=step, **schedule), learning_rate(step, max_steps=num_steps, **schedule)
 
-    def told(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[dict[str, Any]]:
         """It and those before it, for ``run.json``, oldest first."""
         own = {key: value for key, value in self.run.items() if key not in (IDENTITY, EARLIER)}
         return [*self.run.get(EARLIER, []), {**own, "epochs": self.epochs}]

@@ -90,7 +90,7 @@ class TaskSteps:
 
     @staticmethod
     def numbers(step: FinishedStep[StepDecisions], result: FineTuneResult) -> dict[str, Any]:
-        """What a record tells beside the loop's own."""
+        """What a record holds beside the loop's own fields."""
         return {"sift_loss": result.sift_loss, "accuracy": result.accuracy}
 
 

@@ -31,7 +31,7 @@ class Assembly:
         directories: The runs that it was made of.
         files: Content by file name, one for every task that has predictions.
         missing: Tasks without predictions.
-        warnings: What is worth a look.
+        warnings: What does not make it invalid and may be a mistake.
         sources: By task: the prediction files with their checksums, what their makers say of them, validation scores.
     """
 

@@ -188,7 +188,7 @@ class Verdict:
 
     Attributes:
         errors: Each makes it worthless; with file and line.
-        warnings: Each is worth a look.
+        warnings: What does not make it invalid and may be a mistake.
     """
 
     errors: list[str] = field(default_factory=list)

@@ -11,7 +11,7 @@ file; here they are brought to length.
   them shows the model [UNK] at their place. A text with marked words has no windows: one that is too long keeps the tokens
   nearest to them.
 
-How many rows were cut, and in how many that reached what the label depends on, is counted and told.
+How many rows were cut, and in how many of them what the label depends on, is counted and logged.
 """
 
 from collections import Counter
@@ -71,7 +71,7 @@ class RowEncoder:
         self._counts: Counter[str] = Counter()
 
     def count(self, what: str) -> None:
-        """Counts a row to which something happened, in the words in which it will be told."""
+        """Counts a row to which something happened, under the words of the log."""
         self._counts[what] += 1
 
     def notes(self, where: str, *, of: int) -> list[str]:

@@ -72,7 +72,7 @@ class ScoreReport:
         scores: By task, of the runs that have it.
         others: Scores of the other model's runs, by task.
         comparisons: By task, where both have it.
-        notes: What is missing, or worth a look.
+        notes: What is missing or remarkable, one line each.
     """
 
     benchmark: Benchmark
@@ -195,7 +195,7 @@ class ScoreReport:
             rows.append((name, _shown(a), _shown(b), f"{a.mean - b.mean:+.1f}", _shown_p(found.p_value)))
             if found.reason:
                 unknown.setdefault(found.reason, []).append(name)
-        below = [f"Cannot be told of {', '.join(names)}: {reason}." for reason, names in unknown.items()]
+        below = [f"No test for {', '.join(names)}: {reason}." for reason, names in unknown.items()]
         header = ("task", "ours (runs)", "other (runs)", "difference", "p")
         below = [_P_VALUE, *below, f"Other runs: {_listed(self.against)}."]
         return _Table("Against another model, task scores", header, rows, below)

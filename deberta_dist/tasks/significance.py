@@ -15,7 +15,7 @@ class Comparison:
     Attributes:
         ours: Task scores in percent, run by run.
         theirs: Task scores of the other model's runs, in percent.
-        p_value: Two-sided probability of such a difference between equal means; None where it cannot be told.
+        p_value: Two-sided probability of such a difference between equal means; None where it cannot be computed.
         reason: Why it cannot, in words; empty otherwise.
     """
 

@@ -47,7 +47,7 @@ def find_duplicates(spool: Sequence[SpoolFile], *, number: int, count: int, path
     hash_high, hash_low, documents = (
         np.concatenate([arrays[i] for arrays in found]) if found else np.empty(0, np.uint64) for i in range(3)
     )
-    # Least significant first: by hash, then in the order of the input.
+    # lexsort takes the least significant key first: by hash, then in the order of the input, whose first document stays.
     order = np.lexsort((documents, which, hash_low, hash_high))
     same = np.zeros(len(order), bool)
     same[1:] = (np.diff(hash_high[order]) == 0) & (np.diff(hash_low[order]) == 0)

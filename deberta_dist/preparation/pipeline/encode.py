@@ -161,6 +161,7 @@ class DocumentEncoder:
         number, skipped = len(spool), sum(spool_file.counts.num_read for spool_file in spool)
         batch = _Batch(self, all_held_out=item.held_out)
         for document in read_documents(item.file, options=self.recipe.reading, file_range=item.file_range):
+            # What an earlier start has finished is read again, for nobody knows where it ends in the file, and not encoded.
             if skipped:
                 skipped -= 1
                 continue
@@ -205,12 +206,12 @@ class _Batch:
         return self._read_bytes - self._reported_bytes
 
     def report(self, worker: Worker) -> None:
-        """Tells how many bytes and tokens came since the last report."""
+        """Reports the bytes and tokens since the last report."""
         worker.report(num_bytes=self._read_bytes - self._reported_bytes, num_tokens=self._num_tokens - self._reported_tokens)
         self._reported_bytes, self._reported_tokens = self._read_bytes, self._num_tokens
 
     def add(self, document: Document) -> None:
-        """Keeps a document, or counts why not."""
+        """Encodes a document, or counts why not."""
         self._num_read += 1
         self._read_bytes += document.num_bytes
         text = clean_text(document.text)

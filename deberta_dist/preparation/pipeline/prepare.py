@@ -1,12 +1,12 @@
-"""Text to a corpus of token files, by one process or many on any number of nodes: the same bytes every time.
+"""Text to a corpus of token files, by one process or many on any number of nodes, always with the same bytes.
 
-Called by tools/prepare_corpus.py on every rank. Three phases, each shared out in work items that any process can take::
+Called by tools/prepare_corpus.py on every rank. Three phases, each divided into work items that any process can take::
 
     encode        a range of an input      -> spool: ids, lengths, hashes of its documents
     duplicates    a range of hashes        -> documents to drop
     shards        a token file             -> the documents that stay, in the order of the input
 
-What a phase has finished is on disk, so the same command goes on after any end. Memory of a process: a spool file (about 100 MB),
+What a phase has finished is on disk, so the same command resumes after any end. Memory of a process: a spool file (about 100 MB),
 26 bytes for each byte of the longest document, the hashes of a range, nothing that grows with the corpus but a few numbers
 per spool file; near-duplicates have a memory of their own.
 """
@@ -42,7 +42,7 @@ MIN_MEMORY_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What rank 0 tells the others.
+    """What rank 0 sends to the others.
 
     Attributes:
         work_items: ranges of all inputs, in order.
@@ -86,7 +86,7 @@ def prepare_corpus(
         num_workers: workers of this rank, at least 1; a single one works in this process.
         ranks: the group of processes; None: this one alone.
         memory_bytes: of one process for the search for exact duplicates.
-        progress: told how far it is, every ``progress_seconds``, on rank 0.
+        progress: called with the progress every ``progress_seconds``, on rank 0.
         progress_seconds: seconds between two of these.
 
     Returns:
@@ -94,8 +94,8 @@ def prepare_corpus(
 
     Raises:
         ConfigError: settings that cannot be meant, or another preparation in ``output``.
-        DataError: ``output`` is complete or foreign, or an input cannot be read as told. What is finished stays, and the
-            same call goes on with it.
+        DataError: ``output`` is complete or foreign, or an input cannot be read with these options. What is finished stays, and the
+            same call resumes.
         UnfinishedError: a worker was killed.
     """
     ranks = PreparationRanks() if ranks is None else ranks
@@ -115,7 +115,7 @@ def prepare_corpus(
             )
             workspace.refuse_foreign()
             stack.enter_context(RunLock(workspace.directory, key="--output: working directory"))
-            workspace.refuse_foreign()  # whoever had the lock may have completed it
+            workspace.refuse_foreign()  # the process that had the lock may have completed it
             state = workspace.state(recipe, work_items)
             run = workspace.begin(recipe, state=state)
             outcome = workspace.finished(state)

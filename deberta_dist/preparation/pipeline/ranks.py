@@ -75,7 +75,7 @@ class PreparationRanks:
         return self._communicator.gather(value, root=0)
 
     def unused_cores(self, *, num_workers: int) -> str | None:
-        """What to tell a user whose mpirun has bound this rank to fewer cores than its workers could use; else None."""
+        """A warning where mpirun has bound this rank to fewer cores than its workers could use; else None."""
         if not self.is_started_by_mpi():
             return None
         bound, present = num_usable_cores(), os.cpu_count() or 1
@@ -92,7 +92,7 @@ class PreparationRanks:
         return any(name in os.environ for name in _STARTED_BY_MPI)
 
     def run(self, main: Callable[[], int]) -> int:
-        """Runs ``main``; what goes wrong on one rank ends all, which would wait for it for ever.
+        """Runs ``main``; what goes wrong on one rank ends all; the others would wait for ever.
 
         Returns:
             Its exit code.

@@ -217,8 +217,8 @@ class Outcome:
             lines += ["", "## Benchmark", "", self._benchmark_line() + ".", ""]
             lines += ["| file | texts | long enough to be looked for |", "|---|--:|--:|"]
             lines += [f"| {_shown(used.path)} | {used.num_texts:,} | {used.num_searched:,} |" for used in self.benchmark]
-        if told := self._passed_over_lines():
-            lines += ["", "## Not read", "", *(f"- {line}" for line in told)]
+        if not_read := self._passed_over_lines():
+            lines += ["", "## Not read", "", *(f"- {line}" for line in not_read)]
         lines += [
             "",
             "## Work",
@@ -233,7 +233,7 @@ class Outcome:
 
 
 def write_report(outcome: Outcome, *, directory: Path) -> None:
-    """Writes both files, report.json last.
+    """Writes both files, report.json last: its presence marks a corpus as complete.
 
     Raises:
         DataError: the disk is full.

@@ -222,6 +222,7 @@ def write_shard(
     with TokenFileWriter(path, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, source=shard.folder) as writer:
         for ids, lengths in _documents(shard, spool=spool, dropped=dropped):
             writer.add_documents(ids, lengths)
+        # The assignment counted lengths, the writer counts ids: a difference is a fault of ours and ends the corpus.
         assert (writer.num_tokens, writer.num_documents) == (shard.num_tokens, shard.num_documents)
 
 

@@ -1,4 +1,4 @@
-"""Spool files: the encoded documents of a stretch of one input, as a preparation keeps them until all is read.
+"""Spool files: the encoded documents of a stretch of one input, stored until all inputs are read.
 
 A spool file is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
 and ``shards`` read from it what they need and no more. Each array has a CRC-32, compared wherever the whole of it is read.
@@ -121,7 +121,7 @@ def read_checked(path: Path, *names: str) -> tuple[np.ndarray, ...]:
 
 
 def damaged(path: Path, why: str) -> DataError:
-    """What a damaged file of the working directory means: it can be made again."""
+    """The error for a damaged file of the working directory, which the same command rewrites once it is removed."""
     return DataError(f"{path} is damaged ({why}): remove this file and run the same command again")
 
 
@@ -179,6 +179,7 @@ class SpoolFile:
             def first(value: int) -> int:
                 return bisect_left(range(self.num_documents), value, key=lambda i: int(high_bits[i : i + 1][0]))
 
+            # Bisection in the file: a handful of numbers are read, not the 16 bytes of every document.
             start = first(low)
             stop = self.num_documents if high is None else first(high)
             if start == stop:  # safetensors refuses an empty slice

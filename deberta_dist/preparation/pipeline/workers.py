@@ -32,7 +32,7 @@ _AGAIN = (
 
 
 class Worker:
-    """One process at its work items: what a phase may ask of it, and tell it.
+    """One process at its work items: what a phase may ask of it and report to it.
 
     Args:
         directory: folder of this start, on a file system that all ranks share.
@@ -54,6 +54,7 @@ class Worker:
         path = self.directory / f"claim-{item}"
         try:
             with making(path):
+                # O_EXCL is atomic, on NFS since version 3: of all ranks exactly one makes the file.
                 os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
@@ -76,6 +77,7 @@ def progress(directory: Path) -> tuple[int, int, int]:
     totals = [0, 0, 0]
     for path in directory.glob(f"{_PROGRESS_NAME}*"):
         content = path.read_bytes()
+        # A worker that has just begun has an empty file.
         if len(content) == _PROGRESS.size:
             totals = [total + one for total, one in zip(totals, _PROGRESS.unpack(content), strict=True)]
     return totals[0], totals[1], totals[2]
@@ -113,6 +115,7 @@ def _serve(connection: Connection, directory: Path, name: str) -> None:
             except (DebertaDistError, OSError) as error:
                 connection.send(error)
             except Exception:
+                # As text: an exception of a library may not survive pickling.
                 connection.send(RuntimeError(traceback.format_exc()))
             else:
                 connection.send(None)

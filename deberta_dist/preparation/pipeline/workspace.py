@@ -55,7 +55,7 @@ class Workspace:
             DataError: it is complete, or holds something else.
         """
         if (self.output / JSON_NAME).exists():
-            self.remove()  # whoever completed it may have been killed before
+            self.remove()  # the process that completed it may have been killed before it could
             raise DataError(f"{self.output} is a complete corpus and is left as it is: name another output, or move it away")
         if not self.output.exists():
             return
@@ -99,7 +99,7 @@ class Workspace:
         moved = [name for name in (TRAIN, HELD_OUT) if (self.output / name).exists()]
         if moved and self.finished(state) is None:
             raise DataError(
-                f"{self.output}/{moved[0]} is there already, made of other inputs: give the inputs it was made of to "
+                f"{self.output}/{moved[0]} is there already, made of other inputs: give its inputs to "
                 "finish it, or name another output"
             )
         for folder in (self.spool, self.duplicates(state), self.made(state)):
@@ -115,6 +115,7 @@ class Workspace:
 
     def publish(self, state: Path) -> None:
         """Moves what was made to the output, the report last."""
+        # The report is what makes a corpus complete: a start that is killed before it resumes here.
         for path in sorted(self.made(state).iterdir(), key=lambda path: path.name == JSON_NAME):
             os.replace(path, self.output / path.name)
 
@@ -130,7 +131,7 @@ _LATER = ("shard_bytes", "deduplicate", "piece_bytes")
 def _unusable(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings because of which parts of the recipe ``found`` cannot serve ``wanted``.
 
-    What was an error may be allowed by now: no spool file holds such a document. So whoever is told of a bad document may
+    What was an error may be allowed by now: no spool file holds such a document. So a user with a bad document may
     change that option and go on.
     """
     different = [key for key in sorted({*found, *wanted} - {*_LATER}) if found.get(key) != wanted.get(key)]

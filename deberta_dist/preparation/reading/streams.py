@@ -19,7 +19,7 @@ from deberta_dist.files.foreign import HEAD_BYTES, format_name, refuse_foreign, 
 from deberta_dist.preparation.reading.inputs import PARQUET, TEXT, InputFile
 
 CHUNK_BYTES = 1 << 20
-# zstd makes up to 128 KiB of 4 bytes and cannot be told to stop earlier: 1 KiB at a time is at most 32 MiB.
+# zstd can expand 4 bytes to 128 KiB and has no limit for its output: 1 KiB at a time is at most 32 MiB.
 _ZSTD_READ_BYTES = 1 << 10
 _READ_BYTES = 1 << 16
 MAX_WINDOW_BYTES = 1 << 31
@@ -43,7 +43,7 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
 
     Raises:
         DataError: it cannot be opened or read, it is a pointer, a web page or of a format that its name does not say, or
-            it has changed. A change explains any other error of the block, and is told in its place.
+            it has changed. A change explains any other error of the block, and is reported instead.
     """
     try:
         handle = open(file.path, "rb", buffering=0)

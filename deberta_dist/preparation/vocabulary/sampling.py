@@ -132,7 +132,7 @@ class _Windows:
             if start >= end:
                 return
             low = int((number + _draw(self.salt, "window", number)) * stretch)
-            # A window that leaves its stretch goes on at the stretch's beginning: every byte has the same chance.
+            # A window that leaves its stretch continues at the stretch's beginning: every byte has the same chance.
             over = max(0, low + self.size - int((number + 1) * stretch))
             for a, b in ((start, min(start + over, low)), (low, low + self.size - over)):
                 a, b = max(a, begin), min(b, end)
