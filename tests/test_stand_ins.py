@@ -82,7 +82,7 @@ def test_files_of_torch_save(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert format_name((tmp_path / "new.bin").read_bytes()[:1024]) == "a file of torch.save"
     assert format_name((tmp_path / "old.bin").read_bytes()[:1024]) == "a pickle, such as an old file of torch.save"
-    with pytest.raises(DataError, match=r"new.bin is no safetensors file: .*; it begins like a file of torch.save"):
+    with pytest.raises(DataError, match=r"new.bin is not a safetensors file: .*; it begins like a file of torch.save"):
         read_safetensors(tmp_path / "new.bin")
     (tmp_path / "w.bin").write_bytes(b"\x08\0\0\0\0\0\0\0" + b'{"a":{}}')
     with pytest.raises(DataError, match=r"w.bin is refused: .*; it begins like a safetensors file"):

@@ -85,7 +85,7 @@ def newest_complete(
             on_damaged(path)
     if problems:
         raise CheckpointError(
-            f"no checkpoint in {directory} can be used: {'; '.join(problems)}. To start anew, move the directory away"
+            f"no checkpoint in {directory} can be used: {'; '.join(problems)}. To start over, move the directory away"
         )
     return None
 

@@ -183,7 +183,7 @@ class CheckpointReader:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.directory} has no tensor {name}: it is of another model")
+            raise CheckpointError(f"{self.directory} has no tensor {name}: it belongs to another model")
         return self.manifest.tensors[name]
 
     def _shard(self, flat_range: FlatRange, *, state: str) -> np.ndarray:
@@ -198,7 +198,7 @@ class CheckpointReader:
         self._mapped.move_to_end(file)
         shard = self._mapped[file].get((flat_range.flat, state))
         if shard is None or flat_range.offset + flat_range.count > shard.size:
-            raise CheckpointError(f"{self.directory / file} does not hold what the manifest says: it is of another layout")
+            raise CheckpointError(f"{self.directory / file} does not hold what the manifest says: it belongs to another layout")
         return shard
 
 

@@ -145,7 +145,7 @@ class CheckpointWriter:
             prune(self.directory, keep_last=keep_last, keep_every=keep_every, written=final, damaged=damaged)
         except OSError as error:
             raise CheckpointWriteError(
-                f"checkpoint {final} is complete, but the checkpoints before it could not be put in order ({error})"
+                f"checkpoint {final} is complete, but the checkpoints before it could not be pruned ({error})"
             ) from error
         return final
 

@@ -118,7 +118,7 @@ def main() -> int:
     if MASK not in arguments.text:
         raise DataError(f"the text has no {MASK} to fill: {arguments.text[:80]!r}")
     if arguments.decoder is not None and arguments.library != "deberta_dist":
-        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has the plain one alone")
+        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has only the plain one")
     guesses = ours(arguments) if arguments.library == "deberta_dist" else theirs(arguments)
     for number, mask in enumerate(guesses, start=1):
         words = "  ".join(f"{piece.replace(chr(0x2581), ' ').strip() or repr(piece)} {score:.1%}" for piece, score in mask)

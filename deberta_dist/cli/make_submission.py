@@ -49,7 +49,7 @@ def report(verdict: Verdict, *, what: object) -> None:
     for error in verdict.errors:
         print(f"wrong: {error}", file=sys.stderr)
     if verdict.errors:
-        raise DataError(f"{what} is not a valid submission: {len(verdict.errors)} things are wrong")
+        raise DataError(f"{what} is not a valid submission: {len(verdict.errors)} errors")
 
 
 @with_exit_code

@@ -20,7 +20,7 @@ FEW = 12
 _STRING = r'"(?:[^"\\]|\\.)*"'
 # Outside of strings: what is often taken for JSON -> what to do.
 _NOT_JSON = {
-    r"//|/\*|#": "JSON has no comments: take them out",
+    r"//|/\*|#": "JSON has no comments: remove them",
     r",\s*[}\]]": "no comma stands before } or ]",
     r"\b(?:True|False|None)\b": "JSON writes true, false and null",
     r"'": 'JSON has " around texts',
@@ -87,7 +87,7 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
     names = {other.rpartition(".")[2]: other for other in known}
     name = key.rpartition(".")[2].lower()
     if not name or not name[0].isalpha():
-        return "take it out: a comment is a key like any other to DeepSpeed"
+        return "remove it: to DeepSpeed a comment is a key like any other"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         return f"did you mean {names[near[0]]}?"
     if places := [other for other in elsewhere if other.rpartition(".")[2] == name]:

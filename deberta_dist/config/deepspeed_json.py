@@ -224,7 +224,7 @@ def _keys(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems, *
     for key in (*ds, *(key for key in left_out if "." not in key)):
         if key in REFUSED_KEYS:
             if left_out.get(key) != "null":
-                problems[key] = f"{key} is refused: {REFUSED_KEYS[key]}; take it out"
+                problems[key] = f"{key} is refused: {REFUSED_KEYS[key]}; remove it"
         elif key not in KNOWN_KEYS:
             problems[key] = f"unknown key {shown_key(key)}; {nearest(key, KNOWN_KEYS, inside)}"
     for key in SECTIONS:

@@ -102,7 +102,7 @@ class Training(Section):
     def _how_to_read_init(self) -> Self:
         for key in ("init_allow_unmapped", "init_prefix"):
             if getattr(self, key) and self.init is None:
-                raise ValueError(f"training.{key} = {getattr(self, key)!r} is of no use without training.init")
+                raise ValueError(f"training.{key} = {getattr(self, key)!r} has no effect without training.init")
         return self
 
 

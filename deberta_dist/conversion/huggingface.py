@@ -107,7 +107,7 @@ def labels(raw: dict[str, Any]) -> dict[str, Any]:
     found = {key: raw[key] for key in LABEL_KEYS if raw.get(key) is not None}
     names = found.get("id2label", {})
     if not isinstance(names, dict) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
-        raise ConfigError(f"id2label = {str(names)[:80]} is no table from 0, 1, 2, ... to the names of classes")
+        raise ConfigError(f"id2label = {str(names)[:80]} is not a table from 0, 1, 2, ... to the names of classes")
     return found
 
 

@@ -58,7 +58,9 @@ def load_masked_lm(
         model = DebertaForMaskedLM(found.config)
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
-        raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
+        raise CheckpointError(
+            f"{path} ({source.description}) is not a complete masked language model: it lacks {shorten(missing)}"
+        )
     return _filled(model, found, where=path), _tokenizer(found, source)
 
 

@@ -149,9 +149,9 @@ def require_free(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise ConfigError(f"{target} exists already and is left as it is: name another target, or give --force")
+        raise ConfigError(f"{target} already exists and is not overwritten: name another target, or give --force")
     if target.is_symlink() or not target.is_dir():
-        raise ConfigError(f"{target} is no directory and is not replaced, --force or not: name another target")
+        raise ConfigError(f"{target} is not a directory and is not replaced, --force or not: name another target")
     foreign = _foreign(target)
     if foreign:
         raise ConfigError(
@@ -193,7 +193,7 @@ def require_apart(source: Path, target: Path) -> None:
     if a.parent.name == CHECKPOINTS_NAME:
         a = a.parent
     if a == b or a in b.parents or b in a.parents:
-        raise ConfigError(f"{target} and the source {source} lie in one another: name a target elsewhere")
+        raise ConfigError(f"{target} and the source {source} contain one another: name a target elsewhere")
 
 
 def hash_of(path: Path) -> str:

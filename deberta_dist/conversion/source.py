@@ -108,7 +108,7 @@ def open_source(path: Path, *, verify: bool = True, options: CheckpointReadOptio
             names = [p.name for p in there if p.suffix in SUFFIXES[:2]] or [p.name for p in there]
             if len(names) != 1:
                 raise CheckpointError(
-                    f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
+                    f"{path} is not a known kind of checkpoint: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
                     f"nor {' nor '.join(_WEIGHTS_NAMES)}" + (f"; of {shorten(names)} name one" if names else "")
                 )
         return _from_files(path, path, files.inside(path, names[0]), options=options)

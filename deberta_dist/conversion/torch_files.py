@@ -93,7 +93,7 @@ class TorchFile:
                     self.others.append(str(key))
                     continue
                 raise CheckpointError(
-                    f"{path}: {printable(str(key))} is {type(value).__name__}, no tensor with a name; to leave it out, give "
+                    f"{path}: {printable(str(key))} is {type(value).__name__}, not a named tensor; to leave it out, give "
                     "--allow-unmapped KEY"
                 )
             else:
@@ -159,7 +159,7 @@ class TorchFile:
             except Exception as error:
                 raise CheckpointError(f"{self._path} is refused: {_reason(error)}{self._like()}") from error
             if not isinstance(self._state, dict):
-                raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, no state dictionary")
+                raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, not a state dictionary")
         return self._state
 
     def _like(self) -> str:
@@ -191,7 +191,7 @@ def _reason(error: Exception) -> str:
         return "it is a program of TorchScript (torch.jit.save): save the state_dict() of the model instead"
     if asked := _ASKED_FOR.search(text):
         return (
-            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which is never done here: where "
+            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which this program never does: where "
             "the file is trusted, load it with the code that made it and save the state_dict() alone"
         )
     # Sentences of advice stand around the reason; the reason alone says what was found.

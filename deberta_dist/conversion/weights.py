@@ -168,7 +168,7 @@ def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: It
     odd = [f"{name} ({weight.dtype})" for name, weight in weights.items() if not weight.dtype.is_floating_point]
     if odd:
         raise CheckpointError(
-            f"{where}: no floating point numbers: {shorten(odd)}; where they are quantised, load the model with the library that "
+            f"{where}: not floating point: {shorten(odd)}; where they are quantised, load the model with the library that "
             "made it, call dequantize() and save the result"
         )
     return {name: weights[name] for name in shapes if name in weights}

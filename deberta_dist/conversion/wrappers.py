@@ -121,7 +121,7 @@ def _front(names: Mapping[str, str], *, where: object) -> str:
     if all(part in _IN_FRONT for part in front.rstrip(".").split(".")):
         return front
     raise CheckpointError(
-        f"{where}: {counts[front]} of {len(names)} keys begin with {printable(front)!r}, which is no known wrapper: if the "
+        f"{where}: {counts[front]} of {len(names)} keys begin with {printable(front)!r}, which is not a known wrapper: if the "
         f"model is there, give --prefix {printable(front)}"
     )
 

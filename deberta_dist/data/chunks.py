@@ -207,7 +207,7 @@ def _header(data: bytes, path: Path) -> tuple[str, BucketSizes]:
             return header["checksum"], BucketSizes(lengths=lengths, num_chunks=num_chunks, num_tokens=num_tokens)
     except (ValueError, LookupError, TypeError):
         pass
-    raise DataError(f"{path} is no list of chunks that this version reads: move it away, or {_ELSEWHERE}")
+    raise DataError(f"{path} is not a list of chunks that this version reads: move it away, or {_ELSEWHERE}")
 
 
 def _write(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> None:

@@ -175,7 +175,7 @@ def open_corpus(path: str | Path) -> TokenCorpus:
 def _open_shard(directory: Path, shards: Sequence[CorpusShard], number: int) -> TokenFile:
     file = TokenFile(directory / shards[number].name)
     if shard_of(file) != shards[number]:
-        raise DataError(f"{file.path} is another file than when it was opened first: {AGAIN}")
+        raise DataError(f"{file.path} has changed since it was opened: {AGAIN}")
     return file
 
 

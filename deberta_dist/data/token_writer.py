@@ -109,7 +109,7 @@ class TokenFileWriter(PublishingWriter):
 
     def _finish(self) -> None:
         if self.num_tokens == 0:
-            raise DataError(f"{self.path} is not written: there is no document to put into it")
+            raise DataError(f"{self.path} is not written: there are no documents to put into it")
         # Zeros, so that the int64 offsets are aligned when they are mapped; the checksum covers them like the rest.
         self._write(bytes(index_start_of(self.num_tokens, self._dtype) - self._file.tell()))
         self._index.seek(0)

@@ -177,9 +177,7 @@ def _require_symbols(options: VocabularyOptions) -> None:
     seen: set[str] = set()
     for symbol in options.user_defined_symbols:
         if symbol in taken:
-            raise ConfigError(
-                f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; take it out"
-            )
+            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; remove it")
         if symbol in seen:
             raise ConfigError(f"user-defined symbol {printable(symbol)} is given twice")
         seen.add(symbol)

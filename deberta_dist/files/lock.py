@@ -48,7 +48,7 @@ class RunLock:
             os.close(self._file)
             raise ConfigError(
                 f"{key} = {self.directory} is on a file system without locks ({error.strerror}): name one "
-                "that two runs cannot use at once unnoticed"
+                "on which two runs cannot collide unnoticed"
             ) from error
         if not is_ours:
             holder = _holder(self._file)

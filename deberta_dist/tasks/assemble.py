@@ -150,5 +150,5 @@ def read_zip(path: Path, names: Collection[str]) -> tuple[dict[str, bytes], list
                     files[name] = archive.read(entry)
     # Hostile archives fail in every part of the reader, each with an error of its own.
     except Exception as error:
-        raise DataError(f"{path} is no zip file that can be read ({type(error).__name__}: {error})") from error
+        raise DataError(f"{path} is not a readable zip file ({type(error).__name__}: {error})") from error
     return files, errors

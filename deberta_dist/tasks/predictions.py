@@ -41,7 +41,7 @@ def prediction_folders(paths: Sequence[Path], benchmark: Benchmark) -> list[Path
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise DataError(f"{path} is no folder of predictions")
+            raise DataError(f"{path} is not a folder of predictions")
         seeds = [seed for seed in path.glob("seed-*") if seed.is_dir()]
         if seeds and any((path / name).is_dir() for name in benchmark.tasks):
             raise DataError(f"{path} holds seed-* folders and predictions of its own: name the folders that are meant")

@@ -122,7 +122,7 @@ def _benchmark_file(path: Path) -> BenchmarkFile:
     ending, compression = split_name(path)
     if ending not in ENDINGS or (ending == ".parquet" and compression):
         raise DataError(
-            f"benchmark {path} is of no kind that is searched for texts ({_READABLE}): unpack or convert it, or name the "
+            f"benchmark {path} is not of a kind that is searched for texts ({_READABLE}): unpack or convert it, or name the "
             "files to use one by one"
         )
     kind = PARQUET if ending == ".parquet" else RECORDS if ending in _JSON else TEXT

@@ -109,7 +109,7 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
         DataError: as ``list_benchmark`` and ``texts_of``; a file has no text, or no string anywhere has n words.
     """
     if n < 1:
-        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
+        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (usually 13)")
     paths = list(paths)
     files, passed_over = list_benchmark(paths)
     hashes, places, texts, used = [], [], [], []
@@ -128,7 +128,7 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
                 for string, found in zip(batch, is_searched, strict=True)
             )
         if not num_texts:
-            raise DataError(f"benchmark {one.file.path} has no text: it would be no safeguard; mend it, or take it away")
+            raise DataError(f"benchmark {one.file.path} has no text: it would be no safeguard; fix or remove it")
         used.append(Used(path=str(one.file.path), num_texts=num_texts, num_searched=num_searched))
     distinct, first = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)
     if not len(distinct):

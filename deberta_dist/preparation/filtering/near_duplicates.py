@@ -93,7 +93,7 @@ class NearDuplicates:
         """
         rensa = _rensa(num_permutations)
         if not 0 < threshold <= 1:
-            raise ConfigError(f"near-duplicates: threshold = {threshold} is not above 0 and at most 1 (0.8 is usual)")
+            raise ConfigError(f"near-duplicates: threshold = {threshold} is not above 0 and at most 1 (usually 0.8)")
         self.num_bands = _num_bands(threshold, num_permutations=num_permutations)
         self._of_nothing = bytes(signature_bytes(num_permutations))
         self._sketch = rensa.RMinHash(num_permutations, _SEED)
@@ -118,7 +118,7 @@ class NearDuplicates:
             return not self._kept.add(str(self._kept.len()), self._sketch)
         except ValueError as error:
             raise DataError(
-                f"a near-duplicate signature cannot be used ({error}): make the signatures anew, with the installed "
+                f"a near-duplicate signature cannot be used ({error}): compute the signatures again, with the installed "
                 "version of rensa and the same number of permutations"
             ) from error
 
@@ -138,7 +138,7 @@ def _rensa(num_permutations: int) -> ModuleType:
     if not (type(num_permutations) is int and 2 <= num_permutations <= MAX_PERMUTATIONS):
         raise ConfigError(
             f"near-duplicates: num_permutations = {num_permutations!r} is not an integer from 2 to {MAX_PERMUTATIONS} "
-            "(128 are usual)"
+            "(usually 128)"
         )
     try:
         import rensa

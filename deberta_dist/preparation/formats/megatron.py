@@ -144,7 +144,7 @@ class MegatronFile:
         if start.startswith(OLD_MAGIC):
             raise DataError(
                 f"{self.index_path} is an index of the older formats of fairseq and Megatron (lazy, cached), which are not "
-                "read: make the dataset again as mmap, or prepare the corpus from its text with tools/prepare_corpus.py"
+                "read: build the dataset again as mmap, or prepare the corpus from its text with tools/prepare_corpus.py"
             )
         if not start.startswith(MAGIC):
             raise DataError(
@@ -244,7 +244,7 @@ class MegatronFile:
                 number = start + int(wrong[0])
                 raise self._damaged(
                     f"document {number} begins with sequence {indices[number]}, and the next with "
-                    f"{indices[number + 1]}; expected no step back"
+                    f"{indices[number + 1]}; expected ascending numbers"
                 )
 
     def _require_bin(self, expected: int) -> None:

@@ -51,7 +51,7 @@ class PreparationRecipe:
         if not 0 <= self.held_out_percent < 100:
             raise ConfigError(f"--held-out {self.held_out_percent}: expected a percentage, at least 0 and below 100")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise ConfigError(f"--near-duplicates {self.near_duplicates}: expected above 0 and at most 1 (0.8 is usual)")
+            raise ConfigError(f"--near-duplicates {self.near_duplicates}: expected above 0 and at most 1 (usually 0.8)")
         if self.shard_bytes < MIN_SHARD_BYTES:
             raise ConfigError(f"--shard-bytes {self.shard_bytes}: expected at least {MIN_SHARD_BYTES}")
         if self.piece_bytes < 1:

@@ -49,7 +49,7 @@ def list_work_items(
     spelling: dict[str, str] = {}
     for word in held_out_inputs:
         if not any(file.num_bytes for file in find_inputs([word], format=format).files):
-            raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct it, or take it away")
+            raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct or remove it")
     listings = [(find_inputs(given, format=format), held_out) for given, held_out in ((held_out_inputs, True), (inputs, False))]
     for listing, held_out in listings:
         for file in listing.files:
@@ -59,7 +59,7 @@ def list_work_items(
             if (other := spelling.setdefault(file.source.lower(), file.source)) != file.source:
                 raise DataError(
                     f"sources {other} and {file.source} differ in case alone, and would share a folder where file "
-                    "names do not: spell them in one way, or name one otherwise"
+                    "names do not: spell them alike, or rename one"
                 )
             if not file.num_bytes and (file.compression or file.kind == PARQUET):
                 raise DataError(f"{file.path} is cut short: it has no bytes; copy it again, or leave it out")

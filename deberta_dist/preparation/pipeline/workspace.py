@@ -56,7 +56,7 @@ class Workspace:
         """
         if (self.output / JSON_NAME).exists():
             self.remove()  # the process that completed it may have been killed before it could
-            raise DataError(f"{self.output} is a complete corpus and is left as it is: name another output, or move it away")
+            raise DataError(f"{self.output} is a complete corpus and is not overwritten: name another output, or move it away")
         if not self.output.exists():
             return
         if not self.output.is_dir():

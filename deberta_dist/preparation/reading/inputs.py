@@ -239,7 +239,7 @@ def _sort_of_named(path: Path, *, format: str) -> tuple[str, str]:
     """Kind and compression of a file that is named itself."""
     kind, compression = _sort(path, format=format, is_named=True)
     if not kind:
-        raise DataError(f"input {path} is of no kind that can be read{begins_like(head_of(path))}; {_readable(format)}")
+        raise DataError(f"input {path} is not of a supported kind{begins_like(head_of(path))}; {_readable(format)}")
     return kind, compression
 
 

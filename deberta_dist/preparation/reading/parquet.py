@@ -217,7 +217,7 @@ def _errors_of(file: InputFile) -> Iterator[ModuleType]:
         yield parquet
     except (pyarrow.ArrowException, OSError) as error:
         message = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise DataError(f"{file.path} is no Parquet file, or is damaged or cut short ({message}){_format(file)}") from error
+        raise DataError(f"{file.path} is not a Parquet file, or is damaged or cut short ({message}){_format(file)}") from error
 
 
 def _format(file: InputFile) -> str:

@@ -94,5 +94,5 @@ def _find(value: Any, field: str) -> Any:
 
 def _value(value: dict[str, Any], name: str) -> Any:
     if isinstance(value, _Repeated) and name in value.twice:
-        raise ValueError(f"the field {name!r} stands there twice")
+        raise ValueError(f"the field {name!r} is there twice")
     return value[name]

@@ -28,7 +28,7 @@ MAX_WINDOW_BYTES = 1 << 31
 _XZ_BYTES = 1 << 20
 _TOO_LARGE = (
     f"takes more than {MAX_WINDOW_BYTES >> 30} GiB of memory to unpack, for its window: pack it again with a smaller one "
-    "(zstd --long=27, xz -9), or unpack it first"
+    "(zstd --long=27, xz -9), or decompress it first"
 )
 _NAMES = {".gz": "gzip data", ".bz2": "bzip2 data", ".zst": "zstd data", ".xz": "xz data"}
 _NO_TEXT = re.compile(rb"[\0-\x08]|\A%PDF-")
@@ -87,7 +87,7 @@ def require_unchanged(file: InputFile, handle: BinaryIO) -> None:
     if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
         raise DataError(
             f"{file.path} changed while it was read ({file.num_bytes:,} bytes when it was listed, "
-            f"{status.st_size:,} now): start again when nothing writes to it"
+            f"{status.st_size:,} now): run again when nothing writes to it"
         )
 
 
@@ -123,7 +123,7 @@ def _refuse_inside(file: InputFile, head: bytes) -> None:
     refuse_stand_in(head, inside)
     found = format_name(head)
     if found and _NO_TEXT.search(head):
-        raise DataError(f"{inside} begins like {found}, expected text: unpack it first")
+        raise DataError(f"{inside} begins like {found}, expected text: decompress it first")
 
 
 def _unpacked(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
@@ -225,7 +225,7 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
             if "too much memory" in str(error):
                 raise _Refused(_TOO_LARGE) from error
             if "Dictionary mismatch" in str(error):
-                raise _Refused("was packed with a dictionary of its own: unpack it first, with zstd -d -D") from error
+                raise _Refused("was compressed with a dictionary: decompress it first, with zstd -d -D") from error
             raise
 
     return _unpack(handle, context.decompressobj, decompress, errors=(zstandard.ZstdError,), read_bytes=_ZSTD_READ_BYTES)

@@ -109,7 +109,7 @@ def test_an_input_that_changes_costs_its_own_parts_alone(tokenizer: Tokenizer, t
         with open(changing, "a") as file:
             file.write('{"text": "was late"}\n')
 
-    with pytest.raises(DataError, match=r"b\.jsonl changed while it was read .* start again when nothing writes to it"):
+    with pytest.raises(DataError, match=r"b\.jsonl changed while it was read .* run again when nothing writes to it"):
         prepare([steady, changing], output, tokenizer=tokenizer, progress=at("encoding", change))
     before = parts_of(output)
     assert len(before) == 1

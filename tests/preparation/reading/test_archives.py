@@ -103,7 +103,7 @@ def test_archives_that_are_sound_and_too_large_say_how_to_repack_them(tmp_path: 
             texts(tmp_path / name)
     trained = zstandard.train_dictionary(1 << 12, [f"text {i} of many".encode() * 9 for i in range(300)])
     (tmp_path / "c.txt.zst").write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(TEXT))
-    with pytest.raises(DataError, match=r"c.txt.zst was packed with a dictionary of its own: unpack it first"):
+    with pytest.raises(DataError, match=r"c.txt.zst was packed with a dictionary of its own: decompress it first"):
         texts(tmp_path / "c.txt.zst")
 
 
@@ -144,8 +144,8 @@ def tar(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar(TEXT), "begins like a tar archive, expected text: unpack it first"),
-        (gzip.compress(TEXT, mtime=0), "begins like gzip data, expected text: unpack it first"),
+        (tar(TEXT), "begins like a tar archive, expected text: decompress it first"),
+        (gzip.compress(TEXT, mtime=0), "begins like gzip data, expected text: decompress it first"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
     ],
 )
@@ -217,7 +217,7 @@ def test_bad_rows_and_damaged_parquet_files(tmp_path: Path) -> None:
         read(parquet(tmp_path / "b.parquet", text=[1]))
     for damaged in (path.read_bytes()[:-5], b"", path.read_bytes()[:4] + bytes(60) + path.read_bytes()[64:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="a.parquet is no Parquet file, or is damaged or cut short"):
+        with pytest.raises(DataError, match="a.parquet is not a Parquet file, or is damaged or cut short"):
             read(path)
 
 
