@@ -82,16 +82,16 @@ class CheckpointReader:
         """
         assert state in STATES, state
         entry = self._entry(name)
-        part = window(entry.shape, cut=cut)
-        assert begin >= 0 and count >= 0 and begin + count <= part.num_elements, (name, cut, begin, count)
+        target_window = window(entry.shape, cut=cut)
+        assert begin >= 0 and count >= 0 and begin + count <= target_window.num_elements, (name, cut, begin, count)
         # Rows of vocabulary padding are no data, whatever the files hold there: they stay zero.
         result = np.zeros(count, dtype=np.float32)
-        targets = rectangles(part, begin=begin, count=count, address=0)
+        targets = rectangles(target_window, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1
         for tensor_slice in entry.slices:
-            source_part = window(entry.shape, cut=_slice_cut(entry, tensor_slice))
+            source_window = window(entry.shape, cut=_slice_cut(entry, tensor_slice))
             for flat_range in tensor_slice.ranges:
-                sources = rectangles(source_part, begin=flat_range.begin, count=flat_range.count, address=flat_range.offset)
+                sources = rectangles(source_window, begin=flat_range.begin, count=flat_range.count, address=flat_range.offset)
                 for source in sources:
                     for target in targets:
                         common = overlap(source, target)
@@ -126,15 +126,19 @@ class CheckpointReader:
             CheckpointError: as for ``read``.
         """
         full_shapes = {name: self.shape(saved_name(name)) for name in layout.places}
-        parts = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
+        slices_by_flat = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
         shards = []
-        for size, own in zip(layout.sizes, parts, strict=True):
+        for size, own in zip(layout.sizes, slices_by_flat, strict=True):
             # Padding between the slices is in no checkpoint: it depends on the layout.
             values = {state: torch.zeros(size // shape.data) for state in STATES}
-            for part in own:
+            for shard_slice in own:
                 for state in STATES:
-                    values[state][part.offset : part.offset + part.count] = self.read_range(
-                        saved_name(part.name), begin=part.begin, count=part.count, state=state, cut=part.cut
+                    values[state][shard_slice.offset : shard_slice.offset + shard_slice.count] = self.read_range(
+                        saved_name(shard_slice.name),
+                        begin=shard_slice.begin,
+                        count=shard_slice.count,
+                        state=state,
+                        cut=shard_slice.cut,
                     )
             shards.append(ShardState(**values))
         return shards

@@ -55,8 +55,8 @@ def local_cut(
     length = full_shape[cut.dim]
     if cut.kind == sharding_rules.VOCAB:
         length = sharding_rules.padded_vocabulary(length, tensor_parallel_size=size)
-    part = sharding_rules.local_slice(length, rank=rank, size=size)
-    return cut.dim, part.start, part.stop
+    bounds = sharding_rules.local_slice(length, rank=rank, size=size)
+    return cut.dim, bounds.start, bounds.stop
 
 
 def tensor_table(
@@ -105,7 +105,7 @@ def shard_slices(
     full_shapes: Mapping[str, tuple[int, ...]],
     rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
 ) -> tuple[tuple[ShardSlice, ...], ...]:
-    """What a rank's shard of each flat parameter consists of, in order; between the parts lies padding.
+    """What a rank's shard of each flat parameter consists of, in order; between the slices lies padding.
 
     Args:
         layout: What the rank owns.
@@ -113,13 +113,13 @@ def shard_slices(
         full_shapes: Full shape of every published parameter.
         rules: How the network's modules are split.
     """
-    parts: list[list[ShardSlice]] = [[] for _ in layout.sizes]
+    found: list[list[ShardSlice]] = [[] for _ in layout.sizes]
     for name, (flat, offset, local_shape) in layout.places.items():
         cut = local_cut(name, full_shape=full_shapes[name], rank=mesh_rank.tensor, size=shape.tensor, rules=rules)
         for data, begin, count, shard_offset in _spread(layout, flat, offset, math.prod(local_shape), shape.data):
             if data == mesh_rank.data:
-                parts[flat].append(ShardSlice(name, cut, begin, count, shard_offset))
-    return tuple(tuple(sorted(found, key=lambda part: part.offset)) for found in parts)
+                found[flat].append(ShardSlice(name, cut, begin, count, shard_offset))
+    return tuple(tuple(sorted(slices, key=lambda item: item.offset)) for slices in found)
 
 
 def check_table(tensors: Mapping[str, TensorEntry], *, files: Mapping[str, FileEntry], where: object) -> None:

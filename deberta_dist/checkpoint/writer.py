@@ -121,13 +121,13 @@ class CheckpointWriter:
         final = self.directory / step_name(job.step)
         # First of all: whatever fails from here on, the writer can begin the next checkpoint.
         self.release()
-        part, content = job.temporary, b""
+        path, content = job.temporary, b""
         try:
             manifest = dataclasses.replace(manifest, files=_collect(job.temporary, manifest))
             check_table(manifest.tensors, files=manifest.files, where=job.temporary)
             if not _is_same(final, manifest):
-                part, content = job.temporary / MANIFEST_NAME, to_json(manifest)
-                write_and_sync(part, content)
+                path, content = job.temporary / MANIFEST_NAME, to_json(manifest)
+                write_and_sync(path, content)
                 for rank in range(_world_size(manifest)):
                     os.unlink(_note(job.temporary, rank))
                 sync_directory(job.temporary)
@@ -136,7 +136,7 @@ class CheckpointWriter:
         except CheckpointError as error:
             raise CheckpointWriteError(f"checkpoint {final} is not written: {error}") from error
         except OSError as error:
-            raise CheckpointWriteError(_describe(error, Path(error.filename or part), needed=len(content))) from error
+            raise CheckpointWriteError(_describe(error, Path(error.filename or path), needed=len(content))) from error
         finally:
             remove(job.temporary)
         try:

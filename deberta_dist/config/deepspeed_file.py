@@ -90,8 +90,8 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
         return "remove it: to DeepSpeed a comment is a key like any other"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         return f"did you mean {names[near[0]]}?"
-    if places := [other for other in elsewhere if other.rpartition(".")[2] == name]:
-        return f"did you mean {' or '.join(places)}?"
+    if homes := [other for other in elsewhere if other.rpartition(".")[2] == name]:
+        return f"did you mean {' or '.join(homes)}?"
     if near := [other for other in names if other.startswith(name)]:
         return f"did you mean {' or '.join(names[other] for other in near)}?"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):

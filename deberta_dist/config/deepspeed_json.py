@@ -162,7 +162,7 @@ def read_deepspeed(path: str | os.PathLike[str], config: AnyConfig, *, examine: 
         notes = [NOT_CHECKED]
     else:
         ds |= examined.values
-        problems |= {place: text for place, text in examined.problems.items() if place not in problems}
+        problems |= {dotted: text for dotted, text in examined.problems.items() if dotted not in problems}
         notes = list(examined.notes)
     _keys(ds, left_out, problems, inside=examined.known if examined else ())
     _offload(ds, problems)
@@ -190,7 +190,7 @@ def offload_device(ds: Mapping[str, Any], what: Literal["optimizer", "param"]) -
 
 
 def _offload(ds: dict[str, Any], problems: Problems) -> None:
-    if "zero_optimization" in problems or any(place.startswith("zero_optimization.offload_") for place in problems):
+    if "zero_optimization" in problems or any(dotted.startswith("zero_optimization.offload_") for dotted in problems):
         return
     if ds["zero_force_ds_cpu_optimizer"] is True and offload_device(ds, "optimizer") != "none":
         problems["zero_force_ds_cpu_optimizer"] = (
@@ -202,12 +202,12 @@ def _offload(ds: dict[str, Any], problems: Problems) -> None:
 def _default_notes(left_out: Mapping[str, str], defaults: Mapping[str, Any]) -> list[str]:
     """What "auto" has become, and ``null`` where that is not simply nothing."""
     notes = []
-    for place, word in left_out.items():
-        if place in FILLED_KEYS or place.endswith(PERSISTENCE) or (word == "null" and defaults.get(place) is None):
+    for dotted, word in left_out.items():
+        if dotted in FILLED_KEYS or dotted.endswith(PERSISTENCE) or (word == "null" and defaults.get(dotted) is None):
             continue
-        value = defaults.get(place, ...)
+        value = defaults.get(dotted, ...)
         text = "" if value is ... else f", {value:,}" if type(value) is int else f", {shown(value)}"
-        notes.append(f"{place} = {word}: DeepSpeed's default{text}")
+        notes.append(f"{dotted} = {word}: DeepSpeed's default{text}")
     return notes
 
 
@@ -302,8 +302,8 @@ def _precision(ds: dict[str, Any], problems: Problems) -> None:
     for name in LOW_PRECISIONS:
         section = ds.get(name, {})
         if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
-            place = f"{name}.enabled" if isinstance(section, dict) else name
-            problems[place] = f'{name} must be an object with "enabled": true or false, not {shown(section)}'
+            dotted = f"{name}.enabled" if isinstance(section, dict) else name
+            problems[dotted] = f'{name} must be an object with "enabled": true or false, not {shown(section)}'
         elif section.get("enabled", False):
             enabled.append(name)
     if len(enabled) > 1:

@@ -111,10 +111,10 @@ def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], 
     for number, (example, chosen) in enumerate(picks):
         is_choice[number, : len(chosen) if choices else width] = True
         gold[number, [chosen.index(i) for i in example.gold if i in chosen] if choices else list(example.gold)] = True
-        for place, choice in enumerate(chosen):
+        for position, choice in enumerate(chosen):
             windows = features.sequences(example, choice)
             rows += windows
-            slots += [number * width + place if choices else number] * len(windows)
+            slots += [number * width + position if choices else number] * len(windows)
     ids, mask, types = pad(rows, pad_id=pad_id, sep_id=sep_id)
     return TaskBatch(ids, mask, types, torch.tensor(slots), torch.from_numpy(is_choice), torch.from_numpy(gold), choices)
 

@@ -156,9 +156,9 @@ class FineTuner:
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
             padded = pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
-            ids, mask, types, places = to_device([*padded, torch.tensor(own)], self._mesh.device)
+            ids, mask, types, slots = to_device([*padded, torch.tensor(own)], self._mesh.device)
             output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
-            logits.index_copy_(0, places, output.logits.float())
+            logits.index_copy_(0, slots, output.logits.float())
         dist.all_reduce(logits, group=self._mesh.groups["data"])
         if not logits.isfinite().all():
             raise DivergedError(

@@ -50,7 +50,7 @@ class _Table:
         shown = [self.title, ""]
         for line in lines:
             cells = enumerate(zip(line, widths, strict=True))
-            shown.append("  ".join(c.ljust(w) if place < self.names else c.rjust(w) for place, (c, w) in cells).rstrip())
+            shown.append("  ".join(c.ljust(w) if column < self.names else c.rjust(w) for column, (c, w) in cells).rstrip())
         return "\n".join([*shown, *self.below])
 
     def markdown(self) -> str:

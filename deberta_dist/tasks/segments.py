@@ -34,11 +34,11 @@ def encode_spans(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int)
     Returns:
         (ids, int32; what that took: ``NOT_CUT``, ``CONTEXT_CUT`` or ``KEPT_CUT``).
     """
-    pieces = [tokenizer.encode(part.text) for part in parts]
-    ids = np.array([i for piece in pieces for i in piece], dtype=np.int32)
+    encoded = [tokenizer.encode(part.text) for part in parts]
+    ids = np.array([i for text_ids in encoded for i in text_ids], dtype=np.int32)
     if len(ids) <= limit:
         return ids, NOT_CUT
-    is_kept = np.repeat([part.is_kept for part in parts], [len(piece) for piece in pieces])
+    is_kept = np.repeat([part.is_kept for part in parts], [len(text_ids) for text_ids in encoded])
     return ids[_nearest(is_kept, limit=limit)], KEPT_CUT if is_kept.sum() > limit else CONTEXT_CUT
 
 

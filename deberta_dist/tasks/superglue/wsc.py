@@ -42,10 +42,10 @@ def find_span(text: str, span: str, index: int) -> tuple[int, int, str]:
     words = list(re.finditer(r"\S+", text))
     wanted = [_bare(word) for word in span.split()]
     found = [_bare(match.group()) for match in words]
-    places = [i for i in range(len(words) - len(wanted) + 1) if wanted and _agree(found[i : i + len(wanted)], wanted)]
-    if not places:
+    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and _agree(found[i : i + len(wanted)], wanted)]
+    if not starts:
         return words[index].start(), words[index].end(), INDEX_ALONE
-    start = min(places, key=lambda place: abs(place - index))
+    start = min(starts, key=lambda start: abs(start - index))
     how = AT_INDEX if start == index else ELSEWHERE
     return words[start].start(), words[start + len(wanted) - 1].end(), how
 
