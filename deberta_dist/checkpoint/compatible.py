@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, or from weights alone: asked by training before anything is loaded."""
+"""Checks that a run may resume from a checkpoint, or start from weights, before anything is loaded."""
 
 import json
 from collections.abc import Mapping

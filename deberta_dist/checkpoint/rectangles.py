@@ -1,4 +1,4 @@
-"""Copying between slices of one matrix that were cut differently: arithmetic and strided copies.
+"""Copies between differently cut slices of one matrix: index arithmetic and strided copies.
 
 Every tensor is seen as a matrix of its first dimension by all others. A slice along dimension 0 is a band of
 rows, along dimension 1 a band of columns: a *window*. A run of elements of a flattened window is at most three

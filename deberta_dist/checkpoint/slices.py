@@ -1,4 +1,4 @@
-"""Which bytes of which file hold which slice: computed for a whole layout, and checked.
+"""Computes and checks which bytes of which shard file hold each tensor slice of a layout.
 
 Pure functions. The writer's rank 0 turns everybody's ``FlatLayout`` into the manifest's table of tensors; a
 reader turns its own into the slices that fill its shards. Only this file and the sharding rules know how a rank's slice

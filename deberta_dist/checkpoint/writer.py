@@ -1,4 +1,4 @@
-"""One rank's side of writing a checkpoint, and rank 0's last word.
+"""Writes one rank's part of a checkpoint in the background, and commits the whole of it on rank 0.
 
     every rank   begin(...)             its file is written in the background, into a directory with a dot
                  state                  polled between steps; the ranks agree by a collective of the caller's

@@ -1,4 +1,4 @@
-"""How ``deberta-dist pretrain`` and ``deberta-dist finetune`` become DeepSpeed's launcher: see ``training/launch.py``."""
+"""Turns ``deberta-dist pretrain`` and ``deberta-dist finetune`` into a call of DeepSpeed's launcher; see ``training/launch.py``."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The parts of the DeepSpeed JSON that DeepSpeed takes without a look: bare keys, ``flops_profiler`` and ``aio``.
+"""The parts of the DeepSpeed JSON that DeepSpeed does not validate: bare keys, ``flops_profiler`` and ``aio``.
 
 It has no classes for them, so a wrong value ends in the middle of a step. Names and defaults are DeepSpeed's (a test
 compares them); the bounds are what its code can run with. ``ZeroAsPlanned`` stands in for DeepSpeed's class of

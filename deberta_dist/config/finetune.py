@@ -1,4 +1,4 @@
-"""The words of a fine-tuning TOML; tables that pre-training has as well are the same.
+"""The keys of a fine-tuning TOML; tables that pre-training has, too, are the same.
 
 A recipe (``launchers/finetune_recipes/``) sets any of them per task; the command line comes last.
 """

@@ -1,4 +1,4 @@
-"""Every ``auto`` that follows from the number of processes, and the checks that need it.
+"""Fills in every ``auto`` that follows from the number of processes, and makes the checks that need it.
 
 The batch equation is solved and checked here and nowhere else::
 

@@ -1,4 +1,4 @@
-"""The words of a run's TOML: one frozen section per table, a docstring with units under each field.
+"""The keys of a run's TOML: one frozen section per table, a docstring with units under each field.
 
 Read by everything above this room. Sections are strict: an unknown key, a string where a number is
 expected, NaN and infinity are errors (``1`` is accepted where ``1.0`` is meant). Checks that need the

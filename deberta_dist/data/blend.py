@@ -1,4 +1,4 @@
-"""Which source the sample at a position of a run comes from: exact proportions, computed from the position alone.
+"""Chooses the source of the sample at each position of a run: exact proportions, computed from the position alone.
 
 Sources are the leaves of Huffman's tree over their weights: the two lightest nodes are joined until one is left. A
 node of weight b gives, of its first x samples, round(x a / b) to its child of weight a (halves up) and the rest to the

@@ -1,4 +1,4 @@
-"""Dynamic batching: sequences of natural length, batches of similar lengths with as many tokens as any other.
+"""Dynamic batching: every batch holds sequences of similar length, and all batches have the same number of tokens.
 
 A step belongs to one bucket, so that all its micro-batches have one shape on every rank::
 

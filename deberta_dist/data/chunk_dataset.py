@@ -1,4 +1,4 @@
-"""Masked batches of one corpus' chunks, by bucket and position in it. ``bucketed_dataset.py`` asks for them."""
+"""Masked batches of one corpus's chunks, by bucket and position within it. Used by ``bucketed_dataset.py``."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Documents at their natural length, cut only where they are too long: the list of these chunks, on disk.
+"""The list of a corpus's chunks, on disk: documents at their natural length, cut only where they are too long.
 
 Layout of ``<corpus>.<lengths>.<checksum>.pieces``, little-endian::
 

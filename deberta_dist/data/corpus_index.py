@@ -1,4 +1,4 @@
-"""``index.json``: the token files (shards) that a directory's corpus is made of, in order.
+"""``index.json``: lists the token files (shards) of a corpus directory, in order.
 
 Preparation writes it last, ``token_corpus.py`` reads it::
 

@@ -1,4 +1,4 @@
-"""Where masked spans lie: the two methods of ``masking.py``, for all rows of a batch at once.
+"""Chooses masked spans by the two methods of ``masking.py``, for all rows of a batch at once.
 
 Both get the draws of every row and its number of words, and return words in the order in which they are taken until
 the quota. Legend: R rows, N draws per row. *Ragged* arrays hold the entries of row 0, then those of row 1, and so on.

@@ -1,4 +1,4 @@
-"""Which tokens make a sample: windows of a corpus, with the boundaries of documents ignored or honoured.
+"""Cuts a corpus into samples: windows of tokens that ignore document boundaries or mark them.
 
 No list of samples exists: sample i is found from i alone. Used by the loader.
 """

@@ -1,6 +1,6 @@
-"""Tensors of the host in one block of pinned memory, so that one copy brings all of them to a GPU and nobody waits for it.
+"""Packs host tensors into one block of pinned memory, so that a single asynchronous copy moves them to a GPU.
 
-A copy from ordinary memory makes the host wait until it is done, whatever it is asked for, and each copy costs a launch.
+A copy from pageable memory blocks the host even with ``non_blocking=True``, and each copy costs a launch.
 """
 
 from collections.abc import Sequence

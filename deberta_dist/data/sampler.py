@@ -1,4 +1,4 @@
-"""The order of an epoch as a pure function of (seed, epoch), in no memory.
+"""The order of an epoch as a pure function of (seed, epoch), without a stored permutation.
 
 A run's position in its data is one integer, the number of samples consumed. ``position`` turns it into an
 epoch and an index, ``Permutation`` turns the index into a sample. Nothing is stored, so a run resumes on

@@ -1,4 +1,4 @@
-"""What a run trains on: one corpus, or several sources in given proportions, by global sample position.
+"""What a run trains on: one corpus, or a blend of several sources, by global sample position.
 
 Every pipeline stage and rank of a run calls ``BlendedDataset.batch`` with positions only, as with one corpus::
 

@@ -1,4 +1,4 @@
-"""Files where operating systems differ: what POSIX has and Windows has not, in one place for every room.
+"""File operations on which operating systems differ: POSIX calls with a fallback for Windows.
 
 Each function asks for the ability itself and not for the name of the system, since network file systems lack some too.
 """

@@ -1,4 +1,4 @@
-"""Recognises what clones and downloads leave under a file's name: a pointer to it, a web page, another format.
+"""Recognises files that are not what their name says: Git LFS pointers, web pages, other formats.
 
 Each reader would call such a file damaged, or take it for text. Every reader of files that users bring asks here, with
 the first bytes of the file, before it judges them itself.

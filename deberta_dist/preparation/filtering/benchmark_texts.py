@@ -1,4 +1,4 @@
-"""Every text of a benchmark's files, of any kind that benchmarks come in, or a refusal: none is passed over unseen.
+"""Reads every string of a benchmark's files, in all common formats; a file that cannot be read is an error, never skipped.
 
 Called by ``contamination``, which looks for these texts in documents.
 """

@@ -1,4 +1,4 @@
-"""Removal of documents that hold a piece of a benchmark: any n words in a row of one of its strings.
+"""Removes documents that contain n consecutive words of any string of a benchmark.
 
 The n-grams of the benchmark's files are kept as sorted hashes; a document with one of them is refused only after the
 words themselves were compared. Corpus preparation builds the set once and asks for every document.

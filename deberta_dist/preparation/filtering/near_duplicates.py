@@ -1,4 +1,4 @@
-"""Near-duplicates by MinHash: of documents that share most of their word 5-grams the first is kept. The door to rensa.
+"""Near-duplicates by MinHash: of documents that share most word 5-grams, only the first stays. The only door to rensa.
 
 Corpus preparation makes a signature of every document and asks ``NearDuplicates`` for one after the other, in the order of
 the input. A signature is bytes that any process can make; the answers are one process's. Memory is that of the second

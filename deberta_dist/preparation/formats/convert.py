@@ -1,4 +1,4 @@
-"""Token files from Megatron's indexed datasets and back, streaming: any corpus in the memory of its largest document.
+"""Converts between token files and Megatron's indexed datasets, streaming: memory for the largest document is enough.
 
 Called by tools/convert_corpus.py.
 """

@@ -14,7 +14,7 @@ A dataset is ``<prefix>.bin``, the ids of all sequences one after another, and `
 fairseq's mmap datasets have the same magic, version and codes, then S, lengths and pointers, and no documents.
 
 A document has any number of sequences, so D is the number of documents and one. Neither file knows the tokenizer
-or has a checksum. ``corpus/megatron_writer.py`` writes them; both are used by ``corpus/convert.py``.
+or has a checksum. ``megatron_writer.py`` writes them; both are used by ``convert.py``.
 
 Source: megatron/core/datasets/indexed_dataset.py and tools/preprocess_data.py of NVIDIA/Megatron-LM@d98e8a64;
 fairseq/data/indexed_dataset.py of facebookresearch/fairseq.

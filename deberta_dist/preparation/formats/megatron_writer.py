@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed datasets; ``corpus/megatron.py`` has the format. Used by ``corpus/convert.py``."""
+"""Writes Megatron's indexed datasets; ``megatron.py`` documents the format. Called by ``convert.py``."""
 
 import os
 import shutil

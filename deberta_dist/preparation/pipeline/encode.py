@@ -1,4 +1,4 @@
-"""First half of a preparation, by as many processes as there are: a file range of an input becomes spool files.
+"""First half of a preparation: every file range of the inputs is encoded into spool files, by any number of processes.
 
 Every document is cleaned, judged by rules that look at it alone, hashed and encoded. What depends on other documents
 (duplicates, shards) comes after all work items are done.

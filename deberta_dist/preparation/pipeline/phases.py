@@ -1,4 +1,4 @@
-"""The phases of a preparation for a ``WorkerPool``: what the workers are sent, and what they do with it."""
+"""The phases of a preparation: what a ``WorkerPool`` sends to its workers, and what they do with it."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a preparation does with each document, apart from where it runs: equal recipes on equal text give equal bytes."""
+"""The settings that decide a preparation's output: equal recipes on equal text give equal bytes, wherever they run."""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a preparation read, left out and wrote: report.json for programs, report.md for people and the README of a run."""
+"""Reports what a preparation read, left out and wrote: report.json for programs, report.md for people."""
 
 import json
 from collections.abc import Mapping, Sequence

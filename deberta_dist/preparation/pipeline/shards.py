@@ -1,4 +1,4 @@
-"""Second half of a preparation: the documents that stay, in the order of the input, as token files of bounded size.
+"""Second half of a preparation: writes the remaining documents, in input order, as token files of bounded size.
 
 ``assign_shards`` decides from the lengths alone which document goes where; then every process writes whole token files.
 """

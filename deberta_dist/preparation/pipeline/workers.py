@@ -1,4 +1,4 @@
-"""Worker processes that share out the work items of a phase, on all ranks, without a master.
+"""Worker processes that divide the work items of a phase among themselves, on all ranks, without a master.
 
 A work item belongs to the process that first makes its claim, a file in a folder of this start on the shared file system. So
 fast processes take more work items than slow ones, one and many processes run the same code, and the claims of a start that

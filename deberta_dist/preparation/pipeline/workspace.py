@@ -1,4 +1,4 @@
-"""The working directory of a preparation, ``OUTPUT/.work``: what is finished stays there until all is.
+"""The working directory of a preparation, ``OUTPUT/.work``, which holds finished work until the corpus is complete.
 
 ::
 

@@ -1,7 +1,7 @@
-"""What a document is, and what becomes of one that is not as it should be.
+"""What a document is, and what happens to a malformed one.
 
-``reading`` finds where documents lie; here their bytes become text, or a fault to be counted, or an error with a
-place. The place is worked out for the error alone.
+``texts`` finds where documents lie; here their bytes become text, a fault to be counted, or an error with file and line.
+Line numbers are computed for errors only, since counting lines means reading everything before them again.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Files below directories and files that fit patterns, found strictly: what cannot be looked into is an error.
+"""Finds files below directories and by patterns, strictly: a directory that cannot be read is an error.
 
 ``glob`` and ``os.walk`` pass over directories that cannot be read and links that lead nowhere, and follow links that
 lead back for ever. ``inputs`` and ``benchmark_texts`` find files through this file alone.

@@ -1,6 +1,6 @@
-"""Which files are read: what the user names becomes a list of files, in the order they are read.
+"""Turns the inputs that a user names into a list of files, in the order in which they are read.
 
-Preparation, tokenizer training and their samples all begin here; ``reading`` turns the files into documents.
+Preparation, tokenizer training and their samples all begin here; ``texts`` turns the files into documents.
 """
 
 import glob

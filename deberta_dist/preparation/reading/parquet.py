@@ -1,6 +1,6 @@
 """One text column of a Parquet file, row by row; the only door to pyarrow.
 
-``reading`` makes documents of the rows, and cuts a file between its row groups.
+``texts`` makes documents of the rows, and cuts a file between its row groups.
 """
 
 from collections.abc import Iterable, Iterator

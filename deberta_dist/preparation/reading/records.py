@@ -1,4 +1,4 @@
-"""The text in one line of JSON: whatever else stands in the record, its text is read, or it is said why not.
+"""Extracts the text field of one JSON record, or says why there is none.
 
 Called by ``documents`` for every line.
 """

@@ -1,4 +1,4 @@
-"""Where documents begin and end in a stream of bytes: by lines, or by blocks between blank lines.
+"""Splits a stream of bytes into documents: by lines, or by blocks between blank lines.
 
 Only a line feed ends a line, whatever else Unicode counts as a line end. A line is blank if it holds white space
 alone (``str.isspace``), of any length. A document begins at the first byte of its first line that is not blank: that

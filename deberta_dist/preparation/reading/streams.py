@@ -1,6 +1,6 @@
-"""The bytes of one input file's text, chunk by chunk, whatever the file is compressed with.
+"""Reads the text of one input file in chunks, decompressing it if needed.
 
-The floor below ``reading``: it knows archives and their faults, and nothing of documents. Every archive is read to
+The floor below ``texts``: it knows archives and their faults, and nothing of documents. Every archive is read to
 its end; several in one file follow each other. What comes out of one step is bounded however well it was packed.
 """
 

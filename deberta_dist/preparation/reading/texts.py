@@ -1,7 +1,7 @@
-"""Text of every kind as a stream of documents, read strictly: what is not text is an error that says where.
+"""Reads text files of all formats as a stream of documents, strictly: malformed text is an error with file and line.
 
-Preparation and tokenizer training read through this file, so both see the same documents. A file can be read in
-file ranges by several processes: together they see what one sees.
+Preparation and tokenizer training read through this file, so both see the same documents. Several
+processes can each read a range of a file: together they see what one process would.
 """
 
 import codecs

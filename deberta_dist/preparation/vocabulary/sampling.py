@@ -1,4 +1,4 @@
-"""An even sample of texts out of a corpus of any size, to train a tokenizer on and to judge it by.
+"""Samples texts evenly from a corpus of any size, to train a tokenizer and to measure it.
 
 Called by tools/train_tokenizer.py.
 """

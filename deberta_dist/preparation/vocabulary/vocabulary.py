@@ -1,4 +1,4 @@
-"""A vocabulary for a corpus: trained on a sample of it or taken as published, and judged on text of the corpus.
+"""Makes a vocabulary: trained on a sample of the corpus or copied as published, then measured on held-out text.
 
 Called by tools/train_tokenizer.py.
 """
