@@ -1,4 +1,4 @@
-"""Conversion between the forms a DeBERTa's weights are published in, and what tools/inspect_checkpoint.py shows of them.
+"""Converts DeBERTa checkpoints between all published formats, and inspects them.
 
 All forms meet in the full, unsplit tensors under their published names. ``source`` recognises and opens a checkpoint;
 ``official``, ``huggingface``, ``published`` and ``native`` each say in a table of renames and a few structural rules how

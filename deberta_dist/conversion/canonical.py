@@ -1,4 +1,4 @@
-"""Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
+"""The canonical form in which all formats meet: a format's rules give published names, and the result has to be a model."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The enhanced mask decoder for Hugging Face's library: a file of code that lies beside the weights, and the fields that name it."""
+"""The enhanced mask decoder for transformers: a code file beside the weights, and the configuration that names it."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to a checkpoint: its class, its files, and the SentencePiece model among them."""
+"""Finds the tokenizer that belongs to a checkpoint: its class, its files, and the SentencePiece model among them."""
 
 from pathlib import Path
 from typing import Any

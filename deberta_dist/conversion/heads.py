@@ -1,4 +1,4 @@
-"""Which heads a checkpoint has, by the names of its weights and the class that its configuration lists."""
+"""Finds the heads of a checkpoint by the names of its weights and the class in its configuration."""
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence

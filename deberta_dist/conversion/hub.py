@@ -1,4 +1,4 @@
-"""What the hub of Hugging Face reads at the top of a model's card, checked here because otherwise only a push would show what is wrong."""
+"""The metadata of a model card for the Hugging Face hub, checked here because errors would otherwise show on upload only."""
 
 import difflib
 import json

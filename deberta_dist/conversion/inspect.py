@@ -1,4 +1,4 @@
-"""What a checkpoint of any format is, and how two of them differ; behind tools/inspect_checkpoint.py."""
+"""Describes a checkpoint of any format, and compares two; called by ``deberta-dist inspect``."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""A model in memory out of a checkpoint of any form: for scripts, notebooks and tools, on one device."""
+"""Loads a model from a checkpoint of any format on one device, for scripts, notebooks and tools."""
 
 import warnings
 from collections.abc import Sequence

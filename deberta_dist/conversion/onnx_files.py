@@ -1,4 +1,4 @@
-"""ONNX: a model as a program for other runtimes, made by torch's own exporter and compared with the model.
+"""ONNX export by torch's own exporter, compared with the model before it is published.
 
 Batch and length are the caller's. The whole model is in memory here, unlike for the targets that are numbers alone.
 """

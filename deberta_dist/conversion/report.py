@@ -1,4 +1,4 @@
-"""What became of every key: for a file, and in short for the screen."""
+"""Reports what became of every key: in full for a file, in short for the terminal."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

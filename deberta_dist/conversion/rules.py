@@ -1,4 +1,4 @@
-"""What a format is: a list of renames, a list of keys without meaning, and a few structural rules.
+"""Defines a format: a list of renames, a list of keys without meaning, and a few structural rules.
 
 Applied in that order they lead from the keys of a file to published names.
 """

@@ -1,4 +1,4 @@
-"""What a conversion is to write: the answer of every target to the same questions."""
+"""What a conversion writes: every target format answers the same questions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The tokenizer of a conversion, written in the form of the target: carried as it is, or made anew to split text alike."""
+"""Writes the tokenizer of a conversion in the target's form: copied unchanged, or rebuilt to split text alike."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a run says of how a checkpoint was trained, for a model's card: numbers that it has written down, and no others."""
+"""Facts about a checkpoint's training for the model card: only numbers that the run itself has recorded."""
 
 import json
 from collections.abc import Mapping

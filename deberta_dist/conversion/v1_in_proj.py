@@ -1,4 +1,4 @@
-"""The fused projections of v1, as structural rules: cut into the separate ones, and joined again.
+"""Structural rules for v1's fused ``in_proj``: split into separate projections, and fused again.
 
 ``in_proj`` [3 N H, D] holds query, key and value rows of head 0, then of head 1, and so on. Keys and position keys
 have no bias in this form. Used by the official and the Hugging Face format.

@@ -1,6 +1,6 @@
-"""Where all formats meet: full tensors by published name, each read only when it is written.
+"""The tensors of a conversion: full, by published name, each read only when it is written.
 
-A conversion passes a table of these through renames and structural rules. What a rule makes anew is in memory one
+A conversion passes a table of these through renames and structural rules. What a rule computes is in memory one
 tensor at a time; what is copied or rounded, in parts of a few megabytes.
 """
 

@@ -1,4 +1,4 @@
-"""What training code puts around a model: names before the names, and dictionaries around the dictionary.
+"""Removes what training code puts around a model: prefixes of parameter names, and dictionaries around the state dictionary.
 
 Everything here acts on the keys of a file, before its format is recognised. Nothing is guessed: a name that is no known
 wrapper, and a file with several models, are errors that say what was seen.

@@ -1,4 +1,4 @@
-"""A thread that makes batches ahead of their use, for the training loop."""
+"""Prefetches batches in a background thread, for the training loop."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""What stands in a SentencePiece model file, without the protobuf package.
+"""Parses a SentencePiece model file without the protobuf package.
 
 The sentencepiece library gives pieces and scores, not the compiled normalisation rules, which other tokenizer
 libraries need to split text alike. The few fields needed are read from the wire format here.

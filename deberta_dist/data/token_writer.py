@@ -1,4 +1,4 @@
-"""Writing token files; ``token_file`` has their layout."""
+"""Writes token files; ``token_file`` documents their layout."""
 
 import hashlib
 import tempfile

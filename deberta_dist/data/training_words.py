@@ -1,4 +1,4 @@
-"""The different words of a text, counted: what a vocabulary is trained on.
+"""Counts the distinct words of a text, from which a vocabulary is trained.
 
 A piece never reaches over white space, so words with counts teach the trainer what the text would, in a fraction of
 its memory and time, however often passages repeat. What has no white space for long (base64, rules, DNA, one line of

@@ -1,4 +1,4 @@
-"""What a predictor without context would reach on the same targets: the yardstick of a training run.
+"""The loss of a predictor without context on the same targets: the baseline of a training run.
 
 A masked language model that has learnt anything ends below both numbers; the report at the end of a run
 prints them beside its loss.

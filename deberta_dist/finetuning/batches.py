@@ -1,4 +1,4 @@
-"""Which rows a step trains on, in which micro-batches, and what they are as tensors.
+"""Chooses the rows of each training step, divides them into micro-batches, and collates them into tensors.
 
 A step's decisions are cut into micro-batches first and these dealt to the data-parallel ranks: order, micro-batches and
 so dropout are the same however many ranks there are, and no number has to divide another.

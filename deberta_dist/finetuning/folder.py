@@ -1,4 +1,4 @@
-"""Where a task's run with one seed is kept: ``RUN/seed-42/TASK/``, complete or absent.
+"""The folder of a task's run with one seed, ``RUN/seed-42/TASK/``: complete or absent.
 
     val.jsonl, test.jsonl   probabilities (``tasks/predictions.py``); of the splits that the task has
     weights/                best weights: config.json, model.safetensors (float32, published names), spm.model

@@ -1,4 +1,4 @@
-"""What will be fine-tuned, with every setting, checked against data and checkpoint before any process group exists."""
+"""Plans fine-tuning: every task with every setting, checked against data and checkpoint before a process group exists."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One task with one seed: train, evaluate while training, keep the best weights, predict."""
+"""One task with one seed: train, evaluate while training, save the best weights, predict."""
 
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: any checkpoint's backbone, its tokenizer, and a classifier new or carried over."""
+"""What fine-tuning starts from: any checkpoint's backbone, its tokenizer, and a new or loaded classifier."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

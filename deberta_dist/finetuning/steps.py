@@ -1,4 +1,4 @@
-"""Training of one task: its steps as the loop takes them, and the best weights so far."""
+"""The steps of one task for the training loop, and its best weights so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

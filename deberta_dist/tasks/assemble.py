@@ -1,4 +1,4 @@
-"""From the predictions of one or several runs to the files of a submission, and to and from its zip."""
+"""Assembles a submission from the predictions of one or several runs, and writes and reads its zip."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Texts as sequences of tokens: what every task's encoding is made of.
+"""Encodes texts as sequences of tokens; every task's encoding is built from this.
 
 A decision is one or several sequences ``[CLS] first [SEP] second [SEP]``. How a row becomes segments is said in its task's
 file; here they are brought to length.

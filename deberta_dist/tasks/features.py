@@ -1,4 +1,4 @@
-"""A split of a task as ids: what fine-tuning trains on and predicts."""
+"""An encoded split of a task, on which fine-tuning trains and predicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

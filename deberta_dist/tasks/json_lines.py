@@ -1,4 +1,4 @@
-"""JSON lines read strictly, with line numbers in every message: data, predictions and submissions are such files."""
+"""Reads JSON lines strictly, with line numbers in every message: data, predictions and submissions have this form."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model thinks of every decision of a split, as probabilities under the data's own idx; and averages of several.
+"""Reads, writes and averages predictions: probabilities for every decision of a split, under the data's own idx.
 
 A run with one seed is a folder with ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
 

@@ -1,4 +1,4 @@
-"""A report on fine-tuned models: scores of every run and of their ensemble, beside the published ones and another model's.
+"""Reports fine-tuned models: scores of every run and of their ensemble, beside published ones and another model's.
 
 Everything is scored on rows with public answers: the validation split, and the diagnostics' only one.
 """

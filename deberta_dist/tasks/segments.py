@@ -1,4 +1,4 @@
-"""Text as ids, brought to a length without losing what a label depends on.
+"""Truncates encoded text without losing the tokens that a label depends on.
 
 Letters: F tokens of a first segment, S of a sequence.
 """

@@ -1,4 +1,4 @@
-"""Whether two models differ by more than their seeds do."""
+"""Tests whether two models differ by more than their seeds do."""
 
 import math
 import statistics

@@ -1,1 +1,1 @@
-"""GLUE: of its tasks the one from which others start."""
+"""GLUE: only MNLI, the intermediate task."""

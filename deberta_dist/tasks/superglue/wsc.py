@@ -1,4 +1,4 @@
-"""WSC: whether a pronoun stands for a noun.
+"""WSC: whether a pronoun refers to a noun.
 
 First segment: the text with ``* noun *`` and ``# pronoun #``. Second: the noun, for the rows in which the text has it in
 another form.
