@@ -30,7 +30,7 @@ class FineTuneResult:
 
     Attributes:
         loss: Task loss, mean over the step's decisions (nats), before the update.
-        sift_loss: Adversarial loss, likewise and unweighted; None without SiFT.
+        sift_loss: Adversarial loss, mean over the step's decisions, unweighted; None without SiFT.
         accuracy: Share of decisions whose best label is a right one.
         grad_norm: Global norm before clipping; None when the step was skipped.
         num_tokens: Read by the step, over all ranks, padding left out.
@@ -105,6 +105,7 @@ class FineTuner:
         else:
             logits, adversarial = self._sift.passes(forward, key=key, loss_scale=loss_scale)
         losses = decision_loss(logits, batch.gold)
+        # Sums: `scale` divides by the decisions of the whole step, so micro-batches of any size weigh what they hold.
         ((losses.sum() + self._weight * adversarial.sum()) * scale).backward()
         self.model.accumulate()
         correct = batch.gold.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
@@ -153,6 +154,7 @@ class FineTuner:
         # Every rank fills its rows of one table and the sum over ranks adds zeros: the same bits however many there are.
         logits = torch.zeros(len(rows), task.num_outputs, device=self._mesh.device)
         shape, here = self._mesh.shape, self._mesh.mesh_rank
+        # Dealt out in order of length, so that every rank has short batches and long ones.
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
             padded = pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
@@ -165,6 +167,7 @@ class FineTuner:
                 f"{features.split.where}: the model's answers are not finite; lower optimizer.learning_rate, or take a "
                 "run.deepspeed with bf16 instead of fp16"
             )
+        # float64 from here on: averages over windows and runs should add no rounding of their own.
         return _probabilities(features, examples, logits.double().cpu().numpy(), owners)
 
 

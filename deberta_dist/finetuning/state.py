@@ -125,10 +125,12 @@ def write_state(
         What went wrong, on the ranks that know: a full disk costs the state, not the task.
     """
     writer = CheckpointWriter(folder.unfinished / STATE_NAME, rank=mesh.rank)
+    # Rank 0's process and clock, so that files of a killed run with the same step are never taken for this run's.
     token = f"{mesh.broadcast_number((os.getpid() << 40 ^ time.time_ns()) & (1 << 63) - 1):x}"
     writer.begin(done[0], shards=shards, token=token)
     state = writer.wait()
     failed = torch.tensor([state.status != "written"]).int()
+    # All ranks or none: a state of which one file is missing must not get its name.
     dist.all_reduce(failed)
     if failed.item():
         writer.abandon()

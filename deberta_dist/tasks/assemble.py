@@ -110,6 +110,7 @@ def zip_bytes(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(files):
+            # The earliest time a zip can hold: the real one would make equal submissions differ.
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, files[name])
@@ -142,6 +143,7 @@ def read_zip(path: Path, names: Collection[str]) -> tuple[dict[str, bytes], list
                     errors.append(f"{printable(name)} is there twice")
                 elif name not in names:
                     files[name] = b""  # its name is the fault; what is in it need not be unpacked
+                # The size is the archive's claim, and zipfile reads no more than that: a zip bomb ends here.
                 elif entry.file_size > _MAX_FILE_BYTES:
                     errors.append(f"{printable(name)} has {entry.file_size:,} bytes")
                 elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -1,1 +1,1 @@
-"""GLUE: only MNLI, the intermediate task."""
+"""GLUE: only the task from which others start."""
