@@ -3,8 +3,8 @@
 ``read_deepspeed`` fills what follows from the TOML and refuses what contradicts it, so that no number
 has two homes. DeepSpeed's batch numbers do not count sequences here: its engine sees one forward,
 backward and step per optimizer step on a weight store (see the pipeline runner), hence 1 x 1 x
-data_parallel_size. The dictionary goes to ``zero/``; nothing here imports DeepSpeed: whoever may
-do so passes in ``examine``, which asks DeepSpeed's own classes.
+data_parallel_size. The dictionary goes to ``zero/``; nothing here imports DeepSpeed: a caller that
+may passes in ``examine``, which asks DeepSpeed's own classes.
 """
 
 import os
@@ -200,7 +200,7 @@ def _offload(ds: dict[str, Any], problems: Problems) -> None:
 
 
 def _default_notes(left_out: Mapping[str, str], defaults: Mapping[str, Any]) -> list[str]:
-    """What "auto" has become, and ``null`` where that is not simply nothing."""
+    """What "auto" has become, and ``null`` where DeepSpeed has a default for it."""
     notes = []
     for dotted, word in left_out.items():
         if dotted in FILLED_KEYS or dotted.endswith(PERSISTENCE) or (word == "null" and defaults.get(dotted) is None):
@@ -311,7 +311,7 @@ def _precision(ds: dict[str, Any], problems: Problems) -> None:
 
 
 def _plain(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems) -> None:
-    """What DeepSpeed takes without a look."""
+    """Checks what DeepSpeed itself does not."""
     plain.check(ds, plain.BareKeys, name="", problems=problems)
     for name, model in plain.SECTIONS.items():
         if not isinstance(ds.get(name), dict):

@@ -77,9 +77,11 @@ class NgramSet:
         words = split_words(text)
         hashes = ngram_hashes(words.hashes, n=self.n)
         bits = _bits(hashes)
+        # Nearly every n-gram of a clean document fails here, by one look-up instead of a binary search.
         candidates = np.flatnonzero(self.quick_filter[hashes >> np.uint64(self.quick_shift)] & bits == bits)
         if not len(candidates):
             return None
+        # The position behind the end, for a hash above all others, is no element.
         found = np.minimum(np.searchsorted(self.hashes, hashes[candidates]), len(self.hashes) - 1)
         equal = self.hashes[found] == hashes[candidates]
         for first, place in zip(candidates[equal].tolist(), self.places[found[equal]].tolist(), strict=True):
@@ -137,8 +139,10 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
     all_places = np.concatenate(places)[first]
     log_words = max(1, (len(distinct) // _NGRAMS_PER_FILTER_WORD).bit_length())
     quick_filter = np.zeros(1 << log_words, dtype=np.uint64)
+    # With .at: several hashes may set bits of one word, of which an indexed |= would store the last alone.
     np.bitwise_or.at(quick_filter, distinct >> np.uint64(64 - log_words), _bits(distinct))
     digest = hashlib.sha256(f"{n}-grams\n".encode())
+    # Little-endian on any machine: a preparation that is resumed elsewhere compares fingerprints.
     digest.update(distinct.astype("<u8").data)
     return NgramSet(
         n=n,

@@ -131,8 +131,10 @@ def _batches(file: InputFile, handle: BinaryIO, *, field: str, group: int, num_r
         import pyarrow
         import pyarrow.compute
 
+        # Pre-buffering would hold a row group's whole column in memory, and row groups may have any size.
         opened = parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         path = _path_of(field, opened.schema_arrow)
+        # One thread: the workers of a preparation are processes, and have the cores already.
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:
         with _errors_of(file):
