@@ -28,6 +28,7 @@ from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import known_cross_entropy
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.values import HeadKind
 
 
 class DebertaForTokenClassification(LabelledModel):
@@ -179,7 +180,7 @@ PRETRAINED_HEADS: Mapping[str, type[ModelWithBackbone]] = MappingProxyType(
     {MASKED_LM: DebertaForMaskedLM, REPLACED_TOKENS: DebertaForReplacedTokenDetection}
 )
 """Heads of pre-training."""
-LABELLED = ("sequence", "token")
+LABELLED: tuple[HeadKind, ...] = ("sequence", "token")
 """Heads with a row for every label; the others have as many rows as they need."""
 
 

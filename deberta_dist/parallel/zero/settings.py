@@ -269,7 +269,7 @@ def _impossible(table: Mapping[str, Any], name: str) -> Problems:
         elif place.endswith(".device") and value not in DEVICES:
             found[place] = _device(place, value)
         elif place.startswith("zero_optimization.leaf_module."):
-            found[place] = f"{place} is refused: {_FLAT}; take it out"
+            found[place] = f"{place} is refused: {_FLAT}; remove it"
     return found
 
 
