@@ -34,7 +34,7 @@ class Dropout(nn.Module):
 
     Attributes:
         shard: 0, or the part of the activation that this process holds where each part has a mask of its own.
-        sequence_part: (number, count) of the part that this process holds of an activation [B, S, ...] whose sequence
+        sequence_shard: (number, count) of the part that this process holds of an activation [B, S, ...] whose sequence
             is split; the mask is the part's of the whole activation's.
     """
 
@@ -43,7 +43,7 @@ class Dropout(nn.Module):
         self.p = p
         self.site = site
         self.shard = 0
-        self.sequence_part = (0, 1)
+        self.sequence_shard = (0, 1)
 
     @property
     def drops(self) -> bool:
@@ -80,18 +80,18 @@ class Dropout(nn.Module):
 
     def row_numbers(self, x: Tensor, width: int | None = None) -> RowNumbers:
         """What the rows of ``x``, flattened, are in the whole activation without padding."""
-        part, parts = self.sequence_part
-        if parts > 1:
-            return RowNumbers(x.shape[1], parts * x.shape[1], part * x.shape[1])
+        shard, shards = self.sequence_shard
+        if shards > 1:
+            return RowNumbers(x.shape[1], shards * x.shape[1], shard * x.shape[1])
         return RowNumbers() if width is None or width == x.shape[1] else RowNumbers(x.shape[1], width, 0)
 
     def numbers(self, x: Tensor, key: int, *, width: int | None = None) -> Tensor:
         """A number of 16 bits for every element, drawn, int16 [as ``x``]."""
-        (part, parts), counted = self.sequence_part, None
-        if parts > 1:
+        (shard, shards), counted = self.sequence_shard, None
+        if shards > 1:
             # Drawn for the whole activation, as every rank does where nothing is split: a generator cannot be entered in
             # its middle.
-            counted = x.shape[1] * parts
+            counted = x.shape[1] * shards
         elif width is not None and width != x.shape[1]:
             counted = width
         count = x.numel() if counted is None else x.numel() // x.shape[1] * counted
@@ -101,7 +101,7 @@ class Dropout(nn.Module):
         if counted is None:
             return numbers.view(x.shape)
         numbers = numbers.view(x.shape[0], counted, *x.shape[2:])
-        if parts > 1:
+        if shards > 1:
             return numbers.narrow(1, part * x.shape[1], x.shape[1])
         return F.pad(numbers, (0, 0, 0, x.shape[1] - counted))
 
@@ -123,4 +123,4 @@ class Dropout(nn.Module):
         return mix_key(key, self.site, self.shard)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, site={self.site}, shard={self.shard}, sequence_part={self.sequence_part}"
+        return f"p={self.p}, site={self.site}, shard={self.shard}, sequence_shard={self.sequence_shard}"

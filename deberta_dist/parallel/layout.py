@@ -128,7 +128,7 @@ class Layout:
                         TieSize(
                             elements=sum(sizes[name] for name in tie.names),
                             users=len(tie.users),
-                            pipeline_ranks=len({place[0] for place in tie.users}),
+                            pipeline_ranks=len({pipeline for pipeline, _ in tie.users}),
                             is_sum=tie.is_sum,
                         )
                         for tie in ties
@@ -143,7 +143,7 @@ class Layout:
 
     def owned(self, pipeline_rank: int, tensor_rank: int) -> list[str]:
         """Names that the rank at this place owns."""
-        return owned_names(self.names_by_rank[pipeline_rank], ties=self.ties, place=(pipeline_rank, tensor_rank))
+        return owned_names(self.names_by_rank[pipeline_rank], ties=self.ties, rank=(pipeline_rank, tensor_rank))
 
     def local_shape(self, name: str) -> tuple[int, ...]:
         """Shape of the slice of ``name`` on any tensor-parallel rank."""

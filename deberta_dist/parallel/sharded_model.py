@@ -50,7 +50,7 @@ class ShardedModel:
     def gather(self, *, with_gradients: bool) -> None:
         """Fills the parameters: one all-gather of what the stage owns, one broadcast per tie."""
         weights, gradients = self.store.gather(with_gradients=with_gradients)
-        weights |= self._ties.lend(weights)
+        weights |= self._ties.broadcast_weights(weights)
         if with_gradients:
             self._owned_gradients = gradients
             gradients = gradients | self._ties.gradient_views()
@@ -66,13 +66,13 @@ class ShardedModel:
         if self._products_add:
             add_gradients_(self.model)
 
-    def collect_gradients(self) -> None:
+    def reduce_ties(self) -> None:
         """Adds what borrowers accumulated to the owners' gradients."""
-        self._ties.collect(self._owned_gradients)
+        self._ties.reduce_gradients(self._owned_gradients)
 
     def reduce(self, *, loss_scale: float) -> Tensor:
         """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.reduce`."""
-        self.collect_gradients()
+        self.reduce_ties()
         self._empty()
         return self.store.reduce(loss_scale=loss_scale)
 

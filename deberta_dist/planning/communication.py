@@ -54,8 +54,8 @@ class RankCommunication:
     Attributes:
         zero_gather: Weights all-gathered over the data axis, once per step.
         zero_reduce: Gradients reduce-scattered over the data axis, once per step.
-        tie_lend: Tied weights broadcast from their owners, once per step.
-        tie_collect: Their gradients reduced to their owners, once per step.
+        tie_broadcast: Tied weights broadcast from their owners, once per step.
+        tie_reduce: Their gradients reduced to their owners, once per step.
         tensor_layers: Of the ordinary layers, the convolution included.
         tensor_embedding: Of the word embedding.
         tensor_decoder: Of the enhanced mask decoder.
@@ -68,8 +68,8 @@ class RankCommunication:
 
     zero_gather: int
     zero_reduce: int
-    tie_lend: int
-    tie_collect: int
+    tie_broadcast: int
+    tie_reduce: int
     tensor_layers: int
     tensor_embedding: int
     tensor_decoder: int
@@ -87,7 +87,7 @@ class RankCommunication:
     @property
     def once_per_step(self) -> int:
         """What does not depend on the number of micro-batches."""
-        return self.zero_gather + self.zero_reduce + self.tie_lend + self.tie_collect + self.scalars
+        return self.zero_gather + self.zero_reduce + self.tie_broadcast + self.tie_reduce + self.scalars
 
     @property
     def total(self) -> int:
@@ -148,8 +148,8 @@ def rank_communication(
     return RankCommunication(
         zero_gather=flat * width,
         zero_reduce=flat * reduced_width(deepspeed_config),
-        tie_lend=lent * width,
-        tie_collect=collected * FLOAT32,
+        tie_broadcast=lent * width,
+        tie_reduce=collected * FLOAT32,
         tensor_layers=in_layers,
         tensor_embedding=in_embedding,
         tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),

@@ -215,8 +215,8 @@ def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     table = _table("COMMUNICATION of a rank", [
         ("ZeRO all-gather weights *", [m.zero_gather for m in messages]),
         ("ZeRO reduce-scatter *", [m.zero_reduce for m in messages]),
-        ("ties: broadcast weights *", [m.tie_lend for m in messages]),
-        ("ties: reduce gradients *", [m.tie_collect for m in messages]),
+        ("ties: broadcast weights *", [m.tie_broadcast for m in messages]),
+        ("ties: reduce gradients *", [m.tie_reduce for m in messages]),
         ("tensor: layers", [m.tensor_layers for m in messages]),
         ("tensor: embedding", [m.tensor_embedding for m in messages]),
         ("tensor: mask decoder", [m.tensor_decoder for m in messages]),

@@ -66,9 +66,9 @@ def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str
     return [Tie(tuple(sorted(names)), users, is_sum) for (users, is_sum), names in sorted(groups.items())]
 
 
-def owned_names(names: Sequence[str], *, ties: Sequence[Tie], place: ModelParallelRank) -> list[str]:
+def owned_names(names: Sequence[str], *, ties: Sequence[Tie], rank: ModelParallelRank) -> list[str]:
     """Those of ``names`` that the rank at ``place`` owns, in the same order."""
-    borrowed = {name for tie in ties if place in tie.users[1:] for name in tie.names}
+    borrowed = {name for tie in ties if rank in tie.users[1:] for name in tie.names}
     return [name for name in names if name not in borrowed]
 
 
@@ -95,8 +95,8 @@ class TiedWeights:
 
     def __init__(self, ties: Sequence[Tie], *, mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         here = mesh.mesh_rank
-        self._place = (here.pipeline, here.tensor)
-        self._ties = [tie for tie in ties if self._place in tie.users]
+        self._here = (here.pipeline, here.tensor)
+        self._ties = [tie for tie in ties if self._here in tie.users]
         self._mesh = mesh
         self._shapes = shapes
         self._dtype = dtype
@@ -106,7 +106,7 @@ class TiedWeights:
         """Names this rank uses but does not own."""
         return [name for tie in self._ties if not self._owns(tie) for name in tie.names]
 
-    def lend(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_weights(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Owners send their weights; returns the borrowed ones by name, as views of one buffer per tie."""
         borrowed: dict[str, Tensor] = {}
         for tie in self._ties:
@@ -131,14 +131,14 @@ class TiedWeights:
             views.update(self._views(buffer, tie))
         return views
 
-    def collect(self, owned_gradients: Mapping[str, Tensor]) -> None:
+    def reduce_gradients(self, owned_gradients: Mapping[str, Tensor]) -> None:
         """Adds the borrowers' gradients to the owner's (in place) where a tie is a sum; the owner's stand otherwise."""
         for tie in self._ties:
             if tie.is_sum:
-                self._collect(tie, owned_gradients)
+                self._reduce_to_owner(tie, owned_gradients)
         self._gradients = {}
 
-    def _collect(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
+    def _reduce_to_owner(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
         ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.mesh_rank.data)
         if self._owns(tie):
             buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
@@ -150,7 +150,7 @@ class TiedWeights:
                 owned_gradients[name].copy_(total)
 
     def _owns(self, tie: Tie) -> bool:
-        return tie.users[0] == self._place
+        return tie.users[0] == self._here
 
     def _size(self, tie: Tie) -> int:
         return sum(torch.Size(self._shapes[name]).numel() for name in tie.names)

@@ -137,7 +137,7 @@ def split_sequence(
             convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
             _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
         elif re.fullmatch(sharding_rules.SEQUENCE_DROPOUT_PATTERN, name):
-            module.sequence_part = (ranks.rank, ranks.size)
+            module.sequence_shard = (ranks.rank, ranks.size)
         elif kind == sharding_rules.ROW:
             _replace(model, name, SequenceRowLinear(module, ranks=ranks))
         elif kind == sharding_rules.VOCAB:
