@@ -102,7 +102,7 @@ class Dropout(nn.Module):
             return numbers.view(x.shape)
         numbers = numbers.view(x.shape[0], counted, *x.shape[2:])
         if shards > 1:
-            return numbers.narrow(1, part * x.shape[1], x.shape[1])
+            return numbers.narrow(1, shard * x.shape[1], x.shape[1])
         return F.pad(numbers, (0, 0, 0, x.shape[1] - counted))
 
     def draw_words(self, count: int, key: int, *, device: torch.device) -> Tensor:

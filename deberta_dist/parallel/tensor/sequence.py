@@ -1,22 +1,22 @@
-"""Sequence parallelism: outside of split computation every tensor-parallel rank holds its own shard of the tokens.
+"""Sequence parallelism: outside of tensor-parallel regions every tensor rank holds its own shard of each sequence.
 
-LayerNorm, dropout and residuals work token by token, so a rank does them for S / t tokens, dimension 1 of [B, S, D]. What
-all-reduces and copies do without it is done in two halves:
+LayerNorm, dropout and residuals work token by token, so a rank does them for S / t tokens, dimension 1 of [B, S, D]. The
+all-reduces and copies of plain tensor parallelism become pairs:
 
 ======== ==================================== ================================ =========================
 name     where                                forward                          backward
 ======== ==================================== ================================ =========================
-gather   into split computation               all-gather                       reduce-scatter (sum)
+gather   into a tensor-parallel region        all-gather                       reduce-scatter (sum)
 scatter  out of it, partial sums              reduce-scatter (sum)             all-gather
-join     into computation that all repeat     all-gather                       own shard
+join     into what all ranks compute alike    all-gather                       own shard
 ======== ==================================== ================================ =========================
 
-Column-parallel layers keep no gathered input for their backward pass: they keep the own shard and gather it again, while
-the input's gradient is computed. A rank's gradients of weights that are used outside of split computation are shards
-of a sum (``plan.in_sequence_region``).
+Column-parallel layers do not save the gathered input for their backward pass: they save their own shard and gather it again,
+overlapped with the product that gives the input's gradient. For weights of the sequence region each rank sees only its own
+tokens, so its gradient is a summand (``sharding_rules.in_sequence_region``).
 
-The enhanced mask decoder and the head work on targets, few and unevenly spread: hidden states are joined before them, and
-they are computed as without sequence parallelism.
+The enhanced mask decoder and the head work on targets, which are few and unevenly spread over a sequence. Hidden states are
+joined before them, and they run as without sequence parallelism.
 
 Letters: B batch, S sequence, D hidden, t ranks; ``shard`` [B, S / t, ...], ``whole`` [B, S, ...].
 
@@ -31,14 +31,14 @@ from deberta_dist.parallel.tensor.layers import product_of
 
 
 class SequenceRanks:
-    """The tensor-parallel ranks as owners of equal shards of the sequence.
+    """The tensor ranks as owners of equal shards of every sequence, and their collectives.
 
     Args:
-        group: Their process group.
+        group: Process group of the tensor ranks.
 
     Attributes:
-        rank: This rank's shard.
-        size: Number of shards.
+        rank: Tensor rank of this process: the number of its shard.
+        size: t, number of tensor ranks and of shards.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -49,16 +49,16 @@ class SequenceRanks:
         return f"shard {self.rank} of {self.size}"
 
     def start_gather(self, shard: Tensor) -> "Gathering":
-        """Begins to gather; all ranks do, in one order."""
+        """Starts an all-gather without waiting for it. All ranks start them in the same order."""
         shards = shard.new_empty(self.size, *shard.shape)
         return Gathering(shards, self.all_gather(shards, shard.contiguous()))
 
     def gather(self, shard: Tensor) -> Tensor:
-        """The whole of all ranks' shards."""
+        """The whole sequence from all ranks' shards."""
         return self.start_gather(shard).wait()
 
     def scatter(self, whole: Tensor) -> Tensor:
-        """The own shard of the sum of what all ranks have."""
+        """This rank's shard of the sum over ranks of ``whole``."""
         assert whole.shape[1] % self.size == 0, "lengths are checked before any process group exists"
         shards = whole.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         shard = torch.empty_like(shards[0])
@@ -66,12 +66,12 @@ class SequenceRanks:
         return shard
 
     def own(self, whole: Tensor) -> Tensor:
-        """The own shard of what is whole here."""
+        """This rank's shard of a sequence that it has whole."""
         length = whole.shape[1] // self.size
         return whole.narrow(1, self.rank * length, length)
 
     def all_gather(self, shards: Tensor, shard: Tensor) -> dist.Work | None:
-        """Begins to fill ``shards`` [t, ...]; returns what to wait for."""
+        """Starts to fill ``shards`` [t, ...] from every rank's ``shard``; returns the work to wait for."""
         return dist.all_gather_into_tensor(shards.flatten(0, 1), shard, group=self.group, async_op=True)
 
     def reduce_scatter(self, shard: Tensor, shards: Tensor) -> None:
@@ -80,14 +80,14 @@ class SequenceRanks:
 
 
 class Gathering:
-    """An all-gather on its way."""
+    """An all-gather in flight."""
 
     def __init__(self, shards: Tensor, work: dist.Work | None) -> None:
         self._shards = shards
         self._work = work
 
     def wait(self) -> Tensor:
-        """The whole."""
+        """Waits for it; returns the whole sequence, [B, S, ...]."""
         if self._work is not None:
             self._work.wait()
         return self._shards.transpose(0, 1).flatten(1, 2)
@@ -116,16 +116,17 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Join(_Gather):
+    # All ranks compute the same after it and have the same gradient: a sum, as in _Gather, would be t times too large.
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.ranks.own(gradient), None
 
 
 class _Exchange(nn.Module):
-    """What exchanges tokens and has no parameters.
+    """A module that exchanges tokens between the ranks and has no parameters.
 
     Args:
-        ranks: The owners of the shards.
+        ranks: Owners of the shards.
     """
 
     def __init__(self, ranks: SequenceRanks) -> None:
@@ -137,15 +138,15 @@ class _Exchange(nn.Module):
 
 
 class EnterSequenceRegion(_Exchange):
-    """Takes the place of an ``enter`` identity: gather as a module.
+    """Replaces an ``enter`` identity: gather as a module.
 
     Args:
-        ranks: The owners of the shards.
-        recomputes: Whether column-parallel layers save the own shard for their backward pass and gather again (the model's
-            ``joint_linear``).
+        ranks: Owners of the shards.
+        recomputes: Whether column-parallel layers save only their own shard for the backward pass and gather it again (see
+            ``models.fused_qkv.joint_linear``).
 
     Attributes:
-        start_recompute: Begins to make the output of an input anew; None: the output is saved.
+        start_recompute: Starts to gather an input again; None where the gathered input is saved.
     """
 
     def __init__(self, ranks: SequenceRanks, *, recomputes: bool) -> None:
@@ -159,11 +160,11 @@ class EnterSequenceRegion(_Exchange):
 
 
 class SequenceRowLinear(nn.Linear):
-    """A row-parallel layer that leaves every rank its shard of the sequence. The bias is added there.
+    """A row-parallel layer that leaves every rank its shard of the sequence, to which the bias is added.
 
     Args:
-        cut: The layer as this rank has it; its sizes, dtype and device are used.
-        ranks: Who has the others.
+        cut: This rank's RowParallelLinear; only its sizes, dtype and device are used.
+        ranks: Owners of the shards.
     """
 
     def __init__(self, cut: nn.Linear, *, ranks: SequenceRanks) -> None:
@@ -178,7 +179,7 @@ class SequenceRowLinear(nn.Linear):
     plain_forward = forward
 
     def without_bias(self, input: Tensor) -> Tensor:
-        """The own shard of the sequence of the product, for who adds the bias in a pass of their own."""
+        """This rank's shard of the summed product, for a caller that fuses the bias into its own next pass."""
         return _Scatter.apply(self.multiply(input, self, None), self.ranks)
 
     def extra_repr(self) -> str:
@@ -186,35 +187,36 @@ class SequenceRowLinear(nn.Linear):
 
 
 class ScatterSequence(_Exchange):
-    """Scatter as a module: what the vocabulary-parallel embedding does in the place of its all-reduce."""
+    """Scatter as a module: it replaces the all-reduce of the vocabulary-parallel embedding."""
 
     def forward(self, whole: Tensor) -> Tensor:
         return _Scatter.apply(whole, self.ranks)
 
 
 class JoinSequence(_Exchange):
-    """Takes the place of the model's ``whole_sequence``: join as a module."""
+    """Replaces the model's ``whole_sequence`` identity: join as a module."""
 
     def forward(self, shard: Tensor) -> Tensor:
         return _Join.apply(shard, self.ranks)
 
 
 class OwnTokens(_Exchange):
-    """Takes the place of an ``own_tokens`` identity: the own shard of ids, positions or masks, which have no gradient."""
+    """Replaces an ``own_tokens`` identity: this rank's shard of ids, positions or masks, which have no gradient."""
 
     def forward(self, whole: Tensor) -> Tensor:
         return self.ranks.own(whole)
 
 
 class ExchangeHalo(_Exchange):
-    """Takes the place of the convolution's ``halo``: ``width`` tokens of each neighbour beside the own ones.
+    """Replaces the convolution's ``halo`` identity: adds ``width`` tokens of each neighbour beside the rank's own.
 
-    Every rank gathers all borders, 2 t width tokens, and takes those of its neighbours, zeros at the ends of the sequence.
-    That is one collective whose counterpart brings the gradients back to the tokens' owners, and a small message either way.
+    Every rank gathers all borders, 2 t width tokens, and picks those of its neighbours; beyond the ends of the sequence are
+    zeros. It costs a little more than sends between neighbours, but is one collective in an order that all ranks share, and
+    its backward pass returns the gradients to the tokens' owners.
 
     Args:
-        ranks: Who has the neighbouring shards.
-        width: Tokens, at most as many as a shard has.
+        ranks: Owners of the shards.
+        width: Tokens from each side, at most as many as a shard has.
     """
 
     def __init__(self, ranks: SequenceRanks, *, width: int) -> None:
