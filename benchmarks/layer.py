@@ -63,7 +63,7 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
     if (reason := case.no_fused_reason) is None:
         forwards[FUSED] = case.ours("fused")
     elif arguments.attention == FUSED:
-        raise ConfigError(f"--attention {FUSED} cannot be had: {reason}")
+        raise ConfigError(f"--attention {FUSED} is not available: {reason}")
     else:
         print(f"{'warning' if device.type == 'cuda' else 'note'}: {FUSED} is not measured: {reason}")
     if peers.has_disentangled_flash():

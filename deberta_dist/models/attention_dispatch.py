@@ -33,7 +33,7 @@ def require_attention(wish: str, config: DebertaConfig, *, dtype: torch.dtype, d
         ConfigError: the fused attention is asked for and cannot be had.
     """
     if wish == "fused" and (reason := _unavailable_reason(config, dtype=dtype, device=device)) is not None:
-        raise ConfigError(f'{where} = "fused" cannot be had: {reason}. "auto" takes the fastest that can run')
+        raise ConfigError(f'{where} = "fused" is not available: {reason}. "auto" takes the fastest that can run')
 
 
 def describe_attention(wish: str, config: DebertaConfig, *, dtype: torch.dtype, device: torch.device) -> str:

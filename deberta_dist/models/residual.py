@@ -105,7 +105,7 @@ def require_compiler(device_type: str) -> None:
     elif importlib.util.find_spec("triton") is None:
         raise ConfigError("training.compile = true needs Triton on this device: pip install triton")
     elif (reason := compiler_reason()) is not None:
-        raise ConfigError(f"training.compile = true cannot be had: {reason}")
+        raise ConfigError(f"training.compile = true is not available: {reason}")
 
 
 def _residual_norm(
