@@ -38,8 +38,8 @@ class ClassificationOutput:
     """What a model with a small head returns.
 
     Attributes:
-        loss: mean over labelled samples or tokens, float32 (float64 of float64); None without labels.
-        logits: [B, num_labels], or [B, S] of the detector.
+        loss: mean over labelled samples or tokens, float32 (float64 if the logits are); None without labels.
+        logits: [B, num_labels]; from the detector, [B, S].
         hidden_BD: pooled state [B, D]; None from the detector.
     """
 
@@ -52,7 +52,7 @@ torch.export.register_dataclass(ClassificationOutput)
 
 
 class ModelWithBackbone(ExplainsNumberFormats):
-    """The part that models with a small head share."""
+    """What models with a small head share: the backbone, and loading under published names."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class DebertaForSequenceClassification(ModelWithBackbone):
     """Classifier, or regressor with one label, on the first token.
 
     Args:
-        config: sizes and switches.
+        config: sizes and switches of encoder and pooler; ``problem_type`` chooses the loss.
         num_labels: classes; 1 means regression.
-        seed: start of the parameters; without effect on the meta device.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Raises:
-        ConfigError: ``config.problem_type`` asks for one of several classes where there is one.
+        ConfigError: ``config.problem_type`` is "single_label_classification" with one label.
     """
 
     def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
@@ -109,12 +109,12 @@ class DebertaForSequenceClassification(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            labels: what ``config.problem_type`` asks for, see `classification_loss`.
+            labels: shape and dtype depend on ``config.problem_type``, see `classification_loss`.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
 
         Raises:
-            ValueError: labels of another shape or kind of number.
+            ValueError: labels whose shape or dtype does not fit.
         """
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
@@ -145,8 +145,8 @@ class DebertaForReplacedTokenDetection(ModelWithBackbone):
     """The discriminator of v3: which tokens did the generator replace?
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the discriminator's encoder.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: microsoft/DeBERTa DeBERTa/apps/models/replaced_token_detection_model.py@4d7fe0bd.
     """
