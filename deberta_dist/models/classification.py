@@ -52,7 +52,7 @@ torch.export.register_dataclass(ClassificationOutput)
 
 
 class ModelWithBackbone(ExplainsNumberFormats):
-    """What models with a small head share: the backbone, and loading under published names."""
+    """The part that models with a small head share."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -109,12 +109,12 @@ class DebertaForSequenceClassification(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            labels: shape and dtype depend on ``config.problem_type``, see `classification_loss`.
+            labels: what ``config.problem_type`` asks for, see `classification_loss`.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
 
         Raises:
-            ValueError: labels whose shape or dtype does not fit.
+            ValueError: labels of another shape or kind of number.
         """
         backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)

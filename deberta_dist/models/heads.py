@@ -201,10 +201,10 @@ def model_with_head(config: DebertaConfig, head: str, *, num_labels: int | None 
     """An encoder with a head of fine-tuning.
 
     Args:
-        config: sizes and switches of encoder and pooler.
-        head: "sequence", "choice", "token" or "span" (`HEADS`).
-        num_labels: rows of a head in `LABELLED`, by default 2; ignored by the others.
-        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
+        config: sizes and switches.
+        head: a key of `HEADS`.
+        num_labels: rows of a head in `LABELLED`, by default 2; without meaning for the others.
+        seed: start of the parameters; without effect on the meta device.
 
     Raises:
         ConfigError: no such head, or less than one label.
