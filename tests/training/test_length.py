@@ -56,7 +56,7 @@ def test_a_finished_run_is_started_again_for_more_steps_alone(
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "is no result"),
+        ("[]", "is not the result"),
         ("{}", "holds a finished run"),
         ('{"steps": -3}', "holds a finished run"),
     ],
