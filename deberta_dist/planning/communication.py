@@ -1,8 +1,8 @@
-"""Bytes that every rank communicates per optimizer step, by kind, found without a process.
+"""Bytes that every rank communicates per optimizer step, by kind, computed without starting a process.
 
-Convention: bytes of the message buffer that the rank hands to the collective (the larger one where input and
-output differ, as in all-gather and reduce-scatter); for the pipeline what the rank sends. Factors of the
-algorithm, such as 2 (n - 1) / n of a ring all-reduce, are not applied. A group of one rank communicates nothing.
+Convention: bytes of the buffer passed to the collective (the larger one where input and output differ, as in all-gather and
+reduce-scatter); for the pipeline, what the rank sends. Factors of the algorithm, such as 2 (n - 1) / n of a ring all-reduce,
+are not applied. A group of one rank communicates nothing.
 
 Every message is a hidden state, or rows of one for the targets: [B, S, D] unless said otherwise.
 
@@ -12,8 +12,8 @@ Every message is a hidden state, or rows of one for the targets: [B, S, D] unles
                     hidden states that all passes attend to
     head            1 backward over the targets; its cross entropy float32 [T] and [2, T] and int64 [T] forward
 
-Under sequence parallelism over t ranks an all-gather and a reduce-scatter take an all-reduce's place. They have half
-of its factor each, and are counted as [B, S, D] each; what is sent between stages is [B, S / t, D].
+With sequence parallelism over t ranks an all-gather and a reduce-scatter replace each all-reduce. Each has half of its factor
+and is counted as [B, S, D]; stages send [B, S / t, D].
 
     per layer       2 all-gathers and 2 reduce-scatters forward (again if layers are recomputed), 2 and 2 backward;
                     2 all-gathers more in the backward pass unless layers are recomputed
@@ -36,11 +36,11 @@ from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduc
 
 @dataclass(frozen=True)
 class MicroBatchTargets:
-    """Tokens to predict in one micro-batch.
+    """Number of tokens to predict in one micro-batch.
 
     Attributes:
-        total: Of all its sequences.
-        widest: Of the sequence with most.
+        total: Over all its sequences.
+        widest: In the sequence with the most; the decoder pads the others to it.
     """
 
     total: int
@@ -81,7 +81,7 @@ class RankCommunication:
 
     @property
     def tensor(self) -> int:
-        """Everything over the tensor axis."""
+        """All bytes over the tensor axis."""
         return self.tensor_layers + self.tensor_embedding + self.tensor_decoder + self.tensor_head
 
     @property
@@ -91,7 +91,7 @@ class RankCommunication:
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """All bytes of a step."""
         return self.once_per_step + self.tensor + self.pipeline_activations + self.pipeline_gradients
 
 
@@ -104,14 +104,15 @@ def rank_communication(
     tensor_rank: int,
     targets: Sequence[MicroBatchTargets] | None = None,
 ) -> RankCommunication:
-    """Adds up one rank.
+    """What one rank communicates in a step.
 
     Args:
-        layout: From ``plan_layout``.
-        config: Resolved configuration.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        pipeline_rank, tensor_rank: The rank's place.
-        targets: Of every micro-batch; by default the expected number.
+        layout: Says what the rank runs, owns and borrows.
+        config: Resolved; its batch sizes and recompute mode count.
+        deepspeed_config: DeepSpeed JSON without "auto"; its precision and communication dtype count.
+        pipeline_rank: With ``tensor_rank``, which rank; all data ranks are alike.
+        tensor_rank: See ``pipeline_rank``.
+        targets: Targets of every micro-batch; None for the expected numbers.
     """
     training, parallel = config.training, config.parallel
     if targets is None:
@@ -162,12 +163,12 @@ def rank_communication(
 
 
 def layer_all_reduces(config: RunConfig) -> int:
-    """All-reduces over the tensor axis that a layer makes in one micro-batch without sequence parallelism."""
+    """Number of all-reduces over the tensor axis in one layer and micro-batch without sequence parallelism."""
     return 4 + 2 * (config.training.recompute == "full")
 
 
 def layer_messages(config: RunConfig) -> int:
-    """Messages over the tensor axis that one layer makes in one micro-batch, each of a whole hidden state."""
+    """Number of messages over the tensor axis in one layer and micro-batch, each of a whole hidden state."""
     if not config.parallel.sequence_parallel:
         return layer_all_reduces(config)
     # Two halves of every all-reduce, and the inputs of attention and feed-forward gathered again.
@@ -199,8 +200,8 @@ def _handed_bytes(layout: Layout, config: RunConfig) -> int:
 
 
 def _scalars(layout: Layout, config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
-    """Int64 targets and tokens over the data axis, the network's float64 results over the world, a float64 norm of every flat gradient over the
-    data axis and over the ranks that share the data.
+    """Bytes of scalars: int64 targets and tokens over the data axis; the network's float64 results over the world; a float64
+    norm of every flat gradient, over the data axis and over the model-parallel ranks.
     """
     parallel = config.parallel
     replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size

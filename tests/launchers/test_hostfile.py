@@ -45,7 +45,7 @@ def test_read(hosts: Write) -> None:
     [
         ("node1\n", 'line 1: "node1"; expected NAME slots=NUMBER'),
         ("# x\nnode1 slots=2\nnode2 slots=\n", "line 3"),
-        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 stands there twice"),
+        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 is listed twice"),
         ("node1 slots=0\n", "line 1: node1 has slots=0"),
         ("node1 slots=-2\n", "line 1"),
         ("node1 slots=2.5\n", "line 1"),
