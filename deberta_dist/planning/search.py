@@ -96,12 +96,12 @@ def search(
     """Finds the fastest layouts.
 
     Args:
-        config: From ``load_config``; the values that ``space`` tries are replaced in it.
-        world_size: Number of ranks.
-        machine: What they run on; its fused attention counts only if the model's head size and batches allow it.
-        memory_limit: Most bytes that the peak of a rank may have.
-        space: The combinations to try.
-        count: Number of different (tensor, pipeline, data) to return.
+        config: As loaded; what ``space`` tries is replaced in it.
+        world_size: Processes.
+        machine: What they run on; a fused attention counts where the model and its batches can have it.
+        memory_limit: Bytes that the peak of a rank may reach.
+        space: What is tried.
+        count: How many different (tensor, pipeline, data) to find.
 
     Raises:
         ConfigError: the model or the DeepSpeed JSON cannot be read, or no candidate passes the checks.
