@@ -86,7 +86,9 @@ def run_and_count(case: Case) -> dict[str, Any]:
 
     def look_and_collect() -> None:
         gathered.update(model.store.resident_bytes())
-        gathered["borrowed"] = sum(model.model.get_parameter(n).nbytes for n in model._parameters if n not in model.store.layout.places)
+        gathered["borrowed"] = sum(
+            model.model.get_parameter(n).nbytes for n in model._parameters if n not in model.store.layout.places
+        )
         collect()
 
     model.reduce_ties = look_and_collect
