@@ -244,10 +244,11 @@ def _measure(
     """Reports passes, steps and peak memory of a model; returns its tokens per second.
 
     Args:
-        setting, report: Of the step.
-        name: Of the row.
-        training: The model.
-        shape: Of its micro-batch.
+        setting: Where the step runs, and how many rounds.
+        report: Gets the row.
+        name: Title of the row.
+        training: A model with its optimizer; it is trained.
+        shape: (B, S), sequences and tokens of its micro-batch.
         flops: Of its step; None where nobody has counted them.
     """
     on = torch.device(setting.device)

@@ -56,8 +56,8 @@ class Runs:
     """Trainers of one precision on this rank's device.
 
     Args:
-        precision: "fp32" or "bf16".
-        device: Of this rank.
+        precision: "fp32" or "bf16", the compute dtype.
+        device: The GPU, or the CPU that it is compared with.
     """
 
     def __init__(self, precision: str, *, device: torch.device) -> None:

@@ -33,8 +33,8 @@ class StepSetting:
     """Where a step runs.
 
     Attributes:
-        device: "cuda" or "cpu".
-        rehearses: Sizes are cut until a CPU needs seconds.
+        device: Type of torch device, "cuda" or "cpu".
+        rehearses: Whether sizes are reduced so that a CPU needs seconds.
     """
 
     device: str
@@ -46,12 +46,12 @@ class StepSetting:
 
 
 class StepReport:
-    """What a step finds, printed and saved as soon as it is known.
+    """Results of a step, printed and saved as soon as they are known.
 
     Args:
-        path: The JSON.
-        record: What it starts with; has the step's name.
-        console: Where lines go.
+        path: JSON file that is rewritten with every result.
+        record: Initial contents of the file, among them the step's name.
+        console: Stream that lines are printed to.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], *, console: TextIO) -> None:

@@ -30,7 +30,7 @@ def config_with_result(make_run: MakeRun, directory: Path, text: str, **changes:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (4, r"holds a finished run \(result\.json is there\); nothing is overwritten.*--training\.max_steps over 4"),
+        (4, r"holds a finished run \(it has result\.json\); nothing is overwritten.*--training\.max_steps over 4"),
         (3, r"training\.max_steps = 3 is less than the 4 steps of the finished run in run\.directory"),
         (5, None),
     ],
