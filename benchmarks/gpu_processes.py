@@ -1,6 +1,6 @@
 """Runs the steps of the GPU measurements, each in a process of its own with a time limit of its own.
 
-A step that hangs is killed, one that crashes is told, and the others go on. While a step runs, the next one's process
+A step that hangs is killed, one that crashes is reported, and the others continue. While a step runs, the next one's process
 imports what it needs: a GPU's minutes are not spent on that.
 """
 
@@ -147,7 +147,7 @@ def _is_installed(name: str, place: StepEnvironment) -> bool:
 
 
 class _Process:
-    """A step's process: made, then told to go."""
+    """A step's process: started, then released."""
 
     def __init__(self, step: GpuStep, place: StepEnvironment) -> None:
         self.step, self._folder = step, place.folder
@@ -176,7 +176,7 @@ class _Process:
 
     def go(self, *, limit: float) -> None:
         self._begun, self._limit = time.monotonic(), limit
-        with contextlib.suppress(BrokenPipeError):  # it died while it imported; the exit code tells
+        with contextlib.suppress(BrokenPipeError):  # it died while importing; the exit code says so
             self._process.stdin.write(b"go\n")
 
     def has_ended(self) -> bool:

@@ -100,7 +100,7 @@ class DebertaConfig:
     relative_attention: bool = False
     """Must be true; without it the model is a BERT."""
     max_relative_positions: int = -1
-    """Largest distance told apart, tokens; below 1 means max_position_embeddings."""
+    """Largest distance with a row of its own, tokens; below 1 means max_position_embeddings."""
     position_buckets: int = -1
     """Logarithmic buckets per direction; below 1 means one row per distance (v1)."""
     pos_att_type: tuple[str, ...] = ("c2p",)

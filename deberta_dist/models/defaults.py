@@ -63,11 +63,11 @@ TABLE: Mapping[str, tuple[Any, Any, Any]] = MappingProxyType(
 
 IGNORED: Mapping[str, str] = MappingProxyType(
     {
-        "architectures": "names the head, whose keys tell",
-        "id2label": "names of classes, carried along; absent, the rows of the head tell how many",
+        "architectures": "names the head, which its keys show",
+        "id2label": "names of classes, carried along; without them the rows of the head say how many",
         "label2id": "likewise",
         "num_labels": "likewise",
-        "legacy": "which names the masked language modelling head has: its keys tell",
+        "legacy": "which names the masked language modelling head has: its keys show",
         "tie_word_embeddings": "the head of every class is tied; a matrix of its own is refused",
         "bos_token_id": "of the tokenizer",
         "eos_token_id": "of the tokenizer",

@@ -195,7 +195,7 @@ def _in_flight(
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]
-    # Many kept micro-batches and a stage with large temporaries need not meet.
+    # The moment with the most saved micro-batches need not be that of the stage with the largest temporaries.
     counts, computing = max(
         micro_batches_in_flight(
             parallel.schedule,

@@ -40,10 +40,10 @@ def training_paths(config: RunConfig) -> dict[str, Path]:
 
 
 def reading_block(config: RunConfig) -> list[str]:
-    """``describe_reading`` where all of the training text is there already, else nothing or shapes of micro-batches.
+    """``describe_reading`` if all of the training text exists; otherwise nothing, or shapes of micro-batches.
 
     Raises:
-        DataError: what is there is no corpus, or too short.
+        DataError: a text is not a corpus, or too short.
     """
     data = config.data
     if not all(path.exists() for path in training_paths(config).values()):

@@ -188,7 +188,7 @@ class MetricsLog:
                 )
 
     def _line(self, metrics: StepMetrics, *, network: str | None, padding: float | None) -> str:
-        # The first step also sets up; what is left is told from those after it, evaluations included.
+        # The first step also sets up, so the time left is estimated from the steps after it, evaluations included.
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""

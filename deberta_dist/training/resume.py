@@ -108,7 +108,7 @@ def check_checkpoint(
     if reader is None:
         if (run / RESULT_NAME).exists():
             raise ConfigError(
-                f"run.directory = {run} holds a finished run ({RESULT_NAME} is there) and no checkpoint to continue it from: "
+                f"run.directory = {run} holds a finished run (it has {RESULT_NAME}) and no checkpoint to continue it from: "
                 "move it away or give another --run.directory"
             )
         if plan.config.checkpoint.resume == "required":

@@ -21,7 +21,7 @@ from deberta_dist.parallel.zero.weight_store import import_deepspeed
 
 _CPU_ADAM = "it needs DeepSpeed's own CPU optimizer; ours comes from [optimizer] in the TOML"
 _FLOAT32 = "master weights, gradients and moments are float32 here"
-_WHOLE = "what travels is neither quantised nor kept twice here"
+_WHOLE = "communication is not quantised here, and weights are not held twice"
 _FLAT = "DeepSpeed sees flat parameters here, no modules"
 # Dotted key -> (the one value it may have, why).
 ONLY: dict[str, tuple[Any, str]] = {
