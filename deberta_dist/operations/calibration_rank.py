@@ -90,7 +90,7 @@ def plan_of(case: LayoutCase) -> Plan:
     model = model_config()
     config = RunConfig(
         model=Model(preset="tiny-v2"),
-        data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH),
+        data=Data(train=Path("unused"), validation=Path("unused"), tokenizer=Path("unused"), max_seq_length=LENGTH),
         training=Training(
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=case.micro_batch,
@@ -100,7 +100,7 @@ def plan_of(case: LayoutCase) -> Plan:
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
-        run=Run(directory="unused", deepspeed="unused"),
+        run=Run(directory=Path("unused"), deepspeed=Path("unused")),
     )
     deepspeed = {
         "train_batch_size": case.data,
@@ -166,17 +166,15 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     for parameter in local.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = batch_of(plan, micro_batch)
-    inputs = {
-        "attention_mask": batch.attention_mask,
-        "labels": batch.labels // tensor,
-        "input_ids": batch.input_ids // tensor if start == 0 else None,
-        "layers": layers,
-    }
+    labels = batch.labels // tensor
+    input_ids = batch.input_ids // tensor if start == 0 else None
     gradient = torch.randn(micro_batch, LENGTH, model.hidden_size)
 
     def once(key: int) -> None:
         hidden = torch.randn(micro_batch, LENGTH, model.hidden_size, requires_grad=True) if start else None
-        output = local.forward_stage(hidden, **inputs, dropout_key=key)
+        output = local.forward_stage(
+            hidden, attention_mask=batch.attention_mask, labels=labels, input_ids=input_ids, layers=layers, dropout_key=key
+        )
         if stop == model.num_hidden_layers:
             output[0, 0].backward()
         else:

@@ -135,7 +135,7 @@ def _batches(file: InputFile, handle: BinaryIO, *, field: str, group: int, num_r
         import pyarrow.compute
 
         opened = parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-        path = _path_of(field, opened.schema_arrow)
+        path = _require_text(file, opened, field=field)
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:
         with _errors_of(file):
@@ -169,7 +169,7 @@ def _path_of(field: str, schema: "pyarrow.Schema") -> list[str] | None:
     return path
 
 
-def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, field: str) -> None:
+def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, field: str) -> list[str]:
     schema = opened.schema_arrow
     path = _path_of(field, schema)
     if path is None:
@@ -180,6 +180,7 @@ def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, fie
         kind = kind.field(name).type
     if not _is_text(kind.value_type if hasattr(kind, "index_type") else kind):
         raise DataError(f"{file.path}: column {field!r} holds {printable(str(kind))}, expected text: give --text-field")
+    return path
 
 
 def _names(fields: "Iterable[pyarrow.Field]", prefix: str = "") -> Iterator[str]:
