@@ -191,18 +191,7 @@ class BlendedDataset:
         ]
 
     def batch(self, start: int, count: int) -> Batch:
-        """The samples at global positions start .. start + count - 1.
-
-        Args:
-            start: first position, from 0: the number of samples consumed before.
-            count: number of samples, at least 1.
-
-        Returns:
-            A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
-
-        Raises:
-            DataError: as ``MaskedLMDataset.batch``.
-        """
+        """The samples at global positions of the blend; arguments, result and errors are `MaskedLMDataset.batch`'s."""
         if len(self._parts) == 1:
             return self._parts[0].batch(start, count)
         sources = torch.tensor(self.mixture.blend.sources_at(start, count))
