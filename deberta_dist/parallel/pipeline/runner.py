@@ -67,7 +67,7 @@ class Stage(nn.Module):
             batch: All micro-batches.
         """
         is_ids = self.layers.start == 0
-        return self.model.forward_stage(
+        return self.model.forward_stage(  # type: ignore[operator]  # every network's model has it
             None if is_ids else first,
             input_ids=first if is_ids else None,
             layers=self.layers,
@@ -157,7 +157,7 @@ class PipelineRunner:
         stages: Sequence[range],
         local_stages: Sequence[int],
         mesh: Mesh,
-        schedule: str,
+        schedule: PipelineSchedule,
         num_micro_batches: int,
         micro_batch_shapes: Sequence[tuple[int, int]],
         hidden_size: int,
@@ -216,7 +216,8 @@ class PipelineRunner:
             return self._run(batch, loss_scale=1.0, backward=False)
 
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
-        schedule = self._schedules[tuple(batch.input_ids.shape)]
+        rows, length = batch.input_ids.shape
+        schedule = self._schedules[rows, length]
         call = schedule.step if backward else schedule.eval
         self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
@@ -233,7 +234,9 @@ class PipelineRunner:
         return sums.detach().sum(dim=0), ids
 
 
-def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss):
+def _make_schedule(
+    name: PipelineSchedule, stages: Sequence[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss
+) -> Any:
     # Losses are sums that the caller has normalised: the library must not divide gradients again.
     options = {"loss_fn": loss, "scale_grads": False}
     schedule_class = get_schedule_class(SCHEDULES[name])

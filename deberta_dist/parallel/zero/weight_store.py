@@ -49,7 +49,7 @@ class WeightStore:
         store = FlatModule([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
             # Every flat parameter is owned by this rank alone: without the mark DeepSpeed's norm skips it.
-            parameter.model_parallel = True
+            setattr(parameter, "model_parallel", True)  # noqa: B010  (DeepSpeed's mark, which torch's class does not know)
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=store,
@@ -135,8 +135,8 @@ class WeightStore:
         for gradients in optimizer.averaged_gradients.values():
             # On a CPU in one piece: another order of sums would move runs that go on.
             most = _NORM_OF if self._mesh.device.type == "cuda" else max(1, *map(Tensor.numel, gradients))
-            norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for part in gradients for one in part.split(most)]
-            square = torch.stack(norms).square().sum()
+            each = [torch.linalg.vector_norm(one, dtype=torch.float64) for part in gradients for one in part.split(most)]
+            square = torch.stack(each).square().sum()
             for group in (self._mesh.groups["data"], self._mesh.groups["model"]):
                 if dist.get_world_size(group) > 1:
                     dist.all_reduce(square, group=group)
@@ -160,7 +160,7 @@ class WeightStore:
         is_finite = math.isfinite(norms[0] if joint_norm is None else joint_norm)
         clipped_by = norms[1:] if joint_norm is None else [joint_norm * optimizer.loss_scale]
         known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (clipped_by if is_finite else [math.inf])]
-        later = []
+        later: list[Any] = []
         # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device. A loss scale that grows
         # it would use at once, for gradients that were made with the one before.
         with _replaced(
@@ -205,8 +205,8 @@ class WeightStore:
         shards = []
         for flat, state in self._flat_states():
             values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
-            values = [torch.zeros_like(flat) if value is None else value for value in values]
-            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
+            known = [torch.zeros_like(flat) if value is None else value for value in values]
+            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in known)))
         return shards
 
     @torch.no_grad()
