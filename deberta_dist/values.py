@@ -4,9 +4,9 @@ The configuration checks keys against the types, command lines offer the tuples,
 not in them. Values of a key that one room alone knows are defined there.
 """
 
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """Follows from other keys, or is the best that this machine can do."""
 Auto = Literal["auto"]
 
@@ -21,7 +21,7 @@ ATTENTION: tuple[Attention, ...] = get_args(Attention)
 PipelineSchedule = Literal["1f1b", "gpipe", "interleaved_1f1b"]
 """Order of a pipeline's passes. Only the last has several stages a rank."""
 SCHEDULES: tuple[PipelineSchedule, ...] = get_args(PipelineSchedule)
-INTERLEAVED: PipelineSchedule = "interleaved_1f1b"
+INTERLEAVED: Final = "interleaved_1f1b"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of the passes, in DeepSpeed's words; master weights are float32."""
@@ -36,8 +36,19 @@ MaskingMethod = Literal["official", "uniform"]
 MASKING_METHODS: tuple[MaskingMethod, ...] = get_args(MaskingMethod)
 
 SiftLoss = Literal["symmetric_kl", "kl", "mse"]
-"""What compares the predictions with and without perturbation."""
-SIFT_LOSSES: tuple[SiftLoss, ...] = get_args(SiftLoss)
+"""What compares the predictions with and without perturbation; `finetuning.sift.LOSSES` has a function for each."""
+
+OptimizerName = Literal["auto", "torch_adamw", "apex_fused_adam"]
+"""Whose AdamW: apex's where it works and else torch's, or one by name."""
+
+Resume = Literal["auto", "required", "never"]
+"""Whether a run continues from its checkpoints: if there are any, it has to, it must not."""
+
+FineTuneStart = Literal["init", "intermediate"]
+"""Where a task's weights come from: the given checkpoint, or the model trained on the intermediate task."""
+
+HeadKind = Literal["sequence", "choice", "token", "span"]
+"""Heads of fine-tuning. Models build them, conversion names and counts their weights, a task says which it answers with."""
 
 ConversionFormat = Literal["huggingface", "official", "deberta_dist", "onnx"]
 """What a checkpoint can be converted to."""

@@ -59,7 +59,7 @@ class Data(Section):
         if (self.train is None) == (not self.sources):
             given = "both are given" if self.sources else "neither is given"
             raise ValueError(f"exactly one of data.train and tables [data.sources.NAME] is needed; {given}")
-        kinds = {}
+        kinds: dict[str, str] = {}
         for name, source in self.sources.items():
             if (source.proportion is None) == (source.epochs is None):
                 given = "neither is given" if source.epochs is None else "both are given"
@@ -77,7 +77,7 @@ class Data(Section):
         lengths = self.bucket_lengths
         if lengths is None:
             if self.index_directory is not None:
-                raise ValueError(f"data.index_directory = {self.index_directory} is of no use without data.bucket_lengths")
+                raise ValueError(f"data.index_directory = {self.index_directory} has no effect without data.bucket_lengths")
             return self
         given = f"data.bucket_lengths = {list(lengths)}"
         if sorted(set(lengths)) != list(lengths) or lengths[-1] != self.max_seq_length:

@@ -1,14 +1,13 @@
-"""The words of a run's TOML: one frozen section per table, a docstring with units under each field.
+"""The keys of a run's TOML: one frozen section per table, a docstring with units under each field.
 
 Read by everything above this room. Sections are strict: an unknown key, a string where a number is
 expected, NaN and infinity are errors (``1`` is accepted where ``1.0`` is meant). Checks that need the
 number of processes are in ``resolve.py``. ``[data]`` has its own file, ``data.py``.
 """
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from deberta_dist.config.data import Data
 from deberta_dist.config.section import (
@@ -25,8 +24,9 @@ from deberta_dist.config.section import (
     Rate,
     Section,
     Sequences,
+    WholeFile,
 )
-from deberta_dist.values import AUTO, Attention, Auto, PipelineSchedule, Recompute
+from deberta_dist.values import AUTO, Attention, Auto, OptimizerName, PipelineSchedule, Recompute, Resume
 
 
 class Model(Section):
@@ -98,18 +98,24 @@ class Training(Section):
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
 
+    @property
+    def micro_batches(self) -> int:
+        """``num_micro_batches`` of a configuration that ``resolve`` has completed."""
+        assert self.num_micro_batches != AUTO, "the configuration is not resolved"
+        return self.num_micro_batches
+
     @model_validator(mode="after")
     def _how_to_read_init(self) -> Self:
         for key in ("init_allow_unmapped", "init_prefix"):
             if getattr(self, key) and self.init is None:
-                raise ValueError(f"training.{key} = {getattr(self, key)!r} is of no use without training.init")
+                raise ValueError(f"training.{key} = {getattr(self, key)!r} has no effect without training.init")
         return self
 
 
 class Optimizer(Section):
     """``[optimizer]``: AdamW."""
 
-    name: Literal["auto", "torch_adamw", "apex_fused_adam"] = AUTO
+    name: OptimizerName = AUTO
     """``auto``: apex's FusedAdam where NVIDIA apex works, else torch's AdamW. Decided on each start."""
     learning_rate: Rate
     """Peak, reached after ``schedule.warmup_steps``."""
@@ -148,7 +154,7 @@ class Checkpoint(Section):
     """How many of the newest checkpoints stay."""
     keep_every: CountOrNone = 0
     """Checkpoints at multiples of this many steps are never removed; 0 = none."""
-    resume: Literal["auto", "required", "never"] = "auto"
+    resume: Resume = AUTO
     """``auto``: resume from the newest complete checkpoint; start anew where there is none.
     ``required``: none is an error. ``never``: a run directory that holds a run is an error."""
 
@@ -173,6 +179,17 @@ class Parallel(Section):
     layers_per_stage: Auto | Layers = AUTO
     """Encoder layers of each stage, first to last; ``auto`` = balanced when the model is built."""
 
+    @property
+    def replicas(self) -> int:
+        """``data_parallel_size`` of a configuration that ``resolve`` has completed."""
+        assert self.data_parallel_size != AUTO, "the configuration is not resolved"
+        return self.data_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a configuration that ``resolve`` has completed."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.replicas
+
 
 class Run(Section):
     """``[run]``: where the run writes and how DeepSpeed runs it."""
@@ -185,7 +202,7 @@ class Run(Section):
     """A collective that waits longer (minutes) ends the run."""
 
 
-class RunConfig(Section):
+class RunConfig(WholeFile):
     """Everything a pre-training TOML says. ``source`` names the file in messages."""
 
     model: Model
@@ -197,13 +214,6 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
     run: Run
-
-    _source: Path | None = PrivateAttr(default=None)
-
-    @property
-    def source(self) -> str:
-        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
-        return str(self._source) if self._source else "configuration"
 
     @property
     def micro_batch_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -233,8 +243,9 @@ class RunConfig(Section):
 
 def default_values() -> dict[str, Any]:
     """``section.key`` -> default, as JSON has it, of every key of a pre-training TOML that may be left out."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for section, table in RunConfig.model_fields.items():
+        assert isinstance(table.annotation, type) and issubclass(table.annotation, Section)
         for key, field in table.annotation.model_fields.items():
             if not field.is_required():
                 value = field.get_default(call_default_factory=True)

@@ -1,6 +1,6 @@
-"""ReCoRD: which entity of a passage a query leaves out; every query has candidates of its own, one number each.
+"""ReCoRD: which entity of a passage a query leaves out; every query has candidates of its own, with one score each.
 
-First segment: the passage. Second: the query with a candidate in the place of ``@placeholder``. Every entity's text is
+First segment: the passage. Second: the query with a candidate instead of ``@placeholder``. Every entity's text is
 taken once. In training a query has at most ``max_train_choices`` of them, a right one among them; several right ones share
 the credit.
 """
@@ -43,7 +43,7 @@ class RecordTask(SuperGlueTask):
             texts = [as_object(answer, at=here).get("text") for answer in answers] if isinstance(answers, list) else [None]
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(f"{here}: an answer has no text")
-            gold = dict.fromkeys(texts)
+            gold = dict.fromkeys(text for text in texts if isinstance(text, str))
             yield (integer(query.get("idx"), at=here, name="idx"),), Decision(tuple(entities), tuple(gold), line)
 
     def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:
