@@ -107,14 +107,15 @@ class MetricsLog:
 
     def evaluation(self, *, step: int, networks: Mapping[str, EvaluationResult]) -> None:
         """Records an evaluation on held-out text, of every network by name; names stand before the keys as in `step`."""
-        record, shown = {}, []
+        record: dict[str, Any] = {"step": step}
+        shown = []
         for name, found in networks.items():
             values = {"valid_loss": found.loss, "valid_accuracy": found.accuracy, "valid_targets": found.num_targets}
             record |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
             of = f" of {name}" if name else ""
             counted = "masked tokens" if found.counted == "targets" else found.counted
             shown.append(f"loss{of} {found.loss:.4f}, accuracy {found.accuracy:.2%} over {found.num_targets:,} {counted}")
-        self._write({"step": step, **record})
+        self._write(record)
         self.say(f"step {step}: held-out {'; '.join(shown)}")
 
     def scores(self, *, step: int, scores: Mapping[str, float], is_best: bool) -> None:
@@ -218,7 +219,8 @@ class MetricsLog:
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""
         padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
-        numbers = "".join(f"{f'{name}: ' if name else ''}{_shown(one)} | " for name, one in {"": metrics, **networks}.items())
+        every: dict[str, StepMetrics | NetworkMetrics] = {"": metrics, **networks}
+        numbers = "".join(f"{f'{name}: ' if name else ''}{_shown(one)} | " for name, one in every.items())
         return (
             f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | {numbers}"
             f"{metrics.tokens_per_second:9,.0f} tokens/s{padded}{mfu}{left}"
