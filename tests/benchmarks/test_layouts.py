@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,14 @@ def test_layouts_are_checked_before_anything_starts() -> None:
             layouts.parse_layouts(text)
 
 
-def test_a_round_of_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_of_two_layouts(
+    tmp_path: Path, forked_ranks: Callable[[], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
     parser = argparse.ArgumentParser()
     layouts.add_arguments(parser)
     flags = ["--layouts", "1x1x1,1x1x2", "--steps", "1", "--timeout", "200", "--calibration", str(tmp_path / "it.json")]
-    found = layouts.run(argparse.Namespace(**vars(parser.parse_args(flags)), rounds=1))
+    with forked_ranks():
+        found = layouts.run(argparse.Namespace(**vars(parser.parse_args(flags)), rounds=1))
     assert {row["layout"] for row in found["rows"]} == {"1x1x1", "1x1x2"}
     assert all(row["measured"] > 0 and row["predicted"] > 0 and 0 < row["busy"] < 1.5 for row in found["rows"])
     table = json.loads((tmp_path / "it.json").read_text())

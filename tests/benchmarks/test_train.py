@@ -1,13 +1,15 @@
 """The benchmark of optimizer steps: this package and DeepSpeed's engine train the same model."""
 
 import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 
 from benchmarks import train
 from deberta_dist.errors import ConfigError
 
-SMALL = ("--length", "32", "--micro-batches", "2", "--micro-batch-size", "2", "--layers", "3")
+SMALL = ("--length", "32", "--micro-batches", "2", "--micro-batch-size", "2", "--layers", "2")
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -17,8 +19,11 @@ def arguments(*words: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("layout", ["1x1x2", "2x1x1+sp"])
-def test_contestants_take_the_same_steps(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = train.run(arguments(*SMALL, "--layout", layout))["figures"]
+def test_contestants_take_the_same_steps(
+    layout: str, forked_ranks: Callable[[], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with forked_ranks():
+        found = train.run(arguments(*SMALL, "--layout", layout))["figures"]
     assert found.keys() == {train.OURS, train.SAME_MODEL, train.HUGGING_FACE}
     assert found[train.OURS]["loss"] == pytest.approx(found[train.SAME_MODEL]["loss"], rel=1e-5)
     # Another model: its loss is near, and not the same.
