@@ -134,7 +134,7 @@ class ForkedPython:
         reading, writing = os.pipe()
         ours, theirs = (writing, reading) if writes else (reading, writing)
         opened.append(theirs)
-        stream = io.open(ours, "wb" if writes else "rb")
+        stream = open(ours, "wb" if writes else "rb")
         return theirs, io.TextIOWrapper(stream, encoding="utf-8", write_through=writes) if text else stream
 
     @property
@@ -191,7 +191,7 @@ class _Streams:
 def _python_main(words: list[str], cwd: str, env: dict[str, str], streams: _Streams) -> None:
     streams.take()
     # The server's are closed or another's.
-    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -6,9 +6,10 @@ schema as an argument, so that other runs (fine-tuning) share files, overrides a
 
 import copy
 import difflib
+import functools
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -186,7 +187,8 @@ def _mentions(annotation: Any, kind: type) -> bool:
     return any(_mentions(argument, kind) for argument in get_args(annotation))
 
 
-def _fields(schema: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
+@functools.lru_cache(maxsize=64)
+def _fields(schema: type[BaseModel]) -> Mapping[tuple[str, ...], FieldInfo]:
     """Every key, as (section, key), and as (section, key, NAME, key) in a table of tables."""
     found = {}
     for section, table in schema.model_fields.items():
@@ -204,8 +206,9 @@ def _known_place(place: tuple[str, ...]) -> tuple[str, ...]:
     return (*place[:2], ANY_NAME, *place[3:]) if len(place) > 2 else place
 
 
-def _path_keys(schema: type[BaseModel]) -> set[tuple[str, ...]]:
-    return {key for key, field in _fields(schema).items() if _mentions(field.annotation, Path)}
+@functools.lru_cache(maxsize=64)
+def _path_keys(schema: type[BaseModel]) -> frozenset[tuple[str, ...]]:
+    return frozenset(key for key, field in _fields(schema).items() if _mentions(field.annotation, Path))
 
 
 def _wants_text(schema: type[BaseModel], known: tuple[str, ...]) -> bool:
