@@ -132,7 +132,9 @@ def layout_of(case: Case) -> Layout:
         pytest.param(Case(tensor=2, micro_batches=3), marks=pytest.mark.slow),
         pytest.param(Case(pipeline=2, micro_batches=3), marks=pytest.mark.slow),
         Case(data=2),
-        Case(tensor=2, pipeline=2, data=2, micro_batches=3),
+        # Each pair of the three axes is here by itself, in this one and two below.
+        Case(tensor=2, data=2, micro_batches=3),
+        pytest.param(Case(tensor=2, pipeline=2, data=2, micro_batches=3), marks=pytest.mark.slow),
         pytest.param(Case(tensor=2, recompute="full", dropout=0.1), marks=pytest.mark.slow),
         Case(tensor=2, recompute="selective", model="v1", decoder="plain"),
         Case(pipeline=2, data=2, precision="bf16", dropout=0.1),
