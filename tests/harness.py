@@ -138,6 +138,11 @@ class ForkedPython:
         return theirs, io.TextIOWrapper(stream, encoding="utf-8", write_through=writes) if text else stream
 
     @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
