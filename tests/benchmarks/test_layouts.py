@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import layouts
 from deberta_dist.errors import ConfigError
+from deberta_dist.operations import calibration as calibration_module
 from deberta_dist.operations.calibration import STAGES, _fit, calibration, machine_of, with_step_seconds
 from deberta_dist.operations.calibration_rank import MESSAGES, LayoutCase, plan_of
 from deberta_dist.operations.calibration_world import World
@@ -97,8 +98,13 @@ def test_layouts_are_checked_before_anything_starts() -> None:
 
 
 def test_a_round_of_two_layouts(
-    tmp_path: Path, forked_ranks: Callable[[], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    forked_ranks: Callable[[], AbstractContextManager[None]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Of each kind of stage the smallest: first, middle and cut, last.
+    monkeypatch.setattr(calibration_module, "STAGES", ((1, 0, 2, 2), (2, 1, 2, 2), (1, 6, 8, 2)))
     parser = argparse.ArgumentParser()
     layouts.add_arguments(parser)
     flags = ["--layouts", "1x1x1,1x1x2", "--steps", "1", "--timeout", "200", "--calibration", str(tmp_path / "it.json")]

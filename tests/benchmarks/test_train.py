@@ -18,16 +18,27 @@ def arguments(*words: str) -> argparse.Namespace:
     return argparse.Namespace(**vars(parser.parse_args(words)), rounds=1, verb="train", json=None)
 
 
-@pytest.mark.parametrize("layout", ["1x1x2", "2x1x1+sp"])
+def test_all_contestants_are_the_default() -> None:
+    assert arguments().contestants.split(",") == [train.OURS, train.SAME_MODEL, train.HUGGING_FACE]
+
+
+@pytest.mark.parametrize(
+    ("layout", "peers"), [("1x1x2", [train.SAME_MODEL, train.HUGGING_FACE]), ("2x1x1+sp", [train.SAME_MODEL])]
+)
 def test_contestants_take_the_same_steps(
-    layout: str, forked_ranks: Callable[[], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+    layout: str,
+    peers: list[str],
+    forked_ranks: Callable[[], AbstractContextManager[None]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    contestants = [train.OURS, *peers]
     with forked_ranks():
-        found = train.run(arguments(*SMALL, "--layout", layout))["figures"]
-    assert found.keys() == {train.OURS, train.SAME_MODEL, train.HUGGING_FACE}
+        found = train.run(arguments(*SMALL, "--layout", layout, "--contestants", ",".join(contestants)))["figures"]
+    assert list(found) == contestants
     assert found[train.OURS]["loss"] == pytest.approx(found[train.SAME_MODEL]["loss"], rel=1e-5)
-    # Another model: its loss is near, and not the same.
-    assert found[train.OURS]["loss"] != pytest.approx(found[train.HUGGING_FACE]["loss"], rel=1e-5)
+    if train.HUGGING_FACE in peers:
+        # Another model: its loss is near, and not the same.
+        assert found[train.OURS]["loss"] != pytest.approx(found[train.HUGGING_FACE]["loss"], rel=1e-5)
     assert all(row["range"][0] > 0 for row in found.values())
     assert f"ours {layout}" in capsys.readouterr().out
 
