@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_text = "tensor x pipeline x data: 2x2x2,1x1x8 (default: all); 2x2x2+sp is sequence parallel"
     parser.add_argument("--layouts", metavar="TxPxD,...", help=help_text)
     parser.add_argument("--micro-batches", default="1,2,4,8,16", metavar="M,...", help="default: 1,2,4,8,16")
+    parser.add_argument("--layers", type=int, default=8, metavar="N", help="of the model (default: 8)")
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for everything (default: 3600)")
 
 
@@ -66,10 +67,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     micro_batches = parse_micro_batches(arguments.micro_batches)
     from benchmarks.scale_rank import TrafficCase, model_config
 
-    cases = [
-        TrafficCase(*sizes, count, sequence_parallel=is_sequence) for *sizes, is_sequence in layouts for count in micro_batches
-    ]
-    data_parallel = [TrafficCase(1, 1, arguments.processes, count) for count in micro_batches]
+    layers = arguments.layers
+    cases = [TrafficCase(*sizes, count, is_sequence, layers) for *sizes, is_sequence in layouts for count in micro_batches]
+    data_parallel = [TrafficCase(1, 1, arguments.processes, count, layers=layers) for count in micro_batches]
     peers = [(title, case) for title in PEERS for case in data_parallel]
     found = count_all(cases, peers, processes=arguments.processes, timeout=arguments.timeout)
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         _row(f"DeepSpeed, {title}", case, [rank["bytes_by_kind"] for rank in ranks])
         for (title, case), ranks in zip(peers, found["deepspeed"], strict=True)
     ]
-    config = model_config()
+    config = model_config(layers)
     title = f"tiny model, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, float32"
     print(f"{title}: bytes per optimizer step, all {arguments.processes} ranks together; tensor x pipeline x data")
     print(describe([*rows, *peer_rows]))

@@ -33,6 +33,8 @@ from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.trainer import Trainer
 
 SEED, LENGTH, MICRO_BATCH_SIZE, LEARNING_RATE = 7, 16, 1, 1e-3
+# As many as ranks, so that any axis can have all of them.
+HEADS = LAYERS = 8
 # DeepSpeed records its order of modules in the first step and compares it between ranks in the second.
 WARM_UP_STEPS = 2
 # Elements: how far DeepSpeed looks ahead and what it keeps, by default.
@@ -45,13 +47,14 @@ WINDOWS = {
 
 @dataclass(frozen=True)
 class TrafficCase:
-    """One layout and number of micro-batches; sequence parallelism splits what the tensor ranks would all hold."""
+    """One layout, number of micro-batches and of layers; sequence parallelism splits what the tensor ranks would all hold."""
 
     tensor: int
     pipeline: int
     data: int
     micro_batches: int
     sequence_parallel: bool = False
+    layers: int = LAYERS
 
     @property
     def layout(self) -> str:
@@ -72,12 +75,12 @@ class Counted:
     first_loss: float
 
 
-def model_config() -> DebertaConfig:
-    """Eight heads and layers, so that any axis can have eight ranks; no dropout, so that losses can be compared."""
+def model_config(layers: int) -> DebertaConfig:
+    """The tiny model without dropout, so that losses can be compared."""
     return preset(
         "tiny-v2",
-        num_attention_heads=8,
-        num_hidden_layers=8,
+        num_attention_heads=HEADS,
+        num_hidden_layers=layers,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -112,7 +115,7 @@ def layout_of(case: TrafficCase) -> Layout:
     Raises:
         ConfigError: the model cannot be cut like this.
     """
-    config = model_config()
+    config = model_config(case.layers)
     flops = forward_flops(config, max_seq_length=LENGTH, micro_batch_size=MICRO_BATCH_SIZE, mask_probability=0.15)
     return plan_layout(MaskedLMNetwork(config=config), parallel=run_config(case).parallel, flops=flops)
 
@@ -122,7 +125,7 @@ def own_batch(case: TrafficCase, *, step: int, replica: int) -> Batch:
     per_replica = MICRO_BATCH_SIZE * case.micro_batches
     return masked_batch(
         (per_replica * case.data, LENGTH),
-        vocab_size=model_config().vocab_size,
+        vocab_size=model_config(case.layers).vocab_size,
         num_targets=expected_targets(run_config(case)),
         seed=1000 + step,
         rows=slice(replica * per_replica, (replica + 1) * per_replica),
@@ -158,7 +161,7 @@ def count_deepspeed(case: TrafficCase, *, parameters: float | None) -> Counted:
     settings["train_batch_size"] = MICRO_BATCH_SIZE * case.micro_batches * case.data
     settings["train_micro_batch_size_per_gpu"] = MICRO_BATCH_SIZE
     settings["gradient_accumulation_steps"] = case.micro_batches
-    model = LossOnly(model_config(), seed=SEED)
+    model = LossOnly(model_config(case.layers), seed=SEED)
     if parameters is not None:
         share = sum(parameter.numel() for parameter in model.parameters()) / parameters
         settings["zero_optimization"] |= {key: round(value * share) for key, value in WINDOWS.items()}

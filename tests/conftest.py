@@ -1,5 +1,6 @@
 """Settings of all tests. Rooms that need no torch are tested where there is none."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -46,6 +47,19 @@ def _let_the_interpreter_count() -> None:
 
 if TRITON.startswith("3.6."):
     _let_the_interpreter_count()
+
+
+@pytest.fixture
+def no_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter checks every sum and product of int32, which no compiled kernel does, in 40% of its time.
+
+    Of the attention they are on in tests/kernels/test_fused.py::test_random_shapes, which takes every kernel.
+    """
+    if TRITON and not HAS_GPU:
+        from triton.runtime import interpreter
+
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
 
 
 def _without_half_surrogates(value: Any) -> Any:

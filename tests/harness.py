@@ -4,6 +4,7 @@ Ranks are forked from one server that has imported torch and deepspeed already, 
 they meet through a file, and a rank that dies or hangs ends the test with its traceback.
 """
 
+import io
 import multiprocessing as mp
 import os
 import runpy
@@ -15,8 +16,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TIMEOUT_SECONDS = 240
 
@@ -70,19 +72,91 @@ def run_script(
     Raises:
         subprocess.TimeoutExpired: The script was killed.
     """
-    command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as directory:
         output, errors = Path(directory) / "output", Path(directory) / "errors"
-        process = _server().Process(
-            target=_script_main, args=(command, str(cwd), dict(os.environ if env is None else env), str(output), str(errors))
-        )
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
+        with output.open("wb") as to_output, errors.open("wb") as to_errors:
+            process = ForkedPython([sys.executable, *words], cwd=cwd, env=env, stdout=to_output, stderr=to_errors)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired as late:
             process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command, timeout, output.read_text(), errors.read_text())
-        return subprocess.CompletedProcess(command, process.exitcode, output.read_text(), errors.read_text())
+            process.wait()
+            late.output, late.stderr = output.read_text(), errors.read_text()
+            raise
+        return subprocess.CompletedProcess(process.args, code, output.read_text(), errors.read_text())
+
+
+class ForkedPython:
+    """What ``subprocess.Popen`` is for ``[sys.executable, script or -m module, ...]``, forked from the server.
+
+    Whatever the environment says to the interpreter or the C library at their start, it says too late.
+
+    Args:
+        command: The interpreter, then a script's path or -m and a module's name, then arguments.
+        cwd: Where it runs; None: here.
+        env: All of its environment; None: this process's.
+        stdin: None: nothing to read; PIPE.
+        stdout: An open file, or PIPE.
+        stderr: An open file, or STDOUT.
+        text: Whether pipes are of text.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[object],
+        *,
+        cwd: Path | str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
+        stdout: IO[Any] | int,
+        stderr: IO[Any] | int,
+        text: bool = False,
+    ) -> None:
+        self.args = [str(word) for word in command]
+        opened: list[int] = []
+        to_child, self.stdin = self._pipe(opened, writes=True, text=text) if stdin == subprocess.PIPE else (None, None)
+        if stdout == subprocess.PIPE:
+            output, self.stdout = self._pipe(opened, writes=False, text=text)
+        else:
+            output, self.stdout = stdout.fileno(), None
+        errors = output if stderr == subprocess.STDOUT else stderr.fileno()
+        environment = dict(os.environ if env is None else env)
+        streams = (to_child, output, errors)
+        self._process = _server().Process(
+            target=_python_main, args=(self.args[1:], str(cwd or os.getcwd()), environment, _Streams(streams)), daemon=True
+        )
+        self._process.start()
+        for descriptor in opened:
+            os.close(descriptor)
+
+    @staticmethod
+    def _pipe(opened: list[int], *, writes: bool, text: bool) -> tuple[int, IO[Any]]:
+        reading, writing = os.pipe()
+        ours, theirs = (writing, reading) if writes else (reading, writing)
+        opened.append(theirs)
+        stream = open(ours, "wb" if writes else "rb")
+        return theirs, io.TextIOWrapper(stream, encoding="utf-8", write_through=writes) if text else stream
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def free_port() -> int:
@@ -98,15 +172,41 @@ def _server() -> mp.context.ForkServerContext:
     return context
 
 
-def _script_main(words: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
-    for path, number in ((output, 1), (errors, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+class _Streams:
+    """Standard input, output and errors of a process that is being started; no input is the null device."""
+
+    def __init__(self, descriptors: tuple[int | None, int, int]) -> None:
+        self._descriptors = descriptors
+
+    def __getstate__(self) -> list[Any]:
+        return [None if descriptor is None else DupFd(descriptor) for descriptor in self._descriptors]
+
+    def __setstate__(self, sent: list[Any]) -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        self._descriptors = tuple(null if one is None else one.detach() for one in sent)
+
+    def take(self) -> None:
+        """Makes them this process's."""
+        for number, descriptor in enumerate(self._descriptors):
+            os.dup2(descriptor, number)
+        for descriptor in set(self._descriptors):
+            os.close(descriptor)
+
+
+def _python_main(words: list[str], cwd: str, env: dict[str, str], streams: _Streams) -> None:
+    streams.take()
+    # The server's are closed or another's.
+    sys.stdin = open(0, encoding="utf-8")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = words
-    sys.path[0] = str(Path(words[0]).resolve().parent)
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def _collect(ranks: list[mp.Process], receivers: list[Connection], deadline: float) -> list[Any]:

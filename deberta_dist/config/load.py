@@ -6,9 +6,10 @@ schema as an argument, so that other runs (fine-tuning) share files, overrides a
 
 import copy
 import difflib
+import functools
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, overload
 
@@ -200,7 +201,8 @@ def _mentions(annotation: Any, kind: type) -> bool:
     return any(_mentions(argument, kind) for argument in get_args(annotation))
 
 
-def _fields(schema: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
+@functools.lru_cache(maxsize=64)
+def _fields(schema: type[BaseModel]) -> Mapping[tuple[str, ...], FieldInfo]:
     """Every key, as (section, key), and as (section, key, NAME, key) in a table of tables."""
     found: dict[tuple[str, ...], FieldInfo] = {}
     for section, table in schema.model_fields.items():
@@ -218,8 +220,9 @@ def _schema_key(key_path: tuple[str, ...]) -> tuple[str, ...]:
     return (*key_path[:2], ANY_NAME, *key_path[3:]) if len(key_path) > 2 else key_path
 
 
-def _path_keys(schema: type[BaseModel]) -> set[tuple[str, ...]]:
-    return {key for key, field in _fields(schema).items() if _mentions(field.annotation, Path)}
+@functools.lru_cache(maxsize=64)
+def _path_keys(schema: type[BaseModel]) -> frozenset[tuple[str, ...]]:
+    return frozenset(key for key, field in _fields(schema).items() if _mentions(field.annotation, Path))
 
 
 def _wants_text(schema: type[BaseModel], known: tuple[str, ...]) -> bool:

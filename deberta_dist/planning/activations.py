@@ -213,11 +213,12 @@ class LiveBytes(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+        given: list[Tensor] = []
+        key = (func, _signature(args, given), _signature(kwargs, given) if kwargs else None)
+        for tensor in given:
             self._known.setdefault(tensor.untyped_storage(), 0)
-        output = func(*args, **kwargs)
-        for tensor in _tensors(output):
+        output = _run(func, args, kwargs or {}, key=key, given=given)
+        for tensor in (output,) if isinstance(output, Tensor) else _tensors(output):
             self._count(tensor)
         return output
 
@@ -244,6 +245,69 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+
+
+# What an operation makes of operands like these: (shape, strides, dtype) of its new tensors, or which operand it returns;
+# None where it has to be run.
+_Made = list[tuple[torch.Size, tuple[int, ...], torch.dtype]] | int | None
+_MADE: dict[Any, _Made] = {}
+_MOST_MADE = 1 << 16
+
+
+def _run(func: Any, args: Any, kwargs: Any, *, key: Any, given: list[Tensor]) -> Any:
+    """The output of an operation. On the meta device it follows from the operands' shapes, and is derived once.
+
+    torch derives it in Python, by the steps of a decomposition, which is most of a planner's time; and the layers of a
+    model repeat each other.
+    """
+    if not all(tensor.is_meta for tensor in given):
+        return func(*args, **kwargs)
+    made = _MADE.get(key)
+    if isinstance(made, int):
+        return given[made]
+    if made is not None:
+        tensors = [torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in made]
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+    before = [_place(tensor) for tensor in given]
+    output = func(*args, **kwargs)
+    if key not in _MADE and len(_MADE) < _MOST_MADE:
+        is_as_before = before == [_place(tensor) for tensor in given]
+        _MADE[key] = _what_was_made(output, given) if is_as_before else None
+    return output
+
+
+def _what_was_made(output: Any, given: list[Tensor]) -> _Made:
+    """None for anything but an operand, or new tensors that are all of their storages."""
+    if isinstance(output, Tensor):
+        output, returned = (output,), [number for number, operand in enumerate(given) if operand is output]
+        if returned:
+            return returned[0]
+    elif not isinstance(output, tuple) or len(output) < 2 or not all(isinstance(one, Tensor) for one in output):
+        return None
+    old, new = ({tensor.untyped_storage()._cdata for tensor in tensors} for tensors in (given, output))
+    if old & new or len(new) < len(output):
+        return None
+    if not all(one.is_meta and one.untyped_storage().nbytes() == one.nbytes for one in output):
+        return None
+    return [(one.shape, one.stride(), one.dtype) for one in output]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What an operation that writes into its operands may change of one on the meta device."""
+    return tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes(), tensor.shape, tensor.stride()
+
+
+def _signature(value: Any, given: list[Tensor]) -> Any:
+    """All of the operands that an output depends on; their tensors are added to ``given``."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(item, given) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _signature(item, given)) for name, item in value.items()])
+    # 1 and 1.0 make different dtypes.
+    return type(value), value
 
 
 class _DropoutOnMeta(Dropout):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import layouts
 from deberta_dist.errors import ConfigError
+from deberta_dist.operations import calibration as calibration_module
 from deberta_dist.operations.calibration import STAGES, _fit, calibration, machine_of, with_step_seconds
 from deberta_dist.operations.calibration_rank import MESSAGES, LayoutCase, plan_of
 from deberta_dist.operations.calibration_world import World
@@ -95,11 +97,19 @@ def test_layouts_are_checked_before_anything_starts() -> None:
             layouts.parse_layouts(text)
 
 
-def test_a_round_of_two_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_of_two_layouts(
+    tmp_path: Path,
+    forked_ranks: Callable[[], AbstractContextManager[None]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of each kind of stage the smallest: first, middle and cut, last.
+    monkeypatch.setattr(calibration_module, "STAGES", ((1, 0, 2, 2), (2, 1, 2, 2), (1, 6, 8, 2)))
     parser = argparse.ArgumentParser()
     layouts.add_arguments(parser)
     flags = ["--layouts", "1x1x1,1x1x2", "--steps", "1", "--timeout", "200", "--calibration", str(tmp_path / "it.json")]
-    found = layouts.run(argparse.Namespace(**vars(parser.parse_args(flags)), rounds=1))
+    with forked_ranks():
+        found = layouts.run(argparse.Namespace(**vars(parser.parse_args(flags)), rounds=1))
     assert {row["layout"] for row in found["rows"]} == {"1x1x1", "1x1x2"}
     assert all(row["measured"] > 0 and row["predicted"] > 0 and 0 < row["busy"] < 1.5 for row in found["rows"])
     table = json.loads((tmp_path / "it.json").read_text())

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -14,17 +15,18 @@ from deberta_dist.operations.measure import BenchmarkError
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    arguments = argparse.Namespace(processes=2, layouts="2x1x1,2x1x1+sp,1x1x2", micro_batches="1,2", timeout=200)
-    return scale.run(arguments)
+def found(forked_ranks: Callable[[], AbstractContextManager[None]]) -> dict[str, Any]:
+    arguments = argparse.Namespace(processes=2, layouts="2x1x1,2x1x1+sp,1x1x2", micro_batches="1,2", layers=2, timeout=200)
+    with forked_ranks():
+        return scale.run(arguments)
 
 
 def test_counted_is_the_formula(found: dict[str, Any]) -> None:
     for row in found["rows"]:
-        case = TrafficCase(row["tensor"], row["pipeline"], row["data"], row["micro_batches"], row["sequence_parallel"])
+        case = TrafficCase(row["tensor"], row["pipeline"], row["data"], row["micro_batches"], row["sequence_parallel"], 2)
         for counted, expected in zip(row["ranks"], scale.formula(case), strict=True):
             assert {kind: counted.get(kind, 0) for kind in scale.KINDS} == expected
-    num_parameters = sum(parameter.numel() for parameter in DebertaForMaskedLM(model_config()).parameters())
+    num_parameters = sum(parameter.numel() for parameter in DebertaForMaskedLM(model_config(layers=2)).parameters())
     one, two = (row["bytes"] for row in found["rows"] if row["data"] == 2)
     assert one == two, "nothing of a step with data parallelism alone depends on the micro-batches"
     # Per rank each weight once, and at most one element of padding per flat parameter.

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +15,8 @@ from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.output import REPORT_NAME
 from deberta_dist.errors import ConfigError
 from tests.conversion.small_models import FOLDER, export, make_model, published_tensors, same, write
-from tests.preparation.test_tools import assert_one_line_error, run
-from tests.tool_calls import call
+from tests.harness import ForkedPython, run_script
+from tests.tool_calls import assert_one_line_error, call
 
 TOOL = "convert_checkpoint.py"
 
@@ -29,7 +28,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     result = call(TOOL, "source", "target", "--to", "official", cwd=tmp_path)
     assert_one_line_error(result, code=65, words="1 keys of this deberta_dist checkpoint are not explained: extra")
     arguments = ("source", "target", "--to", "official", "--fused", "--allow-unmapped", "ext*", "--dtype", "bfloat16")
-    made = run(TOOL, *arguments, "--report", "report.json", cwd=tmp_path)
+    made = run_script([FOLDER / "tools" / TOOL, *arguments, "--report", "report.json"], cwd=tmp_path)
     assert made.returncode == 0 and made.stderr == "", made.stderr
     for words in (
         "found: deberta_dist weights with published names",
@@ -107,7 +106,9 @@ def test_an_error_in_the_middle_leaves_the_old_target(tmp_path: Path, monkeypatc
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+# A shell's background jobs, of which these tests may be one, ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {root!r})
 from deberta_dist.conversion import safetensors_files
 fast = safetensors_files.write_tensor
@@ -125,17 +126,15 @@ runpy.run_path({tool!r}, run_name="__main__")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_killed_in_the_middle(tmp_path: Path, number: int, code: int) -> None:
     source = export(make_model("v2"), tmp_path / "source")
-    program = SLOW.format(root=str(FOLDER), tool=str(FOLDER / "tools" / "convert_checkpoint.py"))
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        # A shell's background jobs, of which these tests may be one, ignore interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW.format(root=str(FOLDER), tool=str(FOLDER / "tools" / "convert_checkpoint.py")))
+    with open(os.devnull, "wb") as null:
+        process = ForkedPython([sys.executable, program], cwd=tmp_path, stdout=null, stderr=null)
     deadline = time.monotonic() + 60
     while not (started := list(tmp_path.glob(".target.converting-*/model.safetensors"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    program.unlink()
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == code
     assert not (tmp_path / "target").exists() and started[0].exists() == (number == signal.SIGKILL)

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from deberta_dist.conversion.convert import convert
 from deberta_dist.conversion.inspect import describe, describe_difference, difference, differs, inspect
 from tests.conversion.small_models import export, make_model, published_tensors
-from tests.preparation.test_tools import assert_one_line_error, run
-from tests.tool_calls import call
+from tests.harness import run_script
+from tests.tool_calls import FOLDER, assert_one_line_error, call
 
 TABLE = "deberta.encoder.rel_embeddings.weight"
 
@@ -77,7 +77,7 @@ def test_differences_across_formats(tmp_path: Path) -> None:
 def test_from_the_command_line(tmp_path: Path) -> None:
     source = export(make_model("v2"), tmp_path / "source")
     convert(source, tmp_path / "target", to="deberta_dist", dtype="bfloat16")
-    shown = run("inspect_checkpoint.py", "source", cwd=tmp_path)
+    shown = run_script([FOLDER / "tools" / "inspect_checkpoint.py", "source"], cwd=tmp_path)
     assert shown.returncode == 0 and "deberta_dist weights with published names" in shown.stdout
     assert json.loads(call("inspect_checkpoint.py", "source", "--json", cwd=tmp_path).stdout)["num_tensors"] == 80
     assert call("inspect_checkpoint.py", "source", "--diff", "source", cwd=tmp_path).returncode == 0

@@ -10,7 +10,8 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.parallel.layout import Layout, plan_layout
-from deberta_dist.planning.activations import StageCase, local_model, stage_activations
+from deberta_dist.planning import activations
+from deberta_dist.planning.activations import LiveBytes, StageCase, local_model, stage_activations
 from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
 from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
@@ -133,7 +134,9 @@ def layout_of(case: Case) -> Layout:
         pytest.param(Case(tensor=2, micro_batches=3), marks=pytest.mark.slow),
         pytest.param(Case(pipeline=2, micro_batches=3), marks=pytest.mark.slow),
         Case(data=2),
-        Case(tensor=2, pipeline=2, data=2, micro_batches=3),
+        # Each pair of the three axes is here by itself, in this one and two below.
+        Case(tensor=2, data=2, micro_batches=3),
+        pytest.param(Case(tensor=2, pipeline=2, data=2, micro_batches=3), marks=pytest.mark.slow),
         pytest.param(Case(tensor=2, recompute="full", dropout=0.1), marks=pytest.mark.slow),
         Case(tensor=2, recompute="selective", model="v1", decoder="plain"),
         Case(pipeline=2, data=2, precision="bf16", dropout=0.1),
@@ -223,6 +226,47 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     found += 8 * batch * length if documents else 0
     # The comparison labels > 0, bool [B, S], is alive at the end of the forward pass as well.
     assert found <= measured.saved <= found + batch * length
+
+
+def look_at_live_bytes() -> list[Any]:
+    """Of operations that make, return, resize and look at tensors: shapes, strides, dtypes and how much lives after each."""
+    x, whole = torch.empty(4, 6, device="meta"), torch.empty(4, 6, dtype=torch.int64, device="meta")
+    kept: list[torch.Tensor] = []
+    found: list[Any] = []
+    with LiveBytes() as live:
+        for operation in (
+            lambda: x * 2,
+            lambda: kept[-1].mul_(2),
+            lambda: x.t() + 1,
+            lambda: x.t(),
+            lambda: x.sum(dim=0, keepdim=True),
+            lambda: whole + 1,
+            lambda: whole + 1.0,
+            lambda: torch.add(x, 1, out=torch.empty(0, device="meta")),
+            lambda: torch.add(x, 1, out=torch.empty(4, 6, device="meta")),
+            lambda: torch.cat([x, x]),
+            lambda: x.to(torch.bfloat16),
+            lambda: x.max(dim=1)[1],
+            lambda: torch.nn.functional.layer_norm(x, (6,)),
+            lambda: x.split(2)[1],
+        ):
+            kept.append(operation())
+            made = kept[-1]
+            is_shared = [other.untyped_storage()._cdata == made.untyped_storage()._cdata for other in (x, *kept[:-1])]
+            found.append((made.shape, made.stride(), made.dtype, made.device, is_shared, live.now, live.peak))
+        kept.clear()
+        found.append(live.now)
+    return found
+
+
+def test_an_operation_that_is_known_counts_as_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[Any, Any] = {}
+    monkeypatch.setattr(activations, "_MADE", known)
+    first = look_at_live_bytes()
+    assert sum(made is not None for made in known.values()) > 8
+    assert look_at_live_bytes() == first
+    monkeypatch.setattr(activations, "_run", lambda func, args, kwargs, **_: func(*args, **kwargs))
+    assert look_at_live_bytes() == first and first[-1] == 0
 
 
 def measure(layers: range, *, recompute: str = "none", tensor_parallel_size: int = 1) -> tuple[int, int, int]:

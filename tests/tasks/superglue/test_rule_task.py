@@ -8,14 +8,18 @@ from pathlib import Path
 from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
+from tests.tool_calls import call
 
 ROOT = Path(__file__).parents[3]
 TEXT = ROOT / "launchers" / "demo_text"
 
 
+def words_of(out: Path, *words: str) -> list[str]:
+    return ["--heldout", str(TEXT / "valid.jsonl"), "--train", str(TEXT / "train.jsonl"), "--out", str(out), *words]
+
+
 def make(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "make_rule_task.py"), "--heldout", str(TEXT / "valid.jsonl")]
-    command += ["--train", str(TEXT / "train.jsonl"), "--out", str(out), *words]
+    command = [sys.executable, str(ROOT / "tools" / "make_rule_task.py"), *words_of(out, *words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -43,7 +47,7 @@ def test_the_same_every_time_and_nothing_is_replaced(tmp_path: Path) -> None:
         assert make(tmp_path / name, "--rows", "50").returncode == 0
     files = sorted((tmp_path / "a" / "RTE").iterdir())
     assert [path.read_bytes() for path in files] == [(tmp_path / "b" / "RTE" / path.name).read_bytes() for path in files]
-    again = make(tmp_path / "a", "--rows", "50")
+    again = call("make_rule_task.py", *words_of(tmp_path / "a", "--rows", "50"), cwd=tmp_path)
     assert again.returncode == 65 and "exists already" in again.stderr
-    few = make(tmp_path / "c", "--rows", "10000000")
+    few = call("make_rule_task.py", *words_of(tmp_path / "c", "--rows", "10000000"), cwd=tmp_path)
     assert few.returncode == 65 and "are needed" in few.stderr and not (tmp_path / "c").exists()
