@@ -138,6 +138,10 @@ class ForkedPython:
         return theirs, io.TextIOWrapper(stream, encoding="utf-8", write_through=writes) if text else stream
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
