@@ -90,14 +90,20 @@ def write_start(directory: Path, *, dropout: float, hidden_size: int = 32, vocab
 
 @dataclass(frozen=True)
 class Case:
-    """One task on one layout."""
+    """One task on one layout.
+
+    Attributes:
+        steps: Two: the second has moments and weights that the first has made.
+        predicts: Predictions for the validation rows before and after the steps, too.
+    """
 
     task: str
     tensor: int = 1
     data: int = 1
     sift: bool = False
     dropout: float = 0.0
-    steps: int = 3
+    steps: int = 2
+    predicts: bool = False
     overrides: tuple[str, ...] = ()
 
     @property
@@ -132,11 +138,11 @@ def make_tuner(plan: TaskPlan, start: StartingPoint) -> tuple[FineTuner, Mesh]:
 
 
 def train(case: Case, directory: Path) -> dict[str, Any]:
-    """Some steps on this rank: (loss, adversarial loss, norm) of each, final weights, predictions before and after."""
+    """Some steps on this rank: (loss, adversarial loss, norm) of each, collectives, final weights, predictions."""
     plan, start = case.plan(directory)
     tuner, mesh = make_tuner(plan, start)
     order, features = plan.order(7), plan.features
-    before = tuner.predict(features["val"], batch_size=3)
+    before = tuner.predict(features["val"], batch_size=3) if case.predicts else None
     history, traffic = [], Counter()
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "reduce"):
         count_calls(name, traffic)
@@ -148,7 +154,7 @@ def train(case: Case, directory: Path) -> dict[str, Any]:
         result = tuner.step(batches, num_decisions=sum(map(len, picks)), step=step, learning_rate=1e-3)
         history.append((result.loss, result.sift_loss or 0.0, result.grad_norm))
     traffic = dict(traffic)
-    after = tuner.predict(features["val"], batch_size=5)
+    after = tuner.predict(features["val"], batch_size=5) if case.predicts else None
     weights = gather_full_weights(tuner.model, layout=plan.layout, mesh=mesh)
     dist.barrier()
     weights = {n: w.numpy() for n, w in weights.items()}

@@ -1,6 +1,9 @@
 """Every layout fine-tunes the same model, with and without SiFT, as one process of plain PyTorch."""
 
+import dataclasses
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +28,19 @@ def label(case: Case) -> str:
     return ",".join(f"{k}={v}" for k, v in vars(case).items() if v != getattr(default, k) or k == "task")
 
 
+@cache
+def oracle(case: Case, directory: Path) -> dict[str, Any]:
+    return train_plain(case, directory)
+
+
+def expected_of(case: Case, directory: Path) -> dict[str, Any]:
+    """The plain process, once for all layouts of a task: its layout does not matter to it."""
+    return oracle(dataclasses.replace(case, tensor=1, data=1, predicts=False), directory)
+
+
 @pytest.mark.parametrize("case", LAYOUTS, ids=label)
 def test_layout_equals_one_process(case: Case, start_directory: Path) -> None:
-    expected = train_plain(case, start_directory)
+    expected = expected_of(case, start_directory)
     found = run_ranks(case.world_size, train, case, start_directory)
     for rank in found:
         np.testing.assert_allclose(rank["history"], expected["history"], rtol=1e-5, err_msg="loss, SiFT loss, norm")
@@ -47,7 +60,7 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(sift: bool, start_direct
     histories = [run_ranks(case.world_size, train, case, start_directory)[0]["history"] for case in cases]
     for history in histories[1:]:
         np.testing.assert_allclose(history, histories[0], rtol=1e-5)
-    without = train_plain(Case("WSC", sift=sift), start_directory)["history"]
+    without = expected_of(Case("WSC", sift=sift), start_directory)["history"]
     assert abs(histories[0][0][0] - without[0][0]) > 1e-4, "dropout was not on"
 
 
@@ -55,7 +68,7 @@ def test_dropout_does_not_depend_on_the_number_of_ranks(sift: bool, start_direct
     "task", ["ReCoRD", pytest.param("MultiRC", marks=pytest.mark.slow), pytest.param("BoolQ", marks=pytest.mark.slow)]
 )
 def test_predictions_are_the_same_however_many_ranks(task: str, start_directory: Path) -> None:
-    runs = [run_ranks(data, train, Case(task, data=data, steps=1), start_directory) for data in (1, 3)]
+    runs = [run_ranks(data, train, Case(task, data=data, steps=1, predicts=True), start_directory) for data in (1, 3)]
     for ranks in runs:
         assert all(rank["before"] == ranks[0]["before"] for rank in ranks), "ranks disagree"
     alone, shared = runs[0][0], runs[1][0]
@@ -66,4 +79,4 @@ def test_predictions_are_the_same_however_many_ranks(task: str, start_directory:
 
 def test_sift_gathers_weights_no_more_often_than_a_plain_step(start_directory: Path) -> None:
     plain, sift = (run_ranks(2, train, Case("WSC", data=2, sift=on), start_directory)[0]["traffic"] for on in (False, True))
-    assert plain == sift and sum(plain.values()) >= 3 * 3, "gather, reduce, totals of three steps"
+    assert plain == sift and sum(plain.values()) >= 2 * 3, "gather, reduce, totals of two steps"

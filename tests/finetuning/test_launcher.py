@@ -1,4 +1,8 @@
-"""Fine-tuning as users start it: from a zip of data to predictions, a table of scores and a submission."""
+"""Fine-tuning as users start it: from a zip of data to predictions, a table of scores and a submission.
+
+The shell starts two ranks once; every other start is the launcher's Python half, forked. What stands between them, and that
+DeepSpeed passes exit codes on, is in tests/launchers.
+"""
 
 import json
 import os
@@ -20,24 +24,34 @@ from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import DATA, ROOT, Case
 from tests.finetuning.test_plan import write_mnli
-
-pytestmark = pytest.mark.serial
+from tests.harness import run_script
 
 LAUNCHER = str(ROOT / "launchers" / "finetune_superglue.sh")
 
 
-def start(directory: Path, out: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
-    fixed = ["--init", str(directory / "dropout-0"), "--recipe", str(directory / "recipes.toml"), "--out", str(out)]
-    command = ["bash", LAUNCHER, "--quiet", "--num_gpus", str(processes), *fixed, *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env, check=False)
+    return env
+
+
+def fixed(directory: Path, out: Path) -> list[str]:
+    return ["--init", str(directory / "dropout-0"), "--recipe", str(directory / "recipes.toml"), "--out", str(out)]
+
+
+def start(directory: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks."""
+    command = ["bash", LAUNCHER, "--quiet", "--num_gpus", "2", *fixed(directory, out), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+
+
+def one_rank(directory: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run_script([LAUNCHER, *fixed(directory, out), *words], env=environment())
 
 
 def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return run_script([ROOT / "tools" / name, *words])
 
 
 def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> None:
@@ -86,9 +100,9 @@ def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> No
             probabilities = model(ids, mask).logits.mean(0).softmax(0)
         assert abs(probabilities[0].item() - predictions[example.key]["entailment"]) < 1e-5
 
-    again = start(start_directory, out, *words, processes=1)
+    again = one_rank(start_directory, out, *words)
     assert again.returncode == 0 and "everything is finished already" in again.stdout
-    other = start(start_directory, out, *words, "--training.epochs", "1", processes=1)
+    other = one_rank(start_directory, out, *words, "--training.epochs", "1")
     assert other.returncode == 2 and "settings.training.epochs was 2.0, is 1.0" in other.stderr
     whole = run_tool("make_submission.py", "--predictions", out, "--data", data, "--out", tmp_path / "s.zip")
     assert whole.returncode == 65 and "finetune_superglue.sh --task WSC" in whole.stderr
@@ -118,7 +132,7 @@ def test_tasks_start_from_mnli_in_bf16(start_directory: Path, tmp_path: Path) ->
     assert not (out / "seed-7" / "RTE" / "weights").exists() and mnli.is_dir()
     # A run that lost the small task starts it from the MNLI model that is there.
     shutil.rmtree(out / "seed-7" / "RTE")
-    again = start(start_directory, out, *words, *bf16, processes=1)
+    again = one_rank(start_directory, out, *words, *bf16)
     assert again.returncode == 0 and "RTE, seed 7: starts from" in again.stdout and "MNLI, seed" not in again.stdout
 
 
@@ -130,7 +144,7 @@ def test_tasks_start_from_mnli_in_bf16(start_directory: Path, tmp_path: Path) ->
     ],
 )
 def test_refusals_end_with_one_line(words: list[str], code: int, message: str, start_directory: Path, tmp_path: Path) -> None:
-    result = start(start_directory, tmp_path / "run", *words)
+    result = one_rank(start_directory, tmp_path / "run", *words)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert result.returncode == code and len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "run").exists()
@@ -138,6 +152,6 @@ def test_refusals_end_with_one_line(words: list[str], code: int, message: str, s
 
 def test_dry_run_prints_the_plan_and_makes_nothing(start_directory: Path, tmp_path: Path) -> None:
     words = ["--task", "WSC", "--data", str(DATA), "--dry-run", "--world-size", "16"]
-    result = start(start_directory, tmp_path / "run", *words)
+    result = one_rank(start_directory, tmp_path / "run", *words)
     assert result.returncode == 0 and "tensor 1 x data 16" in result.stdout and "WSC: 387 decisions" in result.stdout
     assert not (tmp_path / "run").exists()

@@ -42,6 +42,7 @@ class Case:
 
     Attributes:
         tensor, pipeline, data: Parallel sizes.
+        steps: Three: the second has moments that the first has made, and all lengths of ``buckets`` have had theirs.
         micro_batches: Per pipeline; the global batch is micro_batch_size x micro_batches x data.
         clipping: Small enough to be active in every step.
         documents: Sequences hold several documents, which do not see each other.
@@ -65,7 +66,7 @@ class Case:
     vocabulary_chunks: int = 1
     compile: bool = False
     precision: str = "fp32"
-    steps: int = 5
+    steps: int = 3
     clipping: float = 0.05
     model: str = "v2"
     num_layers: int = 5

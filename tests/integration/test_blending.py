@@ -56,7 +56,7 @@ def test_ranks_and_resumes_change_nothing(corpus: Path, tmp_path: Path, whole: P
         place = record["position"]
         given = {name: where["epoch"] * where["num_samples"] + where["index"] for name, where in place.items()}
         assert sum(given.values()) == consumed and abs(given["half"] - 0.3 * consumed) < 1
-    # 48 samples: neither source is read once.
+    # 32 samples: neither source is read once.
     assert steps[-1]["epochs"] == {name: round(n / place[name]["num_samples"], 6) for name, n in given.items()}
 
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -13,17 +12,38 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.integration.test_launch_and_refuse import DEMO, ONE_RANK, environment, overrides, start
+from tests.harness import ForkedPython, run_script
+from tests.integration.test_launch_and_refuse import DEMO, ONE_RANK, environment, overrides
 
-pytestmark = pytest.mark.serial
+STEPS = 12
+ON_SMALL_DISK = Path(__file__).with_name("on_small_disk.py")
+# The save of step 6 has waited until that of step 4 was on disk.
+STOPPED_AT = 7
+STOPS_ITSELF = f"""
+import os, runpy, signal, sys
+from deberta_dist.training.metrics import MetricsLog
 
-STEPS = 30
+log_step = MetricsLog.step
+
+def log_and_stop(self, metrics, **more):
+    log_step(self, metrics, **more)
+    if metrics.step == {STOPPED_AT}:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+MetricsLog.step = log_and_stop
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def arguments(corpus: Path, run: Path, **changes: object) -> list[str]:
-    """Thirty steps on one rank, a checkpoint after every second."""
+    """Twelve steps on one rank, a checkpoint after every second."""
     settings = {"training__max_steps": STEPS, "checkpoint__every_steps": 2, "evaluation__every_steps": 0}
-    return [sys.executable, DEMO, *ONE_RANK, *overrides(corpus, run, **settings | changes)]
+    return [DEMO, *ONE_RANK, *overrides(corpus, run, **settings | changes)]
+
+
+def start(words: list[object]) -> subprocess.CompletedProcess[str]:
+    return run_script(words, env=environment(), cwd="/", timeout=240)
 
 
 def records(run: Path) -> list[dict]:
@@ -33,12 +53,20 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def begin(words: list[str], *, run: Path) -> subprocess.Popen[str]:
-    """Starts a run and returns when it has saved twice."""
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd="/")
+def is_stopped(process: ForkedPython) -> bool:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def begin_and_stop(words: list[str], folder: Path) -> ForkedPython:
+    """Starts a run and returns when it stands still in the middle."""
+    script = folder / "stops_itself.py"
+    script.write_text(STOPS_ITSELF)
+    output = folder / "output"
+    with output.open("wb") as stream:
+        process = ForkedPython([sys.executable, script, *words], env=environment(), cwd="/", stdout=stream, stderr=stream)
     deadline = time.monotonic() + 120
-    while sum("copy_seconds" in record for record in records(run)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=5)[0]
+    while not is_stopped(process):
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
         time.sleep(0.01)
     return process
 
@@ -52,12 +80,12 @@ def needs_mounts() -> None:
 def test_a_killed_run_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert start(arguments(corpus, whole)).returncode == 0
-    process = begin(arguments(corpus, run), run=run)
-    process.send_signal(signal.SIGSTOP)  # small steps: it would be done before the second one is refused
+    process = begin_and_stop(arguments(corpus, run), tmp_path)
+    assert sum("copy_seconds" in record for record in records(run)) >= 2
     second = start(arguments(corpus, run))
     assert second.returncode == 2 and 'in use by another run ({"host": ' in second.stderr
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
     assert not (run / "result.json").exists()
     finished = start(arguments(corpus, run))
     assert finished.returncode == 0 and "continues from" in finished.stdout
@@ -72,17 +100,15 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(corpus: Path, tmp_path: P
     needs_mounts()
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    after = 'ls "$1"; exit $code'
-    script = f'mount -t tmpfs -o size=8m none "$1" && shift && "$@"; code=$?; set -- "{run}/checkpoints"; {after}'
-    words = arguments(corpus, run, checkpoint__keep_last=99, training__max_steps=12)
-    done = start(["unshare", "-Urm", "sh", "-c", script, "sh", str(run / "checkpoints"), *words])
+    words = arguments(corpus, run, checkpoint__keep_last=99)
+    done = start([ON_SMALL_DISK, run / "checkpoints", "8m", *words])
     assert done.returncode == 0, done.stdout + done.stderr
     saved = [record["step"] for record in records(run) if "copy_seconds" in record]
     assert 1 < len(saved) < 6 and saved == [2 * (i + 1) for i in range(len(saved))]
     assert done.stdout.count("No space left on device") == done.stdout.count("older checkpoints are intact") == 6 - len(saved)
     assert [record["step"] for record in records(run) if "loss" in record] == list(range(1, 13))
-    left = done.stdout.splitlines()[-1 - len(saved) :]
-    assert left == ["latest", *(f"step-{step:08d}" for step in saved)], "half a checkpoint lies about"
+    _, _, left = done.stdout.partition("start 1: 0, leaves: ")
+    assert left.split() == ["latest", *(f"step-{step:08d}" for step in saved)], "half a checkpoint lies about"
     assert (run / "result.json").exists() and (run / "weights" / "model.safetensors").exists()
 
 
@@ -91,24 +117,13 @@ def test_a_run_on_a_full_disk_is_finished_when_there_is_room(corpus: Path, tmp_p
     needs_mounts()
     run = tmp_path / "run"
     run.mkdir()
-    script = textwrap.dedent(
-        """
-        run=$1; shift
-        mount -t tmpfs -o size=4700k none "$run"
-        "$@"; echo "first start: $?"
-        ls -A "$run" "$run/checkpoints"
-        mount -o remount,size=64m "$run"
-        "$@"; echo "second start: $?"
-        ls -A "$run"
-        """
-    )
-    words = arguments(corpus, run, checkpoint__keep_last=99, training__max_steps=12)
-    done = start(["unshare", "-Urm", "sh", "-c", script, "sh", str(run), *words])
-    first, _, second = done.stdout.partition("first start: 74")
+    done = start([ON_SMALL_DISK, run, "4700k,64m", *arguments(corpus, run, checkpoint__keep_last=99)])
+    first, _, second = done.stdout.partition("start 1: 74, leaves: ")
     assert second, done.stdout + done.stderr
     assert "older checkpoints are intact" in first and "step 12/12" in first
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "weights is not written" in message and "make room and run the same command again" in message
     listed, _, second = second.partition("continues from")
     assert "step-00000002" in listed and "latest" in listed and ".tmp" not in listed
-    assert "second start: 0" in second and "result.json" in second and ".tmp" not in second
+    _, _, left = second.partition("start 2: 0, leaves: ")
+    assert "result.json" in left and ".tmp" not in left

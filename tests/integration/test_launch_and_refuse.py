@@ -1,4 +1,7 @@
-"""Runs as users start them: through the launchers, to the end or to one clear message."""
+"""Runs as users start them: through the launchers, to the end or to one clear message.
+
+DeepSpeed's command starts ranks once; every other start is the launcher's Python half, forked.
+"""
 
 import json
 import os
@@ -13,13 +16,19 @@ from safetensors.torch import load_file
 
 from deberta_dist import DebertaConfig, DebertaForMaskedLM
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
-from tests.harness import run_script
-
-pytestmark = pytest.mark.serial
+from tests.harness import ForkedPython, free_port, run_script
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "launchers" / "pretrain_demo.sh")
-ONE_RANK = ["--parallel.tensor_parallel_size=1", "--parallel.pipeline_parallel_size=1", "--parallel.data_parallel_size=1"]
+
+
+def layout(tensor: int, pipeline: int, data: int) -> list[str]:
+    """Overrides."""
+    sizes = {"tensor": tensor, "pipeline": pipeline, "data": data}
+    return [f"--parallel.{name}_parallel_size={size}" for name, size in sizes.items()]
+
+
+ONE_RANK = layout(1, 1, 1)
 
 
 def start(words: list[str], *, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -58,18 +67,21 @@ def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "plan"),
     [
-        pytest.param(["deepspeed", "--num_gpus", "8", DEMO], id="deepspeed"),
-        # What differs, the number of processes and their environment, is in tests/launchers.
-        pytest.param(["bash", DEMO], id="bash", marks=pytest.mark.slow),
+        pytest.param(
+            ["deepspeed", "--num_gpus", "2", DEMO, *layout(1, 2, 1)], "tensor 1 x pipeline 2 x data 1", id="deepspeed"
+        ),
+        # As many as the TOML needs. What differs, the number of processes and their environment, is in tests/launchers;
+        # eight ranks of this launcher's Python half run and resume in test_resume.
+        pytest.param(["bash", DEMO], "tensor 2 x pipeline 2 x data 2", id="bash", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path: Path) -> None:
+def test_a_run_from_start_to_weights(command: list[str], plan: str, corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = start([*command, *overrides(corpus, run)])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tensor 2 x pipeline 2 x data 2; 4 steps of 8 sequences" in done.stdout
+    assert f"{plan}; 4 steps of 8 sequences" in done.stdout
     assert "\nattention: " in done.stdout
 
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -91,9 +103,9 @@ def test_a_run_from_start_to_weights(command: list[str], corpus: Path, tmp_path:
     model.load_state_dict(load_file(run / "weights" / "model.safetensors"), strict=True)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
-    again = start([*command, *overrides(corpus, run)])
-    assert again.returncode != 0
-    assert "holds a finished run" in again.stdout + again.stderr
+    again = run_script([DEMO, *ONE_RANK, *overrides(corpus, run)], env=environment(), cwd="/")
+    assert again.returncode == 2
+    assert again.stderr.count("holds a finished run") == 1
     assert len((run / "metrics.jsonl").read_text().splitlines()) == len(steps), "the first run was touched"
 
 
@@ -124,10 +136,16 @@ def test_a_wrong_number_of_processes_is_refused(corpus: Path, tmp_path: Path) ->
 
 
 def test_heads_that_do_not_divide_are_refused_by_all_ranks_without_a_hang(corpus: Path, tmp_path: Path) -> None:
-    words = ["--parallel.tensor_parallel_size=3", "--parallel.pipeline_parallel_size=1", "--parallel.data_parallel_size=1"]
-    done = start(["deepspeed", "--num_gpus", "3", DEMO, *overrides(corpus, tmp_path / "run"), *words], timeout=90)
-    assert done.returncode == 2
-    assert done.stderr.count("does not divide model.num_attention_heads = 4") == 1
+    """As DeepSpeed starts ranks; that its launcher passes their exit code on is in tests/launchers/test_deepspeed_start."""
+    words, port, results = [DEMO, *overrides(corpus, tmp_path / "run"), *layout(3, 1, 1)], free_port(), []
+    with (tmp_path / "errors").open("wb") as errors:
+        for rank in range(3):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3"}
+            env = environment() | own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            results.append(ForkedPython([sys.executable, *words], env=env, cwd="/", stdout=errors, stderr=errors))
+    assert [rank.wait(60) for rank in results] == [2, 2, 2]
+    assert (tmp_path / "errors").read_text().count("does not divide model.num_attention_heads = 4") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_and_foreign_files_are_refused(corpus: Path, tmp_path: Path) -> None:
@@ -152,8 +170,8 @@ def test_text_that_is_not_utf8_is_refused(corpus: Path, tmp_path: Path) -> None:
     text.write_bytes("good line\n\nna\xefve\n".encode("latin-1"))
     tool = str(ROOT / "tools" / "prepare_corpus.py")
     output = tmp_path / "out"
-    done = start(
-        [sys.executable, tool, "--input", str(text), "--output", str(output), "--tokenizer", str(corpus / "spm.model")]
+    done = run_script(
+        [tool, "--input", text, "--output", output, "--tokenizer", corpus / "spm.model"], env=environment(), cwd="/"
     )
     assert done.returncode == 65
     assert "latin1.txt" in done.stderr

@@ -30,7 +30,7 @@ def train_in_fp16(scale_window: int) -> tuple[list[float], dict[str, Any]]:
         mock.patch.object(WeightStore, "reduce", noted),
     ):
         # Unclipped, since clipping would hide a gradient that is halved.
-        trained = parallel_run.train(parallel_run.Case(precision="fp16", dropout=0.0, clipping=100.0))
+        trained = parallel_run.train(parallel_run.Case(precision="fp16", dropout=0.0, clipping=100.0, steps=5))
     return scales, trained
 
 

@@ -105,13 +105,14 @@ def require_one_process(case: Case) -> None:
 
 def test_dropout_does_not_depend_on_pipeline_and_data_layout() -> None:
     # Eight micro-batches of two sequences each time.
+    common = {"dropout": 0.1, "steps": 2}
     layouts = [
-        Case(micro_batches=8, dropout=0.1),
-        Case(pipeline=2, micro_batches=8, dropout=0.1),
-        Case(pipeline=2, data=2, micro_batches=4, dropout=0.1),
-        Case(data=4, micro_batches=2, dropout=0.1),
-        Case(pipeline=2, micro_batches=8, dropout=0.1, recompute="full"),
-        Case(data=2, micro_batches=4, dropout=0.1, as_on_a_gpu=True),
+        Case(micro_batches=8, **common),
+        Case(pipeline=2, micro_batches=8, **common),
+        Case(pipeline=2, data=2, micro_batches=4, **common),
+        Case(data=4, micro_batches=2, **common),
+        Case(pipeline=2, micro_batches=8, recompute="full", **common),
+        Case(data=2, micro_batches=4, as_on_a_gpu=True, **common),
     ]
     histories = [run_ranks(case.world_size, train, case)[0]["history"] for case in layouts]
     for history in histories[1:]:

@@ -19,7 +19,7 @@ from tests.harness import free_port, run_ranks
 from tests.integration.parallel_run import relative_error
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVED = 6, 2
+STEPS, SAVED = 4, 2
 POSITIONS = "deberta.embeddings.position_embeddings.weight"
 WORDS = "deberta.embeddings.word_embeddings.weight"
 
@@ -33,7 +33,7 @@ def pretrain_rank(arguments: list[str], port: int) -> None:
 
 
 def settings_of(corpus: Path, directory: Path, layout: Layout) -> dict[str, object]:
-    """Six steps of the demo's model, small, on a layout (tensor, pipeline, data), by key."""
+    """Four steps of the demo's model, small, on a layout (tensor, pipeline, data), by key."""
     tensor, pipeline, data = layout
     return {
         "data.train": corpus / "train.tokens",
@@ -50,7 +50,7 @@ def settings_of(corpus: Path, directory: Path, layout: Layout) -> dict[str, obje
         "schedule.warmup_steps": 2,
         "evaluation.every_steps": 0,
         "evaluation.num_sequences": 8,
-        "checkpoint.every_steps": 2,
+        "checkpoint.every_steps": 1,
         "checkpoint.keep_last": 9,
         "parallel.tensor_parallel_size": tensor,
         "parallel.pipeline_parallel_size": pipeline,
@@ -121,7 +121,7 @@ def test_same_layout_is_bit_equal(corpus: Path, tmp_path: Path, whole_run, layou
     records = [json.loads(line) for line in (continued / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["resumed_from_step"] == SAVED
     saved = [r for r in records if "copy_seconds" in r]
-    assert [r["step"] for r in saved] == [4, 6] and all(r["write_seconds"] >= 0 for r in saved)
+    assert [r["step"] for r in saved] == [3, 4] and all(r["write_seconds"] >= 0 for r in saved)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(corpus: Path, 
     whole = whole_run((1, 1, 1))
     continued = tmp_path / "run"
     shutil.copytree(whole / "checkpoints", continued / "checkpoints")
-    for step in (4, 6):
+    for step in (3, 4):
         file = continued / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors"
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -188,7 +188,7 @@ def test_another_model_is_refused(corpus: Path, tmp_path: Path, whole_run) -> No
         run(corpus, continued, (1, 1, 1), model__intermediate_size=128)
 
 
-LONGER = 9
+LONGER = 6
 
 
 def pretrain_rank_in_one_go(arguments: list[str], port: int) -> None:
@@ -226,7 +226,8 @@ def test_a_finished_run_continues_to_a_larger_length(corpus: Path, tmp_path: Pat
     assert f"max_steps = {LONGER}\n" in (continued / "run_config.toml").read_text()
 
     shutil.copytree(whole, killed)
-    shutil.copytree(continued / "checkpoints" / "step-00000008", killed / "checkpoints" / "step-00000008")
+    last = f"step-{LONGER - 1:08d}"
+    shutil.copytree(continued / "checkpoints" / last, killed / "checkpoints" / last)
     run(corpus, killed, (1, 1, 1), **changes)
     assert history(killed)[-1] == history(once)[-1]
     assert all(np.array_equal(weights(killed)[name], expected[name]) for name in expected)

@@ -10,8 +10,6 @@ import torch.distributed as dist
 from tests.harness import run_ranks
 from tests.integration.parallel_run import LEARNING_RATE, Case, make_trainer, own_batch
 
-pytestmark = pytest.mark.serial
-
 # DeepSpeed's gathers and our broadcasts, by the functions that carry them; torch 2.11 and 2.12 lack the "single" names.
 COUNTED = (
     "all_gather_single",

@@ -18,8 +18,6 @@ from tests.preparation.pipeline.runs import Start, children, num_shards, parts_o
 from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT
 
-pytestmark = pytest.mark.serial
-
 # What changes the file system, beside writing to files that have no name yet.
 CALLS = ("open", "mkdir", "fsync", "link", "replace", "unlink", "rmdir")
 

@@ -15,7 +15,6 @@ from tests.preparation.pipeline.small import files_of, jsonl, prepare
 from tests.small_corpus import DEMO_TEXT
 
 pytestmark = [
-    pytest.mark.serial,
     pytest.mark.skipif(
         mpirun() is None or importlib.util.find_spec("mpi4py") is None,
         reason="no mpirun, or no mpi4py: pip install -r launchers/requirements-test.txt brings both",
