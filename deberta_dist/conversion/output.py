@@ -42,7 +42,7 @@ class OutputDirectory:
         self.files: dict[str, dict[str, object]] = {}
         self._progress = progress
 
-    def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
+    def write(self, name: str, fill: Callable[["HashedFile"], object]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
         with open(self.path / name, "xb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as hasher:
             file = HashedFile(raw, hasher=hasher, on_bytes=self._progress.update)
