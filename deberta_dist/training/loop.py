@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from time import monotonic
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from deberta_dist.data.prefetch import Prefetcher
 
@@ -116,11 +116,11 @@ class Hook:
         """`Request.SKIP` where the step (from 0) is to be left out; the same on all ranks."""
         return Request.NOTHING
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Takes note of a step; returns what this hook asks for, the same on all ranks."""
         return Request.NOTHING
 
-    def act(self, step: FinishedStep, requests: Request) -> None:
+    def act(self, step: FinishedStep[Any], requests: Request) -> None:
         """Fulfils ``requests``, everything that the hooks asked for after ``step``, as far as they are its own. Collective."""
 
     def after_training(self) -> None:

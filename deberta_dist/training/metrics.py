@@ -107,7 +107,8 @@ class MetricsLog:
 
     def evaluation(self, *, step: int, networks: Mapping[str, EvaluationResult]) -> None:
         """Records an evaluation on held-out text, of every network by name; names stand before the keys as in `step`."""
-        record, shown = {}, []
+        record: dict[str, Any] = {}
+        shown = []
         for name, found in networks.items():
             values = {"valid_loss": found.loss, "valid_accuracy": found.accuracy, "valid_targets": found.num_targets}
             record |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
@@ -193,7 +194,7 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, values: dict) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             line = (json.dumps(finite, allow_nan=False) + "\n").encode("utf-8")
@@ -213,12 +214,14 @@ class MetricsLog:
 
     def _line(self, metrics: StepMetrics, networks: Mapping[str, NetworkMetrics], *, padding: float | None) -> str:
         # The first step also sets up; what is left is told from those after it, evaluations included.
+        assert self._first_step_ended is not None
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""
         padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
-        numbers = "".join(f"{f'{name}: ' if name else ''}{_shown(one)} | " for name, one in {"": metrics, **networks}.items())
+        shown: dict[str, StepMetrics | NetworkMetrics] = {"": metrics, **networks}
+        numbers = "".join(f"{f'{name}: ' if name else ''}{_shown(one)} | " for name, one in shown.items())
         return (
             f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | {numbers}"
             f"{metrics.tokens_per_second:9,.0f} tokens/s{padded}{mfu}{left}"
