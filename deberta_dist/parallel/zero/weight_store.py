@@ -57,7 +57,7 @@ class WeightStore:
             config=_for_device(deepspeed_config, mesh.device),
             mpu=ModelParallelUnit(mesh),
         )
-        self._parameters = list(store.parameters())
+        self._parameters: list[Any] = list(store.parameters())  # with what DeepSpeed adds to each
         if dtype != torch.float32:
             # DeepSpeed makes its master weights from the rounded ones.
             self._set_master_weights(shards)
