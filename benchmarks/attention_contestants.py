@@ -213,7 +213,7 @@ class AttentionCase:
 
 
 def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
-    """What one layer of the 1.5B model keeps for one sequence of 512 tokens in bfloat16, counted on the meta device."""
+    """What one layer of the 1.5B model saves for one sequence of 512 tokens in bfloat16, counted on the meta device."""
     from deberta_dist.planning.activations import StageCase, stage_activations  # needs pydantic; the contestants do not
     from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 

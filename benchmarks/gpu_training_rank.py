@@ -57,8 +57,8 @@ class Runs:
     """Trainers of one precision on this rank's device.
 
     Args:
-        precision: "fp32" or "bf16".
-        device: Of this rank.
+        precision: "fp32" or "bf16", the compute dtype.
+        device: The GPU, or the CPU that it is compared with.
     """
 
     def __init__(self, precision: str, *, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class Runs:
         return found, {name: view.clone() for name, view in views.items()}
 
     def resumed_differs(self, folder: Path) -> list[str]:
-        """What differs between a run that goes on and one resumed from its checkpoint; all dropout is on."""
+        """What differs between an uninterrupted run and one resumed from its checkpoint; all dropout is on."""
         config, rate = model_config(hidden_dropout=0.1), RESUMED["learning_rate"]
         trainer = self.trainer(config, **RESUMED)
         layout, store = trainer.parts.layout, trainer.parts.sharded_model.store

@@ -25,8 +25,8 @@ SIZES = (1, 2, 4, 8)
 KINDS = (
     "zero_gather",
     "zero_reduce",
-    "tie_lend",
-    "tie_collect",
+    "tie_broadcast",
+    "tie_reduce",
     "tensor",
     "pipeline_activations",
     "pipeline_gradients",
@@ -37,7 +37,7 @@ PEERS = {"windows hold the model": None, "windows as beside 1.5e9 parameters": 1
 COLUMNS = {
     "weights": ("zero_gather",),
     "gradients": ("zero_reduce",),
-    "ties": ("tie_lend", "tie_collect"),
+    "ties": ("tie_broadcast", "tie_reduce"),
     "tensor": ("tensor",),
     "pipeline": ("pipeline_activations", "pipeline_gradients"),
     "scalars": ("scalars",),

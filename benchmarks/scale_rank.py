@@ -64,7 +64,7 @@ class Counted:
     """What one rank sent in one optimizer step.
 
     Attributes:
-        bytes_by_kind: See ``Traffic``.
+        bytes_by_kind: Kind of communication (``scale.KINDS``) -> bytes, counted by ``Traffic``.
         first_loss: Mean over the targets of the first step (nats): of all ranks, or (DeepSpeed's engine) of this one.
     """
 

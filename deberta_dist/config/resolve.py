@@ -1,4 +1,4 @@
-"""Every ``auto`` that follows from the number of processes, and the checks that need it.
+"""Fills in every ``auto`` that follows from the number of processes, and makes the checks that need it.
 
 The batch equation is solved and checked here and nowhere else::
 
@@ -23,7 +23,7 @@ def resolve(config: RunConfig, world_size: int) -> RunConfig:
 
     Args:
         config: As loaded; a resolved one comes back unchanged.
-        world_size: Processes of the run.
+        world_size: Number of processes: tensor x pipeline x data parallel size.
 
     Raises:
         ConfigError: Sizes that do not multiply to the world or to the global batch, a schedule that

@@ -1,4 +1,4 @@
-"""Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
+"""The canonical form in which all formats meet: a format's rules give published names, and the result has to be a model."""
 
 import contextlib
 import dataclasses
@@ -31,11 +31,11 @@ class CanonicalCheckpoint:
     """A checkpoint in the form in which all formats meet.
 
     Attributes:
-        config: Of the model.
+        config: Sizes and switches, checked against the weights' shapes.
         head: Head of fine-tuning, a key of `models.heads.HEADS`; empty without one.
         num_labels: Rows of that head, None without one.
         labels: What the source's configuration says about classes.
-        knows_decoder: Whether the source says, or was told, how its masked language model decodes.
+        knows_decoder: Whether the source, or the user, says how its masked language model decodes.
         is_legacy: Its masked language modelling head had the names of Hugging Face's older class.
         weights: Published names, in model order.
         reading: How it got there: what was dropped, what to know.
@@ -84,7 +84,7 @@ def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> Can
     """Applies a format's rules and checks that the result is a model; the options are the source's.
 
     Args:
-        source: A recognised checkpoint.
+        source: The checkpoint as `source.open_source` found it; no weight is read yet.
         decoder: How its masked language model decodes, "emd" or "plain"; None: as the source's options say.
 
     Raises:
@@ -164,7 +164,7 @@ def _completed_config(source: CheckpointSource) -> tuple[dict[str, Any], list[st
 
 @contextlib.contextmanager
 def _named(path: object) -> Iterator[None]:
-    """Whatever is refused of a configuration is told with the place that it is in."""
+    """Adds the source to every error about a configuration."""
     try:
         yield
     except ConfigError as error:

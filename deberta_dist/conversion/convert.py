@@ -64,7 +64,7 @@ def convert(
 
     Args:
         source_path: See `source.open_source`.
-        target_path: Directory to make.
+        target_path: Directory to make; it appears when everything in it is complete.
         to: One of ``CONVERSION_FORMATS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
@@ -93,7 +93,7 @@ def convert(
     _require_options_of_target(to, is_fused=is_fused, for_hub=with_code or license_name is not None or bool(languages))
     for_hub: dict[str, Any] = {} if license_name is None else hub.license_fields(license_name)
     for_hub |= {"language": hub.language_codes(languages)} if languages else {}
-    # Rounding comes last here, so that the report can tell what the source has.
+    # Rounding comes last, so that the report can say which number formats the source has.
     options = CheckpointReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
     source = open_source(source_path, options=options)
     require_apart(source.path if source.is_file else source.directory, target_path)
@@ -123,7 +123,7 @@ def convert(
             config=model.config,
         )
         if to == "huggingface":
-            output.write_text("README.md", _card(source, model, target, result, for_hub=for_hub))
+            output.write_text("README.md", model_card(source, model, target=target, tokenizer=result, for_hub=for_hub))
         return _write_report(output, found, target, result, to=to, notes=notes)
 
 
@@ -340,22 +340,6 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
     return []
 
 
-def _card(
-    source: CheckpointSource, model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerResult, *, for_hub: dict[str, Any]
-) -> str:
-    return model_card(
-        source,
-        model,
-        architecture=target.architecture,
-        dtype="/".join(dtype_names(target.weights)),
-        why_class=target.why_class,
-        tokenizer=tokenizer.message,
-        has_tokenizer="tokenizer.json" in tokenizer.files,
-        has_code="auto_map" in target.config,
-        for_hub=for_hub,
-    )
-
-
 # What a model is made of, what is written anew, and hidden files.
 _READ = re.compile(
     r"\..*|README\.md|conversion_report\.json|(model_|generator_)?config\.json|.*\.(safetensors|bin|pt|pth|ckpt|index\.json)"
@@ -386,7 +370,7 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
 
     Args:
         found: The checkpoint; all its weights have one number format.
-        where: For messages.
+        where: Prefix of messages: the source.
 
     Returns:
         The model in evaluation mode, and the published names of the weights that it holds.

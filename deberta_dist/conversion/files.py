@@ -1,4 +1,4 @@
-"""Files of a checkpoint that somebody else made: found inside their directory, and read with a limit.
+"""Reads files of checkpoints from elsewhere: only inside their directory, and only up to a size limit.
 
 An index or a link in a downloaded checkpoint must not be able to name a file of the machine it is converted on.
 """

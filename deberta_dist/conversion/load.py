@@ -1,4 +1,4 @@
-"""A model in memory out of a checkpoint of any form: for scripts, notebooks and tools, on one device."""
+"""Loads a model from a checkpoint of any format on one device, for scripts, notebooks and tools."""
 
 import warnings
 from collections.abc import Sequence
@@ -57,7 +57,9 @@ def load_masked_lm(
         model = model_with_head(found.config, MASKED_LM)
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
-        raise CheckpointError(f"{path} ({source.description}) is no whole masked language model: it lacks {shorten(missing)}")
+        raise CheckpointError(
+            f"{path} ({source.description}) is not a complete masked language model: it lacks {shorten(missing)}"
+        )
     return _filled(model, found, where=path), _tokenizer(found, source)
 
 

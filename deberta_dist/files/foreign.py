@@ -1,4 +1,4 @@
-"""Recognises what clones and downloads leave under a file's name: a pointer to it, a web page, another format.
+"""Recognises files that are not what their name says: Git LFS pointers, web pages, other formats.
 
 Each reader would call such a file damaged, or take it for text. Every reader of files that users bring asks here, with
 the first bytes of the file, before it judges them itself.
@@ -93,8 +93,8 @@ def refuse_stand_in(head: bytes, path: object, *, error: type[DebertaDistError] 
 
     Args:
         head: as for ``stand_in``.
-        path: the file, for the message.
-        error: class to raise.
+        path: As the message names it.
+        error: Class of the error: each room refuses with its own.
 
     Raises:
         DebertaDistError: of that class, with the file and what to do.

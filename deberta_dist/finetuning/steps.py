@@ -1,4 +1,4 @@
-"""Training of one task: its steps as the loop takes them, and the best weights so far."""
+"""The steps of one task for the training loop, and its best weights so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class TaskSteps:
     """The steps of one task, for the loop.
 
     Args:
-        tuner: Takes the steps.
+        tuner: The model on this rank with its optimizer.
         plan: Has the training rows and the sizes of batches.
         order: Says which rows a step has.
         done: Steps and decisions of a shorter run that it continues.
@@ -89,7 +89,7 @@ class TaskSteps:
 
     @staticmethod
     def numbers(step: FinishedStep[StepDecisions], result: FineTuneResult) -> dict[str, Any]:
-        """What a record tells beside the loop's own."""
+        """What a record holds beside the loop's own fields."""
         return {"sift_loss": result.sift_loss, "accuracy": result.accuracy}
 
 

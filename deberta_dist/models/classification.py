@@ -36,8 +36,8 @@ class ClassificationOutput:
     """What a model with a small head returns.
 
     Attributes:
-        loss: mean over labelled samples or tokens, float32 (float64 of float64); None without labels.
-        logits: [B, num_labels], or [B, S] of the detector.
+        loss: mean over labelled samples or tokens, float32 (float64 if the logits are); None without labels.
+        logits: [B, num_labels]; from the detector, [B, S].
         hidden_BD: pooled state [B, D]; None from the detector.
     """
 
@@ -100,12 +100,12 @@ class DebertaForSequenceClassification(LabelledModel):
     """Classifier, or regressor with one label, on the first token.
 
     Args:
-        config: sizes and switches.
+        config: sizes and switches of encoder and pooler; ``problem_type`` chooses the loss.
         num_labels: classes; 1 means regression.
-        seed: start of the parameters; without effect on the meta device.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Raises:
-        ConfigError: ``config.problem_type`` asks for one of several classes where there is one.
+        ConfigError: ``config.problem_type`` is "single_label_classification" with one label.
     """
 
     def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
@@ -150,8 +150,8 @@ class DebertaForReplacedTokenDetection(ModelWithBackbone):
     """The discriminator of v3: which tokens did the generator replace?
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the discriminator's encoder.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: microsoft/DeBERTa DeBERTa/apps/models/replaced_token_detection_model.py@4d7fe0bd.
     """

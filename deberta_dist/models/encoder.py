@@ -26,10 +26,10 @@ from deberta_dist.models.shared_table import SharedTable, look_up
 
 
 class Embeddings(nn.Module):
-    """dropout(m LayerNorm(proj(word + type + position))), m the token mask; absent parts left out.
+    """dropout(m LayerNorm(proj(word + type + position))), m the token mask; what a generation lacks is left out.
 
-    ``position_embeddings`` is made where positions are added here or in the enhanced mask decoder. Where the
-    sequence is split, ``word_embeddings`` gives this process's tokens and ``own_tokens`` takes them of the rest.
+    ``position_embeddings`` exists where positions are added here or in the enhanced mask decoder. With sequence parallelism
+    ``word_embeddings`` returns this rank's tokens, and ``own_tokens`` selects the same tokens of everything else.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -73,7 +73,7 @@ class Embeddings(nn.Module):
         return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), dropout_key)
 
     def absolute_positions(self, positions: Tensor) -> Tensor:
-        """Rows of the absolute position table."""
+        """Rows of the absolute position table for int64 positions of any shape."""
         assert self.position_embeddings is not None, "neither the input nor the decoder has positions"
         return self.position_embeddings(positions)
 
@@ -119,12 +119,12 @@ class Encoder(nn.Module):
 
         Args:
             hidden_BSD: input of the first of them; the embeddings if that is layer 0.
-            layers: contiguous.
-            rel_RD: `relative_table`.
-            mask: who sees whom.
-            dropout_key: key of the model's call.
-            hidden_states: receives every output.
-            attentions: receives the attention probabilities of every layer.
+            layers: consecutive numbers of layers that this model has.
+            rel_RD: from `relative_table`, before dropout.
+            mask: which token sees which.
+            dropout_key: of the model's call; each layer derives its own. None for torch's random state.
+            hidden_states: a list to append every layer's output to.
+            attentions: a list to append every layer's attention probabilities to, [B, N, S, S] before dropout.
         """
         if not layers:
             return hidden_BSD
@@ -179,11 +179,11 @@ torch.export.register_dataclass(DebertaOutput)
 
 
 class DebertaModel(ExplainsNumberFormats):
-    """The backbone of every generation.
+    """The backbone of every generation: embeddings and encoder.
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters (see `initialisation`); None leaves them to the caller.
+        config: sizes and switches; which modules there are.
+        seed: decides the initial parameters (see `initialisation`); None leaves that to the caller.
     """
 
     def __init__(self, config: DebertaConfig, *, seed: int | None = 0) -> None:
@@ -219,12 +219,13 @@ class DebertaModel(ExplainsNumberFormats):
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
-            token_type_ids: int64 [B, S]; absent: all 0. Ignored by models without type embeddings.
-            position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1. Used with position_biased_input only.
+            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying which tokens token i sees. None: all
+                tokens are real.
+            token_type_ids: int64 [B, S]; None: all 0. Ignored by models without type embeddings.
+            position_ids: absolute positions, int64 [B, S]; None: 0 .. S-1. Used with position_biased_input only.
             output_hidden_states: also return the embeddings and every layer's output.
-            output_attentions: also return the attention probabilities.
-            dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+            output_attentions: also return every layer's attention probabilities, which only the reference attention has.
+            dropout_key: determines all dropout masks of the call. None: torch's random state does.
         """
         mask = visibility(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         embedded_BSD = self.embed(
@@ -261,9 +262,9 @@ class DebertaModel(ExplainsNumberFormats):
         dropout_key: int | None,
         table: SharedTable | None = None,
     ) -> Tensor:
-        """Input of layer 0, [B, S, D], zero where ``mask`` has padding; the others as in `forward`.
+        """Input of layer 0, [B, S, D], zero where ``mask`` has padding. For the other parameters see `forward`.
 
-        ``table`` is the word embeddings where others use them too.
+        ``table`` are the word embeddings, where the head uses them too.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
@@ -279,9 +280,9 @@ class DebertaModel(ExplainsNumberFormats):
         )
 
     def require_positions(self, length: int, *, added: bool) -> None:
-        """Refuses a sequence for which absolute positions are added but missing; on a GPU the look-up would abort.
+        """Refuses a sequence with fewer absolute positions than tokens, if they are ``added``: on a GPU the look-up aborts.
 
-        A program that is exported does not: the comparison would narrow the lengths it may be exported for.
+        Not while a program is exported: the comparison would restrict the lengths that the program accepts.
         """
         if torch.compiler.is_exporting():
             return
@@ -292,7 +293,7 @@ class DebertaModel(ExplainsNumberFormats):
             )
 
     def keep_layers(self, layers: Collection[int]) -> None:
-        """Sets to None what ``layers`` do not use; `DebertaForMaskedLM.keep_layers` says what that is."""
+        """Sets the modules to None that ``layers`` do not use; see `DebertaForMaskedLM.keep_layers`."""
         last = self.encoder.num_layers - 1
         for number in range(self.encoder.num_layers):
             if number not in layers:

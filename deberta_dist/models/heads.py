@@ -28,22 +28,23 @@ from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import known_cross_entropy
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.values import HeadKind
 
 
 class DebertaForTokenClassification(LabelledModel):
     """A class for every token: classifier(dropout(h)), no pooler.
 
     Args:
-        config: sizes and switches.
-        num_labels: classes.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the encoder.
+        num_labels: L, number of classes and rows of the classifier.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: huggingface/transformers v5.23.0, the classes of this name.
     """
 
     def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
         super().__init__(config)
-        # The rate of the layers: ``cls_drop_out`` is of pooled heads alone.
+        # The layers' rate: Hugging Face applies ``cls_drop_out`` only to heads with a pooler.
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.CLASSIFIER_SITE)
         self.classifier = Linear(config.hidden_size, num_labels)
         initialise_(self, seed=seed, std=config.initializer_range)
@@ -63,8 +64,8 @@ class SpanOutput:
 
     Attributes:
         loss: mean of the losses of both ends, float32; None without positions.
-        start_logits: [B, S].
-        end_logits: [B, S].
+        start_logits: score of every token as the first of the answer, [B, S].
+        end_logits: score of every token as the last of the answer, [B, S].
     """
 
     loss: Tensor | None
@@ -79,8 +80,8 @@ class DebertaForQuestionAnswering(ModelWithBackbone):
     """First and last token of an answer: qa_outputs(h), two numbers for every token; neither pooler nor dropout.
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the encoder.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: huggingface/transformers v5.23.0, the classes of this name.
     """
@@ -105,8 +106,8 @@ class DebertaForQuestionAnswering(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            start_positions: int64 [B], tokens; negative or beyond the sequence where the answer is not in it.
-            end_positions: likewise.
+            start_positions: first token of the answer, int64 [B]; negative or beyond the sequence if the answer is not in it.
+            end_positions: last token of the answer, of the same form.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
 
@@ -135,8 +136,8 @@ class DebertaForMultipleChoice(DebertaForSequenceClassification):
     Inputs are [B, C, S], C choices; logits are scores [B, C].
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of encoder and pooler.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: huggingface/transformers v5.23.0, ``DebertaV2ForMultipleChoice``; v1 has no such class there.
     """
@@ -180,7 +181,7 @@ PRETRAINED_HEADS: Mapping[str, Callable[..., ModelWithBackbone]] = MappingProxyT
     {MASKED_LM: DebertaForMaskedLM, REPLACED_TOKENS: DebertaForReplacedTokenDetection}
 )
 """Heads of pre-training."""
-LABELLED = ("sequence", "token")
+LABELLED: tuple[HeadKind, ...] = ("sequence", "token")
 """Heads with a row for every label; the others have as many rows as they need."""
 
 
@@ -212,8 +213,8 @@ def class_loss(logits: Tensor, labels: Tensor, *, what: str) -> Tensor:
     """Mean cross-entropy in float32 over labels that are not negative; 0 where none is.
 
     Args:
-        logits: [..., L].
-        labels: int64 [...].
+        logits: unnormalised scores of L classes, [..., L].
+        labels: number of the right class, int64 [...]; negative where unknown.
         what: what the labels are called in messages.
 
     Raises:

@@ -1,9 +1,9 @@
-"""The word embeddings as both their users see them: the look-up of the input, and the product that makes logits.
+"""The word embeddings as both their users see them: the look-up of the input, and the product that computes the logits.
 
-The product's gradient is as large as the table. A look-up's gradient is a few rows of it; torch makes a second table of
-zeros for them and a third one for the sum. Here the rows wait and are added in place to the product's, which saves two
-tables of memory and, on a CPU, more time than the product takes. Where the table has a ``main_grad``
-(`models.joint_linear`), both users add to that and there is no other table.
+The product's gradient is as large as the table. The look-up's gradient is a few rows of it, but torch allocates a second
+table of zeros for them and a third for the sum. Here the rows wait and are added in place to the product's gradient, which
+saves two tables of memory and, on a CPU, more time than the product takes. If the table has a ``main_grad``
+(`models.fused_qkv`), both users add to that, and there is no other table.
 
 Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
 """
@@ -26,11 +26,12 @@ class SharedTable:
     """A table for one forward pass.
 
     Args:
-        weight_VW: The parameter.
-        main_grad: Where its gradient is added up, if not by autograd.
+        weight_VW: The word embeddings' parameter.
+        main_grad: The sum that its gradient is added to. None: autograd has it.
 
     Attributes:
-        weight_VW: The same numbers, for any use that gives a gradient of the whole table which it alone holds.
+        weight_VW: The same values, for one use whose gradient is a whole table that nothing else refers to: the waiting
+            rows are added to that table in place.
     """
 
     def __init__(self, weight_VW: Tensor, *, main_grad: Tensor | None = None) -> None:
@@ -46,9 +47,9 @@ class SharedTable:
 
 
 def look_up(ids_BS: Tensor, words: nn.Module, table: SharedTable | None) -> Tensor:
-    """What the word embeddings ``words`` give for ids, [B, S, W]: out of ``table``, their weight, where they are plain.
+    """Word embeddings of ids, [B, S, W]: from ``table``, their weight, if ``words`` is a plain module.
 
-    A part of them that our own class holds takes the table along.
+    A vocabulary-parallel embedding takes the table as an argument.
     """
     if table is None or not is_plain(words):
         return words(ids_BS)

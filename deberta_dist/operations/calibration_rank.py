@@ -1,8 +1,8 @@
-"""One rank of the layouts benchmark: does what it is told, with its peers, and says how long it took.
+"""One rank of a calibration or of the layouts benchmark: executes commands with its peers and answers with the times.
 
-Started by ``layouts.py`` as ``python -m deberta_dist.operations.calibration_rank FOLDER`` with a launcher's variables. Commands
-come as JSON, one a line, the same to all ranks of a world; each answers with one line. Ranks that wait for a command
-take no processor time.
+Started by ``calibration_world.py`` as ``python -m deberta_dist.operations.calibration_rank FOLDER`` with a launcher's variables.
+Commands come as JSON, one per line, the same for all ranks of a world; each rank answers with one line. Ranks that wait for a
+command use no processor time.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
 WARM_UP_STEPS = 2
 # All-reduces between two readings of the clock.
 REDUCES = 8
-# Bytes of the messages that latency and bandwidth are found with, by kind.
+# Kind of message -> bytes of the two messages from which latency and bandwidth follow.
 MESSAGES = {
     "all_reduce": (1024, 1 << 18),
     "send": (1024, 1 << 18),
@@ -62,17 +62,17 @@ class LayoutCase:
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """The three sizes as on the command line, e.g. 2x1x2."""
         return f"{self.tensor}x{self.pipeline}x{self.data}"
 
     @property
     def processes(self) -> int:
-        """Of the layout."""
+        """World size of the layout."""
         return self.tensor * self.pipeline * self.data
 
 
 def model_config() -> DebertaConfig:
-    """Large enough that products, and not Python, take most of a step; eight layers of four heads."""
+    """A model of eight layers with four heads each, large enough that products and not Python take most of a step."""
     return dataclasses.replace(
         preset("tiny-v2"),
         hidden_size=192,
@@ -83,10 +83,10 @@ def model_config() -> DebertaConfig:
 
 
 def plan_of(case: LayoutCase) -> Plan:
-    """Who holds what, as a run would plan it.
+    """The plan of a run with this layout.
 
     Raises:
-        ConfigError: the model cannot be cut like this.
+        ConfigError: the model cannot be divided like this.
     """
     model = model_config()
     config = RunConfig(

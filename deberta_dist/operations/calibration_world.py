@@ -1,4 +1,4 @@
-"""The processes of the layouts benchmark, as the one that asks them sees them: see ``layouts.py``."""
+"""The processes of a calibration or of the layouts benchmark, seen from the process that commands them."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from deberta_dist.operations.ranks import launcher_environment
 
 
 class World:
-    """The processes of one world size, waiting for commands.
+    """The processes of one world size, waiting for commands (``calibration_rank``).
 
     Args:
-        count: How many.
-        folder: Where they meet and leave what they print.
-        deadline: On the monotonic clock.
+        count: World size.
+        folder: Their file rendezvous and logs are written here.
+        deadline: Time on the monotonic clock after which `ask` fails.
     """
 
     def __init__(self, count: int, *, folder: Path, deadline: float) -> None:
@@ -36,10 +36,10 @@ class World:
             )
 
     def ask(self, do: str, **options: Any) -> list[Any]:
-        """What every rank answers, by rank.
+        """Sends a command to all ranks; returns their answers, by rank.
 
         Raises:
-            BenchmarkError: a rank ended, or gave no answer in time.
+            BenchmarkError: a rank ended, or did not answer before the deadline.
         """
         for rank, process in enumerate(self._processes):
             assert process.stdin is not None, "a pipe"
@@ -63,7 +63,7 @@ class World:
         return [answers[rank] for rank in range(len(answers))]
 
     def end(self) -> None:
-        """Kills the processes, whatever they do."""
+        """Kills the processes and waits for them."""
         for process in self._processes:
             process.kill()
         for process in self._processes:

@@ -1,4 +1,4 @@
-"""Starts the processes of a benchmark that needs several, waits for all of them, and collects what they found."""
+"""Starts the processes of a benchmark, waits for all of them, and collects their results."""
 
 import json
 import os
@@ -36,14 +36,14 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
     """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
 
     Args:
-        module: Its main program, which reads a launcher's variables; the ranks meet in FOLDER.
-        plan: Written to ``FOLDER/plan.json`` with ``timeout_seconds``.
-        processes: How many.
-        timeout: Seconds for everything.
-        uses_gpus: Whether they may see the GPUs.
+        module: Its main program, which reads a launcher's variables; FOLDER also has the ranks' file rendezvous.
+        plan: Settings for the ranks, written to ``FOLDER/plan.json`` with ``timeout_seconds``.
+        processes: World size.
+        timeout: Seconds after which all are killed and the call fails.
+        uses_gpus: Whether GPUs are visible to them.
 
     Raises:
-        BenchmarkError: a rank ended with an error, or there was no end in time.
+        BenchmarkError: a rank ended with an error, or had not ended in time.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
         folder = Path(name)
@@ -63,7 +63,7 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
 
 
 def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) -> dict[str, str]:
-    """What a launcher on this machine would set for a rank that runs modules of this package."""
+    """Environment that a launcher on this machine would set for a rank that runs modules of this package."""
     hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     found = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
     find_package(found)
@@ -91,7 +91,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], *, folder: Path, deadline: f
             break
         if time.monotonic() > deadline:
             late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
-            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
+            raise BenchmarkError(f"rank {late} had not ended after --timeout: {_last_words(folder, late)}")
         time.sleep(0.1)
     for rank, process in enumerate(ranks):
         if process.poll():

@@ -1,7 +1,7 @@
-"""What one micro-batch on one stage keeps for its backward pass: measured, not guessed.
+"""Bytes that one micro-batch on one stage saves for its backward pass, measured rather than estimated.
 
-Every stage runs forward and backward once on the meta device, with one tensor-parallel rank's share of heads,
-feed-forward and vocabulary, while the bytes of live storages are counted. Called by ``memory.py``.
+Every stage runs forward and backward once on the meta device, with one tensor rank's share of heads, FFN and vocabulary, while
+the bytes of live storages are counted. Called by ``memory.py``.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ from deberta_dist.training.step_batch import StepBatch
 
 @dataclass(frozen=True)
 class StageActivations:
-    """One micro-batch on one stage, bytes.
+    """Bytes of one micro-batch on one stage.
 
     Attributes:
-        saved: Kept from forward to backward (without the received input and without ``logits``).
-        logits: Kept by the head on the last stage; 0 on the others.
-        working: On top of what is kept, at the highest moment of the forward and backward passes: temporaries,
-            gradients of activations, what recomputation makes again.
+        saved: Saved from forward to backward, without the received input and without ``logits``.
+        logits: Saved by the head on the last stage; 0 on the others.
+        working: Beyond the saved bytes, at the peak of the forward and backward passes: temporaries, gradients of
+            activations, recomputed activations.
     """
 
     saved: int
@@ -50,15 +50,15 @@ class StageCase:
     """What is measured: one micro-batch on one stage.
 
     Attributes:
-        layers: Of the stage.
-        tensor_parallel_size: Ranks that share them.
-        batch_shape: (B, S), sequences and tokens.
-        targets_per_sequence: Tokens to predict.
-        dtype: Compute dtype.
-        recompute: ``training.recompute``.
-        document_boundaries: Whether batches carry document ids.
-        vocabulary_chunks: ``training.vocabulary_chunks``.
-        sequence_parallel: Whether those ranks split the sequence.
+        layers: Numbers of the stage's layers.
+        tensor_parallel_size: Number of ranks that every layer is divided over.
+        batch_shape: (B, S), sequences and tokens of a micro-batch.
+        targets_per_sequence: Number of tokens to predict in each sequence.
+        dtype: Compute dtype, of weights and hidden states.
+        recompute: ``training.recompute``: "none", "selective" or "full".
+        document_boundaries: Whether batches have document ids.
+        vocabulary_chunks: Chunks that the logits are computed in, ``training.vocabulary_chunks``.
+        sequence_parallel: Whether the tensor ranks divide sequences as well.
     """
 
     layers: range
@@ -75,10 +75,10 @@ class StageCase:
 def stage_activations(network: TrainedNetwork, case: StageCase) -> StageActivations:
     """Measures one micro-batch on one stage of a network.
 
-    Where a stage sits among others does not matter, only whether it is the first or the last; and all its layers
-    but those at the ends are alike. So of a long stage 3 and 4 layers are measured and the others are as the fourth.
-    The backward pass is highest at its start, however many layers there are, or at its end in the embeddings, when
-    the layers above hold nothing any more; then a stage that is not the first tells what its start takes.
+    The position of a stage in the pipeline does not matter, except for being first or last, and all its inner layers are
+    alike. So a long stage is measured with 3 and 4 layers, and each further layer counts as the fourth. A backward pass peaks
+    either at its start, whatever the number of layers, or at its end in the embeddings, when the layers above hold nothing any
+    more; in the second case a stage that is not the first shows the peak at the start.
     """
     config, layers = network.config, case.layers
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
@@ -89,7 +89,7 @@ def stage_activations(network: TrainedNetwork, case: StageCase) -> StageActivati
         here = dataclasses.replace(case, layers=range(start, start + count))
         return _measure(dataclasses.replace(network, config=shorter), here)
 
-    # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
+    # A whole model on one stage holds more than its parts: the head's gradient of the shared table waits for the embeddings'.
     if len(layers) <= 4 or (is_first and is_last):
         return measure(len(layers))
     three, four = measure(3), measure(4)
@@ -109,11 +109,11 @@ def _measure(network: TrainedNetwork, case: StageCase) -> StageActivations:
         model.vocabulary_chunks = case.vocabulary_chunks
     own_length = length // case.tensor_parallel_size if case.sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
-    # Which tokens are targets decides shapes, so they are found on the host.
+    # Targets are found on the host: their values decide shapes, and meta tensors have no values.
     labels = torch.zeros(batch, length, dtype=torch.int64)
     labels[:, : case.targets_per_sequence] = 1
     targets = find_targets(labels > 0, labels).to(torch.device("meta"))
-    model.deberta.encoder.relative_positions(torch.device("meta"))  # kept for all micro-batches
+    model.deberta.encoder.relative_positions(torch.device("meta"))  # cached for all micro-batches, so not counted in one
     with torch.device("meta"):
         tokens = [torch.empty(batch, length, dtype=torch.int64) for _ in range(4)]
         made = StepBatch(
@@ -150,7 +150,7 @@ def _measure(network: TrainedNetwork, case: StageCase) -> StageActivations:
 
 
 def local_config(config: DebertaConfig, *, tensor_parallel_size: int) -> DebertaConfig:
-    """The shapes that one tensor-parallel rank has, as those of a whole model."""
+    """A configuration whose whole model has the shapes of one tensor rank's slices."""
     size = tensor_parallel_size
     return dataclasses.replace(
         config,
@@ -170,9 +170,9 @@ def local_model(
     recompute: str = "none",
     sequence_parallel: bool = False,
 ) -> Any:
-    """A model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
+    """A model on the meta device with the shapes of one tensor rank, ready to run forward and backward.
 
-    It lacks the copies that all-reduces work on; they are gone at once. Sequence parallelism is the real one, but that
+    It lacks the copies made for all-reduces, which live only for a moment. Sequence parallelism is the real code, except that
     nothing is sent.
     """
     local = local_config(network.config, tensor_parallel_size=tensor_parallel_size)
@@ -207,7 +207,7 @@ def _hidden(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made while it is entered: bytes that live ``now`` and at the ``peak``."""
+    """Counts bytes of the storages created while it is entered: those alive ``now``, and the ``peak`` of that."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested containers: a planner measures hundreds of thousands of operations, so no general tree."""
+    """The tensors in nested containers. Not torch's pytree: a search dispatches hundreds of thousands of operations here."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -250,7 +250,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _DropoutOnMeta(Dropout):
-    """Makes and keeps what the real one does; the meta device has no random generator."""
+    """Allocates and saves what Dropout does, without drawing: the meta device has no random generator."""
 
     plain_forward = Dropout.forward
 
@@ -259,20 +259,20 @@ class _DropoutOnMeta(Dropout):
 
 
 class _RanksOnMeta(SequenceRanks):
-    """Tensor-parallel ranks that make the buffers of their messages and send nothing; this is the second of them."""
+    """Tensor ranks that allocate the buffers of their messages and send nothing; seen from rank 1."""
 
     def __init__(self, size: int) -> None:
         self.rank, self.size = 1, size
 
-    def all_gather(self, parts: Tensor, part: Tensor) -> None:
+    def all_gather(self, shards: Tensor, shard: Tensor) -> None:
         pass
 
-    def reduce_scatter(self, part: Tensor, parts: Tensor) -> None:
+    def reduce_scatter(self, shard: Tensor, shards: Tensor) -> None:
         pass
 
 
 class _ReducedEmbedding(nn.Embedding):
-    """A slice of the vocabulary, as large as a rank's; ``reduce`` is set by ``split_sequence``."""
+    """An embedding with as many rows as a tensor rank has; ``split_sequence`` sets ``reduce``."""
 
     def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
         found = super().forward(input_ids) if table is None else table.rows(input_ids, padding_idx=self.padding_idx)

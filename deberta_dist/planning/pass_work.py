@@ -1,8 +1,8 @@
-"""What one micro-batch on one stage asks of a device: products, bytes through memory, operations started.
+"""The work of one micro-batch on one stage: products, bytes through memory, operations started.
 
-The products are those of ``flops.py``; the backward pass makes each twice, and recomputation some once more. Everything
-else is passes over tensors, counted as bytes read and written by every operation that is no product and no view:
-with B sequences of S tokens, t tensor-parallel ranks, dropout and the letters of ``flops.py``, per layer::
+The products are those of ``models/flops.py``; the backward pass computes two for each, and recomputation repeats some.
+Everything else is passes over tensors: bytes read and written by every operation that is neither a product nor a view. With B
+sequences of S tokens, t tensor ranks, dropout and the letters of ``flops.py``, per layer::
 
     forward    w B S (24 D +  7 A / t + 2.5 F / t) + w R ( 9 A / t +   7 D) + 41 * 4 B N / t S S
     backward   w B S (28 D + 31 A / t +   4 F / t) + w R (43 A / t + 8.5 D) + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
@@ -43,12 +43,12 @@ LOGIT_PASSES = (7.5, 11.0)
 
 @dataclass(frozen=True)
 class Work:
-    """One pass.
+    """The work of one pass.
 
     Attributes:
-        products: FLOPs of matrix products.
-        bytes: Read and written by all else.
-        calls: Operations that the host starts.
+        products: FLOPs in matrix products.
+        bytes: Bytes read and written by all other operations.
+        calls: Number of operations that the host starts.
     """
 
     products: float = 0.0
@@ -64,7 +64,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the formulas count with: elements of a micro-batch on one tensor-parallel rank."""
+    """Numbers of elements of a micro-batch's tensors on one tensor rank, in the formulas' terms."""
 
     hidden: float
     heads: float
@@ -102,7 +102,7 @@ def stage_work(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -
     ordinary = len(layers) - decodes
     total_forward, total_backward = forward * ordinary, (backward + again + sums) * ordinary
     if decodes:
-        # Two passes over the targets instead of one over the tokens; keys and values are made once.
+        # Two passes over the targets instead of one over all tokens; keys and values are computed once.
         rows = NUM_DECODER_PASSES * expected_targets(config) / length
 
         def decoding(part: Work, share: float) -> Work:

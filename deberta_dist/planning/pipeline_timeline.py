@@ -1,8 +1,8 @@
-"""When every stage of a pipeline works on which micro-batch: a step played through, pass by pass.
+"""When each pipeline rank works on which micro-batch: a step simulated pass by pass.
 
-``orders`` says what each pipeline rank does in which order, as torch's schedules do (tests compare); ``play`` lets time
-run: a pass starts when its rank is free and what it needs has arrived. Nothing here is a formula of the bubble.
-Called by ``step_cost.py``.
+``orders`` lists the passes of each pipeline rank in the order of torch's schedules (tests compare); ``play`` simulates time: a
+pass starts when its rank is free and its inputs have arrived. There is no formula for the bubble: it follows. Called by
+``step_cost.py``.
 """
 
 import heapq

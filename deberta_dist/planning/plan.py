@@ -1,7 +1,7 @@
-"""A checked run: configuration, model, cost and layout, found wrong or right before any process group exists.
+"""A checked run: configuration, model, cost and layout, checked before any process group exists.
 
-Every rank checks the same things from the same files, so either all go on or all stop, each by itself. Nothing of
-a run's data is read here.
+Every rank makes the same checks on the same files, so without communication all continue or all stop. A run's data is not
+read here.
 """
 
 import dataclasses
@@ -62,13 +62,13 @@ class Plan:
     """A checked configuration with what follows from it.
 
     Attributes:
-        config: Resolved.
-        deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model of ``[model]``.
-        objective: What is trained.
-        layouts: Who holds what of each of its networks.
-        network_flops: Their cost per token in sequences of ``data.max_seq_length``.
-        deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
+        config: The TOML with overrides, every "auto" resolved.
+        deepspeed: The DeepSpeed JSON, every "auto" filled in.
+        model_config: ``[model]`` resolved: preset or file, with overrides.
+        objective: The networks to train.
+        layouts: Layout of each network.
+        network_flops: FLOPs of each network per token, in sequences of ``data.max_seq_length``.
+        deepspeed_notes: One line for each value that is left to DeepSpeed.
     """
 
     config: RunConfig
@@ -92,12 +92,12 @@ class Plan:
 
     @property
     def layout(self) -> Layout:
-        """Of the network whose weights are the run's result."""
+        """Layout of the network whose weights are the run's result."""
         return self.layouts[self.objective.main]
 
     @property
     def flops(self) -> ForwardFlops:
-        """Of the network whose weights are the run's result."""
+        """FLOPs of the network whose weights are the run's result."""
         return self.network_flops[self.objective.main]
 
     @property
@@ -107,7 +107,7 @@ class Plan:
 
     @property
     def training_flops(self) -> float:
-        """Of all networks, forward and backward, per token."""
+        """FLOPs per token of all networks, forward and backward."""
         return sum(flops.training for flops in self.network_flops)
 
     @property
@@ -174,7 +174,7 @@ def plan_networks(config: RunConfig, deepspeed: dict[str, Any], *, model_config:
 
 
 def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:
-    """Under sequence parallelism the convolution looks at neighbouring parts alone."""
+    """With sequence parallelism the convolution reaches only the neighbouring ranks' tokens."""
     if not config.parallel.sequence_parallel:
         return
     size, taps = config.parallel.tensor_parallel_size, model_config.conv_kernel_size
@@ -198,7 +198,7 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
     """The model that ``[model]`` describes.
 
     Raises:
-        ConfigError: an unknown preset or field, a missing or invalid file.
+        ConfigError: an unknown preset or field, or a missing or invalid file.
     """
     section = config.model
     try:

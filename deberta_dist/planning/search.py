@@ -1,9 +1,9 @@
-"""Searches the layouts of a run for the fastest ones that a machine can hold.
+"""Searches the layouts of a run for the fastest ones that fit into a machine's memory.
 
-Every combination of tensor, pipeline and data size, micro-batch size, schedule, recomputation and offload that the checks
-of a run let pass is a candidate. In the order of the least a candidate can take (``step_cost.least_seconds``, without
-any waiting) its memory is found as the dry run finds it and its pipeline played through, until no candidate left can be
-better: nothing is lost by what is not looked at. Called by ``tools/plan_layout.py``.
+Candidates are all combinations of tensor, pipeline and data parallel size, micro-batch size, schedule, recompute mode and
+offload that pass the checks of a run. They are taken in the order of a lower bound on their step time
+(``step_cost.least_seconds``, which has no waiting). For each, memory is computed as in the dry run and the pipeline simulated,
+until no remaining candidate can be faster; so the result is exact. Called by ``deberta-dist plan``.
 """
 
 import dataclasses
@@ -35,15 +35,18 @@ from deberta_dist.values import INTERLEAVED, RECOMPUTE, PipelineSchedule
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried.
+    """The combinations to try.
 
     Attributes:
-        deepspeed: DeepSpeed JSONs: with and without offload.
-        tensor, pipeline: Sizes; None is every one that divides the processes.
-        micro_batch: Sizes; None is every one that divides a replica's sequences, up to ``largest_micro_batch``.
-        largest_micro_batch: Sequences.
-        recompute, schedules: As in ``[training]`` and ``[parallel]``.
-        stages_per_rank: Of interleaved schedules.
+        deepspeed: Paths of DeepSpeed JSONs, e.g. with and without offload.
+        tensor: Tensor parallel sizes; None for all that divide the world size.
+        pipeline: Pipeline parallel sizes; None for all that divide the rest.
+        micro_batch: Sequences per micro-batch; None for all divisors of a data rank's sequences up to
+            ``largest_micro_batch``.
+        largest_micro_batch: Most sequences per micro-batch.
+        recompute: Values of ``training.recompute``.
+        schedules: Values of ``parallel.schedule``.
+        stages_per_rank: Values of ``parallel.stages_per_rank`` for interleaved schedules.
     """
 
     deepspeed: tuple[Path, ...]
@@ -75,10 +78,10 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-        choices: The best variant of each (tensor, pipeline, data), fastest first.
-        candidates: How many there were.
-        measured: How many of them had their memory found.
-        smallest: The smallest peak that was found among those that do not fit (bytes), None where all did.
+        choices: The fastest variant of each (tensor, pipeline, data), fastest first.
+        candidates: Number of candidates.
+        measured: Number of candidates whose memory was computed.
+        smallest: Smallest peak (bytes) among those that do not fit; None if all fit.
     """
 
     choices: list[RankedLayout]
@@ -97,7 +100,7 @@ def search(
     count: int,
     make_objective: MakeObjective = masked_lm,
 ) -> SearchResult:
-    """The fastest layouts.
+    """Finds the fastest layouts.
 
     Args:
         config: As loaded; what ``space`` tries is replaced in it.
@@ -149,7 +152,7 @@ def _can_be_fused(model: DebertaConfig) -> bool:
         num_buckets=model.position_buckets, max_distance=model.max_relative_distance, device=torch.device("cpu")
     )
     key_BNSH = torch.empty(1, model.num_attention_heads, 1, model.head_size, dtype=torch.bfloat16, device="meta")
-    # Padding and documents reach it as numbers of tokens, which it takes.
+    # Padding and documents reach the kernels as segments, which they support.
     return unsupported_reason(key_BNSH, positions=positions, mask=None) is None
 
 
@@ -213,7 +216,7 @@ def _sizes(start: Plan, *, world_size: int, space: Space) -> Iterator[tuple[int,
 def _schedules(start: Plan, sizes: tuple[int, int, int], micro_batches: int, space: Space) -> Iterator[Parallel]:
     tensor, pipeline, data = sizes
     kinds = [(schedule, 1) for schedule in space.schedules if schedule != INTERLEAVED]
-    # torch runs an interleaved schedule in rounds of as many micro-batches as there are ranks.
+    # torch's interleaved schedule works in rounds, which have to divide the micro-batches.
     if INTERLEAVED in space.schedules and pipeline > 1 and micro_batches % max(1, micro_batches // pipeline) == 0:
         fitting = [loops for loops in space.stages_per_rank if pipeline * loops <= _least_layers(start)]
         kinds += [(INTERLEAVED, loops) for loops in fitting]
@@ -272,5 +275,5 @@ def _layout_of(
 
 
 def restricted(space: Space, **changed: Any) -> Space:
-    """``space`` with what is not None among ``changed``."""
+    """``space`` with the attributes of ``changed`` that are not None."""
     return dataclasses.replace(space, **{key: value for key, value in changed.items() if value is not None})

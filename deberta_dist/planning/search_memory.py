@@ -1,7 +1,7 @@
-"""Which candidates of a search have room: the dry run's memory, asked for as seldom as can be.
+"""Which candidates of a search fit: the dry run's memory, computed as seldom as possible.
 
-Finding a peak takes a second where its activations have not been measured yet, so what is known to be too large is never
-measured: by its weights, by one layer's activations, or since less of the same was too large. Called by ``search.py``.
+Computing a peak takes a second if its activations have not been measured yet. So a candidate is skipped if it cannot fit
+because of its weights, of one layer's activations, or of a smaller candidate that did not. Called by ``search.py``.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ class RankedLayout:
     """A layout that can run and fits.
 
     Attributes:
-        plan: Checked as a run checks it.
-        cost: Of a step.
-        peak: Bytes on the device of the fullest rank.
-        host: Bytes on the host of the rank with most, under offload.
-        sent: Bytes that the busiest rank communicates per step, as the dry run counts them.
+        plan: Passes the checks of a run.
+        cost: Seconds of a step, by part.
+        peak: Peak bytes on the device, of the fullest rank.
+        host: Bytes of the optimizer on the host, of the fullest rank; 0 without offload.
+        sent: Bytes that the busiest rank communicates per step, counted as in the dry run.
     """
 
     plan: Plan
@@ -64,7 +64,7 @@ class MemorySearch:
         return max(map(sum, zip(floors[0], activations, strict=True))) <= self._limit
 
     def find(self, plan: Plan, cost: StepCost, *, world_size: int) -> RankedLayout | None:
-        """The choice that a plan is, None where it does not fit."""
+        """The plan with its peak, or None if it does not fit."""
         self.measured += 1
         # Before all ranks of all networks, the first rank while the first network runs.
         first, *others = plan.layouts
@@ -91,7 +91,7 @@ def _offloads(deepspeed: Mapping[str, Any]) -> bool:
 
 
 def _keys(plan: Plan) -> list[tuple[Any, ...]]:
-    """What does not fit under these does not fit here: the same with offload is never larger."""
+    """Keys of candidates that are never larger: if one does not fit, this one does not. Offload only makes one smaller."""
     parallel = plan.config.parallel
     same = (
         parallel.tensor_parallel_size,
@@ -104,7 +104,7 @@ def _keys(plan: Plan) -> list[tuple[Any, ...]]:
 
 
 def _room(plan: Plan) -> tuple[int, int]:
-    """(sequences in a micro-batch, sequences that the first rank's stages keep together)."""
+    """(sequences in a micro-batch, sequences in flight on all stages of the first rank)."""
     size = plan.config.training.micro_batch_size
     return size, size * max(sum(counts) for counts, _ in _moments(plan))
 

@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step of a layout on a machine: arithmetic, and the pipeline played through.
+"""Seconds of one optimizer step of a layout on a machine: arithmetic, and a simulation of the pipeline.
 
     step = before + pipeline + after + once, added up over the networks of the objective
 
@@ -45,12 +45,15 @@ class StepCost:
     """One step, seconds; costs of networks add up.
 
     Attributes:
-        before, pipeline, after, once: As in the module's text.
-        ideal: Of ``pipeline``, what the busiest rank is at work.
-        tensor: Of ``ideal``, all-reduces over the tensor axis.
+        before: Seconds before the pipeline; see the module for these first four.
+        pipeline: Seconds of all micro-batches.
+        after: Seconds after the pipeline.
+        once: Seconds that do not depend on the model.
+        ideal: The part of ``pipeline`` in which the busiest rank works.
+        tensor: The part of ``ideal`` that is all-reduces over the tensor axis.
         bubble: Share of ``pipeline`` in which a pipeline rank waits, the mean over them.
-        utilisation: FLOPs of the model over what the parts could do at their peak in the whole step; 0 where no peak is
-            known. Recomputation is no work.
+        utilisation: MFU: the model's FLOPs over the devices' peak in the whole step; 0 if no peak is known. Recomputation
+            does not count.
     """
 
     before: float
@@ -82,7 +85,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class StagePasses:
-    """One micro-batch on one stage, seconds without neighbours: forward, backward, and what of both is all-reduces."""
+    """Seconds of one micro-batch on one stage: forward, backward, and the part of both that is all-reduces."""
 
     forward: float
     backward: float
@@ -120,10 +123,10 @@ def _stage_passes(part: NetworkPlan, machine: Machine, layers: range) -> StagePa
 
 
 def work_seconds(work: Work, machine: Machine) -> float:
-    """Seconds of a pass's work on a device, or on a core, of its own.
+    """Seconds of a pass's work on a device, or a core, of its own.
 
-    Products at the rate that they reach, then passes over memory. A host that runs ahead of its device costs nothing
-    until it is the slower of the two; where they are one (a CPU), its calls come on top.
+    Products at their rate, then passes over memory. A host that runs ahead of its device only counts if it is the slower of
+    the two; if they are one (a CPU), its calls are added.
     """
     device = work.products / machine.product_rate + work.bytes / machine.memory_bandwidth
     calls = work.calls * machine.seconds_per_call

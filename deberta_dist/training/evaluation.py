@@ -14,7 +14,7 @@ from deberta_dist.training.length import write_numbers
 from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
-# Tokens of the training text that the unigram yardstick is fitted on at most.
+# Most tokens of the training text that the unigram model is fitted on.
 UNIGRAM_TOKENS = 100_000_000
 
 
@@ -32,14 +32,14 @@ def evaluate(
 
 
 def num_evaluation_sequences(plan: Plan, validation: MaskedLMDataset) -> int:
-    """What is asked for, or all there are."""
+    """``evaluation.num_sequences``, or all sequences if there are fewer."""
     return min(plan.config.evaluation.num_sequences, validation.num_samples)
 
 
 def rank_batch(
     data: MaskedLMDataset | BlendedDataset | BucketedDataset, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None
 ) -> Batch:
-    """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
+    """This data rank's rows of the global batch that starts at sample ``start``; rows from ``stop`` on have no targets."""
     rows = plan.config.training.global_batch_size // mesh.shape.data
     first = start + mesh.mesh_rank.data * rows
     batch = data.batch(first, rows)
@@ -78,7 +78,7 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         f"entropy of these targets (best without any context)     loss {unigram.entropy:.4f}\n"
         f"run directory            {directory}\n"
         "  metrics.jsonl          one JSON object per step\n"
-        "  checkpoints/           what an interrupted run continues from\n"
+        "  checkpoints/           an interrupted run resumes from the newest\n"
         "  weights/               config.json and model.safetensors, published names, float32\n"
         "  run_config.toml, deepspeed.json   everything this run was started with"
     )

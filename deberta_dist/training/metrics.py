@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one JSON object per step on disk, one line now and then on screen."""
+"""The log of a run: one JSON object per step on disk, and a line every few steps on screen."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from deberta_dist.training.trainer import EvaluationResult
 METRICS_NAME = "metrics.jsonl"
 _LONGEST_LINE = 2**20
 
-# By name of a source: epoch, index in it, num_samples per epoch.
+# Name of a source -> its epoch, the index in the epoch, and num_samples, the samples of an epoch.
 Position = Mapping[str, Mapping[str, int]]
 
 
@@ -58,10 +58,10 @@ class NetworkMetrics:
 
 
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and prints; on ranks other than 0 both do nothing.
+    """Writes ``metrics.jsonl`` and prints; on ranks other than 0 it does neither.
 
     Args:
-        directory: Of the run; ``metrics.jsonl`` in it is continued where it is there.
+        directory: The run directory; an existing ``metrics.jsonl`` is appended to.
         is_writer: True on global rank 0.
         max_steps: Length of the run (optimizer steps), for the time left.
         print_every: Steps between lines on screen.
@@ -101,9 +101,9 @@ class MetricsLog:
             self.say(self._line(metrics, networks, padding=more.get("padding")))
 
     def left_out(self, *, step: int, consumed_samples: int) -> None:
-        """Records a step whose batch was dropped unread."""
+        """Records a step that was left out: its batch was dropped."""
         self._write({"step": step, "left_out": True, "consumed_samples": consumed_samples})
-        self.say(f"step {step}: left out, its batch is not learned from; weights unchanged")
+        self.say(f"step {step}: left out, its batch is dropped; weights unchanged")
 
     def evaluation(self, *, step: int, networks: Mapping[str, EvaluationResult]) -> None:
         """Records an evaluation on held-out text, of every network by name; names stand before the keys as in `step`."""
@@ -213,7 +213,7 @@ class MetricsLog:
                 )
 
     def _line(self, metrics: StepMetrics, networks: Mapping[str, NetworkMetrics], *, padding: float | None) -> str:
-        # The first step also sets up; what is left is told from those after it, evaluations included.
+        # The first step also sets up, so the time left is estimated from the steps after it, evaluations included.
         assert self._first_step_ended is not None
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step

@@ -32,8 +32,8 @@ FUNCTIONS = {
     "all_gather_into_tensor": "zero_gather",
     "reduce_scatter_single": "zero_reduce",
     "reduce_scatter_tensor": "zero_reduce",
-    "broadcast": "tie_lend",
-    "reduce": "tie_collect",
+    "broadcast": "tie_broadcast",
+    "reduce": "tie_reduce",
     "all_reduce": "tensor",
 }
 
@@ -82,14 +82,16 @@ def run_and_count(case: Case) -> dict[str, Any]:
     model, mesh = trainer.parts.sharded_model, trainer._mesh
     tensor_group[0] = mesh.groups["tensor"]
     gathered = {}
-    collect = model.collect_gradients
+    collect = model.reduce_ties
 
     def look_and_collect() -> None:
         gathered.update(model.store.resident_bytes())
-        gathered["borrowed"] = sum(model.model.get_parameter(n).nbytes for n in model._ties.borrowed_names)
+        gathered["borrowed"] = sum(
+            model.model.get_parameter(n).nbytes for n in model._parameters if n not in model.store.layout.places
+        )
         collect()
 
-    model.collect_gradients = look_and_collect
+    model.reduce_ties = look_and_collect
     for step in range(3):  # DeepSpeed compares its trace between ranks in the first two
         counts.clear()
         batch = own_batch(case, step)
@@ -114,7 +116,7 @@ def run_and_count(case: Case) -> dict[str, Any]:
         "targets": [(int(row.sum()), int(row.max())) for row in per_sequence],
         "place": (mesh.mesh_rank.pipeline, mesh.mesh_rank.tensor),
     }
-    model.collect_gradients = collect
+    model.reduce_ties = collect
     return {**found, "peaks": step_peaks(trainer, case)}
 
 

@@ -1,8 +1,8 @@
-"""The fused attention as an autograd function: what is saved, in which order the steps are. Needs Triton.
+"""The fused attention as an autograd function: the saved tensors and the order of the steps. Needs Triton.
 
-Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
-again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c,
-and what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward: they are
+recomputed; one kernel gives dV and the scores' gradient dS; sums over rows of the relative table overwrite c2p and p2c; the
+rest are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table.
 """
@@ -28,7 +28,7 @@ from deberta_dist.kernels.inputs import empty_token_gradients, refuse_second_der
 
 
 class FusedAttention(torch.autograd.Function):
-    """context = dropout(softmax(scores)) V; arguments as `attention.fused_attention` has checked them."""
+    """context = dropout(softmax(scores)) V, for arguments that `attention.fused_attention` has checked."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ class FusedAttention(torch.autograd.Function):
             lse_BNQ=lse_BNQ,
             into_BSNH=of_value.transpose(1, 2),
         )
-        # Each pair of products has done its work: its memory takes its gradient.
+        # The products c2p and p2c are no longer needed: their gradients reuse their memory.
         c2p_gradient = p2c_gradient = None
         if rel_key is not None:
             c2p_gradient = arguments["c2p"]

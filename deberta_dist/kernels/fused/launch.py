@@ -1,4 +1,4 @@
-"""What the fused attention allocates and launches, step by step; ``autograd`` puts the steps in order. Needs Triton.
+"""The steps of the fused attention: what each allocates and launches. ``autograd`` calls them in order. Needs Triton.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table that occur.
 """
@@ -49,8 +49,8 @@ def backward_of_scores(
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of the values into ``into_BSNH``; returns that of the scores before the scale.
 
-    The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: what follows reads one by
-    queries and one by keys, and a column is as many cache lines as it has elements.
+    The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: the next steps read it by queries
+    and by keys, and reading a column touches as many cache lines as it has elements.
     """
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
@@ -80,12 +80,12 @@ def backward_of_scores(
 
 
 def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
-    """What the kernels that make scores have in common, by the names of their parameters."""
+    """Arguments shared by the kernels that compute scores, by the names of their parameters."""
     query, key, value, rel_key, rel_query = operands
     batch, num_queries, heads, head_size = query.shape
     tables = call.tables
     has_dropout = call.dropout_p > 0.0
-    unused = query  # a pointer that is not followed
+    unused = query  # a kernel needs some tensor for each pointer; it does not read this one
     return {
         "query": query,
         "key": key,
@@ -125,7 +125,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
     bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
     keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), heads, batch](
         bits,
-        # Signed: every seed has the type of the one the kernel was compiled for.
+        # Signed, so that Triton gives every seed the same type (int32) and compiles once.
         signed(call.dropout_seed, bits=32),
         signed(call.dropout_seed >> 32, bits=32),
         threshold(call.dropout_p),
@@ -139,10 +139,10 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
 
 
 def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Tensor:
-    """Every token with every row of the table, scaled, [N, B * T, R]."""
+    """Scaled products of every token with every row of the table, [N, B * T, R]."""
     tokens_NTH = _by_head(tokens_BTNH)
     products = tokens_NTH.new_empty(*tokens_NTH.shape[:2], table_NRH.shape[1])
-    # The scale as the product's alpha: it is applied to the float32 sum, before the rounding.
+    # The scale is the product's alpha: cuBLAS applies it to the float32 sum, before rounding to 16 bits.
     return torch.baddbmm(products, tokens_NTH, table_NRH.transpose(1, 2), beta=0, alpha=call.scale, out=products)
 
 

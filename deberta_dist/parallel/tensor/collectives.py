@@ -25,6 +25,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # A copy: autograd may pass the same gradient to another branch, which must not see the sum.
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient, None
@@ -43,17 +44,17 @@ class _ReduceFrom(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel_region(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Hands a replicated activation to split computation; its gradient is summed over ``group``."""
+    """Enters a tensor-parallel region with a replicated activation, whose gradient is summed over ``group``."""
     return _CopyTo.apply(tensor, group)
 
 
 def reduce_from_tensor_parallel_region(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sums the partial results of split computation over ``group``."""
+    """Leaves a tensor-parallel region: sums the ranks' partial results over ``group``."""
     return _ReduceFrom.apply(tensor, group)
 
 
 class EnterTensorParallelRegion(nn.Module):
-    """Takes the place of an ``enter`` identity of the model: copy_to as a module."""
+    """Replaces an ``enter`` identity of the model: copy_to as a module."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -64,13 +65,13 @@ class EnterTensorParallelRegion(nn.Module):
 
 
 class JoinOverRanks:
-    """How the model's cross entropy joins what the ranks know of every target, each of its slice of the vocabulary.
+    """Combines the cross entropies of the tensor ranks, each over its own slice of the vocabulary.
 
-    Three small all-reduces over the targets, and full logits exist nowhere: the largest logit, the sum of exponentials
-    together with the label's logit, and the id of the winner. The gradient is local.
+    Three small all-reduces over the targets, so that full logits exist nowhere: the largest logit; the sum of exponentials
+    together with the label's logit; and the id of the largest logit. The gradient needs no communication.
 
     Args:
-        group: The process group of those ranks.
+        group: Process group of the tensor ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

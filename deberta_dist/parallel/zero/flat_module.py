@@ -1,4 +1,4 @@
-"""What DeepSpeed gets to see: a module of flat parameters, and who the ranks are."""
+"""What DeepSpeed sees: a module of flat parameters, and the process groups of a rank."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,13 @@ class _Surrogate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-        # ``outer`` is the engine's loss scale; ``inverse_scale`` takes off the one the pipeline ran with.
+        # ``outer`` is the engine's loss scale, which it divides out again; ``inverse_scale`` removes the one that the
+        # micro-batches ran with.
         gradient, scale = ctx.gradient, outer.float() * ctx.inverse_scale
         ctx.gradient = None
         if gradient.dtype == ctx.dtype:
-            return gradient.mul_(scale), None, None  # nobody reads it after this
-        # Scaled and rounded at once: a scaled copy in float32 would be as large as the gradient.
+            return gradient.mul_(scale), None, None  # in place: nothing reads it afterwards
+        # Scaled and rounded in one pass: a scaled copy in float32 would be as large as the gradient.
         return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None
 
 
@@ -42,7 +43,7 @@ class FlatModule(nn.Module):
 
 
 class ModelParallelUnit:
-    """The ``mpu`` object DeepSpeed asks about its groups."""
+    """The ``mpu`` object that DeepSpeed asks for groups. To it, tensor and pipeline ranks together are model-parallel."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

@@ -93,8 +93,8 @@ def masked_lm(config: RunConfig, model_config: DebertaConfig) -> Objective:
     """The objective of a run.
 
     Args:
-        config: With ``data.mask_probability``.
-        model_config: The model of ``[model]``.
+        config: ``data.mask_probability`` is read.
+        model_config: ``[model]`` resolved: preset, overrides and vocabulary size.
 
     Raises:
         ConfigError: see `MaskedLMNetwork`.

@@ -1,4 +1,4 @@
-"""Which elements the threads of a warp read at once, found in compiled kernels (``resources``). Needs no Triton.
+"""Which elements the threads of a warp read at once, found in compiled kernels (``fused_resources``). Needs no Triton.
 
 One load of a warp costs as many memory transactions as it touches lines. The compiler decides which thread takes which
 element, and its versions decide differently; a wrong choice changes no number and makes a gather many times slower. So
