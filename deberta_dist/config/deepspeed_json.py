@@ -176,7 +176,7 @@ def deepspeed_config(path: str | os.PathLike[str], config: AnyConfig) -> dict[st
     return read_deepspeed(path, config).values
 
 
-def precision(ds: dict[str, Any]) -> Precision:
+def precision(ds: Mapping[str, Any]) -> Precision:
     """Number format of weights and activations that a completed DeepSpeed configuration asks for."""
     for name in LOW_PRECISIONS:
         if ds.get(name, {}).get("enabled", False):

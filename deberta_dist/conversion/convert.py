@@ -1,6 +1,7 @@
 """Drives a conversion: source -> published names -> target, one tensor in memory at a time."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from deberta_dist.checkpoint.errors import CheckpointError
 from deberta_dist.conversion import custom_code, hub, huggingface, official, onnx_files, published, v1_in_proj
 from deberta_dist.conversion.canonical import CanonicalCheckpoint, as_asked, require_decoder, to_canonical
 from deberta_dist.conversion.find_tokenizer import find_tokenizer, tokenizer_names
+from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.conversion.model_card import model_card
 from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.output import (
@@ -31,6 +33,7 @@ from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_toke
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, DroppedKey, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.defaults import V1, V2
 from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.heads import LABELLED, MASKED_LM, model_with_head
 from deberta_dist.models.initialisation import without_memory
@@ -88,7 +91,7 @@ def convert(
     # Said before the work, not after it.
     require_free(target_path, force=force)
     _require_options_of_target(to, is_fused=is_fused, for_hub=with_code or license_name is not None or bool(languages))
-    for_hub = {} if license_name is None else hub.license_fields(license_name)
+    for_hub: dict[str, Any] = {} if license_name is None else hub.license_fields(license_name)
     for_hub |= {"language": hub.language_codes(languages)} if languages else {}
     # Rounding comes last, so that the report can say which number formats the source has.
     options = CheckpointReadOptions(allow_unmapped=tuple(allow_unmapped), prefix=prefix, decoder=decoder)
@@ -224,7 +227,7 @@ def _huggingface(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | No
         num_bytes=_num_bytes(weights),
         config_name=huggingface.CONFIG_NAME,
         config=config,
-        lost=_lost(model.weights) if kind == huggingface.V1 else (),
+        lost=_lost(model.weights) if kind == V1 else (),
         architecture=architecture,
         why_class=why,
     )
@@ -233,8 +236,7 @@ def _huggingface(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | No
 def _official(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     if model.head in ("token", "span"):
         raise ConfigError(
-            f"the published code has no model with this head ({huggingface.SUFFIXES[model.head]}): convert to huggingface "
-            "or deberta_dist"
+            f"the published code has no model with this head ({SUFFIXES[model.head]}): convert to huggingface or deberta_dist"
         )
     if model.decoder == "plain" and not model.config.position_biased_input:
         raise ConfigError(
@@ -269,9 +271,10 @@ def _published(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None
 
 def _onnx(model: CanonicalCheckpoint, is_fused: bool, max_bytes: int | None) -> Target:
     onnx_files.require_dtype(next(iter(model.weights.values())).dtype)
+    assert max_bytes is not None, "ONNX has a limit"
     built, names = build_model(model, where="the source")
     program = onnx_files.export(built, config=model.config)
-    kind = huggingface.V2 if huggingface.needs_v2(model.config) else huggingface.V1
+    kind = V2 if huggingface.needs_v2(model.config) else V1
     weights = {name: model.weights[name] for name in names}
     architecture = huggingface.class_name(weights, kind=kind, head=model.head)
     return Target(
@@ -330,7 +333,7 @@ def _write_shards(output: OutputDirectory, weights: Weights, *, max_bytes: int |
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        output.write(file_name, lambda file, shard=shard: write_safetensors(file, shard))
+        output.write(file_name, functools.partial(write_safetensors, weights=shard))
         weight_map.update(dict.fromkeys(shard, file_name))
     index = {"metadata": {"total_size": _num_bytes(weights)}, "weight_map": weight_map}
     output.write_text(huggingface.WEIGHTS_NAME + ".index.json", json.dumps(index, indent=1) + "\n")

@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 
 from deberta_dist.checkpoint.errors import CheckpointError
-from deberta_dist.conversion import huggingface, official
+from deberta_dist.conversion import official
 from deberta_dist.conversion.canonical import CanonicalCheckpoint, require_decoder
 from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.conversion.target import Target
 from deberta_dist.conversion.weights import POSITION_TABLE
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.defaults import V2
 
 CODE_NAME = "modeling_deberta_emd.py"
 _CODE = Path(__file__).with_name(CODE_NAME)
@@ -48,7 +49,7 @@ def with_code(target: Target, model: CanonicalCheckpoint, *, where: object) -> T
             f"--with-code: embedding_size = {model.config.embedding_size} differs from hidden_size = "
             f"{model.config.hidden_size}, which the code does not compute: leave --with-code out"
         )
-    stem = "DebertaV2" if target.config["model_type"] == huggingface.V2 else "Deberta"
+    stem = "DebertaV2" if target.config["model_type"] == V2 else "Deberta"
     auto_map = {"AutoModelForMaskedLM": f"{Path(CODE_NAME).stem}.{stem}ForMaskedLM"}
 
     def write(output: OutputDirectory) -> list[str]:

@@ -12,9 +12,10 @@ from deberta_dist.data.sentencepiece_model import parse_model
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.defaults import V1, V2
 
 NONE_FOUND = "No tokenizer was found; give --tokenizer spm.model."
-DEFAULT_CLASSES = {huggingface.V1: "DebertaTokenizer", huggingface.V2: "DebertaV2Tokenizer"}
+DEFAULT_CLASSES = {V1: "DebertaTokenizer", V2: "DebertaV2Tokenizer"}
 # Classes of which spm.model is the vocabulary, or may be: the last two take any tokenizer.json.
 _OTHERS = (*SUFFIXES, ".md", *CONFIG_NAMES)
 _OF_SPM = ("DebertaV2", "PreTrained", "TokenizersBackend")
@@ -31,6 +32,7 @@ def find_tokenizer(source: CheckpointSource, *, given: Path | None, config: Debe
     Raises:
         DataError: it is not one, another than the run used, or has more tokens than the model.
     """
+    tokenizer: Tokenizer | None
     if given is not None:
         tokenizer = Tokenizer(given)
         if source.tokenizer_sha256 not in (None, tokenizer.sha256):
@@ -84,7 +86,7 @@ def own_spm(source: CheckpointSource) -> Path | None:
         return None
     # Where nothing is stated, v1's class takes its own files if they are there.
     default = class_of(source)
-    takes_its_own = not _stated_class(source) and default == DEFAULT_CLASSES[huggingface.V1]
+    takes_its_own = not _stated_class(source) and default == DEFAULT_CLASSES[V1]
     if takes_its_own and not missing_files(default, set(_names_in(source))):
         return None
     return files.inside(source.directory, SPM_NAME)
@@ -98,7 +100,7 @@ def _stated_class(source: CheckpointSource) -> str:
 
 def class_of(source: CheckpointSource) -> str:
     """Class that Hugging Face's library takes for a checkpoint; empty where the checkpoint is none of theirs."""
-    kind = source.config.get("model_type") or huggingface.V2
+    kind = source.config.get("model_type") or V2
     default = DEFAULT_CLASSES.get(str(kind), "") if source.format is huggingface.FORMAT else ""
     return _stated_class(source) or default
 

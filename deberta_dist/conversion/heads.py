@@ -14,7 +14,7 @@ from deberta_dist.models.classification import ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.heads import LABELLED, MASKED_LM, REPLACED_TOKENS, model_with_head
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import MaskedLMPredictions
+from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {

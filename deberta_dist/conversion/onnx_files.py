@@ -104,6 +104,7 @@ def export(model: nn.Module, *, config: DebertaConfig) -> Program:
             dynamo=True,
             verbose=False,
         )
+    assert exported is not None, "as it was asked for"
     _strip(exported.model)
     return Program(
         model=called,
@@ -177,7 +178,7 @@ class _Called(nn.Module):
     def _call(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if hasattr(self.model, "token_logits"):  # its own forward returns as many rows as there are real tokens
-            return _Logits(self.model.token_logits(input_ids, attention_mask, **types))
+            return _Logits(self.model.token_logits(input_ids, attention_mask, **types))  # type: ignore[operator]  # a method
         return self.model(input_ids, attention_mask, **types)
 
 

@@ -42,7 +42,7 @@ class OutputDirectory:
         self.files: dict[str, dict[str, object]] = {}
         self._progress = progress
 
-    def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
+    def write(self, name: str, fill: Callable[["HashedFile"], object]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
         # "x": two files of one name would be a fault of ours, and the later one would win without a word.
         with open(self.path / name, "xb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as hasher:

@@ -6,12 +6,13 @@ every byte once. So the header is parsed here (strictly: it may be hostile) and 
 Format: eight bytes N little-endian, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the tensors.
 """
 
+import io
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def write_tensor(file: Writable, weight: Weight, *, name: str) -> None:
     num_bytes = 0
     for part in weight.parts():
         assert part.dtype == weight.dtype, name
-        num_bytes += file.write(memoryview(part.view(torch.uint8).numpy()))
+        num_bytes += file.write(part.view(torch.uint8).numpy().data)
     assert num_bytes == weight.num_bytes, name
 
 
@@ -137,11 +138,11 @@ class _InFile(ChunkedReader):
             file.seek(self._offset)
             while left:
                 part = buffer[: min(left, CHUNK_NUMBERS)]
-                self._fill(memoryview(part.view(torch.uint8).numpy()), file)
+                self._fill(part.view(torch.uint8).numpy().data, file)
                 yield part
                 left -= len(part)
 
-    def _fill(self, view: memoryview, file: IO[bytes]) -> None:
+    def _fill(self, view: memoryview, file: io.FileIO) -> None:
         done = 0
         while done < len(view):
             count = file.readinto(view[done:])

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deberta_dist.conversion import files, huggingface
+from deberta_dist.conversion import files
 from deberta_dist.conversion.find_tokenizer import (
     DEFAULT_CLASSES,
     NONE_FOUND,
@@ -24,6 +24,7 @@ from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.defaults import V2
 
 
 @dataclass
@@ -153,7 +154,7 @@ def _copy_files(
 ) -> None:
     """The source's own files as they are."""
     name_of_class = class_of(source)
-    default = DEFAULT_CLASSES[model_type or huggingface.V2]
+    default = DEFAULT_CLASSES[model_type or V2]
     config = json_of(source, CONFIG_NAME)
     # Where nothing in these files says the class, the target's configuration would lead to another one.
     needs_class = name_of_class not in ("", default) and not config.get("tokenizer_class")

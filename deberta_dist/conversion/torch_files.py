@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -205,9 +205,20 @@ def _reason(error: Exception) -> str:
     return f"it is damaged or not a file of torch.save ({printable(lines[0]) if lines else type(error).__name__})"
 
 
-def write_torch_file(file: BinaryIO, weights: Mapping[str, Weight]) -> None:
+class Appendable(Protocol):
+    """What a file of torch is written to, from its begin to its end."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+    def flush(self) -> None: ...
+
+
+def write_torch_file(file: Appendable, weights: Mapping[str, Weight]) -> None:
     """Writes a state dictionary as torch.save would, one tensor in memory at a time."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    # What is only appended to needs no more than these three; the stubs ask for a whole file.
+    with zipfile.ZipFile(cast(BinaryIO, file), "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry("data.pkl"), _state_pickle(weights))
         archive.writestr(_entry("byteorder"), b"little")
         for number, (name, weight) in enumerate(weights.items()):
@@ -241,7 +252,14 @@ class _Stub:
 
     def __init__(self, number: int, weight: Weight) -> None:
         strides = [math.prod(weight.shape[i + 1 :]) for i in range(len(weight.shape))]
-        self._parts = (_Storage(number, weight), 0, weight.shape, tuple(strides), False, collections.OrderedDict())
+        self._parts: tuple[Any, ...] = (
+            _Storage(number, weight),
+            0,
+            weight.shape,
+            tuple(strides),
+            False,
+            collections.OrderedDict(),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return torch._utils._rebuild_tensor_v2, self._parts

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
 from deberta_dist.finetuning.sift import Sift, SiftSettings
+from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.labels import BOOL, require_tensor
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
@@ -64,8 +66,10 @@ class FineTuner:
         self._mesh, self._seed = mesh, seed
         self.pad_id, self.sep_id = pad_id, sep_id
         self._weight = 0.0 if sift is None else sift.weight
-        self._sift = None if sift is None else Sift(model.model.deberta.embeddings.LayerNorm, sift)
-        self._has_types = model.model.config.type_vocab_size > 1
+        backbone = model.model.deberta
+        assert isinstance(backbone, DebertaModel)
+        self._sift = None if sift is None else Sift(backbone.embeddings.LayerNorm, sift)
+        self._has_types = backbone.config.type_vocab_size > 1
 
     def step(
         self, batches: Iterable[tuple[int, TaskBatch]], *, num_decisions: int, step: int, learning_rate: float
@@ -143,7 +147,7 @@ class FineTuner:
         """
         self.model.gather(with_gradients=False)
         self.model.model.eval()
-        found: dict = {}
+        found: dict[Any, Any] = {}
         with torch.no_grad():
             for start in range(0, len(features.examples), _CHUNK):
                 found |= self._predict(features, features.examples[start : start + _CHUNK], batch_size=batch_size)

@@ -161,7 +161,7 @@ def _make_model(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> ShardedMod
     """This rank's weights: the starting point's, or with moments those of the shorter run. Collective."""
     plan, layout = run.plan, run.plan.layout
     model = meta_classifier(plan.model_config, num_outputs=plan.task.num_outputs)
-    model.recompute = plan.config.training.recompute
+    model.recompute = plan.config.training.recompute  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
     set_attention(model, plan.config.training.attention)
     if run.earlier is None:
         load = start.reader(layout.full_shapes, labels=plan.labels, seed=run.seed)
@@ -226,8 +226,9 @@ def _best_of(earlier: Earlier, plan: TaskPlan) -> Best:
     return Best(step=run["best_step"], score=run["score"], metrics=run["metrics"], probabilities=probabilities)
 
 
-def _weights_of(earlier: Earlier, *, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:
+def _weights_of(earlier: Earlier | None, *, layout: Layout, mesh: Mesh) -> list[torch.Tensor]:
     """This rank's part of an earlier run's best weights."""
+    assert earlier is not None, "a run that has none has weights of its own"
     weights = open_source(earlier.folder / "weights", verify=False).weights
     return shards_of(layout, mesh=mesh, load=lambda name: weights[name].read().float())
 

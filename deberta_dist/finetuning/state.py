@@ -61,8 +61,9 @@ class Earlier:
         step = self.done[0]
         if step >= num_steps:
             return None
-        schedule = {"peak": plan.config.optimizer.learning_rate, "warmup_steps": plan.config.schedule.warmup_steps}
-        return learning_rate(step - 1, max_steps=step, **schedule), learning_rate(step, max_steps=num_steps, **schedule)
+        peak, warmup = plan.config.optimizer.learning_rate, plan.config.schedule.warmup_steps
+        then = learning_rate(step - 1, max_steps=step, peak=peak, warmup_steps=warmup)
+        return then, learning_rate(step, max_steps=num_steps, peak=peak, warmup_steps=warmup)
 
     def summary(self) -> list[dict[str, Any]]:
         """It and those before it, for ``run.json``, oldest first."""

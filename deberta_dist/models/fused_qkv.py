@@ -242,7 +242,7 @@ class _Product(torch.autograd.Function):
         saved: Tensor,
         start: Callable[[Tensor], Any] | None,
         totals: Sequence[Tensor | None],
-        *parameters: Tensor | None,
+        *parameters: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(totals)], parameters[len(totals) :]
         ctx.save_for_backward(saved, *weights)

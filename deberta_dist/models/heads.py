@@ -8,7 +8,7 @@ Letters: B batch, C choices, S sequence, L labels.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -153,8 +153,9 @@ class DebertaForMultipleChoice(DebertaForSequenceClassification):
         """
         if ids.ndim != 3:
             raise ValueError(f"input_ids are {list(ids.shape)}, expected [batch, choices, tokens]")
-        flat = [None if value is None else value.flatten(0, 1) for value in (ids, mask, types)]
-        return super().encode(*flat, dropout_key=dropout_key).unflatten(0, ids.shape[:2])
+        mask, types = (None if value is None else value.flatten(0, 1) for value in (mask, types))
+        encoded = super().encode(ids.flatten(0, 1), mask, types, dropout_key=dropout_key)
+        return encoded.unflatten(0, ids.shape[:2])
 
     def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor]:
         """Scores [B, C] of hidden states [B, C, S, D], and the pooled states [B C, D]."""
@@ -166,7 +167,7 @@ class DebertaForMultipleChoice(DebertaForSequenceClassification):
         return class_loss(logits, labels, what="labels")
 
 
-HEADS: Mapping[str, type[ModelWithBackbone]] = MappingProxyType(
+HEADS: Mapping[str, Callable[..., ModelWithBackbone]] = MappingProxyType(
     {
         "sequence": DebertaForSequenceClassification,
         "choice": DebertaForMultipleChoice,
@@ -176,7 +177,7 @@ HEADS: Mapping[str, type[ModelWithBackbone]] = MappingProxyType(
 )
 """Heads of fine-tuning."""
 MASKED_LM, REPLACED_TOKENS = "masked language modelling", "replaced token detection"
-PRETRAINED_HEADS: Mapping[str, type[ModelWithBackbone]] = MappingProxyType(
+PRETRAINED_HEADS: Mapping[str, Callable[..., ModelWithBackbone]] = MappingProxyType(
     {MASKED_LM: DebertaForMaskedLM, REPLACED_TOKENS: DebertaForReplacedTokenDetection}
 )
 """Heads of pre-training."""

@@ -130,6 +130,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
         logits_PV = self.lm_predictions.lm_head(hidden_PD, word_embeddings_VW=table.weight_VW)
         if labels is None:
             return MaskedLMOutput(loss=None, logits=logits_PV)
+        assert targets is not None, "labels are there"
         loss_P, _ = self.cross_entropy(logits_PV, targets.ids_P)
         return MaskedLMOutput(loss=loss_P.sum() / max(loss_P.numel(), 1), logits=logits_PV)
 
@@ -189,6 +190,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
         if hidden_BSD is None and (layers.start > 0 or not layers):
             raise ValueError(f"layers = {layers} needs the hidden states of the layers before")
         if not layers:
+            assert hidden_BSD is not None, "checked above"
             return hidden_BSD
         is_last = layers.stop == num_layers
         if is_last and targets is None:
@@ -197,7 +199,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
             require_token_labels(labels, shape=attention_mask.shape[:2], vocab_size=self.config.vocab_size)
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
-        table = self._shared_table(input_ids.device) if self._shares_table(layers) else None
+        table = self._shared_table(attention_mask.device) if self._shares_table(layers) else None
         hidden = self._run(
             hidden_BSD,
             input_ids=input_ids,
@@ -210,6 +212,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
         )
         if not is_last:
             return hidden
+        assert targets is not None, "given or found"
         head = self.lm_predictions.lm_head
         loss_P, is_correct_P = self.cross_entropy.of_product(
             head.transform(hidden),
@@ -236,13 +239,13 @@ class DebertaForMaskedLM(ModelWithBackbone):
         """
         self.deberta.keep_layers(layers)
         if self.config.num_hidden_layers - 1 not in layers:
-            self.lm_predictions = None
+            self.lm_predictions = None  # type: ignore[assignment]  # of the last stage alone
 
     def _run(
         self,
         hidden_BSD: Tensor | None,
         *,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         mask: AttentionMask,
         table: SharedTable | None,
         token_type_ids: Tensor | None = None,
@@ -257,6 +260,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
         """
         layers = range(self.config.num_hidden_layers) if layers is None else layers
         if layers.start == 0:
+            assert input_ids is not None, "the first layer has them"
             hidden_BSD = self.deberta.embed(
                 input_ids,
                 mask=mask,
@@ -265,6 +269,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
                 dropout_key=dropout_key,
                 table=table,
             )
+        assert hidden_BSD is not None, "other layers have those of the layers before"
         rel_RD = self.deberta.encoder.relative_table(hidden_BSD.device)
         is_last = layers.stop == self.config.num_hidden_layers
         decodes = is_last and self.config.uses_enhanced_mask_decoder
@@ -322,7 +327,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
             if targets is not None:
                 queries_BTD = hidden_BSD.gather(1, positions_BT[:, :, None].expand(-1, -1, hidden_BSD.shape[-1]))
             queries_BTD = queries_BTD + self.deberta.embeddings.absolute_positions(absolute_BT)
-            return encoder.layer[-1].decode(
+            return encoder.layer[-1].decode(  # type: ignore[operator]  # a `Layer`
                 queries_BTD,
                 hidden_BSD=hidden_BSD,
                 num_passes=NUM_DECODER_PASSES,

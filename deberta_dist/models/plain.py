@@ -16,7 +16,9 @@ from torch.nn.modules import module as torch_module
 
 from deberta_dist.errors import ConfigError
 
-_FORWARDS = MappingProxyType({kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)})
+_FORWARDS: Mapping[type[nn.Module], Any] = MappingProxyType(
+    {kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)}
+)
 """As they are when this file is imported, so that a later replacement of a class's ``forward`` is noticed."""
 _NUMBERS = (nn.Parameter, Tensor)
 _WITHOUT_WEIGHTS = (nn.Identity, nn.ModuleList, nn.ModuleDict)
@@ -38,10 +40,9 @@ def is_unchanged(module: nn.Module) -> bool:
     alias does not count.
     """
     kind = type(module)
-    forwards: Mapping[type[nn.Module], Any] = _FORWARDS
     return (
         is_of_plain_class(module)
-        and kind.forward is (forwards.get(kind) or kind.__dict__["plain_forward"])
+        and kind.forward is (_FORWARDS.get(kind) or kind.__dict__["plain_forward"])
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and not _has_global_hooks()
         and module._compiled_call_impl is None

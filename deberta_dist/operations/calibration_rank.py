@@ -145,7 +145,7 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     # What one tensor-parallel rank has, without its all-reduces.
     network = dataclasses.replace(plan.main.network, config=local_config(model, tensor_parallel_size=tensor))
     local = network.make()
-    local.keep_layers(layers)
+    local.keep_layers(layers)  # type: ignore[operator]  # every network's model has it
     for parameter in local.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = batch_of(plan, micro_batch)
@@ -157,7 +157,8 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
         hidden = torch.randn(micro_batch, LENGTH, model.hidden_size, requires_grad=True) if start else None
         made = network.micro_batches(packed, dropout_keys=[key], handed=None)
         ids = None if start else made.input_ids
-        output = local.forward_stage(hidden, input_ids=ids, layers=layers, **made.fields[0])
+        fields = made.fields[0]
+        output = local.forward_stage(hidden, input_ids=ids, layers=layers, **fields)  # type: ignore[operator]  # likewise
         if stop == model.num_hidden_layers:
             output[0, 0].backward()
         else:

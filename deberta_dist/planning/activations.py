@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import Dropout
+from deberta_dist.models.encoder import DebertaModel
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import find_targets
 from deberta_dist.parallel.tensor.apply import split_sequence
@@ -176,14 +177,16 @@ def local_model(
     """
     local = local_config(network.config, tensor_parallel_size=tensor_parallel_size)
     model = dataclasses.replace(network, config=local).meta_model().to(dtype)
-    model.recompute = recompute
-    model.keep_layers(layers)
+    model.recompute = recompute  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
+    model.keep_layers(layers)  # type: ignore[operator]  # every network's model has it
     for module in model.modules():
         if isinstance(module, Dropout):
             module.__class__ = _DropoutOnMeta
     if sequence_parallel:
-        if model.deberta.embeddings.word_embeddings is not None:
-            model.deberta.embeddings.word_embeddings.__class__ = _ReducedEmbedding
+        backbone = model.deberta
+        assert isinstance(backbone, DebertaModel)
+        if backbone.embeddings.word_embeddings is not None:
+            backbone.embeddings.word_embeddings.__class__ = _ReducedEmbedding
         split_sequence(
             model,
             ranks=_RanksOnMeta(tensor_parallel_size),
@@ -337,7 +340,7 @@ class _ReducedEmbedding(nn.Embedding):
 
     def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
         found = super().forward(input_ids) if table is None else table.rows(input_ids, padding_idx=self.padding_idx)
-        return self.reduce(found)
+        return self.reduce(found)  # type: ignore[operator]  # a module in a place of its own
 
     plain_forward = forward
 

@@ -32,6 +32,7 @@ from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduced_width
+from deberta_dist.training.objectives.base import trained
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ def rank_communication(
     training, parallel = config.training, config.parallel
     if targets is None:
         targets = expected_micro_batches(config)
-    assert len(targets) == training.num_micro_batches
-    width, replicas = DTYPES[precision(deepspeed_config)].itemsize, parallel.data_parallel_size
+    assert len(targets) == training.micro_batches
+    width, replicas = DTYPES[precision(deepspeed_config)].itemsize, parallel.replicas
     flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
     flat = sum(flats.sizes) if replicas > 1 else 0
 
@@ -132,13 +133,13 @@ def rank_communication(
     stages = layout.stages_by_rank[pipeline_rank]
     last = len(layout.stages) - 1
     tokens = training.micro_batch_size * config.data.max_seq_length
-    hidden = tokens * layout.config.hidden_size * width * training.num_micro_batches
+    hidden = tokens * layout.config.hidden_size * width * training.micro_batches
     in_decoder, in_head = _target_bytes(layout, config=config, width=width, targets=targets)
     is_split, has_last = layout.tensor_parallel_size > 1, last in stages
     decodes = has_last and layout.network.decoder_layer is not None
     layers = len(layout.layers_of_rank(pipeline_rank)) - decodes
     per_layer = layer_messages(config)
-    embedding = tokens * layout.config.embedding_width * width * training.num_micro_batches
+    embedding = tokens * layout.config.embedding_width * width * training.micro_batches
     is_sequence, shards = layout.sequence_parallel, layout.sequence_shards
     borders, joined = 0, is_sequence * has_last * hidden
     if is_sequence and 0 in layout.layers_of_rank(pipeline_rank) and layout.config.conv_kernel_size > 0:
@@ -179,7 +180,7 @@ def expected_micro_batches(config: RunConfig) -> list[MicroBatchTargets]:
     """Every micro-batch with the expected number of targets in every sequence."""
     per_sequence = expected_targets(config)
     one = MicroBatchTargets(total=config.training.micro_batch_size * per_sequence, widest=per_sequence)
-    return [one] * config.training.num_micro_batches
+    return [one] * config.training.micro_batches
 
 
 def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Sequence[MicroBatchTargets]) -> tuple[int, int]:
@@ -189,14 +190,14 @@ def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Seq
     rows = sum(sequences * max(one.widest, 1) for one in targets)
     decoder = NUM_DECODER_PASSES * layer_all_reduces(config) * rows * layout.config.hidden_size * width
     total = sum(one.total for one in targets)
-    return decoder, total * sum(map(sum, layout.network.head_messages(width=width)))
+    return decoder, total * sum(sum(sent) for sent in trained(layout.network).head_messages(width=width))
 
 
 def handed_bytes(layout: Layout, config: RunConfig) -> int:
     """Ids for the next network, broadcast over the pipeline axis, int64."""
     training, is_cut = config.training, config.parallel.pipeline_parallel_size > 1
-    tokens = training.num_micro_batches * training.micro_batch_size * config.data.max_seq_length
-    return INT64 * tokens * (layout.network.hands_on and is_cut)
+    tokens = training.micro_batches * training.micro_batch_size * config.data.max_seq_length
+    return INT64 * tokens * (trained(layout.network).hands_on and is_cut)
 
 
 def _scalars(layout: Layout, config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
@@ -204,8 +205,8 @@ def _scalars(layout: Layout, config: RunConfig, deepspeed_config: dict[str, Any]
     norm of every flat gradient, over the data axis and over the model-parallel ranks.
     """
     parallel = config.parallel
-    replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    replicas, model = parallel.replicas, parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     offload = offload_device(deepspeed_config, "optimizer")
     norms = 8 * len(layout.network.flat_groups) * (offload == "none")
-    results = 8 * len(layout.network.results)
+    results = 8 * len(trained(layout.network).results)
     return (16 + norms) * (replicas > 1) + results * (replicas * model > 1) + norms * (model > 1)

@@ -6,6 +6,7 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -58,9 +59,23 @@ def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
     for pipeline_rank in range(len(layout.stages_by_rank)):
         # Tensor rank 0 owns the replicated weights and rank 1 borrows them; all further ranks are like rank 1.
         tensor_ranks = range(min(layout.tensor_parallel_size, 2))
-        options = {"config": plan.config, "deepspeed_config": plan.deepspeed, "pipeline_rank": pipeline_rank}
-        memories = [rank_memory(layout, **options, tensor_rank=rank, others=others) for rank in tensor_ranks]
-        messages = [rank_communication(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
+        memory_of = partial(
+            rank_memory,
+            layout,
+            config=plan.config,
+            deepspeed_config=plan.deepspeed,
+            pipeline_rank=pipeline_rank,
+            others=others,
+        )
+        messages_of = partial(
+            rank_communication,
+            layout,
+            config=plan.config,
+            deepspeed_config=plan.deepspeed,
+            pipeline_rank=pipeline_rank,
+        )
+        memories = [memory_of(tensor_rank=rank) for rank in tensor_ranks]
+        messages = [messages_of(tensor_rank=rank) for rank in tensor_ranks]
         reports.append(
             RankReport(
                 flops=sum(flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
@@ -87,7 +102,7 @@ def bubble_fraction(plan: Plan) -> float:
     """Share of a step in which a pipeline rank waits: (P - 1) / (v M + P - 1), stages of equal cost assumed."""
     parallel = plan.config.parallel
     waits = parallel.pipeline_parallel_size - 1
-    return waits / (parallel.stages_per_rank * plan.config.training.num_micro_batches + waits)
+    return waits / (parallel.stages_per_rank * plan.config.training.micro_batches + waits)
 
 
 def step_seconds(plan: Plan) -> float:

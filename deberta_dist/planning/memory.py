@@ -5,6 +5,7 @@ Sizes that follow from the layout come from the functions that ``training/build.
 prints the numbers; tests compare them with a real run.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.activations import StageActivations, StageCase, stage_activations
+from deberta_dist.training.objectives.base import trained
 from deberta_dist.values import INTERLEAVED
 
 FLOAT32, INT64 = 4, 8  # bytes
@@ -115,13 +117,14 @@ def rank_memory(
         pipeline_rank, tensor_rank: The rank's place.
         others: Of the run's other networks, which are at rest meanwhile.
     """
-    place = {
-        "config": config,
-        "deepspeed_config": deepspeed_config,
-        "pipeline_rank": pipeline_rank,
-        "tensor_rank": tensor_rank,
-    }
-    replicas, dtype = config.parallel.data_parallel_size, DTYPES[precision(deepspeed_config)]
+    memory_of = functools.partial(
+        rank_memory,
+        config=config,
+        deepspeed_config=deepspeed_config,
+        pipeline_rank=pipeline_rank,
+        tensor_rank=tensor_rank,
+    )
+    replicas, dtype = config.parallel.replicas, DTYPES[precision(deepspeed_config)]
     width, held = dtype.itemsize, _elements(layout, (pipeline_rank, tensor_rank), replicas=replicas)
     share, borrowed = held.flat // replicas, held.used - held.owned
     activations = max(
@@ -147,7 +150,7 @@ def rank_memory(
         borrowed_weights=borrowed * width,
         gradients=held.flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
-        receive_buffers=received * config.training.num_micro_batches * hidden,
+        receive_buffers=received * config.training.micro_batches * hidden,
         batch=_batch_bytes(config),
         activations=activations.saved,
         logits=activations.logits,
@@ -157,7 +160,7 @@ def rank_memory(
             held.flat * width if width < FLOAT32 else 0,
         ),
         offload=offload_device(deepspeed_config, "optimizer"),
-        others_at_rest=sum(rank_memory(other, **place).at_rest for other in others),
+        others_at_rest=sum(memory_of(other).at_rest for other in others),
     )
 
 
@@ -208,7 +211,7 @@ def _in_flight(
     parallel, training = config.parallel, config.training
     stages = [
         stage_activations(
-            layout.network,
+            trained(layout.network),
             StageCase(
                 layers=layout.stages[index],
                 tensor_parallel_size=layout.tensor_parallel_size,
@@ -230,7 +233,7 @@ def _in_flight(
             pipeline_rank=pipeline_rank,
             pipeline_parallel_size=parallel.pipeline_parallel_size,
             stages_per_rank=parallel.stages_per_rank,
-            num_micro_batches=training.num_micro_batches,
+            num_micro_batches=training.micro_batches,
         ),
         key=lambda moment: (
             sum(n * (stage.saved + stage.logits) for n, stage in zip(moment[0], stages, strict=True))
@@ -247,7 +250,7 @@ def _in_flight(
 def _batch_bytes(config: RunConfig) -> int:
     """What a data-parallel rank reads in a step."""
     training, length = config.training, config.data.max_seq_length
-    rows = training.micro_batch_size * training.num_micro_batches
+    rows = training.micro_batch_size * training.micro_batches
     per_token = 3 if config.data.document_boundaries else 2  # ids, mask, documents
     per_target = 4  # id, token, position, slot
     return INT64 * rows * (per_token * length + per_target * expected_targets(config))

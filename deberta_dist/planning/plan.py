@@ -54,7 +54,7 @@ class NetworkPlan:
     def world_size(self) -> int:
         """Processes."""
         parallel = self.config.parallel
-        return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+        return parallel.world_size
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
     try:
         if section.preset is not None:
             return preset(section.preset, **section.overrides)
+        assert section.config is not None, "exactly one of the two is given"
         published = loads(read_configuration(Path(section.config), shown=f"model.config = {section.config}"))
         if not isinstance(published, dict):
             raise ConfigError(f"model.config = {section.config} is not a JSON object")

@@ -53,8 +53,8 @@ def reading_block(config: RunConfig) -> list[str]:
         sizes = [count_chunks(source.corpus, data.bucket_lengths) for source in sources]
         mixture = BucketMixture(sources, sizes, samples_per_step=config.training.global_batch_size)
         return [describe_reading(config, mixture)]
-    sizes = {"max_seq_length": data.max_seq_length, "document_boundaries": data.document_boundaries}
-    return [describe_reading(config, Mixture(open_sources(config), **sizes))]
+    mixed = Mixture(open_sources(config), max_seq_length=data.max_seq_length, document_boundaries=data.document_boundaries)
+    return [describe_reading(config, mixed)]
 
 
 def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str:

@@ -30,7 +30,7 @@ from deberta_dist.planning.plan import MakeObjective, Plan, network_flops, read_
 from deberta_dist.planning.search_memory import MemorySearch, RankedLayout
 from deberta_dist.planning.step_cost import least_seconds, step_cost
 from deberta_dist.training.objectives.masked_lm import masked_lm
-from deberta_dist.values import INTERLEAVED, RECOMPUTE
+from deberta_dist.values import INTERLEAVED, RECOMPUTE, PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Candidate:
     def sizes(self) -> tuple[int, int, int]:
         """(tensor, pipeline, data)."""
         parallel = self.plan.config.parallel
-        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+        return parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.replicas
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def candidates(start: Plan, *, world_size: int, machine: Machine, space: Space) 
             )
             sized = config.model_copy(update={"training": training})
             flops = tuple(network_flops(sized, network) for network in networks)
-            for parallel in _schedules(start, (tensor, pipeline, data), training.num_micro_batches, space):
+            for parallel in _schedules(start, (tensor, pipeline, data), training.micro_batches, space):
                 layouts = tuple(_layout(*one, parallel) for one in zip(networks, flops, strict=True))
                 for recompute in space.recompute:
                     for path, deepspeed in settings:
@@ -261,7 +261,9 @@ def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _layout_of(network: Network, tensor: int, pipeline: int, loops: int, schedule: str, layers: tuple[int, ...]) -> Layout:
+def _layout_of(
+    network: Network, tensor: int, pipeline: int, loops: int, schedule: PipelineSchedule, layers: tuple[int, ...]
+) -> Layout:
     parallel = Parallel(
         tensor_parallel_size=tensor,
         pipeline_parallel_size=pipeline,

@@ -68,8 +68,9 @@ class MemorySearch:
         self.measured += 1
         # Before all ranks of all networks, the first rank while the first network runs.
         first, *others = plan.layouts
-        place = {"config": plan.config, "deepspeed_config": plan.deepspeed, "pipeline_rank": 0, "tensor_rank": 0}
-        peak = rank_memory(first, **place, others=others).peak
+        peak = rank_memory(
+            first, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=0, tensor_rank=0, others=others
+        ).peak
         if peak <= self._limit:
             checked = check_plan(plan.config, world_size=world_size, make_objective=self._make_objective)
             # By pipeline rank, one report of each network: they run one after the other, and keep what they own.
@@ -116,13 +117,13 @@ def _moments(plan: Plan | NetworkPlan) -> list[tuple[tuple[int, ...], int]]:
         pipeline_rank=0,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         stages_per_rank=parallel.stages_per_rank,
-        num_micro_batches=plan.config.training.num_micro_batches,
+        num_micro_batches=plan.config.training.micro_batches,
     )
 
 
 def _floors(plan: Plan, pipeline_rank: int) -> list[float]:
     """Bytes that a rank holds while each network runs beside activations and buffers, at least."""
-    replicas, width = plan.config.parallel.data_parallel_size, DTYPES[precision(plan.deepspeed)].itemsize
+    replicas, width = plan.config.parallel.replicas, DTYPES[precision(plan.deepspeed)].itemsize
     optimizer = 0 if _offloads(plan.deepspeed) else 3 * FLOAT32 + width
     ranks = [layout.rank_weights[pipeline_rank] for layout in plan.layouts]
     at_rest = sum(weights.owned / replicas * (width + optimizer) for weights in ranks)

@@ -172,7 +172,7 @@ def network_cost(part: NetworkPlan, machine: Machine) -> StepCost:
     passes = stage_passes(part, machine)
     before, after = around_pipeline(part, machine)
     timeline = _play(part, machine, passes, schedule=part.config.parallel.schedule)
-    micro_batches, by_rank = part.config.training.num_micro_batches, part.layout.stages_by_rank
+    micro_batches, by_rank = part.config.training.micro_batches, part.layout.stages_by_rank
     busiest = max(by_rank, key=lambda stages: sum(passes[index].forward + passes[index].backward for index in stages))
     shared = machine.busy(part.world_size)
     once = machine.step_seconds * shared
@@ -204,7 +204,7 @@ def _least_seconds(part: NetworkPlan, machine: Machine) -> float:
     """
     passes = stage_passes(part, machine)
     before, after = around_pipeline(part, machine)
-    micro_batches, there_and_back, longest = part.config.training.num_micro_batches, 0.0, 0.0
+    micro_batches, there_and_back, longest = part.config.training.micro_batches, 0.0, 0.0
     for rank, stages in enumerate(part.layout.stages_by_rank):
         work = micro_batches * sum(passes[index].forward + passes[index].backward for index in stages)
         longest = max(longest, there_and_back + work)
@@ -224,12 +224,12 @@ def _play(part: NetworkPlan, machine: Machine, passes: Sequence[StagePasses], *,
     A backward pass that is split in two has half of its work in each part: every product of it is made twice.
     """
     parallel, training = part.config.parallel, part.config.training
-    ranks, replicas = parallel.pipeline_parallel_size, parallel.tensor_parallel_size * parallel.data_parallel_size
+    ranks, replicas = parallel.pipeline_parallel_size, parallel.tensor_parallel_size * parallel.replicas
     width = DTYPES[precision(part.deepspeed)].itemsize
     hidden = training.micro_batch_size * part.config.data.max_seq_length * part.model_config.hidden_size * width
     share = 0.5 if schedule == ZERO_BUBBLE else 1.0
     return play(
-        orders(schedule, ranks=ranks, stages_per_rank=parallel.stages_per_rank, micro_batches=training.num_micro_batches),
+        orders(schedule, ranks=ranks, stages_per_rank=parallel.stages_per_rank, micro_batches=training.micro_batches),
         forward=[one.forward for one in passes],
         backward=[one.backward * share for one in passes],
         weights=[one.backward * share for one in passes] if schedule == ZERO_BUBBLE else None,
@@ -242,7 +242,7 @@ def _play(part: NetworkPlan, machine: Machine, passes: Sequence[StagePasses], *,
 def around_pipeline(part: NetworkPlan, machine: Machine) -> tuple[float, float]:
     """Seconds (before, after) the micro-batches of a network, each of the slowest rank."""
     config, layout = part.config, part.layout
-    tensor, replicas = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
+    tensor, replicas = config.parallel.tensor_parallel_size, config.parallel.replicas
     width, reduced = DTYPES[precision(part.deepspeed)].itemsize, reduced_width(part.deepspeed)
     shared = machine.busy(part.world_size)
     offload = offload_device(part.deepspeed, "optimizer") != "none"
@@ -267,12 +267,12 @@ def _hand_on_seconds(part: NetworkPlan, machine: Machine) -> float:
     """Ids for the next network's first stage, from the last pipeline rank on all."""
     parallel = part.config.parallel
     num_bytes = handed_bytes(part.layout, part.config)
-    stride = parallel.tensor_parallel_size * parallel.data_parallel_size
+    stride = parallel.tensor_parallel_size * parallel.replicas
     return machine.seconds("broadcast", num_bytes, size=parallel.pipeline_parallel_size, stride=stride) if num_bytes else 0.0
 
 
 def _tie_seconds(kind: str, num_bytes: float, tie: TieSize, part: NetworkPlan, machine: Machine) -> float:
     """A message of a tie: tensor-parallel ranks of one stage are neighbours, stages are far apart."""
     parallel = part.config.parallel
-    stride = parallel.tensor_parallel_size * parallel.data_parallel_size if tie.pipeline_ranks > 1 else 1
+    stride = parallel.tensor_parallel_size * parallel.replicas if tie.pipeline_ranks > 1 else 1
     return machine.seconds(kind, num_bytes, size=tie.users, stride=stride)

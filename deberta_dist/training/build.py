@@ -52,7 +52,7 @@ def mesh_shape(config: RunConfig | FineTuneConfig) -> MeshShape:
     parallel = config.parallel
     return MeshShape(
         pipeline=parallel.pipeline_parallel_size,
-        data=parallel.data_parallel_size,
+        data=parallel.replicas,
         tensor=parallel.tensor_parallel_size,
     )
 
@@ -82,14 +82,14 @@ def build(
         shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))
 
     model = network.meta_model()
-    model.recompute = config.training.recompute
+    model.recompute = config.training.recompute  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
     set_attention(model, config.training.attention)
     if hasattr(model, "vocabulary_chunks"):  # a model with a head over the vocabulary
-        model.vocabulary_chunks = config.training.vocabulary_chunks
+        model.vocabulary_chunks = config.training.vocabulary_chunks  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
     for module in model.modules():
         if isinstance(module, ResidualOutput):
             module.joined = config.training.compile
-    model.keep_layers(layout.layers_of_rank(here.pipeline))
+    model.keep_layers(layout.layers_of_rank(here.pipeline))  # type: ignore[operator]  # every network's model has it
     sharded_model = build_sharded_model(
         model, layout=layout, optimizer=config.optimizer, deepspeed_config=deepspeed_config, mesh=mesh, shards=shards
     )
@@ -100,7 +100,7 @@ def build(
         local_stages=layout.stages_by_rank[here.pipeline],
         mesh=mesh,
         schedule=config.parallel.schedule,
-        num_micro_batches=config.training.num_micro_batches,
+        num_micro_batches=config.training.micro_batches,
         micro_batch_shapes=config.micro_batch_shapes,
         hidden_size=layout.config.hidden_size,
         sequence_shards=layout.sequence_shards,

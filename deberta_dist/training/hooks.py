@@ -23,14 +23,14 @@ class FiniteGuard(Hook):
         self._most_skipped, self._run = most_skipped, run
         self._skipped_in_a_row = 0
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Counts skipped steps in a row; a step that was left out neither counts nor ends the row."""
         if step.results:
             is_skipped = any(result.grad_norm is None for result in step.results.values())
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         return Request.NOTHING
 
-    def act(self, step: FinishedStep, requests: Request) -> None:
+    def act(self, step: FinishedStep[Any], requests: Request) -> None:
         """Raises DivergedError; by then the metrics of the step are recorded."""
         if self._skipped_in_a_row >= self._most_skipped:
             raise DivergedError(
@@ -50,10 +50,10 @@ class MetricsHook(Hook):
 
     place = Place.METRICS
 
-    def __init__(self, log: MetricsLog, *, more: Callable[[FinishedStep, Any], Mapping[str, Any]]) -> None:
+    def __init__(self, log: MetricsLog, *, more: Callable[[FinishedStep[Any], Any], Mapping[str, Any]]) -> None:
         self._log, self._more = log, more
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Records the step here, not in ``act``, so that the record exists whatever the hooks do next."""
         if not step.results:
             self._log.left_out(step=step.number, consumed_samples=step.consumed_samples)
@@ -93,14 +93,14 @@ class EvaluationHook(Hook):
     place = Place.EVALUATION
     answers = Request.EVALUATE
 
-    def __init__(self, evaluate: Callable[[int], None], *, every: int) -> None:
+    def __init__(self, evaluate: Callable[[int], object], *, every: int) -> None:
         self._evaluate, self._every = evaluate, every
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Whether one is due."""
         return Request.EVALUATE if self._every and step.number % self._every == 0 else Request.NOTHING
 
-    def act(self, step: FinishedStep, requests: Request) -> None:
+    def act(self, step: FinishedStep[Any], requests: Request) -> None:
         """Evaluates if an evaluation is due or asked for."""
         if Request.EVALUATE in requests:
             self._evaluate(step.number)
@@ -115,11 +115,11 @@ class CheckpointHook(Hook):
     def __init__(self, checkpointing: Checkpointing) -> None:
         self._checkpointing = checkpointing
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Whether one is due."""
         return Request.SAVE if self._checkpointing.is_due(step.number) else Request.NOTHING
 
-    def act(self, step: FinishedStep, requests: Request) -> None:
+    def act(self, step: FinishedStep[Any], requests: Request) -> None:
         """Saves after the evaluation, so that the log has both in the order of their steps."""
         self._checkpointing.poll()
         if Request.SAVE in requests:
@@ -143,6 +143,6 @@ class StopHook(Hook):
     def __init__(self, max_steps: int, *, with_it: Request) -> None:
         self._max_steps, self._with_it = max_steps, with_it
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Asks to stop at the end."""
         return Request.STOP | self._with_it if step.number == self._max_steps else Request.NOTHING

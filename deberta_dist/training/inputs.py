@@ -17,7 +17,7 @@ from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.source import is_run, open_source
 from deberta_dist.conversion.weights import shorten
 from deberta_dist.data.bucketed_dataset import BucketedDataset
-from deberta_dist.data.loader import MaskedLMDataset, check_vocabulary
+from deberta_dist.data.loader import Batch, MaskedLMDataset, check_vocabulary
 from deberta_dist.data.masking import MaskingConfig
 from deberta_dist.data.sources import BlendedDataset
 from deberta_dist.data.token_corpus import open_corpus
@@ -56,7 +56,7 @@ class RunData:
         longest = shapes[-1]
         held_out = count_targets(self.validation.batch(0, num_sampled(longest[0])).labels)
         if isinstance(self.train, BlendedDataset):
-            sampled = {longest: self.train.batch(0, num_sampled(longest[0]))}
+            sampled: dict[tuple[int, int], Batch | None] = {longest: self.train.batch(0, num_sampled(longest[0]))}
         else:
             sampled = {shape: self.train.of_bucket(k, 0, num_sampled(shape[0])) for k, shape in enumerate(shapes)}
         counts = {shape: count_targets(batch.labels) for shape, batch in sampled.items() if batch is not None}
@@ -111,13 +111,15 @@ def open_data(plan: Plan) -> RunData:
     tokenizer = Tokenizer(data.tokenizer)
     check_vocabulary(tokenizer, plan.model_config.vocab_size)
     masking = MaskingConfig(method=data.masking, mask_probability=data.mask_probability, max_ngram=data.max_ngram)
-    options = {
-        "max_seq_length": data.max_seq_length,
-        "masking": masking,
-        "document_boundaries": data.document_boundaries,
-    }
     train = (
-        BlendedDataset(open_sources(plan.config), tokenizer, seed=seed, **options)
+        BlendedDataset(
+            open_sources(plan.config),
+            tokenizer,
+            seed=seed,
+            max_seq_length=data.max_seq_length,
+            masking=masking,
+            document_boundaries=data.document_boundaries,
+        )
         if data.bucket_lengths is None
         else BucketedDataset(
             open_sources(plan.config),
@@ -129,7 +131,14 @@ def open_data(plan: Plan) -> RunData:
             index_directory=data.index_directory,
         )
     )
-    validation = MaskedLMDataset(open_corpus(data.validation), tokenizer, seed=EVALUATION_SEED, **options)
+    validation = MaskedLMDataset(
+        open_corpus(data.validation),
+        tokenizer,
+        seed=EVALUATION_SEED,
+        max_seq_length=data.max_seq_length,
+        masking=masking,
+        document_boundaries=data.document_boundaries,
+    )
     _require_targets(validation, count=plan.config.evaluation.num_sequences)
     return RunData(tokenizer=tokenizer, train=train, validation=validation)
 

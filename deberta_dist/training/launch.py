@@ -120,7 +120,7 @@ def processes_needed(script: Path, script_arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: The TOML cannot be read or its [parallel] is wrong.
     """
-    overrides = []
+    overrides: list[str] = []
     for index, argument in enumerate(script_arguments):
         if argument.startswith("--parallel."):
             overrides += [argument] if "=" in argument else script_arguments[index : index + 2]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, IntEnum, auto
 from time import monotonic
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from deberta_dist.data.prefetch import Prefetcher
 
@@ -116,11 +116,11 @@ class Hook:
         """Returns `Request.SKIP` to leave out the step (from 0); the same on all ranks."""
         return Request.NOTHING
 
-    def after_step(self, step: FinishedStep) -> Request:
+    def after_step(self, step: FinishedStep[Any]) -> Request:
         """Sees a finished step; returns this hook's requests, the same on all ranks."""
         return Request.NOTHING
 
-    def act(self, step: FinishedStep, requests: Request) -> None:
+    def act(self, step: FinishedStep[Any], requests: Request) -> None:
         """Fulfils those of ``requests``, all hooks' after ``step``, that it answers. Collective."""
 
     def after_training(self) -> None:

@@ -194,7 +194,7 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
 
-    def _write(self, values: dict) -> None:
+    def _write(self, values: dict[str, Any]) -> None:
         if self._file is not None:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             line = (json.dumps(finite, allow_nan=False) + "\n").encode("utf-8")
@@ -214,6 +214,7 @@ class MetricsLog:
 
     def _line(self, metrics: StepMetrics, networks: Mapping[str, NetworkMetrics], *, padding: float | None) -> str:
         # The first step also sets up, so the time left is estimated from the steps after it, evaluations included.
+        assert self._first_step_ended is not None
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""

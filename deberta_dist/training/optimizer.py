@@ -5,7 +5,7 @@ only if its CUDA extension can be imported.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from deberta_dist import config as run_config
 from deberta_dist.errors import ConfigError
 
 
-def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
+def apex_fused_adam() -> Callable[..., torch.optim.Optimizer] | None:
     """NVIDIA apex's FusedAdam if it can run here, otherwise None."""
     if not torch.cuda.is_available():
         return None
@@ -42,13 +42,13 @@ def make_optimizer(
         {"params": [flat], "weight_decay": settings.weight_decay if decays else 0.0}
         for flat, decays in zip(flats, decayed, strict=True)
     ]
-    options = {"lr": settings.learning_rate, "betas": tuple(settings.betas), "eps": settings.eps}
+    lr, betas, eps = settings.learning_rate, settings.betas, settings.eps
     fused_adam = apex_fused_adam() if settings.name in ("auto", "apex_fused_adam") else None
     if fused_adam is not None:
-        return fused_adam(groups, adam_w_mode=True, **options)
+        return fused_adam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
     if settings.name == "apex_fused_adam":
         raise ConfigError(
             'optimizer.name = "apex_fused_adam": NVIDIA apex with its CUDA extension is not installed here '
             '(build it from NVIDIA\'s repository; the PyPI package "apex" is another thing), or write "auto"'
         )
-    return torch.optim.AdamW(groups, fused=True, **options)
+    return torch.optim.AdamW(groups, fused=True, lr=lr, betas=betas, eps=eps)

@@ -148,7 +148,8 @@ class Checkpointing:
             self._log.say(f"warning: {error}; the run continues")
 
     def _tensor_table(self) -> dict[str, TensorEntry]:
-        shape, table, first_flat = self._mesh.shape, {}, 0
+        table: dict[str, TensorEntry] = {}
+        shape, first_flat = self._mesh.shape, 0
         for layout in (parts.layout for parts in self._networks):
             network = layout.network
             found = tensor_table(

@@ -43,7 +43,8 @@ class TargetSizes:
         """The smallest size that a micro-batch fits in; its own if it is larger than all."""
         counts = is_target_BS.sum(dim=1)
         number, width = int(counts.sum()), max(int(counts.max()), 1)
-        sizes = self._sizes.get(tuple(is_target_BS.shape), ())
+        rows, length = is_target_BS.shape
+        sizes = self._sizes.get((rows, length), ())
         return next((size for size in sizes if width <= size[0] and number <= size[1]), (width, number))
 
     def padded_share(self) -> float:

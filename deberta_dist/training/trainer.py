@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deberta_dist.data.loader import Batch
-from deberta_dist.models.dropout import mix_key
+from deberta_dist.kernels.dropout import mix_key
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.training.build import TrainingComponents
-from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone, check_folds
+from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone, check_folds, trained
 from deberta_dist.training.step import Half, apply_halves, reduce_half, world_totals
 from deberta_dist.training.step_batch import StepBatch, pack
 from deberta_dist.training.target_sizes import TargetSizes
@@ -96,7 +96,7 @@ class Trainer:
     """
 
     def __init__(self, *parts: TrainingComponents, mesh: Mesh, seed: int, objective: Objective | None = None) -> None:
-        self.objective = alone(parts[0].layout.network) if objective is None else objective
+        self.objective = alone(trained(parts[0].layout.network)) if objective is None else objective
         assert [one.layout.network for one in parts] == list(self.objective.networks)
         check_folds(self.objective, [one.layout for one in parts])
         self.networks = parts
@@ -132,7 +132,11 @@ class Trainer:
         counts = here.counts.clone()
         dist.all_reduce(counts, group=self._mesh.groups["data"])
         rates = [network.learning_rate_factor * learning_rate for network in self.objective.networks]
-        halves, sums, norms, known, handed = [], [], [], [], None
+        halves: list[Half] = []
+        sums: list[list[float]] = []
+        norms: list[float | None] = []
+        known: list[float] = []
+        handed = None
         for parts in self.networks:
             half, handed = self._reduce(parts, here, step=step, counts=counts, handed=handed)
             halves.append(half)
@@ -149,7 +153,7 @@ class Trainer:
         self, parts: TrainingComponents, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
     ) -> tuple[Half, Tensor | None]:
         """The first half of a network's step, and what it hands on."""
-        network, found = parts.layout.network, None
+        network, found = trained(parts.layout.network), None
         keys = self._dropout_keys(step, network=network)
         micro_batches = network.micro_batches(here, dropout_keys=keys, handed=handed)
 
@@ -200,9 +204,10 @@ class Trainer:
             networks[network.name] = NetworkResult(
                 loss=own, grad_norm=norm, learning_rate=rate, num_tokens=num_tokens, sums=by_name
             )
+        finite = [norm for norm in norms if norm is not None]
         return StepResult(
             loss=loss,
-            grad_norm=None if None in norms else norms[0] if len(norms) == 1 else math.hypot(*norms),
+            grad_norm=None if len(finite) < len(norms) else finite[0] if len(finite) == 1 else math.hypot(*finite),
             num_targets=num_targets,
             num_tokens=num_tokens,
             networks=networks,
@@ -219,7 +224,7 @@ class Trainer:
             batches = list(batches)
         handed: Iterable[Tensor | None] = itertools.repeat(None)
         for parts in self.networks:
-            network, passed_on = parts.layout.network, []
+            network, passed_on = trained(parts.layout.network), list[Tensor | None]()
             self._fold(network)
             parts.sharded_model.gather(with_gradients=False)
             totals = torch.zeros(len(network.results), dtype=torch.float64, device=self._mesh.device)

@@ -14,6 +14,7 @@ from deberta_dist.conversion.source import open_source
 from deberta_dist.data.loader import rows_for
 from deberta_dist.data.tokenizer import Tokenizer
 from deberta_dist.errors import ConfigError
+from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.presets import PRESETS
 from deberta_dist.values import AUTO
 
@@ -37,7 +38,8 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
     asked = config.model.overrides.get(_KEY)
     if (asked is not None and asked != AUTO) or (asked is None and config.model.preset is None):
         return config
-    rows = _rows(config, preset=PRESETS.get(config.model.preset) if asked is None else None)
+    name = config.model.preset
+    rows = _rows(config, preset=PRESETS.get(name) if asked is None and name is not None else None)
     if rows is None and asked is None:
         return config
     if rows is None:
@@ -56,7 +58,7 @@ def expects_vocabulary(config: RunConfig) -> bool:
     return config.model.preset is not None and _KEY not in config.model.overrides
 
 
-def _rows(config: RunConfig, *, preset: object | None) -> int | None:
+def _rows(config: RunConfig, *, preset: DebertaConfig | None) -> int | None:
     tokenizer, init = config.data.tokenizer, config.training.init
     if config.checkpoint.resume != "never" and (manifest := _manifest_of_run(config.run.directory)) is not None:
         if (

@@ -58,7 +58,7 @@ class WeightStore:
             config=_for_device(deepspeed_config, mesh.device),
             mpu=ModelParallelUnit(mesh),
         )
-        self._parameters = list(store.parameters())
+        self._parameters: list[Any] = list(store.parameters())  # with what DeepSpeed adds to each
         if dtype != torch.float32:
             # DeepSpeed makes its master weights from the rounded ones.
             self._set_master_weights(shards)
@@ -137,8 +137,8 @@ class WeightStore:
             # On a CPU in one chunk: another order of summation would change the bits of resumed runs.
             size = _NORM_CHUNK if self._mesh.device.type == "cuda" else max(1, *map(Tensor.numel, gradients))
             chunks = [chunk for gradient in gradients for chunk in gradient.split(size)]
-            norms = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks]
-            square = torch.stack(norms).square().sum()
+            each = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks]
+            square = torch.stack(each).square().sum()
             for group in (self._mesh.groups["data"], self._mesh.groups["model"]):
                 if dist.get_world_size(group) > 1:
                     dist.all_reduce(square, group=group)

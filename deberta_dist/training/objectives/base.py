@@ -155,6 +155,12 @@ class Objective:
         return [fold for fold in self.folds if fold.reader == reader]
 
 
+def trained(network: Network) -> TrainedNetwork:
+    """The network of a layout that was planned for a run of an objective: it has a loss."""
+    assert isinstance(network, TrainedNetwork), network
+    return network
+
+
 def alone(network: TrainedNetwork) -> Objective:
     """The objective of one network."""
     return Objective((network,))

@@ -74,6 +74,7 @@ class MaskedLMNetwork(TrainedNetwork):
 
     def head_loss(self, model: nn.Module, *, hidden: Tensor, targets: Tensor, num_chunks: int) -> object:
         """Cross entropy over the vocabulary, on the table that the embeddings share."""
+        assert isinstance(model, DebertaForMaskedLM)
         words, head = model.deberta.embeddings.word_embeddings.weight, model.lm_predictions.lm_head
         entered = head.transform(hidden)
         return model.cross_entropy.of_product(entered, words, head.bias, targets, num_chunks=num_chunks)
