@@ -19,7 +19,7 @@ from deberta_dist.models.presets import preset
 from deberta_dist.models.targets import find_targets
 from deberta_dist.parallel.layout import plan_layout
 from deberta_dist.parallel.sharded_model import DEVICES_WHOSE_PRODUCTS_ADD
-from deberta_dist.planning.activations import LiveBytes, local_config, stage_activations
+from deberta_dist.planning.activations import LiveBytes, StageCase, local_config, stage_activations
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
@@ -53,12 +53,14 @@ def compare(
     targets = max(1, round(_mask_probability() * shape[1]))
     predicted = stage_activations(
         MaskedLMNetwork(config=stage.config),
-        layers=stage.layers,
-        tensor_parallel_size=stage.tensor_parallel_size,
-        batch_shape=shape,
-        targets_per_sequence=targets,
-        dtype=dtype,
-        recompute=recompute,
+        StageCase(
+            layers=stage.layers,
+            tensor_parallel_size=stage.tensor_parallel_size,
+            batch_shape=shape,
+            targets_per_sequence=targets,
+            dtype=dtype,
+            recompute=recompute,
+        ),
     )
     model = _real_model(stage, device=device, dtype=dtype)
     model.recompute = recompute

@@ -36,8 +36,19 @@ MaskingMethod = Literal["official", "uniform"]
 MASKING_METHODS: tuple[MaskingMethod, ...] = get_args(MaskingMethod)
 
 SiftLoss = Literal["symmetric_kl", "kl", "mse"]
-"""What compares the predictions with and without perturbation."""
-SIFT_LOSSES: tuple[SiftLoss, ...] = get_args(SiftLoss)
+"""What compares the predictions with and without perturbation; `finetuning.sift.LOSSES` has a function for each."""
+
+OptimizerName = Literal["auto", "torch_adamw", "apex_fused_adam"]
+"""Whose AdamW: apex's where it works and else torch's, or one by name."""
+
+Resume = Literal["auto", "required", "never"]
+"""Whether a run continues from its checkpoints: if there are any, it has to, it must not."""
+
+FineTuneStart = Literal["init", "intermediate"]
+"""Where a task's weights come from: the given checkpoint, or the model trained on the intermediate task."""
+
+HeadKind = Literal["sequence", "choice", "token", "span"]
+"""Heads of fine-tuning. Models build them, conversion names and counts their weights, a task says which it answers with."""
 
 ConversionFormat = Literal["huggingface", "official", "deberta_dist", "onnx"]
 """What a checkpoint can be converted to."""

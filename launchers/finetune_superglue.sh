@@ -1,7 +1,7 @@
 #!/bin/sh
 ''':'
-# Fine-tunes on SuperGLUE; --help lists the options. One file, two readers: a shell runs this half, which hands
-# over to start.sh; DeepSpeed gives the file to Python on every GPU, for which this half is one string.
+# Fine-tunes on SuperGLUE; --help lists the options. One file, two readers: a shell runs this half, which execs
+# start.sh; DeepSpeed runs the file as Python on every GPU, for which this half is one string.
 #   deepspeed launchers/finetune_superglue.sh --task RTE --data DIR --init CHECKPOINT [--sift] [--seeds 5]
 #   sh launchers/finetune_superglue.sh --task all ... [--num_gpus 8] [--section.key value] [--dry-run]
 exec sh "$(dirname "$0")/start.sh" "$0" "$@"

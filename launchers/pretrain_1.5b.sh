@@ -1,7 +1,7 @@
 #!/bin/sh
 ''':'
-# Pre-trains what pretrain_1.5b.toml says. One file, two readers: a shell runs this half, which hands
-# over to start.sh; DeepSpeed gives the file to Python on every GPU, for which this half is one string.
+# Pre-trains what pretrain_1.5b.toml says. One file, two readers: a shell runs this half, which execs
+# start.sh; DeepSpeed runs the file as Python on every GPU, for which this half is one string.
 #   deepspeed --hostfile H launchers/pretrain_1.5b.sh [--section.key value ...]
 #   sh launchers/pretrain_1.5b.sh [--hostfile H ...] [--section.key value ...] [--dry-run]
 exec sh "$(dirname "$0")/start.sh" "$0" "$@"

@@ -1,7 +1,7 @@
 #!/bin/sh
 ''':'
-# Trains the small model that pretrain_demo.toml says. One file, two readers: a shell runs this half, which hands
-# over to start.sh; DeepSpeed gives the file to Python on every GPU, for which this half is one string.
+# Trains the small model that pretrain_demo.toml says. One file, two readers: a shell runs this half, which execs
+# start.sh; DeepSpeed runs the file as Python on every GPU, for which this half is one string.
 #   deepspeed --num_gpus 8 launchers/pretrain_demo.sh [--section.key value ...]
 #   sh launchers/pretrain_demo.sh [--num_gpus 8] [--section.key value ...] [--dry-run]
 exec sh "$(dirname "$0")/start.sh" "$0" "$@"

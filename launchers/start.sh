@@ -1,5 +1,5 @@
 #!/bin/sh
-# The shell's way into a run: finds the environment, then hands over to deberta_dist.training.launch.
+# Starts a run from the shell: finds the environment, then execs deberta_dist.training.launch.
 # Called by the launchers beside it: start.sh LAUNCHER [DeepSpeed flags] [--section.key value] [--dry-run]
 set -eu
 

@@ -6,6 +6,7 @@ trees with one planted fault each.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,16 @@ DOORS = {
     "rensa": (f"{PACKAGE}/preparation/filtering/near_duplicates.py",),
     "triton": (f"{PACKAGE}/kernels/fused/",),
 }
+# Name -> the files and folders of the package that may say it: whatever else needs such a model asks for it by the kind of
+# its head (`models.heads.model_with_head`), or asks a network of the objective to make it.
+NAMED_BY = {
+    "DebertaForMaskedLM": (
+        f"{PACKAGE}/models/",
+        f"{PACKAGE}/training/objectives/masked_lm.py",
+        f"{PACKAGE}/__init__.py",
+        f"{PACKAGE}/conversion/modeling_deberta_emd.py",  # lies beside converted weights; this is transformers' name
+    ),
+}
 MAX_LINES = 500
 # Path -> why one file is better here than two.
 LONG_FILES: dict[str, str] = {}
@@ -81,12 +92,28 @@ LONG_FILES: dict[str, str] = {}
 MAX_FUNCTION_LINES = 60
 # File and function -> why one function is better here than two, or that it is still to be cut.
 LONG_FUNCTIONS = {
+    f"{PACKAGE}/cli/plan.py parse_arguments": "a flag a line",
     f"{PACKAGE}/cli/prepare_corpus.py _parse_arguments": "a flag a line",
-    f"{PACKAGE}/conversion/convert.py convert": "to be cut",
     f"{PACKAGE}/kernels/fused/kernels.py backward_kernel": "one kernel is one function",
-    f"{PACKAGE}/planning/memory.py rank_memory": "to be cut",
-    f"{PACKAGE}/planning/pipeline_timeline.py play": "to be cut",
-    f"{PACKAGE}/preparation/pipeline/prepare.py _prepare": "to be cut",
+}
+MAX_PARAMETERS = 8
+# File and function -> why more parameters are better here than an object that holds them.
+MANY_PARAMETERS = {
+    "benchmarks/": "measurements, no interface",
+    f"{PACKAGE}/conversion/convert.py convert": "a keyword for each flag of the command",
+    f"{PACKAGE}/conversion/modeling_deberta_emd.py forward": "the signature is transformers'",
+    f"{PACKAGE}/data/masking.py mask_batch": "one caller and the golden tests, each with numbers from a different place",
+    f"{PACKAGE}/kernels/attention.py disentangled_attention": "to be cut",
+    f"{PACKAGE}/kernels/fused/": "a Triton kernel takes every array, stride and constant by itself",
+    f"{PACKAGE}/kernels/rows.py forward": "to be cut",
+    f"{PACKAGE}/kernels/rows.py residual_norm": "to be cut",
+    f"{PACKAGE}/models/layers.py decode": "to be cut",
+    f"{PACKAGE}/models/masked_lm.py _run": "to be cut",
+    f"{PACKAGE}/models/residual.py _hashed_residual_norm": "to be cut",
+    f"{PACKAGE}/parallel/pipeline/runner.py __init__": "to be cut",
+    f"{PACKAGE}/planning/machine.py _gpu": "to be cut",
+    f"{PACKAGE}/preparation/pipeline/prepare.py prepare_corpus": "the room's one way in: a keyword for each setting",
+    f"{PACKAGE}/preparation/pipeline/spool.py write_spool_file": "a keyword for each array of the file",
 }
 # Classes whose names stand twice -> why.
 TWICE = {"DebertaForMaskedLM": "the file that lies beside converted weights has to name its class as transformers does"}
@@ -154,8 +181,9 @@ def violations(root: Path) -> list[str]:
             for dependency, doors in DOORS.items()
             if any(within(name, dependency) for name in names) and not here.startswith(doors or ("\0",))
         ]
+        found += _names_elsewhere(here, path)
     found += _cycles({files[path]: names for path, names in imports.items()})
-    return found + _long_files(root) + _long_functions(root) + _names_twice(root)
+    return found + _long_files(root) + _long_functions(root) + _many_parameters(root) + _names_twice(root)
 
 
 def _floor_violations(here: str, room: str | None, names: set[str]) -> list[str]:
@@ -173,11 +201,22 @@ def _floor_violations(here: str, room: str | None, names: set[str]) -> list[str]
     return found
 
 
+def _names_elsewhere(here: str, path: Path) -> list[str]:
+    if not here.startswith(f"{PACKAGE}/"):
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [
+        f"{here}: names {name}, which is for {' '.join(doors)}"
+        for name, doors in NAMED_BY.items()
+        if not here.startswith(doors) and re.search(rf"\b{name}\b", text)
+    ]
+
+
 def _cycles(names: Imports) -> list[str]:
     graph: Imports = {}
     for module, targets in names.items():
         # the longest prefix that is a module of ours: a.b.c.function -> a.b.c
-        hits = {next((name for name in _prefixes(target) if name in names), "") for target in targets}
+        hits = {next((name for name in prefixes(target) if name in names), "") for target in targets}
         graph[module] = hits - {"", module}
     found: list[str] = []
     done: set[str] = set()
@@ -215,12 +254,38 @@ def _long_functions(root: Path) -> list[str]:
             for name, lines in found.items()
             if name not in LONG_FUNCTIONS
         ),
+        *(f"{name}: not as long; remove it of LONG_FUNCTIONS" for name in LONG_FUNCTIONS if root == ROOT and name not in found),
+    ]
+
+
+def _many_parameters(root: Path) -> list[str]:
+    found = {}
+    for path in python_files(root):
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                every = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                number = len([name for name in every if name not in ("self", "cls", "ctx")])
+                if number > MAX_PARAMETERS:
+                    found[f"{path.relative_to(root).as_posix()} {node.name}"] = number
+    return [
         *(
-            f"{name}: not as long; take it out of LONG_FUNCTIONS"
-            for name in LONG_FUNCTIONS
-            if root == ROOT and name not in found
+            f"{name}: {number} parameters, more than {MAX_PARAMETERS}"
+            for name, number in found.items()
+            if not any(covers(known, name) for known in MANY_PARAMETERS)
+        ),
+        *(
+            f"{known}: not as many parameters; remove it of MANY_PARAMETERS"
+            for known in MANY_PARAMETERS
+            if root == ROOT and not any(covers(known, name) for name in found) and known != "benchmarks/"
         ),
     ]
+
+
+def covers(known: str, name: str) -> bool:
+    """Whether an entry of a table is this name, or a folder or class that it lies in."""
+    return name == known or (known.endswith(("/", ".")) and name.startswith(known))
 
 
 def _names_twice(root: Path) -> list[str]:
@@ -233,7 +298,7 @@ def _names_twice(root: Path) -> list[str]:
     return [f"class {name} in {' and '.join(paths)}" for name, paths in where.items() if len(paths) > 1 and name not in TWICE]
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes(name: str) -> Iterator[str]:
     """a.b.c -> a.b.c, a.b, a"""
     while name:
         yield name
@@ -248,7 +313,7 @@ def _long_files(root: Path) -> list[str]:
         if lines > MAX_LINES and here not in LONG_FILES:
             found.append(f"{here}: {lines} lines, more than {MAX_LINES}; split it, or give a reason in LONG_FILES")
         if lines <= MAX_LINES and here in LONG_FILES:
-            found.append(f"{here}: {lines} lines; take it out of LONG_FILES")
+            found.append(f"{here}: {lines} lines; remove it of LONG_FILES")
     return found
 
 
@@ -287,8 +352,11 @@ def test_the_checker_sees_the_files() -> None:
         ("kernels/attention.py", "import triton.language as tl", "imports triton; its only door is deberta_dist/kernels/fused/"),
         ("training/a.py", "if TYPE_CHECKING:\n    import transformers", "imports transformers; its only door is deberta_dist/cli/fill_mask.py"),
         ("data/a.py", "from deberta_dist.data import b", "import cycle: deberta_dist.data.a -> deberta_dist.data.b -> deberta_dist.data.a"),
+        ("conversion/a.py", "def f(model):\n    return type(model).__name__ == 'DebertaForMaskedLM'", "names DebertaForMaskedLM"),
+        ("training/a.py", "import deberta_dist\n\nMODEL = deberta_dist.DebertaForMaskedLM", "names DebertaForMaskedLM"),
         ("data/a.py", "x = 1\n" * 501, "501 lines, more than 500"),
         ("data/a.py", "def f():\n" + "    x = 1\n" * 61, "a.py f: 62 lines, more than 60"),
+        ("data/a.py", "def f(self, a, b, c, d, e, f, g, *, h, i):\n    pass", "a.py f: 9 parameters, more than 8"),
         ("data/a.py", "class C:\n    pass\n", "class C in deberta_dist/data/a.py and deberta_dist/data/b.py"),
     ],
 )  # fmt: skip
@@ -314,6 +382,8 @@ def test_planted_fault_is_found(tmp_path: Path, file: str, text: str, expected: 
         ("training/a.py", "from deberta_dist.checkpoint.save import x\nimport apexlike"),
         ("training/optimizer.py", "import apex"),
         ("kernels/fused/kernels.py", "import triton"),
+        ("training/objectives/masked_lm.py", "from deberta_dist.models.masked_lm import DebertaForMaskedLM"),
+        ("conversion/a.py", "NAMES = {'DebertaV2ForMaskedLM'}"),
     ],
 )
 def test_what_is_allowed_passes(tmp_path: Path, file: str, text: str) -> None:

@@ -3,7 +3,7 @@
 
     tools/make_rule_task.py --train launchers/demo_text/train.jsonl --heldout launchers/demo_text/valid.jsonl --out DIR
 
-A premise is a piece of the text; the hypothesis is six successive words of it, in their order (entailment) or in the
+A premise is a stretch of the text; the hypothesis is six successive words of it, in their order (entailment) or in the
 reverse order (not_entailment). The words are the same under both labels, so that only their order tells. Rows of val and
 test are from the held-out text. Chance is 50%.
 """
@@ -27,17 +27,17 @@ from deberta_dist.tasks.superglue.pairs import RTE
 PREMISE_WORDS, HYPOTHESIS_WORDS = 16, 6
 
 
-def pieces(texts: Sequence[str]) -> list[list[str]]:
-    """Successive pieces of ``PREMISE_WORDS`` words."""
+def premises_of(texts: Sequence[str]) -> list[list[str]]:
+    """Successive stretches of ``PREMISE_WORDS`` words."""
     words = [text.split() for text in texts]
     return [w[i : i + PREMISE_WORDS] for w in words for i in range(0, len(w) - PREMISE_WORDS + 1, PREMISE_WORDS)]
 
 
 def rows(texts: Sequence[str], *, count: int, draw: random.Random) -> Iterator[dict[str, object]]:
     """``count`` rows, half of them of each label."""
-    premises = pieces(texts)
+    premises = premises_of(texts)
     if len(premises) < count:
-        raise DataError(f"the text has {len(premises)} pieces of {PREMISE_WORDS} words, {count} are needed")
+        raise DataError(f"the text has {len(premises)} stretches of {PREMISE_WORDS} words, {count} are needed")
     draw.shuffle(premises)
     for idx, premise in enumerate(premises[:count]):
         start = draw.randrange(PREMISE_WORDS - HYPOTHESIS_WORDS + 1)
@@ -71,15 +71,15 @@ def main() -> int:
     if passed_over := find_inputs([arguments.heldout, arguments.train]).passed_over:
         print(f"passed over beside the inputs: {passed_over}")
     heldout = list(rows(list(read_texts([arguments.heldout])), count=2 * few, draw=draw))
-    parts = {
+    splits = {
         "train": list(rows(list(read_texts([arguments.train])), count=arguments.rows, draw=draw)),
         "val": heldout[:few],
         "test": [{key: value for key, value in row.items() if key != "label"} for row in heldout[few:]],
     }
-    paths = {name: arguments.out / RTE.data_file(name) for name in parts}
+    paths = {name: arguments.out / RTE.data_file(name) for name in splits}
     for path in paths.values():
         refuse_existing(path)
-    for name, some in parts.items():
+    for name, some in splits.items():
         with new_file(paths[name]) as file:
             for row in some:
                 file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))

@@ -1,1 +1,1 @@
-"""Checkpoints that know no layout: written in shards by every rank, read as slices of named tensors by any other."""
+"""Layout-independent checkpoints: every rank writes its shards, and any layout reads them as slices of named tensors."""

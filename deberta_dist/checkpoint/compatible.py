@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, or from weights alone: asked by training before anything is loaded."""
+"""Checks that a run may resume from a checkpoint, or start from weights, before anything is loaded."""
 
 import json
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def compatible(
     """Refuses to go on with another model or vocabulary, or other networks, than the checkpoint's.
 
     Args:
-        manifest: Of the checkpoint.
+        manifest: What the checkpoint says of its model, tokenizer and tensors.
         model_config: Published configuration of the model that is to be loaded.
         tokenizer_sha256: Of the SentencePiece model in use.
         networks: Configurations of the run's further networks by name; None where they do not matter.
@@ -79,9 +79,9 @@ def same_computation(there: DebertaConfig, here: DebertaConfig, *, where: str) -
     """Refuses weights of a model that has other tensors or computes something else with them. Dropout may differ.
 
     Args:
-        there: Of the weights.
-        here: Of the run.
-        where: Named in the message.
+        there: Configuration that the weights were trained with.
+        here: Configuration of the run that is to use them.
+        where: Subject of the message: what is another model.
 
     Raises:
         ConfigError: they differ; the message has every difference.

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, as errors a user can act on."""
+"""Errors about checkpoints that a user can act on."""
 
 from deberta_dist.errors import DataError
 from deberta_dist.files.strict_json import StrictJson

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and the newest that can be trusted.
+"""Lists the checkpoints of a run and finds the newest complete one.
 
 A checkpoint is a directory with its final name; ``latest`` beside them is written last and only a hint. What
 starts with a dot is unfinished or on its way out and never looked at.
@@ -85,7 +85,7 @@ def newest_complete(
             on_damaged(path)
     if problems:
         raise CheckpointError(
-            f"no checkpoint in {directory} can be used: {'; '.join(problems)}. To start anew, move the directory away"
+            f"no checkpoint in {directory} can be used: {'; '.join(problems)}. To start over, move the directory away"
         )
     return None
 

@@ -1,6 +1,6 @@
 """What a checkpoint says about itself: ``manifest.json`` as frozen values.
 
-The manifest names every published tensor once with its full shape and tells in which files its slices lie;
+The manifest names every published tensor once, with its full shape and the files in which its slices lie;
 the layout that wrote it is mentioned for people and never needed for reading. The last key is a checksum of
 all others, so that a flipped digit is a damaged checkpoint and not another run.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, strict_json
-from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.foreign import read_limited
 from deberta_dist.files.strict_json import as_read
 
 FORMAT = "deberta_dist-checkpoint"
@@ -28,14 +28,14 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class FlatRange:
-    """A run of elements of a region.
+    """A run of elements of a slice.
 
     Attributes:
-        file: Shard file that holds it.
-        flat: Which flat parameter.
+        file: Name of the shard file.
+        flat: Number of the flat parameter in that file, from 0.
         offset: Its first element in that file's shard of the flat parameter.
-        begin: The same element's place in the flattened region.
-        count: Elements.
+        begin: The same element's place in the flattened slice.
+        count: Number of elements, at least 1.
     """
 
     file: str
@@ -52,12 +52,12 @@ class TensorSlice:
     Attributes:
         start: First index along the cut dimension (dimension 0 of an uncut tensor).
         stop: First index behind it; may lie behind the real size where a vocabulary is padded.
-        pieces: Its elements in order.
+        ranges: Where its elements lie, row by row, without gaps.
     """
 
     start: int
     stop: int
-    pieces: tuple[FlatRange, ...]
+    ranges: tuple[FlatRange, ...]
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class TensorEntry:
 
     Attributes:
         shape: Full shape, without vocabulary padding.
-        cut_dim: Dimension along which ``regions`` lie, None where there is one region.
-        regions: In order.
+        cut_dim: Dimension along which ``slices`` lie, None where there is one slice.
+        slices: Side by side along ``cut_dim``, together the whole tensor.
     """
 
     shape: tuple[int, ...]
     cut_dim: int | None
-    regions: tuple[TensorSlice, ...]
+    slices: tuple[TensorSlice, ...]
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ class NetworkState:
     """What the manifest says of a network beside the one whose tensors have their published names.
 
     Attributes:
-        optimizer_steps: Steps that moved its weights.
+        optimizer_steps: Steps that moved the network's weights: skipped steps do not count, and Adam's bias
+            correction needs it.
         loss_scale: State of its fp16 loss scaler, None for other precisions.
-        model_config: Published model configuration.
+        model_config: The network's configuration, as a published ``config.json`` has it.
     """
 
     optimizer_steps: int
@@ -119,11 +120,11 @@ class Manifest:
         seed: Of initial weights, data order, masks and dropout.
         loss_scale: State of the fp16 loss scaler, None for other precisions.
         run_config: Resolved run configuration, as JSON.
-        model_config: Published model configuration.
-        tokenizer_sha256: Of the SentencePiece model.
-        data_sha256: Of the token files, by what they are for; only to tell that they have changed.
-        precision: Of the run: fp32, bf16 or fp16; only to tell that it has changed.
-        layout: Who wrote it.
+        model_config: The network's configuration, as a published ``config.json`` has it.
+        tokenizer_sha256: SHA-256 of the SentencePiece model file, in hex: ids mean nothing with another one.
+        data_sha256: Of the token files, by what they are for; only to report that they have changed.
+        precision: Of the run: fp32, bf16 or fp16; only to report that it has changed.
+        layout: Parallel sizes of the run that wrote it, for people; a reader needs none of them.
         tensors: Every published tensor by name, in model order; those of further networks behind their network's name.
         files: Every shard file by name. ``CheckpointWriter.commit`` fills it in.
         networks: Further networks by name. Absent from the file where there are none.
@@ -184,14 +185,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         CheckpointError: it is missing, unreadable, absurdly large, damaged, or not a manifest.
     """
     path = Path(directory) / MANIFEST_NAME
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if len(text) > MAX_BYTES:
-        raise CheckpointError(f"{path} has more than {MAX_BYTES} bytes: not a manifest")
-    refuse_foreign(text, path, error=CheckpointError)
+    too_large = f"has more than {MAX_BYTES} bytes: not a manifest"
+    text = read_limited(path, max_bytes=MAX_BYTES, too_large=too_large, error=CheckpointError)
     return from_json(text, file=path)
 
 
@@ -254,11 +249,15 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, ...
 
 
 def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
-    regions = [
-        {"start": region.start, "stop": region.stop, "pieces": [vars(piece) for piece in region.pieces]}
-        for region in entry.regions
+    slices = [
+        {
+            "start": tensor_slice.start,
+            "stop": tensor_slice.stop,
+            "pieces": [vars(flat_range) for flat_range in tensor_slice.ranges],
+        }
+        for tensor_slice in entry.slices
     ]
-    return {"shape": list(entry.shape), "cut_dim": entry.cut_dim, "regions": regions}
+    return {"shape": list(entry.shape), "cut_dim": entry.cut_dim, "regions": slices}
 
 
 def _checksum(document: Mapping[str, Any], *, file: object = MANIFEST_NAME) -> str:
@@ -298,20 +297,20 @@ def _tensor(raw: Any, *, where: str) -> TensorEntry:
     return TensorEntry(
         shape=tuple(strict_json.integer(size, where=f"{where}.shape", minimum=1) for size in shape),
         cut_dim=None if cut_dim is None else strict_json.integer(cut_dim, where=f"{where}.cut_dim"),
-        regions=tuple(_region(r, where=where) for r in strict_json.sequence(raw["regions"], where=where)),
+        slices=tuple(_tensor_slice(r, where=where) for r in strict_json.sequence(raw["regions"], where=where)),
     )
 
 
-def _region(raw: Any, *, where: str) -> TensorSlice:
+def _tensor_slice(raw: Any, *, where: str) -> TensorSlice:
     raw = strict_json.fields(raw, keys=("start", "stop", "pieces"), where=where)
     return TensorSlice(
         start=strict_json.integer(raw["start"], where=f"{where}.start"),
         stop=strict_json.integer(raw["stop"], where=f"{where}.stop", minimum=1),
-        pieces=tuple(_piece(piece, where=where) for piece in strict_json.sequence(raw["pieces"], where=where)),
+        ranges=tuple(_flat_range(flat_range, where=where) for flat_range in strict_json.sequence(raw["pieces"], where=where)),
     )
 
 
-def _piece(raw: Any, *, where: str) -> FlatRange:
+def _flat_range(raw: Any, *, where: str) -> FlatRange:
     raw = strict_json.fields(raw, keys=("file", "flat", "offset", "begin", "count"), where=where)
     numbers = {key: strict_json.integer(raw[key], where=f"{where}.{key}") for key in ("flat", "offset", "begin", "count")}
     return FlatRange(file=strict_json.string(raw["file"], where=f"{where}.file"), **numbers)

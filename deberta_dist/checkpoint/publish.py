@@ -1,4 +1,4 @@
-"""Giving finished directories their names and taking old ones away, so that a crash at any point does no harm.
+"""Renames finished checkpoint directories into place and prunes old ones; a crash at any point does no harm.
 
 Names beside the checkpoints: ``.tmp-`` is being written, ``.old-`` stood where a new one was to go, ``.gone-``
 is being deleted. Under the run's lock none of them belongs to anybody at the start of a run.

@@ -61,7 +61,7 @@ class CheckpointReader:
         """A tensor or a slice of it, float32 on the CPU.
 
         Args:
-            name: Published name.
+            name: Published name of the tensor.
             state: ``weight``, ``exp_avg`` or ``exp_avg_sq``.
             cut: (dimension 0 or 1, start, stop); None is the whole tensor. ``stop`` may lie behind the last row
                 of dimension 0, where a vocabulary is padded: there are zeros.
@@ -82,15 +82,16 @@ class CheckpointReader:
         """
         assert state in STATES, state
         entry = self._entry(name)
-        part = window(entry.shape, cut=cut)
-        assert begin >= 0 and count >= 0 and begin + count <= part.num_elements, (name, cut, begin, count)
+        target_window = window(entry.shape, cut=cut)
+        assert begin >= 0 and count >= 0 and begin + count <= target_window.num_elements, (name, cut, begin, count)
+        # Rows of vocabulary padding are no data, whatever the files hold there: they stay zero.
         result = np.zeros(count, dtype=np.float32)
-        targets = rectangles(part, begin=begin, count=count, address=0)
+        targets = rectangles(target_window, begin=begin, count=count, address=0)
         rows = entry.shape[0] if entry.shape else 1
-        for region in entry.regions:
-            source_part = window(entry.shape, cut=_region_cut(entry, region))
-            for piece in region.pieces:
-                sources = rectangles(source_part, begin=piece.begin, count=piece.count, address=piece.offset)
+        for tensor_slice in entry.slices:
+            source_window = window(entry.shape, cut=_slice_cut(entry, tensor_slice))
+            for flat_range in tensor_slice.ranges:
+                sources = rectangles(source_window, begin=flat_range.begin, count=flat_range.count, address=flat_range.offset)
                 for source in sources:
                     for target in targets:
                         common = overlap(source, target)
@@ -98,7 +99,7 @@ class CheckpointReader:
                             continue
                         if common.top + common.height > rows:  # the writer's vocabulary padding is not data
                             common = type(common)(common.top, common.left, rows - common.top, common.width)
-                        numbers = self._shard(piece, state=state)
+                        numbers = self._shard(flat_range, state=state)
                         view(result, target, part=common)[:] = view(numbers, source, part=common)
                         self.bytes_copied += 4 * common.num_elements
         return torch.from_numpy(result)
@@ -115,9 +116,9 @@ class CheckpointReader:
         """A rank's shard of every flat parameter, as ``WeightStore.copy_shards`` gave it to the writer.
 
         Args:
-            layout: What the rank's place owns.
-            shape: The reader's grid.
-            coordinate: The rank.
+            layout: What the rank owns.
+            shape: Sizes of the reader's mesh.
+            mesh_rank: Whose shards are read.
             rules: How the network's modules are split.
             saved_name: What the checkpoint calls a parameter of the layout.
 
@@ -125,14 +126,19 @@ class CheckpointReader:
             CheckpointError: as for ``read``.
         """
         full_shapes = {name: self.shape(saved_name(name)) for name in layout.places}
-        parts = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
+        slices_by_flat = shard_slices(layout, shape=shape, mesh_rank=mesh_rank, full_shapes=full_shapes, rules=rules)
         shards = []
-        for size, own in zip(layout.sizes, parts, strict=True):
+        for size, own in zip(layout.sizes, slices_by_flat, strict=True):
+            # Padding between the slices is in no checkpoint: it depends on the layout.
             values = {state: torch.zeros(size // shape.data) for state in STATES}
-            for part in own:
+            for shard_slice in own:
                 for state in STATES:
-                    values[state][part.offset : part.offset + part.count] = self.read_range(
-                        saved_name(part.name), begin=part.begin, count=part.count, state=state, cut=part.cut
+                    values[state][shard_slice.offset : shard_slice.offset + shard_slice.count] = self.read_range(
+                        saved_name(shard_slice.name),
+                        begin=shard_slice.begin,
+                        count=shard_slice.count,
+                        state=state,
+                        cut=shard_slice.cut,
                     )
             shards.append(ShardState(**values))
         return shards
@@ -163,6 +169,7 @@ class CheckpointReader:
                 for check in checks:
                     check.result()
             finally:
+                # One damaged file is enough: the others, maybe terabytes, need not be read.
                 pool.shutdown(cancel_futures=True)
 
     def _check_size(self, name: str) -> None:
@@ -180,21 +187,22 @@ class CheckpointReader:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.manifest.tensors:
-            raise CheckpointError(f"{self.directory} has no tensor {name}: it is of another model")
+            raise CheckpointError(f"{self.directory} has no tensor {name}: it belongs to another model")
         return self.manifest.tensors[name]
 
-    def _shard(self, piece: FlatRange, *, state: str) -> np.ndarray:
-        """The mapped shard that holds a piece."""
-        file = piece.file
+    def _shard(self, flat_range: FlatRange, *, state: str) -> np.ndarray:
+        """The mapped shard that holds a flat range."""
+        file = flat_range.file
         if file not in self._mapped:
             self._check_size(file)
             self._mapped[file] = map_shard_file(self.directory / file)
+            # Arrays that are still in use keep their mapping alive; only the descriptor count is bounded here.
             if len(self._mapped) > MAX_MAPPED_FILES:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(file)
-        shard = self._mapped[file].get((piece.flat, state))
-        if shard is None or piece.offset + piece.count > shard.size:
-            raise CheckpointError(f"{self.directory / file} does not hold what the manifest says: it is of another layout")
+        shard = self._mapped[file].get((flat_range.flat, state))
+        if shard is None or flat_range.offset + flat_range.count > shard.size:
+            raise CheckpointError(f"{self.directory / file} does not hold what the manifest says: it belongs to another layout")
         return shard
 
 
@@ -214,5 +222,5 @@ def open_checkpoint(directory: str | Path, *, verify: bool = True) -> Checkpoint
     return reader
 
 
-def _region_cut(entry: TensorEntry, region: TensorSlice) -> SliceBounds | None:
-    return None if entry.cut_dim is None else (entry.cut_dim, region.start, region.stop)
+def _slice_cut(entry: TensorEntry, tensor_slice: TensorSlice) -> SliceBounds | None:
+    return None if entry.cut_dim is None else (entry.cut_dim, tensor_slice.start, tensor_slice.stop)

@@ -1,4 +1,4 @@
-"""Copying between slices of one matrix that were cut differently: arithmetic and strided copies.
+"""Copies between differently cut slices of one matrix: index arithmetic and strided copies.
 
 Every tensor is seen as a matrix of its first dimension by all others. A slice along dimension 0 is a band of
 rows, along dimension 1 a band of columns: a *window*. A run of elements of a flattened window is at most three
@@ -52,7 +52,7 @@ def window(shape: Sequence[int], *, cut: SliceBounds | None) -> Window:
     """What a slice of a tensor covers of its matrix.
 
     Args:
-        shape: Full shape of the tensor.
+        shape: Full shape; a dimension beyond the second is counted into the columns.
         cut: Slice along dimension 0 or 1; None is the whole. ``stop`` may lie behind the last row.
     """
     rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)

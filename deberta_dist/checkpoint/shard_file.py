@@ -76,6 +76,7 @@ def write_shard_file(path: Path, shards: Sequence[ShardState]) -> FileEntry:
             assert len({value.shape for value in values}) == 1 and values[0].ndim == 1
             buffers += [value.numpy().astype(_FLOAT32, casting="equiv", copy=False).data.cast("B") for value in values]
         for buffer in buffers:
+            # In chunks, so that each is hashed while it is still in the processor's cache.
             for start in range(0, len(buffer), CHUNK_BYTES):
                 chunk = memoryview(buffer)[start : start + CHUNK_BYTES]
                 digest.update(chunk)
@@ -97,9 +98,11 @@ def map_shard_file(path: Path) -> ShardMaps:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
+            # The length comes from the file: a damaged one must not make us read gigabytes.
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: a header of {length} bytes in a file of {size}: damaged, or not a shard file")
             lengths = _shard_lengths(file.read(length), path=path, data_bytes=size - 8 - length)
+            # One mapping for all shards of the file: systems limit the number of mappings of a process.
             mapped = np.memmap(file, dtype=np.uint8, mode="r")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
@@ -121,6 +124,7 @@ def hash_file(path: Path) -> str:
         OSError: it cannot be read.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
+    # Unbuffered: readinto fills our buffer at once, without a copy through Python's.
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
@@ -129,6 +133,7 @@ def hash_file(path: Path) -> str:
 
 def _shard_lengths(text: bytes, *, path: Path, data_bytes: int) -> list[int]:
     """Elements of every flat parameter's shard, from a header that has to be the one we would write."""
+    # Stricter than safetensors: any other order or gap would be a file of another writer, and be read wrongly.
     header = strict_json.parse(text, file=f"{path}: header")
     header.pop("__metadata__", None)
     lengths: list[int] = []

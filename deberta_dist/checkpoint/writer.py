@@ -1,4 +1,4 @@
-"""One rank's side of writing a checkpoint, and rank 0's last word.
+"""Writes one rank's part of a checkpoint in the background, and commits the whole of it on rank 0.
 
     every rank   begin(...)             its file is written in the background, into a directory with a dot
                  state                  polled between steps; the ranks agree by a collective of the caller's
@@ -60,7 +60,7 @@ class CheckpointWriter:
 
     Args:
         directory: ``<run>/checkpoints``, the same for all ranks; made when it is needed.
-        rank: Global rank of this process.
+        rank: Global rank; each writes a file of its own, and rank 0 the manifest.
     """
 
     def __init__(self, directory: str | Path, *, rank: int) -> None:
@@ -75,10 +75,10 @@ class CheckpointWriter:
         return self._state
 
     def begin(self, step: int, *, shards: Sequence[ShardState], token: str) -> None:
-        """Starts writing this rank's file. The one before has been committed, handed over or abandoned.
+        """Starts writing this rank's file. The one before has been committed, released or abandoned.
 
         Args:
-            step: Steps done.
+            step: Optimizer steps done; names the checkpoint's directory.
             shards: ``WeightStore.copy_shards()``: host copies nobody changes any more.
             token: Letters and digits, the same on every rank of this run and different in another.
         """
@@ -86,6 +86,7 @@ class CheckpointWriter:
         assert token.isascii() and token.isalnum(), token
         temporary = temporary_directory(self.directory, step=step, token=token)
         self._state = WriteState("pending")
+        # A daemon: a process that ends by an error must not wait for a disk that hangs. What it leaves has a dot and is swept.
         thread = threading.Thread(target=self._write, args=(temporary, list(shards)), name=f"checkpoint {step}", daemon=True)
         self._job = _PendingWrite(step=step, token=token, temporary=temporary, thread=thread)
         thread.start()
@@ -118,30 +119,33 @@ class CheckpointWriter:
         job = self._job
         assert job is not None and self._state.status == "written" and job.step == manifest.step
         final = self.directory / step_name(job.step)
+        # First of all: whatever fails from here on, the writer can begin the next checkpoint.
         self.release()
-        part, content = job.temporary, b""
+        path, content = job.temporary, b""
         try:
             manifest = dataclasses.replace(manifest, files=_collect(job.temporary, manifest))
             check_table(manifest.tensors, files=manifest.files, where=job.temporary)
             if not _is_same(final, manifest):
-                part, content = job.temporary / MANIFEST_NAME, to_json(manifest)
-                write_and_sync(part, content)
+                path, content = job.temporary / MANIFEST_NAME, to_json(manifest)
+                write_and_sync(path, content)
                 for rank in range(_world_size(manifest)):
                     os.unlink(_note(job.temporary, rank))
                 sync_directory(job.temporary)
+                # The rename comes last: what has the final name is whole, whenever the process is killed.
                 put_in_place(job.temporary, final, token=job.token)
         except CheckpointError as error:
             raise CheckpointWriteError(f"checkpoint {final} is not written: {error}") from error
         except OSError as error:
-            raise CheckpointWriteError(_describe(error, Path(error.filename or part), needed=len(content))) from error
+            raise CheckpointWriteError(_describe(error, Path(error.filename or path), needed=len(content))) from error
         finally:
             remove(job.temporary)
         try:
+            # In this order: `latest` never names a checkpoint that has been removed.
             point_latest(self.directory, final.name)
             prune(self.directory, keep_last=keep_last, keep_every=keep_every, written=final, damaged=damaged)
         except OSError as error:
             raise CheckpointWriteError(
-                f"checkpoint {final} is complete, but the checkpoints before it could not be put in order ({error})"
+                f"checkpoint {final} is complete, but the checkpoints before it could not be pruned ({error})"
             ) from error
         return final
 
@@ -164,6 +168,7 @@ class CheckpointWriter:
             needed = file_bytes(shards)
             temporary.mkdir(parents=True, exist_ok=True)
             entry = write_shard_file(path, shards)
+            # After the file is on disk: a note stands for a file that is there in full.
             write_and_sync(_note(temporary, self._rank), json.dumps(vars(entry)).encode("ascii"))
             self._state = WriteState("written")
         except OSError as error:
@@ -191,6 +196,7 @@ def _collect(temporary: Path, manifest: Manifest) -> dict[str, FileEntry]:
     for rank in range(_world_size(manifest)):
         name, note = shard_file_name(rank), _note(temporary, rank)
         files[name] = file_entry(name, strict_json.parse(note.read_bytes(), file=note), where=str(note))
+        # The note is one node's word; this node has to see the same file before it says that all is there.
         size = os.stat(temporary / name).st_size
         if size != files[name].bytes:
             raise CheckpointError(f"{temporary / name} has {size} bytes, its rank wrote {files[name].bytes}")

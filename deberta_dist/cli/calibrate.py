@@ -27,11 +27,17 @@ def parse_arguments() -> argparse.Namespace:
         "--processes",
         default="1,2,4,8",
         metavar="N,...",
-        help="numbers of processes that plan will be asked for; 1 is always measured (default: %(default)s)",
+        help="numbers of processes to measure, as plan will be asked for them; 1 is always among them (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a round (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for everything (default: %(default)s)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="limit for all measurements together (default: %(default)s)",
+    )
     return parser.parse_args()
 
 

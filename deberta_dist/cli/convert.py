@@ -21,36 +21,43 @@ def parse_arguments() -> argparse.Namespace:
     from deberta_dist.conversion.options import add_options
 
     parser = argparse.ArgumentParser(description="Convert a checkpoint from one format into another.")
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="run, checkpoint directory or weights file")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="run directory, checkpoint directory or weights file; the format is detected",
+    )
     parser.add_argument("target", type=Path, metavar="TARGET", help="directory to make")
     parser.add_argument("--to", required=True, choices=CONVERSION_FORMATS, help="format")
-    add_options(parser, dtype_help="number format (default: what the source has; of several, one that holds all)", decodes=True)
-    parser.add_argument("--fused", action="store_true", help="v1: the fused projections of the first releases")
+    add_options(
+        parser, dtype_help="number format (default: the source's; if it has several, one that holds them all)", decodes=True
+    )
+    parser.add_argument("--fused", action="store_true", help="v1: one fused in_proj per layer, as in the first releases")
     parser.add_argument("--report", type=Path, help="also write the key report here")
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the source)")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the one beside the source)")
     parser.add_argument(
         "--with-code",
         action="store_true",
-        help="huggingface: also write the code with which transformers decodes masks as DeBERTa does (trust_remote_code)",
+        help="huggingface: also write the code with which transformers runs DeBERTa's mask decoder (needs trust_remote_code)",
     )
     parser.add_argument(
         "--license",
         metavar="ID",
-        help="huggingface: for the model card, as the hub names it (mit, apache-2.0, ...) or 'other:NAME[,LINK]'",
+        help="huggingface: licence for the model card, by the hub's name (mit, apache-2.0, ...) or 'other:NAME[,LINK]'",
     )
     parser.add_argument(
         "--language",
         action="append",
         default=[],
         metavar="CODE",
-        help="huggingface: for the model card (en, de, ...); may be given again",
+        help="huggingface: language for the model card (en, de, ...); repeatable",
     )
     parser.add_argument("--force", action="store_true", help="replace a converted checkpoint at TARGET, and the report")
     return parser.parse_args()
 
 
 def check_report(report: Path, *, apart: Sequence[Path], force: bool) -> None:
-    """Refuses a place for the report where something would be lost.
+    """Refuses a report path where something would be lost.
 
     Raises:
         ConfigError: its folder is missing, or is SOURCE or TARGET; or something is there and may not be replaced.
@@ -61,7 +68,7 @@ def check_report(report: Path, *, apart: Sequence[Path], force: bool) -> None:
     if any(path.resolve() in (folder, *folder.parents) for path in apart):
         raise ConfigError(f"--report {report} lies in SOURCE or TARGET, which has a report of its own: name another place")
     if os.path.lexists(report) and (not force or not report.is_file()):
-        raise ConfigError(f"--report {report} exists already and is left as it is: name another file, or give --force")
+        raise ConfigError(f"--report {report} already exists and is not overwritten: name another file, or give --force")
 
 
 @with_exit_code

@@ -36,11 +36,11 @@ def main() -> int:
         strip_eod=arguments.strip_eod,
         append_eod=arguments.append_eod,
     )
-    told = [f"{report.num_tokens:,} tokens in {report.num_documents:,} documents"]
+    lines = [f"{report.num_tokens:,} tokens in {report.num_documents:,} documents"]
     if report.num_empty_documents:
-        told.append(f"{report.num_empty_documents:,} empty documents skipped")
+        lines.append(f"{report.num_empty_documents:,} empty documents skipped")
     for option, verb in ((arguments.strip_eod, "dropped"), (arguments.append_eod, "appended")):
         if option is not None:
-            told.append(f"id {option} {verb} at the end of {report.num_eod:,}")
-    print(f"{' and '.join(map(str, report.paths))}: {', '.join(told)}")
+            lines.append(f"id {option} {verb} at the end of {report.num_eod:,}")
+    print(f"{' and '.join(map(str, report.paths))}: {', '.join(lines)}")
     return 0

@@ -20,22 +20,24 @@ def parse_arguments() -> argparse.Namespace:
     from deberta_dist.conversion.options import add_options
 
     parser = argparse.ArgumentParser(description="Fill the masks of a text.")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run, checkpoint, weights of any form")
-    parser.add_argument("text", metavar="TEXT", help=f"with {MASK} where a piece is to be guessed")
-    parser.add_argument("--tokenizer", type=Path, help="sentencepiece model (default: the one with the checkpoint)")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run directory, checkpoint directory or weights file"
+    )
+    parser.add_argument("text", metavar="TEXT", help=f"text with {MASK} where a piece is missing")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: the one beside the checkpoint)")
     add_options(parser, dtype_help="number format to compute in (default: what the checkpoint has)", decodes=True)
     parser.add_argument("--top", type=int, default=5, help="guesses per mask (default: 5)")
     parser.add_argument(
         "--library",
         choices=("deberta_dist", "transformers"),
         default="deberta_dist",
-        help="whose model: ours, with the decoder it was trained with, or Hugging Face's (a directory that convert_checkpoint.py "
-        "--to huggingface has made), which has the plain one alone but for code beside the weights (--with-code there)",
+        help="whose model runs: ours, with the decoder it was trained with, or Hugging Face's, on a directory that convert "
+        "--to huggingface has written; theirs decodes plainly unless convert was given --with-code",
     )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="with --library transformers: run the code that lies with the checkpoint",
+        help="with --library transformers: run the code beside the checkpoint",
     )
     return parser.parse_args()
 
@@ -116,7 +118,7 @@ def main() -> int:
     if MASK not in arguments.text:
         raise DataError(f"the text has no {MASK} to fill: {arguments.text[:80]!r}")
     if arguments.decoder is not None and arguments.library != "deberta_dist":
-        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has the plain one alone")
+        raise ConfigError(f"--decoder is for --library deberta_dist: {arguments.library} has only the plain one")
     guesses = ours(arguments) if arguments.library == "deberta_dist" else theirs(arguments)
     for number, mask in enumerate(guesses, start=1):
         words = "  ".join(f"{piece.replace(chr(0x2581), ' ').strip() or repr(piece)} {score:.1%}" for piece, score in mask)

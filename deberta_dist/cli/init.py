@@ -49,7 +49,8 @@ class Recipe(NamedTuple):
     micro_batch_size: int
 
 
-_PAPER = "DeBERTa paper (arXiv 2006.03654), table 8"
+# Peak learning rates of Table 8: 2e-4 for base and large, 1.5e-4 for 1.5B. Its base ablation, with batches of 256, has 1e-4.
+_PAPER = "DeBERTa paper (arXiv 2006.03654), Table 8"
 _ASSUMED = "as for the nearest size of the DeBERTa paper; none is published for masked language modelling"
 # By preset; the DeBERTaV3 paper trains by replaced-token detection, whose learning rates are higher and do not carry over.
 RECIPES = {
@@ -71,9 +72,11 @@ def parse_arguments() -> argparse.Namespace:
         description="Write a new pre-training run: a launcher, its TOML and its DeepSpeed JSON.",
         epilog="Edit the TOML: it names the corpus (prepare-corpus makes one) and the tokenizer. Sizes for your GPUs: plan.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory to make; one that is there has to be empty")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory to make; an existing one has to be empty")
     parser.add_argument("--preset", required=True, help=f"model: {', '.join(RECIPES)}")
-    parser.add_argument("--name", metavar="STEM", help="of launcher and TOML (default: pretrain_PRESET)")
+    parser.add_argument(
+        "--name", metavar="STEM", help="file name of launcher and TOML, without extension (default: pretrain_PRESET)"
+    )
     return parser.parse_args()
 
 
@@ -92,7 +95,7 @@ def preset_of(name: str) -> str:
 
 
 def run_toml(preset: str, *, name: str) -> str:
-    """The shipped TOML with what is this run's own in the place of what is the 1.5 billion's."""
+    """The shipped TOML with this run's own values in place of those of the 1.5 billion model."""
     recipe = RECIPES[preset]
     head = (
         f"# DeBERTa {preset}, trained by masked language modelling with the recipe of the DeBERTa paper (arXiv 2006.03654).\n"
@@ -123,7 +126,7 @@ def run_toml(preset: str, *, name: str) -> str:
 
 
 def refuse_directory(directory: Path) -> None:
-    """Refuses a place where something would be mixed with what is there.
+    """Refuses a directory whose files the run's would be mixed with.
 
     Raises:
         ConfigError: it is no directory, or not an empty one.

@@ -16,8 +16,8 @@ def parse_arguments() -> argparse.Namespace:
     from deberta_dist.conversion.options import add_options
 
     parser = argparse.ArgumentParser(description="Show what a checkpoint is, and how two differ.")
-    parser.add_argument("path", type=Path, metavar="PATH", help="run, checkpoint directory or weights file")
-    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this checkpoint, of whatever format")
+    parser.add_argument("path", type=Path, metavar="PATH", help="run directory, checkpoint directory or weights file")
+    parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with this checkpoint; formats may differ")
     add_options(parser, dtype_help="compare after rounding to this number format (default: as they are)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""The console script ``deberta-dist`` and ``python -m deberta_dist``: finds the verb and hands the rest of the line to it."""
+"""The console script ``deberta-dist`` and ``python -m deberta_dist``: finds the verb and passes the rest of the line to it."""
 
 import difflib
 import importlib
@@ -27,7 +27,7 @@ VERBS = {
         "fill-mask": "fill the masks of a text",
     },
     "Data and benchmarks": {
-        "train-tokenizer": "train a sentencepiece vocabulary, or take a published one",
+        "train-tokenizer": "train a SentencePiece vocabulary, or copy a published one",
         "prepare-corpus": "turn text into token files",
         "convert-corpus": "convert between token files and Megatron's",
         "inspect-corpus": "show what token files hold",

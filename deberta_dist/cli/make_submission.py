@@ -1,4 +1,4 @@
-"""Makes a submission to a benchmark of predictions, or validates one that anybody made.
+"""Makes a benchmark's submission from predictions, or validates any submission.
 
 deberta-dist make-submission --predictions runs/superglue/ --data superglue/ --out submission.zip
 deberta-dist make-submission --validate theirs.zip --data superglue/
@@ -12,8 +12,7 @@ from pathlib import Path
 
 from deberta_dist.errors import ConfigError, DataError, encodable, with_exit_code
 from deberta_dist.files.atomic import new_file, refuse_existing
-from deberta_dist.tasks.archive import read_zip, zip_bytes
-from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.assemble import assemble, read_zip, zip_bytes
 from deberta_dist.tasks.base import Release, Verdict
 from deberta_dist.tasks.predictions import predictions_file
 from deberta_dist.tasks.registry import DEFAULT
@@ -31,26 +30,26 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="folders with TASK/test.jsonl, or of seed-* folders; several that have a task are averaged",
+        help="run directories, with TASK/test.jsonl or with seed-* folders; several runs of a task are averaged",
     )
-    what.add_argument("--validate", type=Path, metavar="FILE.zip", help="check this submission and make nothing")
-    parser.add_argument("--out", type=Path, help="zip to make; never replaced. A manifest lies beside it")
+    what.add_argument("--validate", type=Path, metavar="FILE.zip", help="check this submission and write nothing")
+    parser.add_argument("--out", type=Path, help="zip to make; an existing one is refused. A manifest is written beside it")
     parser.add_argument(
         "--partial",
         action="store_true",
-        help="make X.partial.zip, which says that it is not for submission, of the tasks that are there",
+        help="make X.partial.zip, marked as not for submission, from the tasks that have predictions",
     )
     return parser.parse_args()
 
 
 def report(verdict: Verdict, *, what: object) -> None:
-    """Prints what was found; raises DataError where it is not good."""
+    """Prints warnings and errors; raises DataError if there are errors."""
     for warning in verdict.warnings:
         print(f"warning: {warning}")
     for error in verdict.errors:
         print(f"wrong: {error}", file=sys.stderr)
     if verdict.errors:
-        raise DataError(f"{what} is not a valid submission: {len(verdict.errors)} things are wrong")
+        raise DataError(f"{what} is not a valid submission: {len(verdict.errors)} errors")
 
 
 @with_exit_code

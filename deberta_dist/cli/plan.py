@@ -1,4 +1,4 @@
-"""Searches the layouts of a run on a number of GPUs: the fastest that fit, what each costs, and the TOML that runs the best.
+"""Searches the layouts of a run on N GPUs: the fastest that fit, what each costs, and a TOML that runs the best.
 
 tools/plan_layout.py --model xxlarge-v2 --gpus 64 --gpu h100 --global-batch 2048 --toml launchers/mine.toml
 tools/plan_layout.py launchers/pretrain_1.5b.toml --gpus 64 --gpu a100-80 [--section.key value ...]
@@ -26,51 +26,65 @@ STEPS = 1_000_000
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what is left of it: overrides of the TOML."""
+    """The command line, and its unknown words: overrides of the TOML."""
     parser = argparse.ArgumentParser(
         description="Search the layouts of a run on N GPUs. --section.key value overrides the TOML as in a launcher.",
         epilog="Times are a model's, not measurements; deberta_dist/planning/machine.py has the numbers and their sources.",
         allow_abbrev=False,
     )
     parser.add_argument("toml", nargs="?", help=f"a run's TOML: model, data and recipe (default: {BASE})")
-    parser.add_argument("--model", help="a published model in the TOML's place of its own: v2-xxlarge, xxlarge-v2, ...")
+    parser.add_argument("--model", help="a published model instead of the TOML's: v2-xxlarge, xxlarge-v2, ...")
     parser.add_argument("--gpus", "--world-size", dest="gpus", type=_count, help="processes, one per GPU")
-    parser.add_argument("--scaling", type=_counts, metavar="N,N,...", help="instead of --gpus: the best layout of each number")
+    parser.add_argument(
+        "--scaling", type=_counts, metavar="N,N,...", help="instead of --gpus: the best layout for each number of GPUs"
+    )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="default: %(default)s")
     parser.add_argument("--global-batch", type=_count, help="sequences per step (default: the TOML's)")
-    parser.add_argument("--show", type=_count, default=8, help="lines of different tensor x pipeline x data (default: 8)")
+    parser.add_argument(
+        "--show", type=_count, default=8, help="layouts to list, of different tensor x pipeline x data sizes (default: 8)"
+    )
     parser.add_argument("--toml", dest="output", type=Path, metavar="FILE", help="write the TOML of the best layout here")
     parser.add_argument("--force", action="store_true", help="replace the file of --toml")
     parser.add_argument("--price-per-gpu-hour", type=_positive, metavar="PRICE", help="for the cost, in any currency")
-    parser.add_argument("--steps", type=_count, default=STEPS, help="for days and cost (default: 1000000)")
+    parser.add_argument(
+        "--steps", type=_count, default=STEPS, help="length of the run, for its days and cost (default: 1000000)"
+    )
 
-    tried = parser.add_argument_group("what is tried (default: everything)")
-    tried.add_argument("--tensor", type=_counts, metavar="N,...", help="tensor-parallel sizes")
-    tried.add_argument("--pipeline", type=_counts, metavar="N,...", help="pipeline-parallel sizes")
-    tried.add_argument("--micro-batch", type=_counts, metavar="N,...", help="sequences (default: what divides, up to 32)")
-    tried.add_argument("--recompute", **_words(RECOMPUTE))
-    tried.add_argument("--schedule", **_words(SCHEDULES))
-    tried.add_argument("--offload", **_words(OFFLOAD), help="of the optimizer")
+    searched = parser.add_argument_group("what is searched (default: everything)")
+    searched.add_argument("--tensor", type=_counts, metavar="N,...", help="tensor-parallel sizes")
+    searched.add_argument("--pipeline", type=_counts, metavar="N,...", help="pipeline-parallel sizes")
+    searched.add_argument("--micro-batch", type=_counts, metavar="N,...", help="sequences (default: what divides, up to 32)")
+    searched.add_argument("--recompute", **_words(RECOMPUTE))
+    searched.add_argument("--schedule", **_words(SCHEDULES))
+    searched.add_argument("--offload", **_words(OFFLOAD), help="of the optimizer")
 
-    parts = parser.add_argument_group("the machine (default: data sheet of --gpu, and shares of it that programs reach)")
-    parts.add_argument("--calibration", type=Path, metavar="FILE", help="measured numbers, of tools/benchmark.py layouts")
-    parts.add_argument("--gpu-memory", type=_positive, metavar="GB", help="of one GPU")
-    parts.add_argument("--memory-margin", type=_share, default=0.1, metavar="SHARE", help="of it left free (default: 0.1)")
-    parts.add_argument("--peak", type=_positive, metavar="TFLOP/S", help="of one GPU's matrix products")
-    parts.add_argument("--efficiency", type=_share, metavar="SHARE", help="of the peak that matrix products reach")
-    parts.add_argument("--memory-bandwidth", type=_positive, metavar="GB/S", help="that passes over memory reach")
-    parts.add_argument("--call-microseconds", type=_positive, metavar="US", help="of the host per operation")
-    parts.add_argument("--gpus-per-node", type=_count, metavar="N")
-    parts.add_argument("--node-bandwidth", type=_positive, metavar="GB/S", help="of one GPU inside a node, each way")
-    parts.add_argument("--network-bandwidth", type=_positive, metavar="GB/S", help="of one GPU between nodes, each way")
-    parts.add_argument("--node-latency", type=_positive, metavar="US")
-    parts.add_argument("--network-latency", type=_positive, metavar="US")
-    parts.add_argument("--cores", type=_count, metavar="N", help="that all processes share, where there are no GPUs")
+    machine = parser.add_argument_group(
+        "the machine (default: the data sheet of --gpu, and the share of it that programs reach)"
+    )
+    machine.add_argument("--calibration", type=Path, metavar="FILE", help="measurements from deberta-dist calibrate")
+    machine.add_argument("--gpu-memory", type=_positive, metavar="GB", help="memory of one GPU")
+    machine.add_argument(
+        "--memory-margin", type=_share, default=0.1, metavar="SHARE", help="share of the memory to leave free (default: 0.1)"
+    )
+    machine.add_argument("--peak", type=_positive, metavar="TFLOP/S", help="peak of one GPU's matrix products")
+    machine.add_argument("--efficiency", type=_share, metavar="SHARE", help="share of the peak that matrix products reach")
+    machine.add_argument("--memory-bandwidth", type=_positive, metavar="GB/S", help="bandwidth that passes over memory reach")
+    machine.add_argument("--call-microseconds", type=_positive, metavar="US", help="time of the host per operation")
+    machine.add_argument("--gpus-per-node", type=_count, metavar="N")
+    machine.add_argument(
+        "--node-bandwidth", type=_positive, metavar="GB/S", help="bandwidth of one GPU inside a node, each way"
+    )
+    machine.add_argument(
+        "--network-bandwidth", type=_positive, metavar="GB/S", help="bandwidth of one GPU between nodes, each way"
+    )
+    machine.add_argument("--node-latency", type=_positive, metavar="US")
+    machine.add_argument("--network-latency", type=_positive, metavar="US")
+    machine.add_argument("--cores", type=_count, metavar="N", help="cores shared by all processes, where there are no GPUs")
     found, overrides = parser.parse_known_args(arguments)
     if (found.gpus is None) == (found.scaling is None):
         parser.error(f"exactly one of --gpus and --scaling is needed; {'both are' if found.gpus else 'neither is'} given")
     if found.scaling is not None and found.output is not None:
-        parser.error("--toml writes one layout: give --gpus in the place of --scaling")
+        parser.error("--toml writes one layout: give --gpus instead of --scaling")
     if found.toml is None and found.model is None:
         parser.error("a TOML or --model is needed")
     return found, overrides

@@ -4,7 +4,7 @@
     mpirun -n 32 python tools/prepare_corpus.py --input 'wiki=text/wiki/**' 'news=text/news/*.jsonl.zst' \
         --output corpus --tokenizer spm.model --workers 4
 
-The same command goes on after any end. corpus/train (or corpus/train/NAME) and corpus/heldout are what data.train and
+Run the same command again to resume. corpus/train (or corpus/train/NAME) and corpus/heldout are what data.train and
 data.validation name; corpus/report.md says what was read, left out and written.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments() -> argparse.Namespace | int:
-    """The command line; an exit code if it asks for help or is wrong, which argparse has told by then."""
+    """The command line; an exit code where argparse has printed help or an error: all ranks have to end with it."""
     try:
         return _parse_arguments()
     except SystemExit as end:
@@ -36,35 +36,33 @@ def _parse_arguments() -> argparse.Namespace:
         epilog="Under mpirun all nodes have to see inputs, output and tokenizer under the same paths.",
     )
     add_reading_arguments(parser)
-    parser.add_argument("--output", required=True, help="directory to make; an unfinished one is gone on with")
+    parser.add_argument("--output", required=True, help="directory to make; an unfinished one is resumed")
     parser.add_argument("--tokenizer", required=True, help="sentencepiece model, spm.model")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (of each rank; default: 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes on each rank (default: 1)")
     group = parser.add_argument_group("held-out split")
     group.add_argument(
         "--held-out",
         type=float,
         default=5.0,
         metavar="PERCENT",
-        help="share of the documents, chosen by a hash of their text (default: 5)",
+        help="share of the documents to hold out, chosen by a hash of their text (default: 5)",
     )
-    group.add_argument(
-        "--held-out-input", nargs="+", default=[], metavar="PATH", help="inputs whose documents are all held out"
-    )
+    group.add_argument("--held-out-input", nargs="+", default=[], metavar="PATH", help="inputs to hold out entirely")
     group = parser.add_argument_group("duplicates")
-    group.add_argument("--keep-duplicates", action="store_true", help="keep documents whose text repeats an earlier one")
+    group.add_argument("--keep-duplicates", action="store_true", help="keep exact duplicates")
     group.add_argument(
         "--near-duplicates",
         type=float,
         metavar="J",
-        help="leave out documents whose word 5-grams are this similar to an earlier document's, 0.8 for example (MinHash; "
-        "needs rensa, and in one process 2 to 3 KB of memory for every document kept)",
+        help="drop documents whose word 5-grams have at least this Jaccard similarity with an earlier document's, such as 0.8 "
+        "(MinHash; needs rensa, and 2 to 3 KB of memory per remaining document in one process)",
     )
     group.add_argument(
         "--duplicates-memory",
         type=int,
         default=1 << 30,
         metavar="BYTES",
-        help="memory of one process for finding exact duplicates (default: 1 GiB)",
+        help="memory per process for finding exact duplicates (default: 1 GiB)",
     )
     filters.add_arguments(parser)
     group = parser.add_argument_group("benchmarks")
@@ -72,10 +70,10 @@ def _parse_arguments() -> argparse.Namespace:
         "--benchmark",
         nargs="+",
         metavar="PATH",
-        help="files or folders of a benchmark (.json, .jsonl, .tsv, .csv, .txt, .parquet, packed or not): documents that "
-        "share --benchmark-ngram words in a row with it are left out",
+        help="files or folders of a benchmark (.json, .jsonl, .tsv, .csv, .txt, .parquet, compressed or not): documents "
+        "that share --benchmark-ngram consecutive words with it are dropped",
     )
-    group.add_argument("--benchmark-ngram", type=int, metavar="N", help="words in a row (default: 13)")
+    group.add_argument("--benchmark-ngram", type=int, metavar="N", help="consecutive words (default: 13)")
     group = parser.add_argument_group("sizes")
     group.add_argument(
         "--shard-bytes", type=int, default=1 << 30, metavar="BYTES", help="largest token file (default: 1 GiB of ids)"
@@ -85,7 +83,7 @@ def _parse_arguments() -> argparse.Namespace:
         type=int,
         default=1 << 23,
         metavar="BYTES",
-        help="input that a process takes at a time (default: 8 MiB); the output is the same with any",
+        help="input per work item (default: 8 MiB); does not change the output",
     )
     arguments = parser.parse_args()
     if arguments.benchmark_ngram is not None and not arguments.benchmark:

@@ -1,4 +1,4 @@
-"""Starts a pre-training run: what its launcher does, for a TOML with or without one.
+"""Starts a pre-training run, as its launcher does; the TOML needs no launcher.
 
 deberta-dist pretrain my_run/my_run.toml --num_gpus 8
 deberta-dist pretrain my_run/my_run.toml --hostfile hosts --training.max_steps 1000

@@ -23,12 +23,12 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders with TASK/val.jsonl, or of seed-* folders",
+        help="run directories, with TASK/val.jsonl or with seed-* folders",
     )
     parser.add_argument("--data", type=Path, required=True, help="official data: a folder, or combined.zip")
     parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="DIR", help="runs of another model")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here; never replaced")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here; never replaced")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this new file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this new file")
     return parser.parse_args()
 
 

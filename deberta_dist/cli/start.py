@@ -1,4 +1,4 @@
-"""How ``deberta-dist pretrain`` and ``deberta-dist finetune`` become DeepSpeed's launcher: see ``training/launch.py``."""
+"""Turns ``deberta-dist pretrain`` and ``deberta-dist finetune`` into a call of DeepSpeed's launcher; see ``training/launch.py``."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ def start(verb: str, toml: Path, arguments: Sequence[str]) -> NoReturn:
 
     Args:
         verb: ``pretrain`` or ``finetune``.
-        toml: The run's.
+        toml: Configuration of the run; relative paths in it start from its folder.
         arguments: DeepSpeed's flags and the run's own, mixed.
 
     Raises:

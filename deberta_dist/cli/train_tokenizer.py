@@ -1,4 +1,4 @@
-"""Trains a sentencepiece vocabulary with DeBERTa's special pieces, or takes a published one; tells how it fits.
+"""Trains a SentencePiece vocabulary with DeBERTa's special pieces, or copies a published one, and reports how it fits.
 
 tools/train_tokenizer.py --input corpus/ --output spm.model --vocab-size 128000
 tools/train_tokenizer.py --input corpus/ --output spm.model --published deberta-v3-base/spm.model
@@ -17,7 +17,7 @@ from deberta_dist.errors import ConfigError, with_exit_code
 from deberta_dist.preparation.reading.arguments import add_reading_arguments, read_options
 
 VOCAB_SIZE = 128_000
-# In much less there may be no 128,000 pieces.
+# Much smaller samples may not contain 128,000 different pieces.
 MAX_BYTES = 1 << 28
 
 
@@ -39,32 +39,32 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=MAX_BYTES,
         metavar="BYTES",
-        help=f"use an even sample of about so much of the input (default: {MAX_BYTES:,})",
+        help=f"train on an even sample of about this size (default: {MAX_BYTES:,})",
     )
     group = parser.add_argument_group("training", "not with --published")
     group.add_argument(
         "--character-coverage",
         type=float,
         metavar="FRACTION",
-        help="of all characters, the rarest ones aside, that become pieces, 0.98 to 1 (default: 0.9995)",
+        help="share of all characters that become pieces, 0.98 to 1; the rarest are left out (default: 0.9995)",
     )
     group.add_argument(
         "--byte-fallback",
         action="store_const",
         const=True,
-        help="256 pieces for bytes: a character without a piece becomes its bytes, not [UNK]",
+        help="add 256 byte pieces: a character without a piece becomes its bytes instead of [UNK]",
     )
     group.add_argument(
         "--user-defined-symbols",
         metavar="FILE",
-        help="strings that are one piece wherever they stand: UTF-8, one a line, no white space in them",
+        help="strings that are always one piece: a UTF-8 file, one string per line, no white space inside",
     )
     group.add_argument(
         "--normalization-rule",
         choices=NORMALIZATION_RULES,
         metavar="NAME",
-        help=f"what is done to text first, {' | '.join(NORMALIZATION_RULES)}: Unicode's NFKC; cf: in lower case, too; "
-        "nmt: all white space is spaces; identity: nothing (default: nmt_nfkc)",
+        help=f"normalisation of the text, {' | '.join(NORMALIZATION_RULES)}. nfkc: Unicode's; cf: lower case, too; "
+        "nmt: white space becomes spaces; identity: none (default: nmt_nfkc)",
     )
     group.add_argument(
         "--max-run-characters",

@@ -77,7 +77,7 @@ class Data(Section):
         lengths = self.bucket_lengths
         if lengths is None:
             if self.index_directory is not None:
-                raise ValueError(f"data.index_directory = {self.index_directory} is of no use without data.bucket_lengths")
+                raise ValueError(f"data.index_directory = {self.index_directory} has no effect without data.bucket_lengths")
             return self
         given = f"data.bucket_lengths = {list(lengths)}"
         if sorted(set(lengths)) != list(lengths) or lengths[-1] != self.max_seq_length:

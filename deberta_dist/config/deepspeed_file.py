@@ -20,7 +20,7 @@ FEW = 12
 _STRING = r'"(?:[^"\\]|\\.)*"'
 # Outside of strings: what is often taken for JSON -> what to do.
 _NOT_JSON = {
-    r"//|/\*|#": "JSON has no comments: take them out",
+    r"//|/\*|#": "JSON has no comments: remove them",
     r",\s*[}\]]": "no comma stands before } or ]",
     r"\b(?:True|False|None)\b": "JSON writes true, false and null",
     r"'": 'JSON has " around texts',
@@ -80,18 +80,18 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
     """What an unknown key may have meant, as the end of a message.
 
     Args:
-        key: Dotted.
+        key: The unknown key, with dots between the tables it lies in.
         known: Dotted keys of the same table.
         elsewhere: Dotted keys of other tables, which count where the last name is right.
     """
     names = {other.rpartition(".")[2]: other for other in known}
     name = key.rpartition(".")[2].lower()
     if not name or not name[0].isalpha():
-        return "take it out: a comment is a key like any other to DeepSpeed"
+        return "remove it: to DeepSpeed a comment is a key like any other"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.7):
         return f"did you mean {names[near[0]]}?"
-    if places := [other for other in elsewhere if other.rpartition(".")[2] == name]:
-        return f"did you mean {' or '.join(places)}?"
+    if homes := [other for other in elsewhere if other.rpartition(".")[2] == name]:
+        return f"did you mean {' or '.join(homes)}?"
     if near := [other for other in names if other.startswith(name)]:
         return f"did you mean {' or '.join(names[other] for other in near)}?"
     if near := difflib.get_close_matches(name, names, n=1, cutoff=0.5):

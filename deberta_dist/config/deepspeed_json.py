@@ -3,8 +3,8 @@
 ``read_deepspeed`` fills what follows from the TOML and refuses what contradicts it, so that no number
 has two homes. DeepSpeed's batch numbers do not count sequences here: its engine sees one forward,
 backward and step per optimizer step on a weight store (see the pipeline runner), hence 1 x 1 x
-data_parallel_size. The dictionary is handed to ``zero/``; nothing here imports DeepSpeed: whoever may
-do so passes in ``examine``, which asks DeepSpeed's own classes.
+data_parallel_size. The dictionary goes to ``zero/``; nothing here imports DeepSpeed: a caller that
+may passes in ``examine``, which asks DeepSpeed's own classes.
 """
 
 import os
@@ -123,7 +123,7 @@ class DeepSpeedJson:
 
     Attributes:
         values: What ``deepspeed.initialize`` gets, without any "auto" of ours.
-        notes: What the plan should tell of it, one line each.
+        notes: What the plan should say of it, one line each.
     """
 
     values: dict[str, Any]
@@ -162,7 +162,7 @@ def read_deepspeed(path: str | os.PathLike[str], config: AnyConfig, *, examine: 
         notes = [NOT_CHECKED]
     else:
         ds |= examined.values
-        problems |= {place: text for place, text in examined.problems.items() if place not in problems}
+        problems |= {dotted: text for dotted, text in examined.problems.items() if dotted not in problems}
         notes = list(examined.notes)
     _keys(ds, left_out, problems, inside=examined.known if examined else ())
     _offload(ds, problems)
@@ -190,7 +190,7 @@ def offload_device(ds: Mapping[str, Any], what: Literal["optimizer", "param"]) -
 
 
 def _offload(ds: dict[str, Any], problems: Problems) -> None:
-    if "zero_optimization" in problems or any(place.startswith("zero_optimization.offload_") for place in problems):
+    if "zero_optimization" in problems or any(dotted.startswith("zero_optimization.offload_") for dotted in problems):
         return
     if ds["zero_force_ds_cpu_optimizer"] is True and offload_device(ds, "optimizer") != "none":
         problems["zero_force_ds_cpu_optimizer"] = (
@@ -200,14 +200,14 @@ def _offload(ds: dict[str, Any], problems: Problems) -> None:
 
 
 def _default_notes(left_out: Mapping[str, str], defaults: Mapping[str, Any]) -> list[str]:
-    """What "auto" has become, and ``null`` where that is not simply nothing."""
+    """What "auto" has become, and ``null`` where DeepSpeed has a default for it."""
     notes = []
-    for place, word in left_out.items():
-        if place in FILLED_KEYS or place.endswith(PERSISTENCE) or (word == "null" and defaults.get(place) is None):
+    for dotted, word in left_out.items():
+        if dotted in FILLED_KEYS or dotted.endswith(PERSISTENCE) or (word == "null" and defaults.get(dotted) is None):
             continue
-        value = defaults.get(place, ...)
+        value = defaults.get(dotted, ...)
         text = "" if value is ... else f", {value:,}" if type(value) is int else f", {shown(value)}"
-        notes.append(f"{place} = {word}: DeepSpeed's default{text}")
+        notes.append(f"{dotted} = {word}: DeepSpeed's default{text}")
     return notes
 
 
@@ -224,7 +224,7 @@ def _keys(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems, *
     for key in (*ds, *(key for key in left_out if "." not in key)):
         if key in REFUSED_KEYS:
             if left_out.get(key) != "null":
-                problems[key] = f"{key} is refused: {REFUSED_KEYS[key]}; take it out"
+                problems[key] = f"{key} is refused: {REFUSED_KEYS[key]}; remove it"
         elif key not in KNOWN_KEYS:
             problems[key] = f"unknown key {shown_key(key)}; {nearest(key, KNOWN_KEYS, inside)}"
     for key in SECTIONS:
@@ -302,8 +302,8 @@ def _precision(ds: dict[str, Any], problems: Problems) -> None:
     for name in LOW_PRECISIONS:
         section = ds.get(name, {})
         if not isinstance(section, dict) or not isinstance(section.get("enabled", False), bool):
-            place = f"{name}.enabled" if isinstance(section, dict) else name
-            problems[place] = f'{name} must be an object with "enabled": true or false, not {shown(section)}'
+            dotted = f"{name}.enabled" if isinstance(section, dict) else name
+            problems[dotted] = f'{name} must be an object with "enabled": true or false, not {shown(section)}'
         elif section.get("enabled", False):
             enabled.append(name)
     if len(enabled) > 1:
@@ -311,7 +311,7 @@ def _precision(ds: dict[str, Any], problems: Problems) -> None:
 
 
 def _plain(ds: dict[str, Any], left_out: Mapping[str, str], problems: Problems) -> None:
-    """What DeepSpeed takes without a look."""
+    """Checks what DeepSpeed itself does not."""
     plain.check(ds, plain.BareKeys, name="", problems=problems)
     for name, model in plain.SECTIONS.items():
         if not isinstance(ds.get(name), dict):

@@ -1,4 +1,4 @@
-"""The parts of the DeepSpeed JSON that DeepSpeed takes without a look: bare keys, ``flops_profiler`` and ``aio``.
+"""The parts of the DeepSpeed JSON that DeepSpeed does not validate: bare keys, ``flops_profiler`` and ``aio``.
 
 It has no classes for them, so a wrong value ends in the middle of a step. Names and defaults are DeepSpeed's (a test
 compares them); the bounds are what its code can run with. ``ZeroAsPlanned`` stands in for DeepSpeed's class of
@@ -103,7 +103,7 @@ def check(table: dict[str, Any], model: type[Plain], *, name: str, problems: dic
 
     Args:
         table: The section, or the whole JSON for ``BareKeys``.
-        model: Its keys.
+        model: Class whose fields are the table's known keys.
         name: Of the section, with a dot behind it; empty for the whole.
         problems: Takes what is wrong, by dotted key.
     """
@@ -138,16 +138,16 @@ def describe_errors(errors: Sequence[Mapping[str, Any]], table: Mapping[str, Any
     given: dict[str, str] = {}
     expected: dict[str, list[str]] = {}
     for item in errors:
-        places, value = [], table
-        for part in item["loc"]:  # behind the key come places in a list and alternatives of a union
+        names, value = [], table
+        for part in item["loc"]:  # behind the key come positions in a list and alternatives of a union
             if not isinstance(value, Mapping) or part not in value:
                 break
-            places.append(str(part))
+            names.append(str(part))
             value = value[part]
-        place = (name + ".".join(places)).removesuffix(".")
-        given[place] = f"{place} = {shown(value)}; expected " if places else f"{place}: "
+        dotted = (name + ".".join(names)).removesuffix(".")
+        given[dotted] = f"{dotted} = {shown(value)}; expected " if names else f"{dotted}: "
         text = _TEXTS.get(item["type"], item["msg"])
-        for words in ("Value error, ", "Assertion failed, ", "Input should be ", f"{place} must be "):
+        for words in ("Value error, ", "Assertion failed, ", "Input should be ", f"{dotted} must be "):
             text = text.removeprefix(words)
-        expected.setdefault(place, []).append(text)
-    return {place: given[place] + " or ".join(dict.fromkeys(texts)) for place, texts in expected.items()}
+        expected.setdefault(dotted, []).append(text)
+    return {dotted: given[dotted] + " or ".join(dict.fromkeys(texts)) for dotted, texts in expected.items()}

@@ -1,16 +1,16 @@
-"""The words of a fine-tuning TOML; tables that pre-training has as well are the same.
+"""The keys of a fine-tuning TOML; tables that pre-training has, too, are the same.
 
 A recipe (``launchers/finetune_recipes/``) sets any of them per task; the command line comes last.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
 from deberta_dist.config.section import MOST_TOKENS, Count, CountOrNone, Few, Fraction, NotNegative, Section, Sequences
-from deberta_dist.values import AUTO, Attention, Recompute, SiftLoss
+from deberta_dist.values import AUTO, Attention, FineTuneStart, Recompute, SiftLoss
 
 
 class TaskData(Section):
@@ -50,7 +50,7 @@ class FineTuning(Section):
     """Runs of every task, each with its own seed."""
     classifier_dropout: Fraction | None = None
     """Dropout before the classifier; absent = the checkpoint's."""
-    start: Literal["init", "intermediate"] = "init"
+    start: FineTuneStart = "init"
     """``intermediate``: where --intermediate is given, start from the model that it made."""
     recompute: Recompute = "none"
     """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""

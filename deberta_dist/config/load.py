@@ -69,10 +69,10 @@ def load_table(toml_path: str | os.PathLike[str], overrides: Sequence[str], name
     """Reads one table of a TOML and leaves the others alone: all that starting the processes needs.
 
     Args:
-        toml_path: The file.
+        toml_path: A whole TOML; what is wrong in its other tables is not looked at.
         overrides: As for ``load_config``, of this table only.
         name: The table, e.g. ``parallel``; an absent one has its defaults.
-        section: Its class.
+        section: Class that the table is checked with.
 
     Raises:
         ConfigError: As for ``load_config``.
@@ -106,33 +106,33 @@ def read_tables(
         for section, table in sections.items():
             tables[section] = {**tables.get(section, {}), **table}
             sources |= {(section, key): f"{recipe.path}, [{recipe.name}]" for key in table}
-    for place, text in split_overrides(overrides).items():
-        known = _known_place(place)
+    for key_path, text in split_overrides(overrides).items():
+        known = _schema_key(key_path)
         value = _value(text, as_text=_wants_text(schema, known))
         if known in _path_keys(schema) and isinstance(value, str):
             value = _absolute(value, Path.cwd())
-        if place[0] not in tables:
-            sources[place[:1]] = COMMAND_LINE
+        if key_path[0] not in tables:
+            sources[key_path[:1]] = COMMAND_LINE
         table = tables
-        for depth, name in enumerate(place[:-1], start=1):
+        for depth, name in enumerate(key_path[:-1], start=1):
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                where = ".".join(place[:depth])
+                where = ".".join(key_path[:depth])
                 raise ConfigError(f"{path}: {where} must be a table [{where}], not {table!r}")
-        table[place[-1]] = value
-        sources[place] = COMMAND_LINE
+        table[key_path[-1]] = value
+        sources[key_path] = COMMAND_LINE
     return tables, sources
 
 
 def _resolve_paths(tables: Tables, folder: Path, *, schema: type[BaseModel]) -> None:
-    for place in _path_keys(schema):
+    for key_path in _path_keys(schema):
         found: list[Any] = [tables]
-        for name in place[:-1]:
+        for name in key_path[:-1]:
             inside = [table for table in found if isinstance(table, dict)]
             found = [value for table in inside for value in (table.values() if name == ANY_NAME else [table.get(name)])]
         for table in found:
-            if isinstance(table, dict) and isinstance(table.get(place[-1]), str):
-                table[place[-1]] = _absolute(table[place[-1]], folder)
+            if isinstance(table, dict) and isinstance(table.get(key_path[-1]), str):
+                table[key_path[-1]] = _absolute(table[key_path[-1]], folder)
 
 
 def split_overrides(arguments: Sequence[str]) -> dict[tuple[str, ...], str]:
@@ -199,9 +199,9 @@ def _fields(schema: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
     return found
 
 
-def _known_place(place: tuple[str, ...]) -> tuple[str, ...]:
+def _schema_key(key_path: tuple[str, ...]) -> tuple[str, ...]:
     """As ``_fields`` has it."""
-    return (*place[:2], ANY_NAME, *place[3:]) if len(place) > 2 else place
+    return (*key_path[:2], ANY_NAME, *key_path[3:]) if len(key_path) > 2 else key_path
 
 
 def _path_keys(schema: type[BaseModel]) -> set[tuple[str, ...]]:
@@ -227,7 +227,7 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
         if not is_inside and item["loc"][:2] in inside and item["type"] in ("too_short", "too_long", "literal_error"):
             continue
         location = tuple(str(part) for part in item["loc"])
-        # Behind the key come places in a list and alternatives of a union.
+        # Behind the key come positions in a list and alternatives of a union.
         depth = 4 if (*location[:2], ANY_NAME) in {key[:3] for key in fields} else 2
         key = tuple(part for part in location[:depth] if part != "[key]")
         name = ".".join(key)
@@ -245,7 +245,7 @@ def _problems(error: ValidationError, schema: type[BaseModel], sources: Sources,
         else:  # the alternatives of a union come one by one and are joined
             expected = item["msg"].removeprefix("Input should be ")
             if item["type"] in RANGE_ERRORS:
-                expected = _range(fields.get(_known_place(key))) or expected
+                expected = _range(fields.get(_schema_key(key))) or expected
             elif item["type"] in ("too_short", "too_long"):
                 least, most = (item["ctx"].get(name) for name in ("min_length", "max_length"))
                 expected = f"at least {least} of them" if most is None else f"at most {most} of them"
@@ -297,7 +297,7 @@ def _suggestion(name: str, known: Sequence[str], schema: type[BaseModel]) -> str
 
 
 def _meaning(schema: type[BaseModel], key: tuple[str, ...]) -> str:
-    field = _fields(schema).get(_known_place(key))
+    field = _fields(schema).get(_schema_key(key))
     return f": {field.description.splitlines()[0]}" if field is not None and field.description else ""
 
 

@@ -1,4 +1,4 @@
-"""TOML files as they stand: a run's own, and files of recipes with one table per task."""
+"""Reads TOML files without checking their keys: a run's own, and recipe files with one table per task."""
 
 import difflib
 import tomllib

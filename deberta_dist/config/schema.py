@@ -1,4 +1,4 @@
-"""The words of a run's TOML: one frozen section per table, a docstring with units under each field.
+"""The keys of a run's TOML: one frozen section per table, a docstring with units under each field.
 
 Read by everything above this room. Sections are strict: an unknown key, a string where a number is
 expected, NaN and infinity are errors (``1`` is accepted where ``1.0`` is meant). Checks that need the
@@ -6,7 +6,7 @@ number of processes are in ``resolve.py``. ``[data]`` has its own file, ``data.p
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
@@ -26,7 +26,7 @@ from deberta_dist.config.section import (
     Section,
     Sequences,
 )
-from deberta_dist.values import AUTO, Attention, Auto, PipelineSchedule, Recompute
+from deberta_dist.values import AUTO, Attention, Auto, OptimizerName, PipelineSchedule, Recompute, Resume
 
 
 class Model(Section):
@@ -102,14 +102,14 @@ class Training(Section):
     def _how_to_read_init(self) -> Self:
         for key in ("init_allow_unmapped", "init_prefix"):
             if getattr(self, key) and self.init is None:
-                raise ValueError(f"training.{key} = {getattr(self, key)!r} is of no use without training.init")
+                raise ValueError(f"training.{key} = {getattr(self, key)!r} has no effect without training.init")
         return self
 
 
 class Optimizer(Section):
     """``[optimizer]``: AdamW."""
 
-    name: Literal["auto", "torch_adamw", "apex_fused_adam"] = AUTO
+    name: OptimizerName = AUTO
     """``auto``: apex's FusedAdam where NVIDIA apex works, else torch's AdamW. Decided on each start."""
     learning_rate: Rate
     """Peak, reached after ``schedule.warmup_steps``."""
@@ -148,7 +148,7 @@ class Checkpoint(Section):
     """How many of the newest checkpoints stay."""
     keep_every: CountOrNone = 0
     """Checkpoints at multiples of this many steps are never removed; 0 = none."""
-    resume: Literal["auto", "required", "never"] = "auto"
+    resume: Resume = AUTO
     """``auto``: resume from the newest complete checkpoint; start anew where there is none.
     ``required``: none is an error. ``never``: a run directory that holds a run is an error."""
 

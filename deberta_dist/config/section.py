@@ -1,4 +1,4 @@
-"""What all tables of a TOML have in common, and the kinds of values in them."""
+"""Base class of all TOML tables, and the types of their values."""
 
 from pathlib import Path
 from typing import Annotated

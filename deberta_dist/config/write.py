@@ -1,4 +1,4 @@
-"""The resolved pair, written into a run directory so that the run can be read and started again.
+"""Writes the resolved TOML and JSON into a run directory, from which the run can be started again.
 
 ``run_config.toml`` names ``deepspeed.json`` beside it; every other path in it is absolute. The three
 batch numbers of the JSON are written as ``"auto"``, as they have to be read (see ``deepspeed_json``).
@@ -52,7 +52,7 @@ def to_toml(
     """The configuration as TOML that ``load_config`` reads back to the same values.
 
     Args:
-        config: Any.
+        config: Of pre-training or fine-tuning, resolved or not.
         head: Lines of comment on top; by default what a run says of itself.
         deepspeed: What stands for ``run.deepspeed``.
         folder: Paths are written as from here, where the file will lie; by default as they are.

@@ -1,4 +1,4 @@
-"""Where all formats meet: a format's rules lead to published names, and the result has to be a model."""
+"""The canonical form in which all formats meet: a format's rules give published names, and the result has to be a model."""
 
 import contextlib
 import dataclasses
@@ -23,6 +23,7 @@ from deberta_dist.conversion.weights import (
 )
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import BOOKKEEPING_KEYS, SYNONYMS, DebertaConfig
+from deberta_dist.models.heads import MASKED_LM, REPLACED_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,11 @@ class CanonicalCheckpoint:
     """A checkpoint in the form in which all formats meet.
 
     Attributes:
-        config: Of the model.
+        config: Sizes and switches, checked against the weights' shapes.
         head: Head of fine-tuning, a key of `models.heads.HEADS`; empty without one.
         num_labels: Rows of that head, None without one.
         labels: What the source's configuration says about classes.
-        knows_decoder: Whether the source says, or was told, how its masked language model decodes.
+        knows_decoder: Whether the source, or the user, says how its masked language model decodes.
         is_legacy: Its masked language modelling head had the names of Hugging Face's older class.
         weights: Published names, in model order.
         reading: How it got there: what was dropped, what to know.
@@ -59,6 +60,19 @@ class CanonicalCheckpoint:
         return "emd" if self.config.uses_enhanced_mask_decoder else "plain"
 
     @property
+    def model_head(self) -> str:
+        """The head of a model that is made of it, a name of `models.heads`; empty for the backbone alone.
+
+        That of fine-tuning; else the detector's, beside which a head of masked language modelling was trained on the
+        generator's encoder and not on this one; else that of masked language modelling.
+        """
+        if self.head:
+            return self.head
+        modules = {name.split(".")[0] for name in self.weights}
+        pretrained = {"mask_predictions": REPLACED_TOKENS, "lm_predictions": MASKED_LM}
+        return next((head for module, head in pretrained.items() if module in modules), "")
+
+    @property
     def head_config(self) -> dict[str, Any]:
         """For configurations of other forms than Hugging Face's: names of classes, and what names of weights do not
         tell: which head of fine-tuning, and that the one of masked language modelling had other names."""
@@ -70,7 +84,7 @@ def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> Can
     """Applies a format's rules and checks that the result is a model; the options are the source's.
 
     Args:
-        source: A recognised checkpoint.
+        source: The checkpoint as `source.open_source` found it; no weight is read yet.
         decoder: How its masked language model decodes, "emd" or "plain"; None: as the source's options say.
 
     Raises:
@@ -127,7 +141,7 @@ def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> Can
         num_labels=rows,
         labels=labels if head else {},
         knows_decoder=knows_decoder,
-        is_legacy=head_rules.MASKED_LM in heads
+        is_legacy=MASKED_LM in heads
         and (raw.get("legacy") is True if not is_huggingface else any("cls.predictions." in k for k in source.weights)),
         weights=weights,
         reading=reading,
@@ -150,7 +164,7 @@ def _completed_config(source: CheckpointSource) -> tuple[dict[str, Any], list[st
 
 @contextlib.contextmanager
 def _named(path: object) -> Iterator[None]:
-    """Whatever is refused of a configuration is told with the place that it is in."""
+    """Adds the source to every error about a configuration."""
     try:
         yield
     except ConfigError as error:
@@ -226,7 +240,7 @@ def _settle_decoder(
     head was trained with, so that their files say nothing; a position table is only in those that they did not write.
     """
     config, where = reading.config, source.path
-    is_masked_lm = head_rules.MASKED_LM in heads and head_rules.REPLACED_TOKENS not in heads
+    is_masked_lm = MASKED_LM in heads and REPLACED_TOKENS not in heads
     if decoder is not None and not is_masked_lm:
         raise ConfigError(f"{where}: --decoder {decoder} is for masked language models, and this is none")
     if not is_masked_lm or config.position_biased_input:

@@ -1,4 +1,4 @@
-"""The enhanced mask decoder for Hugging Face's library: a file of code that lies beside the weights, and the fields that name it."""
+"""The enhanced mask decoder for transformers: a code file beside the weights, and the configuration that names it."""
 
 import dataclasses
 from pathlib import Path
@@ -21,9 +21,8 @@ def with_code(target: Target, model: CanonicalCheckpoint, *, where: object) -> T
     Where their own class computes the model it stays as it is, and the report says so.
 
     Args:
-        target: Hugging Face's.
-        model: What it is made of.
-        where: For messages.
+        target: What would be written without the code.
+        model: Where the weights come from; the code needs the position table among them.
 
     Raises:
         CheckpointError: the decoder's position table is missing.

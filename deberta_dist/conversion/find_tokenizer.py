@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to a checkpoint: its class, its files, and the SentencePiece model among them."""
+"""Finds the tokenizer that belongs to a checkpoint: its class, its files, and the SentencePiece model among them."""
 
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ def find_tokenizer(source: CheckpointSource, *, given: Path | None, config: Debe
     """The SentencePiece model that belongs to a checkpoint, and why there is none.
 
     Args:
-        source: The checkpoint.
+        source: Its directory, and the run it belongs to, are searched.
         given: By the user; otherwise the source's directory is searched, and where a run had it.
-        config: The model.
+        config: Its `vocab_size` must hold the tokenizer's ids.
 
     Raises:
         DataError: it is not one, another than the run used, or has more tokens than the model.

@@ -1,4 +1,4 @@
-"""Which heads a checkpoint has, by the names of its weights and the class that its configuration lists."""
+"""Finds the heads of a checkpoint by the names of its weights and the class in its configuration."""
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -12,11 +12,10 @@ from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.heads import LABELLED, MASKED_LM, REPLACED_TOKENS, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import MaskedLMPredictions
 
-MASKED_LM, REPLACED_TOKENS = "masked language modelling", "replaced token detection"
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {
         "sequence": "ForSequenceClassification",
@@ -36,7 +35,7 @@ def find_heads(names: Container[str], *, listed_class: str, beside: Container[st
     """The heads that a checkpoint has something of, at most one of fine-tuning, which comes last.
 
     Args:
-        names: Published names of its weights.
+        names: Published names of the weights that the checkpoint has.
         listed_class: Hugging Face class that its configuration names; may be empty.
         beside: Further names that the file has and that are left out.
     """
@@ -112,10 +111,10 @@ def settle_heads(
 
     Args:
         reading: By published names; changed in place.
-        shapes: See `head_shapes`.
+        shapes: Expected shapes by head and published name, from `head_shapes`.
         is_backbone_whole: The weights beside the heads fit the configuration.
         allow_unmapped: fnmatch patterns of the file's keys.
-        where: For messages.
+        where: Prefix of messages: the source.
 
     Raises:
         CheckpointError: a head lacks a weight, or one has another shape, and no pattern names its keys.

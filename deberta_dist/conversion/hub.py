@@ -1,4 +1,4 @@
-"""What the hub of Hugging Face reads at the top of a model's card, checked here because only a push would tell."""
+"""The metadata of a model card for the Hugging Face hub, checked here because errors would otherwise show on upload only."""
 
 import difflib
 import json
@@ -55,7 +55,7 @@ def license_fields(given: str) -> dict[str, str]:
         return {"license": given}
     nearest = difflib.get_close_matches(given.lower(), sorted(LICENSES), n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"--license {given[:80]!r} is no identifier that the hub knows (the nearest is {nearest}); for any other licence give "
+        f"--license {given[:80]!r} is not an identifier that the hub knows (the nearest is {nearest}); for any other licence give "
         "'other:NAME' or 'other:NAME,LINK'"
     )
 
@@ -72,7 +72,7 @@ def language_codes(given: Sequence[str]) -> list[str]:
     codes = [code.strip() for text in given for code in text.split(",")]
     if odd := [code for code in codes if not _LANGUAGE.fullmatch(code)]:
         raise ConfigError(
-            f"--language {odd[0][:40]!r} is no code of a language: give ISO 639 (en, de, yue), BCP 47 (pt-BR), multilingual or "
+            f"--language {odd[0][:40]!r} is not a language code: give ISO 639 (en, de, yue), BCP 47 (pt-BR), multilingual or "
             "code"
         )
     return list(dict.fromkeys(codes))

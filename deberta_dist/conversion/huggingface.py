@@ -80,7 +80,7 @@ def with_defaults(raw: dict[str, Any], *, keys: Collection[str]) -> tuple[dict[s
 
     Args:
         raw: As it stands in the file.
-        keys: Of the weights; they tell the pair of classes where the file does not.
+        keys: Of the weights; they decide the pair of classes where the file does not.
 
     Raises:
         ConfigError: it is of another kind of model, or of one that is not built here.
@@ -107,7 +107,7 @@ def labels(raw: dict[str, Any]) -> dict[str, Any]:
     found = {key: raw[key] for key in LABEL_KEYS if raw.get(key) is not None}
     names = found.get("id2label", {})
     if not isinstance(names, dict) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
-        raise ConfigError(f"id2label = {str(names)[:80]} is no table from 0, 1, 2, ... to the names of classes")
+        raise ConfigError(f"id2label = {str(names)[:80]} is not a table from 0, 1, 2, ... to the names of classes")
     return found
 
 
@@ -119,9 +119,8 @@ def model_type(weights: Weights, *, config: DebertaConfig, head: str, is_fused: 
 
     Args:
         weights: By published names.
-        config: Of the model.
         head: Its head of fine-tuning; empty without one.
-        is_fused: The fused form is asked for.
+        is_fused: Whether v1's one `in_proj` is asked for instead of three projections.
 
     Raises:
         ConfigError: neither can hold the model. Whether the v1 classes can, where ``is_fused`` asks for them, is left
@@ -184,9 +183,9 @@ def to_config(
     """``config.json`` with every field that their classes read, declared there or not.
 
     Args:
-        config: Of the model.
-        kind: Pair of classes.
-        architecture: Class.
+        config: Sizes and switches; becomes the file's fields.
+        kind: `model_type` of transformers: `deberta` or `deberta-v2`.
+        architecture: Class that `architectures` lists.
         dtype: Number format of most weights.
         labels: What is known of classes.
         num_labels: Rows of a head with a row for every class.

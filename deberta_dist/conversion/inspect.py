@@ -1,4 +1,4 @@
-"""What a checkpoint of any format is, and how two of them differ; behind tools/inspect_checkpoint.py."""
+"""Describes a checkpoint of any format, and compares two; called by ``deberta-dist inspect``."""
 
 import math
 import re
@@ -79,7 +79,7 @@ def difference(path: Path, other: Path, options: CheckpointReadOptions = AS_IT_I
 
     Args:
         path: See `source.open_source`.
-        other: Likewise.
+        other: The checkpoint that it is compared with; anything that can be converted.
         options: What the user says about them: patterns for both, the prefix for those that have it.
 
     Returns:
@@ -162,7 +162,7 @@ def _published_or_own(source: CheckpointSource, *, is_resolved: bool) -> tuple[W
     """Weights and configuration as published; as they stand in the file, with the reason, where they make no model.
 
     Args:
-        source: A recognised checkpoint.
+        source: Where the weights are; formats that cannot be converted are shown under their own names.
         is_resolved: Fields that are absent and mean something else's value have that value.
     """
     try:

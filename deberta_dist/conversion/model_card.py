@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from deberta_dist.conversion import hub, official
 from deberta_dist.conversion.canonical import CanonicalCheckpoint
 from deberta_dist.conversion.heads import SUFFIXES
+from deberta_dist.conversion.report import dtype_names
 from deberta_dist.conversion.source import CheckpointSource
+from deberta_dist.conversion.target import Target
+from deberta_dist.conversion.tokenizer_export import TokenizerResult
 from deberta_dist.conversion.training_facts import training_facts
 from deberta_dist.conversion.weights import POSITION_TABLE
 
@@ -26,28 +29,22 @@ def model_card(
     source: CheckpointSource,
     published: CanonicalCheckpoint,
     *,
-    architecture: str,
-    dtype: str,
-    why_class: str,
-    tokenizer: str,
-    has_tokenizer: bool,
-    has_code: bool = False,
+    target: Target,
+    tokenizer: TokenizerResult,
     for_hub: Mapping[str, str | Sequence[str]],
 ) -> str:
     """The text of the card.
 
     Args:
         source: Where the weights come from.
-        published: The model.
-        architecture: Class named in config.json.
-        dtype: Number formats, for people.
-        why_class: Reason for the pair of classes; may be empty.
+        published: The model in canonical form: what the class leaves unused is found in its names.
+        target: What is written beside it: class, number formats, configuration.
         tokenizer: What was done about the tokenizer.
-        has_tokenizer: Whether ``tokenizer.json`` is there.
-        has_code: Whether the code of the enhanced mask decoder is there.
         for_hub: Licence and languages, as fields of `hub.front_matter`.
     """
-    config = published.config
+    config, architecture = published.config, target.architecture
+    has_code = "auto_map" in target.config
+    dtype = "/".join(dtype_names(target.weights))
     origin = f"Converted by `tools/convert_checkpoint.py` of deberta_dist from: {source.description}"
     parts = [
         hub.front_matter(
@@ -60,18 +57,19 @@ def model_card(
         ),
         f"# {architecture}",
         f"{origin}. Numbers are {dtype}. {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}." + (f" {why_class}." if why_class else ""),
-        "`conversion_report.json` tells what became of every key and has the SHA-256 of every file.",
+        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}."
+        + (f" {target.why_class}." if target.why_class else ""),
+        "`conversion_report.json` says what became of every key and has the SHA-256 of every file.",
         *(["## Masked language modelling", _CODE_TEXT] if has_code else []),
         *_training(source),
         "## What these classes do not use, and why it is in the file",
         "\n".join(_unused(published, architecture=architecture, has_code=has_code)),
         "## Tokenizer",
-        tokenizer
+        tokenizer.message
         + (
             " Use `AutoTokenizer`: `DebertaV2Tokenizer` replaces the normalisation rules by others and splits some text "
             "differently."
-            if has_tokenizer
+            if "tokenizer.json" in tokenizer.files
             else ""
         ),
     ]

@@ -23,8 +23,8 @@ class NativeCheckpoint:
 
     Attributes:
         directory: ``.../step-00000100``.
-        manifest: Its manifest.
-        weights: Its weights, unread.
+        manifest: Step, model configuration and where each tensor's slices lie.
+        weights: By published name; a tensor is read when it is asked for.
         warnings: Newer checkpoints of the run that are not whole.
     """
 

@@ -26,7 +26,7 @@ GENERATORS_HEAD = (
     "a discriminator with a masked language modelling head: the head was trained by the generator, not on this encoder; to "
     f"predict words, convert the generator ({GENERATOR_NAME})"
 )
-"""The warning of a v3 discriminator; whoever leaves the head unused need not repeat it."""
+"""The warning of a v3 discriminator; not repeated where the head stays unused."""
 
 
 def is_discriminator(names: Iterable[str]) -> bool:
@@ -141,6 +141,7 @@ def _sum(table: Weight, difference: Weight) -> Weight:
     return Weight(
         shape=table.shape,
         dtype=difference.dtype,
+        # In float32, rounded once: the two files may have different number formats.
         read=lambda: (table.read().float() + difference.read().float()).to(difference.dtype),
         origin=difference.origin,
         why="the generator's table plus the discriminator's difference to it",

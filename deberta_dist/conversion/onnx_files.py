@@ -1,4 +1,4 @@
-"""ONNX: a model as a program for other runtimes, made by torch's own exporter and compared with the model.
+"""ONNX export by torch's own exporter, compared with the model before it is published.
 
 Batch and length are the caller's. The whole model is in memory here, unlike for the targets that are numbers alone.
 """
@@ -20,7 +20,6 @@ from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.heads import DebertaForMultipleChoice
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 PROGRAM_NAME = "model.onnx"
 DATA_NAME = PROGRAM_NAME + ".data"
@@ -64,11 +63,11 @@ class Program:
 
     Attributes:
         model: What it was made of.
-        exported: torch's `ONNXProgram`.
-        inputs: Names, in order.
-        outputs: Likewise.
+        exported: torch's `ONNXProgram`, still in memory.
+        inputs: Names of the inputs, in the order of the call.
+        outputs: Names of the outputs, in their order.
         lengths: Two that it was not exported with, tokens.
-        num_bytes: Of its weights.
+        num_bytes: Bytes of its weights; above `max_inline_bytes` they get a file of their own.
     """
 
     model: "_Called"
@@ -84,7 +83,7 @@ def export(model: nn.Module, *, config: DebertaConfig) -> Program:
 
     Args:
         model: With any head; see ``OUTPUT_NAMES``.
-        config: Its configuration.
+        config: Sizes of the model, for the example that is traced.
     """
     limit = config.max_position_embeddings
     called = _Called(model, config)
@@ -120,8 +119,7 @@ def write(output: OutputDirectory, program: Program, *, max_inline_bytes: int = 
     """Writes a program and compares it with its model.
 
     Args:
-        output: The conversion's directory.
-        program: From `export`.
+        output: Receives `model.onnx` and, for large weights, `model.onnx.data`.
         max_inline_bytes: Weights of more lie in ``model.onnx.data``.
 
     Returns:
@@ -178,7 +176,7 @@ class _Called(nn.Module):
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        if isinstance(self.model, DebertaForMaskedLM):
+        if hasattr(self.model, "token_logits"):  # its own forward returns as many rows as there are real tokens
             return _Logits(self.model.token_logits(input_ids, attention_mask, **types))
         return self.model(input_ids, attention_mask, **types)
 

@@ -1,4 +1,4 @@
-"""How a checkpoint is to be read: the same options in every entry (the tools, training, fine-tuning, Python)."""
+"""Options for reading a checkpoint, the same for tools, training, fine-tuning and Python."""
 
 import argparse
 from dataclasses import dataclass

@@ -44,6 +44,7 @@ class OutputDirectory:
 
     def write(self, name: str, fill: Callable[["HashedFile"], None]) -> None:
         """Writes a file through ``fill`` and forces it to disk."""
+        # "x": two files of one name would be a fault of ours, and the later one would win without a word.
         with open(self.path / name, "xb", buffering=0) as raw, ThreadPoolExecutor(max_workers=1) as hasher:
             file = HashedFile(raw, hasher=hasher, on_bytes=self._progress.update)
             fill(file)
@@ -103,7 +104,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     that name with ``.old`` at its end, which nothing removes.
 
     Args:
-        target: Its name.
+        target: Where the directory appears once the block has ended without an error.
         force: Replace what a conversion or export has made there.
         num_bytes: About what will be written; a terminal shows how far it is.
 
@@ -118,6 +119,7 @@ def new_directory(target: Path, *, force: bool, num_bytes: int) -> Iterator[Outp
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target, host=host)
+        # Before anything is written: a conversion of hundreds of gigabytes should not fail at its end.
         free = shutil.disk_usage(target.parent).free
         if free < num_bytes + _SMALL_FILES_BYTES:
             raise CheckpointWriteError(
@@ -147,9 +149,9 @@ def require_free(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise ConfigError(f"{target} exists already and is left as it is: name another target, or give --force")
+        raise ConfigError(f"{target} already exists and is not overwritten: name another target, or give --force")
     if target.is_symlink() or not target.is_dir():
-        raise ConfigError(f"{target} is no directory and is not replaced, --force or not: name another target")
+        raise ConfigError(f"{target} is not a directory and is not replaced, --force or not: name another target")
     foreign = _foreign(target)
     if foreign:
         raise ConfigError(
@@ -167,6 +169,7 @@ def _foreign(target: Path) -> list[str]:
 
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
+    # Once more: something may have appeared in the minutes that the conversion took.
     require_free(target, force=force)
     replace_directory(temporary, target, aside=temporary.with_name(temporary.name + ".old"))
 
@@ -175,6 +178,7 @@ def _sweep(target: Path, *, host: str) -> None:
     mine = re.compile(_MINE.format(name=re.escape(target.name), host=re.escape(host)))
     for path in target.parent.iterdir():
         match = mine.fullmatch(path.name)
+        # Another conversion to the same target may be at work on this host; those of other hosts cannot be asked.
         if match and not may_be_alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -189,7 +193,7 @@ def require_apart(source: Path, target: Path) -> None:
     if a.parent.name == CHECKPOINTS_NAME:
         a = a.parent
     if a == b or a in b.parents or b in a.parents:
-        raise ConfigError(f"{target} and the source {source} lie in one another: name a target elsewhere")
+        raise ConfigError(f"{target} and the source {source} contain one another: name a target elsewhere")
 
 
 def hash_of(path: Path) -> str:

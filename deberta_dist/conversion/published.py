@@ -1,6 +1,6 @@
 """This package's own form: ``config.json`` and ``model.safetensors`` with the published names and nothing else.
 
-Runs export it, and training starts from it. A configuration without ``model_type`` tells it from Hugging Face's.
+Runs export it, and training starts from it. Its configuration has no ``model_type``, Hugging Face's has one.
 """
 
 from collections.abc import Mapping

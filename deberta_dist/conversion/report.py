@@ -1,4 +1,4 @@
-"""What became of every key: for a file, and in short for the screen."""
+"""Reports what became of every key: in full for a file, in short for the terminal."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def make_report(
         source_dtype: Number formats that the source has.
         written: By the keys of the result.
         lost: Keys that the target has no place for.
-        target_format: Its name.
+        target_format: One of `values.CONVERSION_FORMATS`.
         details: What else to say of the target, e.g. files, tokenizer, warnings.
     """
     made_of = [(key, weight) for key, weight in written.items() if weight.origin]

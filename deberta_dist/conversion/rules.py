@@ -1,4 +1,4 @@
-"""What a format is: a list of renames, a list of keys without meaning, and a few structural rules.
+"""Defines a format: a list of renames, a list of keys without meaning, and a few structural rules.
 
 Applied in that order they lead from the keys of a file to published names.
 """
@@ -37,7 +37,7 @@ class Reading:
 
     Attributes:
         weights: By the names so far.
-        config: Of the model.
+        config: Sizes that rules need, such as heads for the split of `in_proj`.
         dropped: Keys that are left behind.
         warnings: What a user should know.
         open_generator: Weights of the generator that lies beside a discriminator by published names, empty where
@@ -64,7 +64,7 @@ class Format:
 
     Attributes:
         name: What messages call it.
-        renames: Applied in order.
+        renames: Each is applied to what the ones before it have made.
         drops: Applied to renamed keys.
         rules: Structural ones, in order; each changes the ``Reading``.
         consumed: Patterns of renamed keys that are no published names and that the rules need.
@@ -83,7 +83,7 @@ COMMON_RENAMES = (
     Rename(r"^bert\.", "deberta.", "prefix of the first releases"),
     Rename(r"^(?=(embeddings|encoder)\.)", "deberta.", "a backbone saved on its own has no prefix"),
 )
-COMMON_DROPS = (Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, made anew by every model"),)
+COMMON_DROPS = (Drop(r"deberta\.embeddings\.position_ids", "0, 1, 2, ...: a buffer of old versions, rebuilt by every model"),)
 
 
 def leave_out_twins(reading: Reading, *, renames: Sequence[Rename], allow_unmapped: Sequence[str]) -> None:
@@ -124,8 +124,7 @@ def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmappe
     """Brings ``reading`` to published names.
 
     Args:
-        fmt: Format of the keys.
-        reading: Changed in place.
+        reading: Weights by the file's keys; by published names afterwards.
         known: Published names of the model.
         allow_unmapped: fnmatch patterns of the file's keys; those that nothing else explains are left out.
     """
@@ -138,6 +137,7 @@ def apply(fmt: Format, reading: Reading, *, known: Container[str], allow_unmappe
         if pattern is not None and not explained:
             reading.drop(key, why=f"--allow-unmapped {pattern}")
     reading.weights = renamed(reading.weights, fmt.renames)
+    # A copy of the names: dropping changes the dictionary.
     for name in list(reading.weights):
         for drop in fmt.drops:
             if re.fullmatch(drop.pattern, name):

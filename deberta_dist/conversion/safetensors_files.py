@@ -59,7 +59,7 @@ def read_safetensors(path: Path) -> Weights:
             length = int.from_bytes(head[:8], "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path} is no safetensors file: it has {size} bytes and claims a header of {length}{begins_like(head)}"
+                    f"{path} is not a safetensors file: it has {size} bytes and claims a header of {length}{begins_like(head)}"
                 )
             header = strict_json.parse(file.read(length), file=f"{path}: header")
     except OSError as error:

@@ -51,12 +51,12 @@ class CheckpointSource:
         weights: By the file's own keys, without names of wrappers before them; each knows its key.
         options: What the user says about it.
         open_generator: Weights of a generator file beside a discriminator by its own keys, empty where none is.
-        step: Step of a run's checkpoint.
+        step: Optimizer steps done, of a run's checkpoint; None for other sources.
         tokenizer_sha256: Of the SentencePiece model that a run used.
         tokenizer_hints: Where that model may be.
         warnings: What a user should know.
         layout: Parallel sizes that wrote a run's checkpoint.
-        manifest: Of a run's checkpoint.
+        manifest: Manifest of a run's checkpoint; None for other sources.
         verify: Compares every byte of a run's checkpoint with its checksums; raises CheckpointError.
     """
 
@@ -108,7 +108,7 @@ def open_source(path: Path, *, verify: bool = True, options: CheckpointReadOptio
             names = [p.name for p in there if p.suffix in SUFFIXES[:2]] or [p.name for p in there]
             if len(names) != 1:
                 raise CheckpointError(
-                    f"{path} is no checkpoint that is known: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
+                    f"{path} is not a known kind of checkpoint: neither {MANIFEST_NAME} nor {CHECKPOINTS_NAME}/ (a run), "
                     f"nor {' nor '.join(_WEIGHTS_NAMES)}" + (f"; of {shorten(names)} name one" if names else "")
                 )
         return _from_files(path, path, files.inside(path, names[0]), options=options)

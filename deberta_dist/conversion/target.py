@@ -1,4 +1,4 @@
-"""What a conversion is to write: the answer of every target to the same questions."""
+"""What a conversion writes: every target format answers the same questions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Target:
         weights: By the target's own keys.
         write: Writes them; returns what a user should know.
         num_bytes: About what they take.
-        config_name: Name of the configuration file.
-        config: Its contents.
+        config_name: File name of the configuration.
+        config: Fields of that file.
         lost: Keys that the target has no place for.
         architecture: Hugging Face class; of a program its inputs and outputs; empty for other targets.
-        why_class: Reason for it.
+        why_class: Why this class and no other, for the model card; empty where there is no choice.
     """
 
     weights: Weights

@@ -1,4 +1,4 @@
-"""The tokenizer of a conversion, written in the form of the target: carried as it is, or made anew to split text alike."""
+"""Writes the tokenizer of a conversion in the target's form: copied unchanged, or rebuilt to split text alike."""
 
 import json
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ class TokenizerResult:
     """What was done about the tokenizer.
 
     Attributes:
-        files: Written.
+        files: Names of the files written.
         sha256: Of the SentencePiece model, None without one.
-        message: What the user and the model card are told.
+        message: What the terminal and the model card say about it.
         compared: Whether the exported tokenizer was compared with SentencePiece.
-        differences: Texts that it splits differently.
+        differences: Texts, of those compared, that the exported tokenizer splits into other ids.
     """
 
     files: list[str] = field(default_factory=list)
@@ -62,13 +62,13 @@ def write_tokenizer(
     """Writes the tokenizer's files: the source's own as they are, or new ones that split text alike.
 
     Args:
-        output: The conversion's directory.
-        source: The checkpoint.
-        tokenizer: From `find_tokenizer`.
-        message: Likewise.
+        output: Receives the tokenizer's files.
+        source: Its own tokenizer files give the settings that SentencePiece does not hold.
+        tokenizer: The SentencePiece model, from `find_tokenizer`; None where there is none.
+        message: What `find_tokenizer` says of it.
         model_type: Of Hugging Face's configuration, whose files are written too; empty for other targets.
         is_given: The user named the tokenizer, so the source's own vocabularies do not matter.
-        config: The model.
+        config: Its longest sequence limits the texts that are compared; tokens beyond its vocabulary are reported.
 
     Raises:
         CheckpointError: a file of the source is damaged, or a link that leads elsewhere.

@@ -45,8 +45,6 @@ PROBE = (
 )
 """Strings that tokenizers of other make are known to split differently."""
 
-MASK_PROBE = "a [MASK] b"
-
 
 def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings = AS_TRAINED) -> dict[str, Any]:
     """The contents of ``tokenizer.json``.
@@ -72,7 +70,7 @@ def build_tokenizer_json(model: SentencePieceModel, settings: TokenizerSettings 
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if model.remove_extra_whitespaces:
         normalizers.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        # A space in front is all that tells a new word behind an added token, where no other is put there.
+        # Behind an added token only a leading space marks a new word, where none is inserted.
         normalizers.append({"type": "Strip", "strip_left": settings.add_prefix_space, "strip_right": True})
     scheme = ("always" if settings.add_prefix_space else "first") if model.add_dummy_prefix else "never"
     spaces = {"type": "Metaspace", "replacement": WORD_START, "prepend_scheme": scheme, "split": True}
@@ -118,7 +116,6 @@ def tokenizer_texts(tokenizer: Tokenizer, settings: TokenizerSettings, *, max_le
     """Name -> text of the tokenizer files beside ``spm.model``.
 
     Args:
-        tokenizer: The SentencePiece model.
         settings: What the source says beside it.
         max_length: Longest text that the model can take, tokens; unless the settings say another.
 

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint are a tokenizer's, and which a class of Hugging Face's reads.
+"""Names of tokenizer files: which there are, and which of them each class of transformers reads.
 
 Source: ``vocab_files_names`` of every tokenizer class of huggingface/transformers 5.23; a test compares the table with them.
 """

@@ -52,7 +52,7 @@ class TokenizerSettings:
     """Settings of one tokenizer.
 
     Attributes:
-        do_lower_case: Text is lower-cased first.
+        do_lower_case: Whether text is lower-cased before SentencePiece sees it.
         split_by_punct: Every punctuation character is a word of its own.
         add_prefix_space: Text behind an added token begins with a space too.
         roles: The special tokens, by ``ROLES``.
@@ -155,7 +155,7 @@ def _token(value: object, *, where: object) -> AddedToken:
     if isinstance(value, str) and value:
         return _special(value)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
-        raise CheckpointError(f"{where}: {str(value)[:80]!r} is no token: neither a text nor a table with its content")
+        raise CheckpointError(f"{where}: {str(value)[:80]!r} is not a token: neither a string nor a table with its content")
     flags = {key: value[key] for key in (*_FLAGS, "special") if key in value}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise CheckpointError(f"{where}: {str(value)[:80]!r} has a flag that is neither true nor false")
@@ -168,7 +168,7 @@ def _extra(table: Mapping[str, Any], *, where: object) -> list[AddedToken]:
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list):
-        raise CheckpointError(f"{where}: {_EXTRA[0]} = {str(value)[:80]!r} is no list of tokens")
+        raise CheckpointError(f"{where}: {_EXTRA[0]} = {str(value)[:80]!r} is not a list of tokens")
     return [_token(item, where=where) for item in value]
 
 

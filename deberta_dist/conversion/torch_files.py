@@ -36,7 +36,7 @@ _ASKED_FOR = re.compile(
     r"GLOBAL ([\w.]+)|safe_globals`,? but got <class '([\w.]+)'|unrecognized function (?:<[\w ]+? )?'?([\w.]+)"
 )
 _ADVICE = re.compile(r"weights_only|torch\.load|safe_globals|you trust|the source of the checkpoint", re.IGNORECASE)
-# What torch's own quantised modules save in the place of a weight.
+# What torch's own quantised modules save instead of a weight.
 _PACKED = re.compile(r"(.*\.)?_packed_params(\..*)?")
 _STORAGES = {
     torch.float32: torch.FloatStorage,
@@ -49,7 +49,7 @@ class TorchFile:
     """One ``.bin`` file.
 
     Attributes:
-        weights: Its tensors, unread.
+        weights: Tensors by key; the numbers are read from the file when they are asked for.
         config: The published code's ``config`` entry, if there is one; otherwise None.
         others: Entries beside the model in a training checkpoint, such as the optimizer's state.
         is_streamed: Whether tensors are read one by one. Files from before torch 1.6 are read whole.
@@ -59,7 +59,7 @@ class TorchFile:
         """Reads the table of contents.
 
         Args:
-            path: The file.
+            path: Zip or old form of `torch.save`; nothing in it is executed.
             allow_unmapped: fnmatch patterns of entries that may be something else than tensors.
 
         Raises:
@@ -93,7 +93,7 @@ class TorchFile:
                     self.others.append(str(key))
                     continue
                 raise CheckpointError(
-                    f"{path}: {printable(str(key))} is {type(value).__name__}, no tensor with a name; to leave it out, give "
+                    f"{path}: {printable(str(key))} is {type(value).__name__}, not a named tensor; to leave it out, give "
                     "--allow-unmapped KEY"
                 )
             else:
@@ -106,6 +106,7 @@ class TorchFile:
         It would read compressed numbers, or on into the next record, without a word.
         """
         tensors = [value for value in state.values() if isinstance(value, Tensor) and value.layout == torch.strided]
+        # By storage and not by tensor: tied tensors are two views of one record.
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         storages = {address: size for address, size in storages.items() if size}
         try:
@@ -148,6 +149,7 @@ class TorchFile:
                 with warnings.catch_warnings():
                     # About the version of the pickle: a refusal, if any, says more.
                     warnings.simplefilter("ignore")
+                    # weights_only interprets the pickle by a list of allowed names: nothing in the file is executed.
                     self._state = torch.load(self._path, map_location="cpu", mmap=self.is_streamed, weights_only=True)
             except OSError as error:
                 raise CheckpointError(f"{self._path} cannot be read ({error.strerror})") from error
@@ -157,7 +159,7 @@ class TorchFile:
             except Exception as error:
                 raise CheckpointError(f"{self._path} is refused: {_reason(error)}{self._like()}") from error
             if not isinstance(self._state, dict):
-                raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, no state dictionary")
+                raise CheckpointError(f"{self._path} holds {type(self._state).__name__}, not a state dictionary")
         return self._state
 
     def _like(self) -> str:
@@ -170,6 +172,7 @@ class TorchFile:
             state = state[entry]
         value = state[key]
         self._bytes_read += value.numel() * value.element_size()
+        # Contiguous, since writers take the bytes in order; a transposed tensor is stored with other strides.
         return value.detach().contiguous()
 
 
@@ -188,7 +191,7 @@ def _reason(error: Exception) -> str:
         return "it is a program of TorchScript (torch.jit.save): save the state_dict() of the model instead"
     if asked := _ASKED_FOR.search(text):
         return (
-            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which is never done here: where "
+            f"its pickle asks for code to be run ({printable(asked[asked.lastindex or 0])}), which this program never does: where "
             "the file is trusted, load it with the code that made it and save the state_dict() alone"
         )
     # Sentences of advice stand around the reason; the reason alone says what was found.
@@ -215,6 +218,7 @@ def write_torch_file(file: BinaryIO, weights: Mapping[str, Weight]) -> None:
             padding = -begin % _ALIGNMENT
             entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
             entry.file_size = weight.num_bytes
+            # Always the 64-bit form, small tensors as well: the 20 bytes counted above are its field.
             with archive.open(entry, "w", force_zip64=True) as record:
                 write_tensor(record, weight, name=name)
         archive.writestr(_entry("version"), b"3\n")
@@ -251,5 +255,6 @@ class _Pickler(pickle.Pickler):
 def _state_pickle(weights: Mapping[str, Weight]) -> bytes:
     buffer = io.BytesIO()
     state = collections.OrderedDict((name, _Stub(i, weight)) for i, (name, weight) in enumerate(weights.items()))
+    # Protocol 2 is torch.save's own default, and the one that its readers without Python implement.
     _Pickler(buffer, protocol=2).dump(state)
     return buffer.getvalue()

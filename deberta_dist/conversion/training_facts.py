@@ -1,4 +1,4 @@
-"""What a run says of how a checkpoint was trained, for a model's card: numbers that it has written down, and no others."""
+"""Facts about a checkpoint's training for the model card: only numbers that the run itself has recorded."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def training_facts(manifest: Manifest, *, run: Path) -> dict[str, str]:
     """Name -> value, for people; what is not known is absent.
 
     Args:
-        manifest: Of the checkpoint.
+        manifest: Has the step, the samples read and the run's configuration.
         run: Directory that the checkpoint's run has written.
     """
     config, facts = manifest.run_config, {}

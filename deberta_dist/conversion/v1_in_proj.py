@@ -1,4 +1,4 @@
-"""The fused projections of v1, as structural rules: cut into the separate ones, and joined again.
+"""Structural rules for v1's fused ``in_proj``: split into separate projections, and fused again.
 
 ``in_proj`` [3 N H, D] holds query, key and value rows of head 0, then of head 1, and so on. Keys and position keys
 have no bias in this form. Used by the official and the Hugging Face format.
@@ -32,7 +32,7 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
 
     Args:
         weights: Published names, fused or not.
-        head_size: Width of one head.
+        head_size: Rows of one head: in `in_proj` each head's query, key and value follow each other.
 
     Raises:
         CheckpointError: the rows of an ``in_proj`` are not three times whole heads.
@@ -54,6 +54,7 @@ def separate(weights: Weights, *, head_size: int) -> Weights:
                     read=functools.partial(_third, whole, number, head_size),
                     why="cut out of the fused projection of v1, which interleaves heads",
                 )
+            # Without it a loader that tolerates missing keys would leave the module's random bias in place.
             found[stem + "key_proj.bias"] = _zeros(rows, weight.dtype)
         elif leaf in V1_LEAVES:
             found[stem + V1_LEAVES[leaf]] = replace(weight, why="named so in the fused form of v1")
@@ -140,6 +141,7 @@ class _ReadOnce:
 
 
 def _third(whole: Callable[[], Tensor], number: int, head_size: int) -> Tensor:
+    # [3 N H, D] -> [N, 3, H, D]: q, k and v alternate per head, so a plain chunk(3) would mix heads.
     return whole().unflatten(0, (-1, 3, head_size))[:, number].flatten(0, 1)
 
 

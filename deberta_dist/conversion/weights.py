@@ -1,6 +1,6 @@
-"""Where all formats meet: full tensors by published name, each read only when it is written.
+"""The tensors of a conversion: full, by published name, each read only when it is written.
 
-A conversion passes a table of these through renames and structural rules. What a rule makes anew is in memory one
+A conversion passes a table of these through renames and structural rules. What a rule computes is in memory one
 tensor at a time; what is copied or rounded, in parts of a few megabytes.
 """
 
@@ -29,8 +29,8 @@ class ChunkedReader:
     """Reads a tensor, whole or in flat parts of at most ``CHUNK_NUMBERS`` numbers.
 
     Args:
-        shape: Of the tensor.
-        dtype: As it is read.
+        shape: Shape of the whole tensor.
+        dtype: Number format of what is read.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -54,7 +54,6 @@ class Weight:
     """One tensor that has not been read yet.
 
     Attributes:
-        shape: Its shape.
         dtype: As ``read`` returns it.
         read: Reads it; an `InParts` where it need not be in memory as a whole.
         origin: Keys of the source it is made of; empty where it is made of nothing.
@@ -151,7 +150,7 @@ def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: It
         weights: Published names; none that ``shapes`` lacks.
         shapes: See `backbone_shapes` and `heads.head_shapes`.
         may_lack: Names that may be absent.
-        where: For messages.
+        where: Prefix of messages: the source.
 
     Raises:
         CheckpointError: names are missing, shapes differ, or numbers are not floating point.
@@ -169,7 +168,7 @@ def fit(weights: Weights, *, shapes: Mapping[str, tuple[int, ...]], may_lack: It
     odd = [f"{name} ({weight.dtype})" for name, weight in weights.items() if not weight.dtype.is_floating_point]
     if odd:
         raise CheckpointError(
-            f"{where}: no floating point numbers: {shorten(odd)}; where they are quantised, load the model with the library that "
+            f"{where}: not floating point: {shorten(odd)}; where they are quantised, load the model with the library that "
             "made it, call dequantize() and save the result"
         )
     return {name: weights[name] for name in shapes if name in weights}

@@ -1,4 +1,4 @@
-"""What training code puts around a model: names before the names, and dictionaries around the dictionary.
+"""Removes what training code puts around a model: prefixes of parameter names, and dictionaries around the state dictionary.
 
 Everything here acts on the keys of a file, before its format is recognised. Nothing is guessed: a name that is no known
 wrapper, and a file with several models, are errors that say what was seen.
@@ -58,7 +58,7 @@ def unwrap(weights: Weights, *, prefix: str | None, where: object, allow_unmappe
     Args:
         weights: By the file's own keys.
         prefix: Given by the user, with or without the dot at its end; None: known wrappers alone.
-        where: For messages.
+        where: Prefix of messages: the source.
         allow_unmapped: Patterns of the file's keys. Where two keys become one, the one that they name keeps its own.
 
     Raises:
@@ -121,7 +121,7 @@ def _front(names: Mapping[str, str], *, where: object) -> str:
     if all(part in _IN_FRONT for part in front.rstrip(".").split(".")):
         return front
     raise CheckpointError(
-        f"{where}: {counts[front]} of {len(names)} keys begin with {printable(front)!r}, which is no known wrapper: if the "
+        f"{where}: {counts[front]} of {len(names)} keys begin with {printable(front)!r}, which is not a known wrapper: if the "
         f"model is there, give --prefix {printable(front)}"
     )
 

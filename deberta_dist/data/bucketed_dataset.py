@@ -1,16 +1,16 @@
-"""Dynamic batching: sequences of natural length, batches of similar lengths with as many tokens as any other.
+"""Dynamic batching: every batch holds sequences of similar length, and all batches have the same number of tokens.
 
 A step belongs to one bucket, so that all its micro-batches have one shape on every rank::
 
-    step -> bucket (Blend) -> sequences of the bucket, each of one source (Blend) -> its pieces (``piece_loader.py``)
+    step -> bucket (Blend) -> sequences of the bucket, each of one source (Blend) -> its chunks (``chunk_dataset.py``)
 
-Every source has, for every bucket, an endless order of its pieces, epoch after epoch. A step of the bucket takes the
-next ones; what does not fill a step at the end of an epoch is taken by the step that begins the next. So no piece is
+Every source has, for every bucket, an endless order of its chunks, epoch after epoch. A step of the bucket takes the
+next ones; what does not fill a step at the end of an epoch is taken by the step that begins the next. So no chunk is
 lost or repeated, and as steps are shared in proportion to tokens, padding included, the buckets of a source end their
 epochs together.
 
 All of it follows from sources, lengths, seed and the number of the step: it is the same for every number of ranks and
-after every resume, and nothing about it is stored. ``BucketedDataset`` takes the place of ``BlendedData``.
+after every resume, and nothing about it is stored. ``BucketedDataset`` takes the place of ``BlendedDataset``.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class BucketMixture:
         sources: by name, so that the order in a file does not matter.
         sizes: what the buckets of each source hold.
         shares: of each source in the tokens, padding included.
-        bucket_shares: of each bucket in the steps.
+        bucket_shares: share of the run's steps that each bucket has; 0 for an empty one.
         samples_per_step: sequences of the longest bucket's steps.
     """
 
@@ -60,13 +60,15 @@ class BucketMixture:
         weights = source_weights(self.sources, [sum(room) for room in rooms])
         self.shares = [weight / sum(weights) for weight in weights]
         # Of every bucket, the weight of each source that has something in it.
-        parts = [
+        weights_by_bucket = [
             {s: weights[s] * room[bucket] / sum(room) for s, room in enumerate(rooms) if room[bucket]}
             for bucket in range(len(self.lengths))
         ]
-        self._used = [bucket for bucket, part in enumerate(parts) if part]
-        self._order = Blend([sum(parts[bucket].values()) for bucket in self._used])
-        self._among = {bucket: (list(parts[bucket]), Blend(list(parts[bucket].values()))) for bucket in self._used}
+        self._used = [bucket for bucket, weight_by_source in enumerate(weights_by_bucket) if weight_by_source]
+        self._order = Blend([sum(weights_by_bucket[bucket].values()) for bucket in self._used])
+        self._among = {
+            bucket: (list(weights_by_bucket[bucket]), Blend(list(weights_by_bucket[bucket].values()))) for bucket in self._used
+        }
         shares = dict(zip(self._used, self._order.shares, strict=True))
         self.bucket_shares = [shares.get(bucket, 0) for bucket in range(len(self.lengths))]
 
@@ -100,7 +102,7 @@ class BucketMixture:
         for bucket, steps in zip(self._used, self._order.consumed(self.whole_steps(consumed)), strict=True):
             _, given = self.sources_at(bucket, steps * self.sequences_per_step(bucket), 0)
             for source, count in given.items():
-                size = self.sizes[source].num_pieces[bucket]
+                size = self.sizes[source].num_chunks[bucket]
                 epoch, index = position(count, size)
                 name = self.name(source, bucket)
                 found[name] = SourcePosition(epoch=epoch, index=index, num_samples=size)
@@ -134,7 +136,7 @@ class BucketedDataset:
         seed: int,
         index_directory: Path | None = None,
     ) -> None:
-        """Opens the list of pieces of every source, or makes it.
+        """Opens the list of chunks of every source, or makes it.
 
         Args:
             sources: the corpora, at least one, each with another name.
@@ -142,7 +144,7 @@ class BucketedDataset:
             lengths: of the buckets, tokens, ascending.
             samples_per_step: sequences of the longest bucket's steps.
             masking: how targets are chosen.
-            seed: the run's seed.
+            seed: the run's seed; each source derives its own from it and its name.
             index_directory: see ``open_chunks``.
 
         Raises:
@@ -151,16 +153,16 @@ class BucketedDataset:
         """
         for source in sources:
             source.corpus.require_tokenizer(tokenizer)
-        pieces = {source.name: open_chunks(source.corpus, lengths, directory=index_directory) for source in sources}
+        chunks = {source.name: open_chunks(source.corpus, lengths, directory=index_directory) for source in sources}
         self.mixture = BucketMixture(
-            sources, [pieces[source.name].sizes for source in sources], samples_per_step=samples_per_step
+            sources, [chunks[source.name].sizes for source in sources], samples_per_step=samples_per_step
         )
         self.samples_per_step = samples_per_step
-        self._parts = [
+        self._datasets = [
             ChunkDataset(
                 source.corpus,
                 tokenizer,
-                pieces=pieces[source.name],
+                chunks=chunks[source.name],
                 masking=masking,
                 seed=source_seed(seed, source.name),
             )
@@ -168,11 +170,11 @@ class BucketedDataset:
         ]
 
     def batch(self, start: int, count: int) -> Batch:
-        """The sequences of a step, or of an equal part of it, that has one shape.
+        """The sequences of a step, or of an equal share of it, that has one shape.
 
         Args:
-            start: samples before it: whole steps, and whole parts.
-            count: samples of the part: a divisor of the step's.
+            start: samples before it: whole steps, and whole shares.
+            count: samples of the share: a divisor of the step's.
 
         Returns:
             A batch of the step's bucket, ``count`` x its longest length tokens, on the CPU. Safe to call from several
@@ -182,12 +184,12 @@ class BucketedDataset:
             DataError: as ``ChunkDataset.batch``.
         """
         step, offset = divmod(start, self.samples_per_step)
-        part, misfit = divmod(offset, count)
-        assert misfit == 0 and self.samples_per_step % count == 0, "a batch is part of one step"
+        share, misfit = divmod(offset, count)
+        assert misfit == 0 and self.samples_per_step % count == 0, "a batch is a share of one step"
         bucket, before = self.mixture.at(step)
         rows, misfit = divmod(self.mixture.sequences_per_step(bucket) * count, self.samples_per_step)
         assert misfit == 0, "a micro-batch's tokens are a multiple of every length"
-        return self.of_bucket(bucket, before + part * rows, rows)
+        return self.of_bucket(bucket, before + share * rows, rows)
 
     def of_bucket(self, bucket: int, start: int, count: int) -> Batch | None:
         """The sequences of a bucket at positions start .. start + count - 1 of it; None if it is empty.
@@ -198,8 +200,8 @@ class BucketedDataset:
         if self.mixture.bucket_shares[bucket] == 0:
             return None
         sources, firsts = self.mixture.sources_at(bucket, start, count)
-        numbers, places, parts = torch.tensor(sources), [], []
+        numbers, rows, batches = torch.tensor(sources), [], []
         for number in numbers.unique().tolist():
-            places.append(torch.nonzero(numbers == number)[:, 0])
-            parts.append(self._parts[number].batch(bucket, firsts[number], len(places[-1])))
-        return in_order(parts, torch.cat(places))
+            rows.append(torch.nonzero(numbers == number)[:, 0])
+            batches.append(self._datasets[number].batch(bucket, firsts[number], len(rows[-1])))
+        return in_order(batches, torch.cat(rows))

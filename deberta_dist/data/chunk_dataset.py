@@ -1,4 +1,4 @@
-"""Masked batches of one corpus' pieces, by bucket and position in it. ``buckets.py`` asks for them."""
+"""Masked batches of one corpus's chunks, by bucket and position within it. Used by ``bucketed_dataset.py``."""
 
 import numpy as np
 import torch
@@ -13,50 +13,49 @@ from deberta_dist.errors import DataError
 
 
 class ChunkDataset:
-    """Pieces of a corpus for masked language modelling: ``[CLS]``, the piece, ``[SEP]``, padding.
+    """Chunks of a corpus for masked language modelling: ``[CLS]``, the chunk, ``[SEP]``, padding.
 
-    Positions of a bucket run on through its epochs, each in its own order. The mask of a piece depends on
+    Positions of a bucket run on through its epochs, each in its own order. The mask of a chunk depends on
     (seed, epoch of its bucket, its first token): not on the lengths of the buckets.
     """
 
     def __init__(
-        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, pieces: ChunkList, masking: MaskingConfig, seed: int
+        self, corpus: TokenCorpus, tokenizer: Tokenizer, *, chunks: ChunkList, masking: MaskingConfig, seed: int
     ) -> None:
         """Of a corpus made with this tokenizer.
 
         Args:
-            corpus: the text.
             tokenizer: the tokenizer it was made with.
-            pieces: of this corpus.
+            chunks: where this corpus's chunks begin, by bucket.
             masking: how targets are chosen.
-            seed: seed of order and masks.
+            seed: decides the order of every epoch and the masks.
 
         Raises:
             ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
         """
-        self.pieces = pieces
+        self.chunks = chunks
         self._corpus, self._tokenizer = corpus, tokenizer
         self._masking, self._seed = masking, check_seed(seed)
 
     def batch(self, bucket: int, start: int, count: int) -> Batch:
-        """The pieces of a bucket at positions start .. start + count - 1.
+        """The chunks of a bucket at positions start .. start + count - 1.
 
         Args:
             bucket: number of the bucket; it is not empty.
             start: first position, from 0.
-            count: number of pieces, at least 1.
+            count: number of chunks, at least 1.
 
         Returns:
             A batch of ``count`` sequences of the bucket's length, on the CPU. Safe to call from several threads.
 
         Raises:
-            DataError: the corpus or the list of pieces cannot be read any more, or is damaged.
+            DataError: the corpus or the list of chunks cannot be read any more, or is damaged.
         """
-        sizes = self.pieces.sizes
-        epochs, numbers = samples_at(start, count, size=sizes.num_pieces[bucket], seed=self._seed)
-        starts, tokens = self.pieces.read(bucket, numbers)
+        sizes = self.chunks.sizes
+        epochs, numbers = samples_at(start, count, size=sizes.num_chunks[bucket], seed=self._seed)
+        starts, tokens = self.chunks.read(bucket, numbers)
         if (starts + tokens).max() > self._corpus.num_tokens:
-            raise DataError(f"{self.pieces.path} is damaged: a piece ends behind the text; remove it")
+            raise DataError(f"{self.chunks.path} is damaged: a chunk ends behind the text; remove it")
         ids = np.full((count, sizes.lengths[bucket]), self._tokenizer.pad_id, self._corpus.dtype)
         ids[:, 0] = self._tokenizer.cls_id
         for row, begin, length in zip(ids, starts.tolist(), tokens.tolist(), strict=True):

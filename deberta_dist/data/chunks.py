@@ -1,12 +1,12 @@
-"""Documents at their natural length, cut only where they are too long: the list of these pieces, on disk.
+"""The list of a corpus's chunks, on disk: documents at their natural length, cut only where they are too long.
 
 Layout of ``<corpus>.<lengths>.<checksum>.pieces``, little-endian::
 
     0      header: one line of JSON, padded with zeros up to byte 4096
-    4096   pieces, uint64 [num_pieces]: first token << 16 | number of tokens; those of the shortest bucket first
+    4096   chunks, uint64 [num_chunks]: first token << 16 | number of tokens; those of the shortest bucket first
 
-8 bytes per piece and none of them in memory: a batch reads its own. The list follows from the corpus and the lengths
-of the buckets alone, so it is made by whoever needs it first and serves every later run. ``buckets.py`` draws from it.
+8 bytes per chunk and none of them in memory: a batch reads its own. The list follows from the corpus and the lengths
+of the buckets alone, so the first run that needs it writes it, and later runs read it. ``bucketed_dataset.py`` draws from it.
 """
 
 import json
@@ -45,60 +45,54 @@ class BucketSizes:
 
     Attributes:
         lengths: tokens of a sequence, ``[CLS]``, ``[SEP]`` and padding included, ascending.
-        num_pieces: pieces of each bucket.
-        num_tokens: tokens of all pieces of each, without ``[CLS]`` and ``[SEP]``.
+        num_chunks: chunks whose shortest fitting length is each bucket's.
+        num_tokens: tokens of all chunks of each, without ``[CLS]`` and ``[SEP]``.
     """
 
     lengths: tuple[int, ...]
-    num_pieces: tuple[int, ...]
+    num_chunks: tuple[int, ...]
     num_tokens: tuple[int, ...]
 
     def padding(self, bucket: int) -> float:
         """Share of a bucket's tokens that are padding; 0 where it is empty."""
-        tokens = self.num_tokens[bucket] + NUM_SPECIAL * self.num_pieces[bucket]
+        tokens = self.num_tokens[bucket] + NUM_SPECIAL * self.num_chunks[bucket]
         return 1 - tokens / self.room[bucket] if tokens else 0.0
 
     @property
     def room(self) -> tuple[int, ...]:
         """Tokens of all sequences of each bucket, padding included."""
-        return tuple(count * length for count, length in zip(self.num_pieces, self.lengths, strict=True))
-
-    @property
-    def total_padding(self) -> float:
-        """Share of all tokens of an epoch that are padding."""
-        return 1 - (sum(self.num_tokens) + NUM_SPECIAL * sum(self.num_pieces)) / sum(self.room)
+        return tuple(count * length for count, length in zip(self.num_chunks, self.lengths, strict=True))
 
 
 def count_chunks(corpus: TokenCorpus, lengths: Sequence[int]) -> BucketSizes:
     """Goes through the documents once and keeps nothing.
 
     Args:
-        corpus: the text.
         lengths: of the buckets, tokens, ascending.
 
     Raises:
-        ConfigError: the longest is longer than a piece can be.
+        ConfigError: the longest is longer than a chunk can be.
         DataError: the document offsets are damaged.
     """
     if lengths[-1] > _MAX_LENGTH:
-        raise ConfigError(f"bucket length = {lengths[-1]} is more than the {_MAX_LENGTH} tokens a piece can have")
+        raise ConfigError(f"bucket length = {lengths[-1]} is more than the {_MAX_LENGTH} tokens a chunk can have")
     assert corpus.num_tokens <= _MAX_TOKENS
-    num_pieces, num_tokens = np.zeros((2, len(lengths)), np.int64)
+    num_chunks, num_tokens = np.zeros((2, len(lengths)), np.int64)
     for _, tokens in _cut(corpus, window=lengths[-1] - NUM_SPECIAL):
         buckets = _bucket_of(tokens, lengths)
-        num_pieces += np.bincount(buckets, minlength=len(lengths))
-        # Exact: 2**17 pieces of fewer than 2**16 tokens are far below 2**53.
+        num_chunks += np.bincount(buckets, minlength=len(lengths))
+        # Exact: 2**17 chunks of fewer than 2**16 tokens are far below 2**53.
         num_tokens += np.bincount(buckets, weights=tokens, minlength=len(lengths)).astype(np.int64)
-    return BucketSizes(lengths=tuple(lengths), num_pieces=tuple(num_pieces.tolist()), num_tokens=tuple(num_tokens.tolist()))
+    return BucketSizes(lengths=tuple(lengths), num_chunks=tuple(num_chunks.tolist()), num_tokens=tuple(num_tokens.tolist()))
 
 
 def _bucket_of(tokens: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """The smallest bucket that holds each piece, int64 [P]."""
+    """The smallest bucket that holds each chunk, int64 [P]."""
     return np.searchsorted(np.array(lengths) - NUM_SPECIAL, tokens)
 
 
 def _cut(corpus: TokenCorpus, *, window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """First tokens and lengths of the pieces in the order of the text, int64 [P] each, some at a time."""
+    """First tokens and lengths of the chunks in the order of the text, int64 [P] each, some at a time."""
     for first in range(0, corpus.num_documents, _DOCUMENTS_TOGETHER):
         last = min(first + _DOCUMENTS_TOGETHER, corpus.num_documents)
         offsets = corpus.document_offsets(first, last + 1)
@@ -114,10 +108,9 @@ def _cut(corpus: TokenCorpus, *, window: int) -> Iterator[tuple[np.ndarray, np.n
 
 
 class ChunkList:
-    """The pieces of a corpus by bucket; made by ``open_chunks``. Safe to use from several threads.
+    """The chunks of a corpus by bucket; made by ``open_chunks``. Safe to use from several threads.
 
     Attributes:
-        path: the file.
         sizes: what the buckets hold.
     """
 
@@ -126,23 +119,23 @@ class ChunkList:
         self.path, self.sizes = path, sizes
         self._file = file
         weakref.finalize(self, os.close, file)
-        self._first_entry = np.cumsum([0, *sizes.num_pieces]).tolist()
+        self._first_entry = np.cumsum([0, *sizes.num_chunks]).tolist()
         windows = [length - NUM_SPECIAL for length in sizes.lengths]
         self._tokens_within = list(zip([0, *windows[:-1]], windows, strict=True))
 
     def read(self, bucket: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First tokens and numbers of tokens of some pieces, int64 [B] each.
+        """First tokens and numbers of tokens of some chunks, int64 [B] each.
 
         Args:
-            bucket: number of the bucket.
-            numbers: of pieces within it, int64 [B].
+            bucket: number of the bucket, from 0, the shortest first.
+            numbers: of chunks within it, int64 [B].
 
         Raises:
             DataError: the file cannot be read any more, or is damaged.
         """
-        places = HEADER_BYTES + (self._first_entry[bucket] + numbers) * ENTRY.itemsize
+        offsets = HEADER_BYTES + (self._first_entry[bucket] + numbers) * ENTRY.itemsize
         try:
-            data = b"".join(read_at(self._file, ENTRY.itemsize, place) for place in places.tolist())
+            data = b"".join(read_at(self._file, ENTRY.itemsize, offset) for offset in offsets.tolist())
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror})") from error
         if len(data) < numbers.size * ENTRY.itemsize:
@@ -157,17 +150,16 @@ class ChunkList:
 
 
 def open_chunks(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path | None = None) -> ChunkList:
-    """The pieces of a corpus, from the list that is there or a new one.
+    """The chunks of a corpus, from the list that is there or a new one.
 
     One process makes it, those who ask meanwhile wait. One that is not whole is replaced.
 
     Args:
-        corpus: the text.
         lengths: of the buckets, tokens, ascending.
         directory: where the list is kept; by default beside the corpus.
 
     Raises:
-        ConfigError: the longest bucket is longer than a piece can be, or the directory cannot be written to.
+        ConfigError: the longest bucket is longer than a chunk can be, or the directory cannot be written to.
         DataError: something else has the list's name, the disk is full, or the corpus is damaged.
     """
     folder = corpus.path.parent if directory is None else directory
@@ -192,30 +184,30 @@ def _open(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> ChunkList 
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
-    pieces = None
+    chunks = None
     try:
         # Of a directory there is nothing to read: it is refused as any other foreign thing.
         checksum, sizes = _header(b"" if path.is_dir() else read_at(file, HEADER_BYTES, 0), path)
-        expected = HEADER_BYTES + sum(sizes.num_pieces) * ENTRY.itemsize
+        expected = HEADER_BYTES + sum(sizes.num_chunks) * ENTRY.itemsize
         is_of_corpus = (checksum, sum(sizes.num_tokens)) == (corpus.checksum, corpus.num_tokens)
         if is_of_corpus and sizes.lengths == tuple(lengths) and os.fstat(file).st_size == expected:
-            pieces = ChunkList(path, sizes, file=file)
+            chunks = ChunkList(path, sizes, file=file)
     finally:
-        if pieces is None:
+        if chunks is None:
             os.close(file)
-    return pieces
+    return chunks
 
 
 def _header(data: bytes, path: Path) -> tuple[str, BucketSizes]:
     """Checksum of the text that a list is of, and what its buckets hold."""
     try:
         header = json.loads(data.rstrip(b"\0"))
-        lists = {name: tuple(map(int, header[name])) for name in ("lengths", "num_pieces", "num_tokens")}
+        lengths, num_chunks, num_tokens = (tuple(map(int, header[name])) for name in ("lengths", "num_pieces", "num_tokens"))
         if header["format"] == FORMAT:
-            return header["checksum"], BucketSizes(**lists)
+            return header["checksum"], BucketSizes(lengths=lengths, num_chunks=num_chunks, num_tokens=num_tokens)
     except (ValueError, LookupError, TypeError):
         pass
-    raise DataError(f"{path} is no list of pieces that this version reads: move it away, or {_ELSEWHERE}")
+    raise DataError(f"{path} is not a list of chunks that this version reads: move it away, or {_ELSEWHERE}")
 
 
 def _write(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> None:
@@ -229,13 +221,13 @@ def _write(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> None:
             "format": FORMAT,
             "checksum": corpus.checksum,
             "lengths": sizes.lengths,
-            "num_pieces": sizes.num_pieces,
+            "num_pieces": sizes.num_chunks,
             "num_tokens": sizes.num_tokens,
         }
         text = json.dumps(header).encode("ascii")
         assert len(text) <= HEADER_BYTES
         file.write(text.ljust(HEADER_BYTES, b"\0"))
-        ends = np.cumsum([0, *sizes.num_pieces])[:-1]
+        ends = np.cumsum([0, *sizes.num_chunks])[:-1]
         for starts, tokens in _cut(corpus, window=lengths[-1] - NUM_SPECIAL):
             buckets = _bucket_of(tokens, lengths)
             entries = (starts << _LENGTH_BITS | tokens).astype(ENTRY)

@@ -1,4 +1,4 @@
-"""``index.json``: the token files (shards) that a directory's corpus is made of, in order.
+"""``index.json``: lists the token files (shards) of a corpus directory, in order.
 
 Preparation writes it last, ``token_corpus.py`` reads it::
 
@@ -31,7 +31,7 @@ class CorpusShard:
     Attributes:
         name: file name within the directory.
         num_tokens, num_documents: their numbers.
-        checksum: that of the token file.
+        checksum: SHA-256 of everything after the file's header, hexadecimal; the header has it, too.
     """
 
     name: str
@@ -55,11 +55,6 @@ class Index:
     vocab_size: int
     source: str
     shards: tuple[CorpusShard, ...]
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard: 00000.tokens, 00001.tokens, ..."""
-    return f"{number:05}{TOKENS_SUFFIX}"
 
 
 def shard_of(file: TokenFile) -> CorpusShard:

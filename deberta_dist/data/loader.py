@@ -23,7 +23,7 @@ class Batch:
     """Sequences of one batch, int64 [B, S] each.
 
     Attributes:
-        input_ids: ids after masking.
+        input_ids: ids with `[MASK]`, a random id or the original at each target.
         attention_mask: 1 for every token, 0 for padding, of which only shorter sequences of a bucket have any.
         labels: original id of targets, 0 elsewhere.
         document_ids: number of each token's document within its sequence: 1, 2, ... in order, 0 for padding; documents
@@ -62,7 +62,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a model whose vocabulary is smaller than the tokenizer's.
 
     Args:
-        tokenizer: the run's tokenizer.
         vocab_size: rows of the model's word embeddings; more than the tokenizer has is fine.
 
     Raises:
@@ -90,8 +89,8 @@ def mask_sequences(
 
     Args:
         sequences: ids [B, S].
-        tokenizer: of the vocabulary.
-        where: the corpus, for the message.
+        tokenizer: says which ids are special and which begin a word.
+        where: path of the corpus, for messages.
         masking, seed, epochs, samples, lengths: as for ``mask_batch``; samples are also what the message calls them.
 
     Raises:
@@ -128,8 +127,7 @@ class MaskedLMDataset:
     p // num_samples. Its mask depends on (seed, epoch, sample).
 
     Attributes:
-        corpus: the text.
-        num_samples: samples per epoch.
+        num_samples: samples of one epoch; the rest behind the last full one is never read.
         num_dropped_tokens: tokens behind the last full sample.
         max_seq_length: tokens per sample, S.
     """
@@ -148,11 +146,10 @@ class MaskedLMDataset:
         """Checks that corpus and tokenizer belong together.
 
         Args:
-            corpus: the text.
             tokenizer: the tokenizer it was made with.
             max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
             masking: how targets are chosen.
-            seed: seed of order and masks.
+            seed: decides the order of every epoch and the masks.
             shuffle: every epoch in its own order; otherwise in the order of the text.
             document_boundaries: documents of a sample are separated and do not see each other.
 

@@ -5,13 +5,13 @@ sample's own stream (``sample_draws``), so masks depend neither on the number of
 samples were drawn before or are drawn beside it. All sequences of a batch are masked together, without a loop over
 tokens or words: in ragged arrays one row's entries follow another's, and counts say how many belong to each row.
 
-Both methods share the units, the quota and the replacement:
+Both methods share the words, the quota and the replacement:
 
-* *Units.* Tokens other than special ones, in order. With ``max_ngram`` > 1 a unit is a word: a token that
+* *Words.* Tokens other than special ones, in order. With ``max_ngram`` > 1 a word is a token that
   begins one and the following tokens that do not (special tokens are passed over, not boundaries). With
-  ``max_ngram`` = 1 every token is a unit.
-* *Spans.* n units in a row, n from 1 to ``max_ngram`` with probability proportional to 1/n.
-* *Quota.* round(p * len), at least 1, at most ``max_targets``; len counts special tokens too, padding not. Units are
+  ``max_ngram`` = 1 every token is a word.
+* *Spans.* n words in a row, n from 1 to ``max_ngram`` with probability proportional to 1/n.
+* *Quota.* round(p * len), at least 1, at most ``max_targets``; len counts special tokens too, padding not. Words are
   taken whole, in the method's order, until the tokens taken reach the quota: the number of targets is
   below the quota plus the length of the longest word.
 * *Replacement.* A target becomes ``[MASK]`` (80%), stays (10%), or becomes any id of the vocabulary,
@@ -19,15 +19,15 @@ Both methods share the units, the quota and the replacement:
 
 Where spans lie is drawn in ``mask_spans.py``.
 
-``official``: the published sampling. The units are walked through in windows of n * int(1/p) (6n for 0.15),
-n drawn per window, and a span of n units begins at a uniform place of each window; it may reach into the
-next one, which then begins behind it. That takes about 1/6 of the units and the quota is counted from the
+``official``: the published sampling. The words are walked through in windows of n * int(1/p) (6n for 0.15),
+n drawn per window, and a span of n words begins at a uniform place of each window; it may reach into the
+next one, which then begins behind it. That takes about 1/6 of the words and the quota is counted from the
 left, so the end of a sequence is hardly masked (last tenth of 512 tokens: 1% instead of 16% for single
 tokens), and a sequence whose spans fall short of the quota keeps fewer targets.
 
-``uniform``: the same spans without that bias. As many units as the quota asks for are laid out as disjoint
-spans with the remaining units between them in random order, the whole is turned by a random angle with its
-ends joined, and spans are taken in random order until the quota. Turning makes every unit equally likely,
+``uniform``: the same spans without that bias. As many words as the quota asks for are laid out as disjoint
+spans with the remaining words between them in random order, the whole is turned by a random angle with its
+ends joined, and spans are taken in random order until the quota. Turning makes every word equally likely,
 and the quota is always reached. A word of more than 16 tokens (text without spaces) counts as single tokens.
 
 Source: NGramMaskGenerator in DeBERTa/apps/tasks/mlm_task.py, microsoft/DeBERTa, for ``official`` (the same
@@ -55,7 +55,7 @@ from deberta_dist.values import MASKING_METHODS, MaskingMethod
 NOT_A_TARGET = 0
 
 _LONGEST_WORD = 16
-_LONGEST_WINDOW = 1 << 40  # more units than any sequence has; beyond, widths of windows leave int64
+_LONGEST_WINDOW = 1 << 40  # more words than any sequence has; beyond, widths of windows leave int64
 _BLOCK_TOKENS = 1 << 15  # what is masked together stays within a core's cache
 _SPECIAL, _CONTINUES, _BEGINS = range(3)
 
@@ -67,7 +67,7 @@ class MaskingConfig:
     Attributes:
         method: ``official`` or ``uniform``, see the module's text.
         mask_probability: fraction of tokens that become targets.
-        max_ngram: longest span in units.
+        max_ngram: longest span in words.
         mask_token_fraction: fraction of targets replaced by ``[MASK]``.
         keep_fraction: fraction of targets left as they are; the rest become random ids.
         max_targets: most targets of a sequence (last word excepted); None: ceil(p * len / 10) * 10, which
@@ -133,10 +133,9 @@ def mask_batch(
         special_ids: ids that are never targets, 0 (padding) among them.
         mask_id: id of ``[MASK]``.
         vocab_size: number of ids random replacements are drawn from.
-        seed: seed of the run.
+        seed: 0 .. 2**64 - 1.
         epochs: integers [B]: a sequence's mask depends on its epoch and sample.
         samples: integers [B].
-        config: how to mask.
         lengths: integers [B], tokens of every sequence without padding; None: S of all.
 
     Returns:
@@ -147,6 +146,7 @@ def mask_batch(
         ConfigError: ``seed`` is outside 0 .. 2**64 - 1.
     """
     num_rows, width = ids.shape
+    # Token files hold uint16 or uint32; torch's embedding and loss take int64.
     input_ids = ids.astype(np.int64)
     labels = np.full_like(input_ids, NOT_A_TARGET)
     kinds = np.where(is_word_start | (config.max_ngram == 1), _BEGINS, _CONTINUES).astype(np.uint8)
@@ -161,7 +161,7 @@ def mask_batch(
         block_kinds = kinds.take(input_ids[rows])
         # Rows without a token that can be masked stay as they are.
         live = np.flatnonzero(block_kinds.any(axis=1))
-        if live.size == 0:
+        if live.size == 0:  # reduceat and max below have no answer for no rows
             continue
         targets, kind, random_id = _targets(
             block_kinds,
@@ -197,26 +197,26 @@ def _targets(
         live: int64 [R], ascending, the rows which have a token that is not special.
         quotas: int64 [R].
         seed, epochs, samples: as for ``mask_batch``, [R] each.
-        config: how to mask.
 
     Returns:
-        Three arrays over all targets: the place in ``kinds`` as one row, ascending, and the two uniform numbers that
+        Three arrays over all targets: the position in ``kinds`` as one row, ascending, and the two uniform numbers that
         decide on what stands there instead.
     """
     flat_kinds = kinds.reshape(-1)
-    places = np.flatnonzero(flat_kinds)
-    num_places = np.count_nonzero(kinds, axis=1)[live]
-    row_starts = starts_of(num_places)
-    begins = flat_kinds[places] == _BEGINS
+    maskable = np.flatnonzero(flat_kinds)
+    num_maskable = np.count_nonzero(kinds, axis=1)[live]
+    row_starts = starts_of(num_maskable)
+    begins = flat_kinds[maskable] == _BEGINS
+    # A sequence may begin in the middle of a word; what is left of it counts as a word.
     begins[row_starts] = True
-    word_starts, word_lengths = _units(begins)
+    word_starts, word_lengths = _words(begins)
     if config.method == "uniform" and (is_long := word_lengths > _LONGEST_WORD).any():
         begins |= np.repeat(is_long, word_lengths)
-        word_starts, word_lengths = _units(begins)
+        word_starts, word_lengths = _words(begins)
     first_words = np.searchsorted(word_starts, row_starts)
     num_words = np.diff(first_words, append=word_starts.size)
 
-    most_targets = np.minimum(quotas + word_lengths.max() - 1, num_places)
+    most_targets = np.minimum(quotas + word_lengths.max() - 1, num_maskable)
     window = int(min(1 / config.mask_probability, _LONGEST_WINDOW))
     if config.method == "official":
         most_draws = official_draws(num_words, window=window) + 2 * most_targets
@@ -228,21 +228,23 @@ def _targets(
     else:
         chosen = uniform_words(draws, num_words, quotas=quotas, max_ngram=config.max_ngram)
 
-    units = chosen.units + np.repeat(first_words, chosen.counts)
-    taken_before = np.cumsum(word_lengths[units]) - word_lengths[units]
+    words = chosen.words + np.repeat(first_words, chosen.counts)
+    taken_before = np.cumsum(word_lengths[words]) - word_lengths[words]
+    # The sum ran on through all rows: each has to begin at 0.
     taken_before -= np.repeat(taken_before[starts_of(chosen.counts)], chosen.counts)
     is_target = np.zeros(word_starts.size, dtype=bool)
-    is_target[units[taken_before < np.repeat(quotas, chosen.counts)]] = True
-    targets = places[np.repeat(is_target, word_lengths)]
+    is_target[words[taken_before < np.repeat(quotas, chosen.counts)]] = True
+    targets = maskable[np.repeat(is_target, word_lengths)]
 
     counts = np.diff(np.searchsorted(targets, (live + 1) * kinds.shape[1]), prepend=0)
+    # Behind the draws that chose the words: one for each target's kind of replacement, then one for each target's id.
     row_draws = np.arange(live.size) * draws.shape[1] + chosen.num_draws
     at = np.repeat(row_draws, counts) + within(counts)
     return targets, draws.reshape(-1)[at], draws.reshape(-1)[at + np.repeat(counts, counts)]
 
 
-def _units(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First place and length of every unit, from bool [places], whether one begins there."""
+def _words(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First position and length of every word, from bool [maskable], whether one begins there."""
     starts = np.flatnonzero(begins)
     return starts, np.diff(starts, append=begins.size)
 
@@ -256,7 +258,7 @@ def sample_draws(count: int, *, seed: int, epochs: np.ndarray, samples: np.ndarr
 
     Args:
         count: numbers per sample.
-        seed: seed of the run.
+        seed: 0 .. 2**64 - 1.
         epochs: integers [B], from 0.
         samples: integers [B], from 0.
 

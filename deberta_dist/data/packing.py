@@ -1,4 +1,4 @@
-"""Which tokens make a sample: windows of a corpus, with the boundaries of documents ignored or honoured.
+"""Cuts a corpus into samples: windows of tokens that ignore document boundaries or mark them.
 
 No list of samples exists: sample i is found from i alone. Used by the loader.
 """
@@ -41,7 +41,7 @@ class Packing:
     What is left behind the last full window is not used.
 
     Attributes:
-        num_samples: samples in the corpus.
+        num_samples: full windows of the corpus.
         num_dropped_tokens: tokens behind the last full window, the ``[SEP]`` of documents included.
     """
 
@@ -75,6 +75,7 @@ class Packing:
             else:
                 ids[row, 1:-1], documents[row, 1:-1] = self._with_boundaries(start)
         if documents is not None:
+            # [CLS] and the last [SEP] belong to the document beside them: with a number of their own they would see nothing.
             documents[:, 0], documents[:, -1] = documents[:, 1], documents[:, -2]
         return ids, documents
 
@@ -84,9 +85,9 @@ class Packing:
         stop = min(first + self._window, self._corpus.num_documents)
         # Where the [SEP] of each document lies: behind its tokens and one [SEP] for each before it.
         ends = self._corpus.document_offsets(first + 1, stop + 1) + np.arange(first, stop)
-        places = np.arange(start, start + self._window)
-        which = np.searchsorted(ends, places)
-        is_end = ends[which] == places
+        positions = np.arange(start, start + self._window)
+        which = np.searchsorted(ends, positions)
+        is_end = ends[which] == positions
         ids = np.full(self._window, self._tokenizer.sep_id, self._corpus.dtype)
         begin = start - first
         ids[~is_end] = self._corpus.read(begin, begin + int((~is_end).sum()))

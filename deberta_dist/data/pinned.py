@@ -1,6 +1,6 @@
-"""Tensors of the host in one piece of pinned memory, so that one copy brings all of them to a GPU and nobody waits for it.
+"""Packs host tensors into one block of pinned memory, so that a single asynchronous copy moves them to a GPU.
 
-A copy from ordinary memory makes the host wait until it is done, whatever it is asked for, and each copy costs a launch.
+A copy from pageable memory blocks the host even with ``non_blocking=True``, and each copy costs a launch.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class PinnedTensors:
     """Copies of tensors, one behind the other in pinned memory.
 
     Args:
-        tensors: on the host.
+        tensors: on the host, of any shapes and number formats.
 
     Attributes:
         tensors: the copies, like the originals.
@@ -25,6 +25,7 @@ class PinnedTensors:
         self._likes = [(tensor.dtype, tensor.shape) for tensor in tensors]
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
         self._sizes = sizes
+        # One pinned block and one copy for all tensors: each of them costs a fixed time, however small it is.
         self._whole = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
         self.tensors = self._views(self._whole)
         for copy, tensor in zip(self.tensors, tensors, strict=True):
@@ -35,8 +36,8 @@ class PinnedTensors:
         return self._views(self._whole.to(device, non_blocking=True))
 
     def _views(self, whole: Tensor) -> list[Tensor]:
-        parts = zip(whole.split(self._sizes), self._likes, strict=True)
-        return [part[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for part, (dtype, shape) in parts]
+        pairs = zip(whole.split(self._sizes), self._likes, strict=True)
+        return [flat[: shape.numel() * dtype.itemsize].view(dtype).view(shape) for flat, (dtype, shape) in pairs]
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""A thread that makes batches ahead of their use, for the training loop."""
+"""Prefetches batches in a background thread, for the training loop."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ class Prefetcher(Generic[T]):
 
         Args:
             make_batch: makes the batch of a number; called by one thread only.
-            start: first number.
+            start: number of the first item, for a run that resumes.
             depth: most batches made and not yet taken, at least 1.
             stop: number to end before; None: never.
         """
@@ -56,7 +56,7 @@ class Prefetcher(Generic[T]):
                     self._ready.append(batch)
                     self._next += 1
                     self._changed.notify_all()
-        except BaseException as error:  # handed to the thread that asks for the batch
+        except BaseException as error:  # raised in the thread that asks for the batch
             self._error = error
         finally:
             with self._changed:

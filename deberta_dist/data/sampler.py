@@ -1,4 +1,4 @@
-"""The order of an epoch as a pure function of (seed, epoch), in no memory.
+"""The order of an epoch as a pure function of (seed, epoch), without a stored permutation.
 
 A run's position in its data is one integer, the number of samples consumed. ``position`` turns it into an
 epoch and an index, ``Permutation`` turns the index into a sample. Nothing is stored, so a run resumes on
@@ -44,7 +44,7 @@ def samples_at(start: int, count: int, *, size: int, seed: int | None) -> tuple[
 
     Args:
         start: first position, from 0.
-        count: number of positions.
+        count: positions in a row; they may reach into the next epochs.
         size: samples per epoch.
         seed: of the epochs' orders; None: every epoch in ascending order.
 
@@ -112,6 +112,7 @@ class Permutation:
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half_bits = np.uint64(half_bits)
         self._half_mask = np.uint64((1 << half_bits) - 1)
+        # Both halves have the same number of bits, so the network covers a power of four: at most 4 x size values.
 
     def __call__(self, index: IndexT) -> IndexT:
         """The sample at an index of this epoch.
@@ -125,6 +126,7 @@ class Permutation:
         indices = np.atleast_1d(np.asarray(index, dtype=np.int64))
         assert indices.size == 0 or (indices.min() >= 0 and indices.max() < self.size)
         flat = self._network(indices.reshape(-1).astype(np.uint64))
+        # Only those outside go on; the bijection brings each of them back inside after finitely many passes.
         outside = np.flatnonzero(flat >= self.size)
         while outside.size:
             flat[outside] = self._network(flat[outside])

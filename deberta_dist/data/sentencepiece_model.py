@@ -1,6 +1,6 @@
-"""What stands in a SentencePiece model file, without the protobuf package.
+"""Parses a SentencePiece model file without the protobuf package.
 
-The sentencepiece library tells pieces and scores, not the compiled normalisation rules, which other tokenizer
+The sentencepiece library gives pieces and scores, not the compiled normalisation rules, which other tokenizer
 libraries need to split text alike. The few fields needed are read from the wire format here.
 
 Source: google/sentencepiece src/sentencepiece_model.proto.

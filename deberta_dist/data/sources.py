@@ -1,4 +1,4 @@
-"""What a run trains on: one corpus, or several sources in given proportions, by global sample position.
+"""What a run trains on: one corpus, or a blend of several sources, by global sample position.
 
 Every pipeline stage and rank of a run calls ``BlendedDataset.batch`` with positions only, as with one corpus::
 
@@ -35,7 +35,6 @@ class CorpusSource:
     """A corpus and how much of it is read, in exactly one of two ways, the same for all sources of a run.
 
     Attributes:
-        corpus: the text.
         name: its name in the configuration; "" for the only one of a run, which keeps the run's own seed.
         proportion: its share of the samples, in any unit.
         epochs: how often it is read while the others are read as often as theirs say.
@@ -54,7 +53,7 @@ class SourcePosition:
     Attributes:
         epoch: times it was read in full.
         index: samples read of this epoch.
-        num_samples: samples per epoch.
+        num_samples: samples of one epoch of this source.
     """
 
     epoch: int
@@ -63,7 +62,7 @@ class SourcePosition:
 
     @property
     def epochs(self) -> float:
-        """Epochs read, with the part of this one."""
+        """Epochs read, with the share of this one that is read."""
         return self.epoch + self.index / self.num_samples
 
 
@@ -168,7 +167,7 @@ class BlendedDataset:
             tokenizer: the tokenizer they were made with.
             max_seq_length: tokens per sample, ``[CLS]`` and ``[SEP]`` included.
             masking: how targets are chosen.
-            seed: the run's seed.
+            seed: the run's seed; each source derives its own from it and its name.
             document_boundaries: documents of a sample are separated and do not see each other.
 
         Raises:
@@ -176,7 +175,7 @@ class BlendedDataset:
             DataError: as ``MaskedLMDataset``.
         """
         self.mixture = Mixture(sources, max_seq_length=max_seq_length, document_boundaries=document_boundaries)
-        self._parts = [
+        self._datasets = [
             MaskedLMDataset(
                 source.corpus,
                 tokenizer,
@@ -189,35 +188,24 @@ class BlendedDataset:
         ]
 
     def batch(self, start: int, count: int) -> Batch:
-        """The samples at global positions start .. start + count - 1.
-
-        Args:
-            start: first position, from 0: the number of samples consumed before.
-            count: number of samples, at least 1.
-
-        Returns:
-            A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
-
-        Raises:
-            DataError: as ``MaskedLMDataset.batch``.
-        """
-        if len(self._parts) == 1:
-            return self._parts[0].batch(start, count)
+        """The samples at global positions of the blend; arguments, result and errors are `MaskedLMDataset.batch`'s."""
+        if len(self._datasets) == 1:
+            return self._datasets[0].batch(start, count)
         sources = torch.tensor(self.mixture.blend.sources_at(start, count))
         # Positions in a row are, of each source, samples in a row.
         firsts = self.mixture.blend.consumed(start)
-        rows, parts = [], []
+        rows, batches = [], []
         for number in sources.unique().tolist():
             rows.append(torch.nonzero(sources == number)[:, 0])
-            parts.append(self._parts[number].batch(firsts[number], len(rows[-1])))
-        return in_order(parts, torch.cat(rows))
+            batches.append(self._datasets[number].batch(firsts[number], len(rows[-1])))
+        return in_order(batches, torch.cat(rows))
 
 
-def in_order(parts: Sequence[Batch], rows: torch.Tensor) -> Batch:
-    """One batch whose row ``rows[i]`` is row i of the parts one after another."""
+def in_order(batches: Sequence[Batch], rows: torch.Tensor) -> Batch:
+    """One batch whose row ``rows[i]`` is row i of the batches one after another."""
     order = torch.argsort(rows)
     columns = {}
     for field in fields(Batch):
-        tensors = [getattr(part, field.name) for part in parts]
+        tensors = [getattr(batch, field.name) for batch in batches]
         columns[field.name] = None if tensors[0] is None else torch.cat(tensors)[order]
     return Batch(**columns)

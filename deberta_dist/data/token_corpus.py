@@ -31,7 +31,7 @@ class TokenCorpus:
 
     Attributes:
         path: the token file, or the directory.
-        shards: the files, in order.
+        shards: token files in the order in which their documents follow each other.
         num_tokens, num_documents: of all files.
         dtype: of the ids, uint16 or uint32.
         tokenizer_sha256: SHA-256 of the tokenizer's model file.
@@ -94,8 +94,8 @@ class TokenCorpus:
             DataError: a file cannot be read any more.
         """
         assert 0 <= start <= stop <= self.num_tokens
-        parts = [self._file(number).read(a, b) for number, a, b in _pieces(self._tokens, start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        arrays = [self._file(number).read(a, b) for number, a, b in _within_shards(self._tokens, start, stop)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, self.dtype), *arrays])
 
     def document_offsets(self, start: int, stop: int) -> np.ndarray:
         """Tokens at which documents ``start`` to ``stop`` - 1 begin, int64 [stop - start].
@@ -108,30 +108,30 @@ class TokenCorpus:
             DataError: a file cannot be read any more.
         """
         assert 0 <= start <= stop <= self.num_documents + 1
-        parts = [
+        arrays = [
             self._file(number).read_offsets(a, b) + self._tokens[number]
-            for number, a, b in _pieces(self._documents, start, min(stop, self.num_documents))
+            for number, a, b in _within_shards(self._documents, start, min(stop, self.num_documents))
         ]
         end = [self.num_tokens] if start <= self.num_documents < stop else []
-        return np.concatenate([*parts, np.array(end, OFFSET_DTYPE)])
+        return np.concatenate([*arrays, np.array(end, OFFSET_DTYPE)])
 
-    def document_at(self, place: int, *, num_separators: int = 0) -> int:
-        """Number of the document that a place lies in, where separators are put behind every document.
+    def document_at(self, position: int, *, num_separators: int = 0) -> int:
+        """Number of the document that a position lies in, where separators are put behind every document.
 
-        Document d begins at the place (its first token) + d x num_separators; its separators count as its own.
+        Document d begins at the position (its first token) + d x num_separators; its separators count as its own.
 
         Args:
-            place: from 0, counted in tokens and separators.
+            position: from 0, counted in tokens and separators.
             num_separators: behind each document.
 
         Raises:
             DataError: a file cannot be read any more.
         """
-        assert 0 <= place < self.num_tokens + self.num_documents * num_separators
+        assert 0 <= position < self.num_tokens + self.num_documents * num_separators
         shards = range(len(self.shards))
-        number = bisect_right(shards, place, key=lambda k: self._tokens[k] + self._documents[k] * num_separators) - 1
+        number = bisect_right(shards, position, key=lambda k: self._tokens[k] + self._documents[k] * num_separators) - 1
         file = self._file(number)
-        place -= self._tokens[number] + self._documents[number] * num_separators
+        position -= self._tokens[number] + self._documents[number] * num_separators
 
         def begins(first: int, stop: int) -> np.ndarray:
             return file.read_offsets(first, stop) + num_separators * np.arange(first, stop)
@@ -142,13 +142,13 @@ class TokenCorpus:
         # The page where the document lies if all are equally long; where it does not, that page is sought, from pages'
         # beginnings. Nothing of the offsets is kept.
         pages = range(0, file.num_documents, _OFFSETS_PER_READ)
-        guess = place * file.num_documents // (file.num_tokens + num_separators * file.num_documents)
+        guess = position * file.num_documents // (file.num_tokens + num_separators * file.num_documents)
         first = pages[guess // _OFFSETS_PER_READ]
         page = page_of(first)
-        if not page[0] <= place < page[-1]:
-            first = pages[bisect_right(pages, place, key=lambda start: int(begins(start, start + 1)[0])) - 1]
+        if not page[0] <= position < page[-1]:
+            first = pages[bisect_right(pages, position, key=lambda start: int(begins(start, start + 1)[0])) - 1]
             page = page_of(first)
-        return self._documents[number] + first + int(np.searchsorted(page, place, side="right")) - 1
+        return self._documents[number] + first + int(np.searchsorted(page, position, side="right")) - 1
 
 
 def open_corpus(path: str | Path) -> TokenCorpus:
@@ -175,7 +175,7 @@ def open_corpus(path: str | Path) -> TokenCorpus:
 def _open_shard(directory: Path, shards: Sequence[CorpusShard], number: int) -> TokenFile:
     file = TokenFile(directory / shards[number].name)
     if shard_of(file) != shards[number]:
-        raise DataError(f"{file.path} is another file than when it was opened first: {AGAIN}")
+        raise DataError(f"{file.path} has changed since it was opened: {AGAIN}")
     return file
 
 
@@ -205,7 +205,7 @@ def _compare(directory: Path, index: Index) -> None:
             )
 
 
-def _pieces(bounds: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def _within_shards(bounds: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """(shard, from, to) of a range, from and to within the shard; ``bounds`` are where shards begin, and the end."""
     number = bisect_right(bounds, start) - 1
     while start < stop:

@@ -64,7 +64,6 @@ class TokenFile:
     asked for, by those who go through all of a file: a mapping's pages, once touched, count as resident memory.
 
     Attributes:
-        path: the file.
         dtype: type of the ids, uint16 or uint32.
         num_tokens, num_documents: their numbers.
         tokenizer_sha256: SHA-256 of the tokenizer's model file.
@@ -96,6 +95,7 @@ class TokenFile:
             )
         self._index_start = index_start_of(self.num_tokens, self.dtype)
         expected = self._index_start + (self.num_documents + 1) * OFFSET_DTYPE.itemsize
+        # The size follows from the header: a copy that was cut short is found without reading it.
         size = self.path.stat().st_size
         if size != expected or min(self.num_tokens, self.num_documents) < 1:
             kind = "truncated" if size < expected else "damaged"
@@ -104,8 +104,9 @@ class TokenFile:
                 f"in {self.num_documents:,} documents; {_AGAIN}"
             )
         self._file = open_file(self.path, os.O_RDONLY)
+        # Datasets share the object between threads and nobody owns it: the descriptor is closed with the last reference.
         weakref.finalize(self, os.close, self._file)
-        ends = [int(self.read_offsets(place, place + 1)[0]) for place in (0, self.num_documents)]
+        ends = [int(self.read_offsets(number, number + 1)[0]) for number in (0, self.num_documents)]
         if ends != [0, self.num_tokens]:
             raise DataError(f"{path} is damaged: its document offsets do not span its tokens; {_AGAIN}")
 
@@ -138,7 +139,7 @@ class TokenFile:
         num_bytes, offset = (stop - start) * dtype.itemsize, begin + start * dtype.itemsize
         try:
             data = read_at(self._file, num_bytes, offset)
-            # A call may give less than there is.
+            # pread may return less than was asked for, for example at 2 GiB or on network file systems.
             while len(data) < num_bytes and (more := read_at(self._file, num_bytes - len(data), offset + len(data))):
                 data += more
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Writing token files; ``token_file`` has their layout."""
+"""Writes token files; ``token_file`` documents their layout."""
 
 import hashlib
 import tempfile
@@ -34,7 +34,7 @@ class TokenFileWriter(PublishingWriter):
         """Opens the file beside its destination.
 
         Args:
-            path: file to make.
+            path: file to make; it appears when the writer is closed without an error.
             tokenizer_sha256: SHA-256 of the tokenizer's model file, in hexadecimal.
             vocab_size: number of ids of that tokenizer; each id written is below it.
             source: where the text came from, for people; cut after 400 characters.
@@ -60,6 +60,7 @@ class TokenFileWriter(PublishingWriter):
             # Beside the output, where there is room for it, and without a name: it leaves nothing behind.
             self._index: BinaryIO = stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._stack = stack.pop_all()
+        # The header comes last, when its counts and checksum are known.
         self._file.seek(PAYLOAD_START)
         self._index.write(np.zeros(1, OFFSET_DTYPE).tobytes())
 
@@ -91,10 +92,10 @@ class TokenFileWriter(PublishingWriter):
         ends = np.cumsum(lengths, dtype=np.int64)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
-            place = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
-            document = self.num_documents + int(np.searchsorted(ends, place, side="right"))
+            position = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
+            document = self.num_documents + int(np.searchsorted(ends, position, side="right"))
             raise DataError(
-                f"{self.path}: id {int(ids[place])} of document {document} is outside the tokenizer's {self._vocab_size} tokens"
+                f"{self.path}: id {int(ids[position])} of document {document} is outside the tokenizer's {self._vocab_size} tokens"
             )
         self._max_token_id = max(self._max_token_id, high)
         self._write(ids.astype(self._dtype, copy=False).tobytes())
@@ -108,7 +109,8 @@ class TokenFileWriter(PublishingWriter):
 
     def _finish(self) -> None:
         if self.num_tokens == 0:
-            raise DataError(f"{self.path} is not written: there is no document to put into it")
+            raise DataError(f"{self.path} is not written: there are no documents to put into it")
+        # Zeros, so that the int64 offsets are aligned when they are mapped; the checksum covers them like the rest.
         self._write(bytes(index_start_of(self.num_tokens, self._dtype) - self._file.tell()))
         self._index.seek(0)
         while block := self._index.read(COPY_BYTES):

@@ -101,7 +101,7 @@ def train_tokenizer(
 
     Raises:
         ConfigError: ``vocab_size`` leaves no piece for text or is above a million, or a user-defined symbol cannot be one.
-        DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message tells the largest
+        DataError: ``texts`` holds no text, is too small for ``vocab_size`` (the message gives the largest
             possible one) or has more characters than that, or ``model_path`` holds something else.
     """
     import sentencepiece
@@ -177,9 +177,7 @@ def _require_symbols(options: VocabularyOptions) -> None:
     seen: set[str] = set()
     for symbol in options.user_defined_symbols:
         if symbol in taken:
-            raise ConfigError(
-                f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; take it out"
-            )
+            raise ConfigError(f"user-defined symbol {printable(symbol)}: it is a piece of every vocabulary already; remove it")
         if symbol in seen:
             raise ConfigError(f"user-defined symbol {printable(symbol)} is given twice")
         seen.add(symbol)
@@ -210,7 +208,7 @@ class Tokenizer:
     """Text to ids and back with one sentencepiece model.
 
     Attributes:
-        path: the model file.
+        path: the SentencePiece model file.
         sha256: SHA-256 of its bytes, in hexadecimal.
         num_tokens: number of ids: the pieces and ``[MASK]``.
         pad_id, cls_id, sep_id, unk_id, mask_id: the special ids.
@@ -332,7 +330,7 @@ class Tokenizer:
 
 
 def _bytes_as_characters(surfaces: list[str]) -> list[str]:
-    """Surfaces with a character in the place of its first byte, and "" in the place of the others."""
+    """Surfaces with a character instead of its first byte, and "" instead of the others."""
     result: list[str] = []
     for is_byte, group in itertools.groupby(surfaces, key=lambda surface: bool(_BYTE_PIECE.fullmatch(surface))):
         if not is_byte:

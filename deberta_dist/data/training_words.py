@@ -1,4 +1,4 @@
-"""The different words of a text, counted: what a vocabulary is trained on.
+"""Counts the distinct words of a text, from which a vocabulary is trained.
 
 A piece never reaches over white space, so words with counts teach the trainer what the text would, in a fraction of
 its memory and time, however often passages repeat. What has no white space for long (base64, rules, DNA, one line of
@@ -28,7 +28,7 @@ class TrainingWords:
         counts: word -> how often, in the order in which they come first; without ``WORD_START``. No word holds
             white space, and none is longer than the limit.
         num_cut_runs: runs without white space that were longer, and were cut.
-        num_cut_characters: their characters, normalised.
+        num_cut_characters: characters of those runs, once normalised.
     """
 
     counts: dict[str, int]
@@ -55,8 +55,8 @@ def count_words(texts: Iterable[str], *, normalize: Callable[[str], str], max_ru
             continue
         num_runs += count
         num_characters += count * len(run)
-        for part in cut_run(run, max_characters=max_run_characters):
-            counts[part] = counts.get(part, 0) + count
+        for text in cut_run(run, max_characters=max_run_characters):
+            counts[text] = counts.get(text, 0) + count
     return TrainingWords(counts=counts, num_cut_runs=num_runs, num_cut_characters=num_characters)
 
 

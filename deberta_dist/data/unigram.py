@@ -1,4 +1,4 @@
-"""What a predictor without context would reach on the same targets: the yardstick of a training run.
+"""The loss of a predictor without context on the same targets: the baseline of a training run.
 
 A masked language model that has learnt anything ends below both numbers; the report at the end of a run
 prints them beside its loss.
@@ -33,7 +33,6 @@ def unigram_counts(corpus: TokenCorpus, *, vocab_size: int, max_tokens: int | No
     """How often every id occurs, int64 [vocab_size].
 
     Args:
-        corpus: the training text.
         vocab_size: at least the corpus's own; ids above that have count 0.
         max_tokens: read at most about so many, in blocks spread evenly over the corpus; None: all of it, once.
     """
@@ -61,7 +60,7 @@ def blended_counts(
     proportions q_s and N the number of tokens read. One corpus: its counts.
 
     Args:
-        corpora: the training text.
+        corpora: the corpora of a blend, at least one.
         proportions: share of the samples that each corpus gives; their sum is 1.
         vocab_size: as for ``unigram_counts``.
         max_tokens: of all corpora together; from each in its proportion, at least a block.

@@ -1,4 +1,4 @@
-"""What a user may choose about a vocabulary beside its size. ``tokenizer`` trains by it."""
+"""Options of a vocabulary beside its size; ``tokenizer`` trains with them."""
 
 import codecs
 from dataclasses import dataclass

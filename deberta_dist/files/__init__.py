@@ -1,1 +1,1 @@
-"""Files that survive what happens to machines: written whole or not at all, locked, read strictly."""
+"""Crash-safe files: written completely or not at all, locked, read strictly."""

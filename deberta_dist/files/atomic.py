@@ -1,7 +1,7 @@
-"""Files and directories that are complete or absent under their names, whoever is killed when.
+"""Files and directories that are complete or absent under their names, whenever a process is killed.
 
 `new_file` never replaces another file, `replace_file` and `replace_directory` put a complete one in another's place. Each
-is made under a name beside its own, forced to disk and then renamed. Whoever sweeps after killed processes knows these
+is made under a name beside its own, forced to disk and then renamed. Code that sweeps up after killed processes knows these
 names: ``.NAME.*.tmp`` for files; directories are the caller's, see `replace_directory`.
 """
 
@@ -29,7 +29,7 @@ def refuse_existing(path: str | Path) -> None:
         DataError: something exists at ``path``.
     """
     if os.path.lexists(path):
-        raise DataError(f"{path} exists already and is left as it is: move it away or name another output")
+        raise DataError(f"{path} already exists and is not overwritten: move it away or name another output")
 
 
 class PublishingWriter(ABC):
@@ -49,7 +49,7 @@ class PublishingWriter(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
-            # Told of the error, the stack removes the unfinished files instead of publishing them.
+            # The stack sees the error, so it removes the unfinished files instead of publishing them.
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
@@ -86,6 +86,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
         with explained_full_disk(path, advice="make room for it"):
             with opened as file:
                 yield file
+                # Before the name is given: after a power failure a name may be on disk and the content not.
                 file.flush()
                 os.fsync(file.fileno())
             _publish(temporary, path)
@@ -132,11 +133,10 @@ def write_and_sync(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes, *, temporary: Path | None = None) -> None:
-    """Writes a small file in the place of what is there; a reader sees the old content or the new one.
+    """Writes a small file, replacing what is there; a reader sees the old content or the new one.
 
     Args:
-        path: Its name.
-        content: All of it.
+        content: Whole content: it is held in memory.
         temporary: Where it is written first, in the same directory, for who sweeps by another name; one process at a time.
 
     Raises:
@@ -159,7 +159,7 @@ def replace_directory(temporary: Path, final: Path, *, aside: Path) -> None:
     renames of a process that is killed there is nothing under the name; then ``aside`` holds what was there, see `restore`.
 
     Args:
-        temporary: The directory.
+        temporary: The complete directory, on the same file system.
         final: Its name, on the same file system.
         aside: Where what stands in its way waits.
 
@@ -177,6 +177,7 @@ def replace_directory(temporary: Path, final: Path, *, aside: Path) -> None:
             restore(aside, final)
         raise
     finally:
+        # Only once the new directory has its name; otherwise `aside` is the only copy.
         if not os.path.lexists(temporary):
             remove(aside)
 

@@ -1,4 +1,4 @@
-"""Files where operating systems differ: what POSIX has and Windows has not, in one place for every room.
+"""File operations on which operating systems differ: POSIX calls with a fallback for Windows.
 
 Each function asks for the ability itself and not for the name of the system, since network file systems lack some too.
 """
@@ -44,6 +44,7 @@ def write_at(file: int, content: bytes, offset: int) -> None:
 def write_all(write: Callable[[memoryview], int], content: bytes | memoryview) -> None:
     """Writes all of ``content``, by as many calls of ``write`` as it takes, each of which returns how much it took."""
     rest = memoryview(content)
+    # os.write may take less than it is given: Linux at most 2 GiB at a time, network file systems any number.
     while rest:
         rest = rest[write(rest) :]
 

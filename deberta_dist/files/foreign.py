@@ -1,4 +1,4 @@
-"""Recognises what clones and downloads leave under a file's name: a pointer to it, a web page, another format.
+"""Recognises files that are not what their name says: Git LFS pointers, web pages, other formats.
 
 Each reader would call such a file damaged, or take it for text. Every reader of files that users bring asks here, with
 the first bytes of the file, before it judges them itself.
@@ -50,6 +50,29 @@ def head_of(path: Path) -> bytes:
         return b""
 
 
+def read_limited(path: Path, *, max_bytes: int, too_large: str, error: type[DebertaDistError]) -> bytes:
+    """A file of limited size that is what its name says.
+
+    Args:
+        path: The file.
+        max_bytes: More are not read.
+        too_large: What to say of a larger one, behind its name.
+        error: What to raise.
+
+    Raises:
+        DebertaDistError: as ``error``; it is unreadable, too large, or another kind of file (`refuse_foreign`).
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror})") from problem
+    if len(content) > max_bytes:
+        raise error(f"{path} {too_large}")
+    refuse_foreign(content, path, error=error)
+    return content
+
+
 def stand_in(head: bytes) -> str | None:
     """What a file is that only says where the real one can be had, and what to do; None for any other.
 
@@ -70,8 +93,8 @@ def refuse_stand_in(head: bytes, path: object, *, error: type[DebertaDistError] 
 
     Args:
         head: as for ``stand_in``.
-        path: the file, for the message.
-        error: class to raise.
+        path: As the message names it.
+        error: Class of the error: each room refuses with its own.
 
     Raises:
         DebertaDistError: of that class, with the file and what to do.

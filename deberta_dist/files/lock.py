@@ -1,4 +1,4 @@
-"""One process per directory that is being written: a second one is refused and told who has it.
+"""One process per directory that is being written: a second one is refused, and the message names the first.
 
 Two runs on one run directory would sweep each other's half-written checkpoints away; two preparations of one corpus would
 remove each other's parts. The only door to filelock, of which the native locks are used alone: the system releases them
@@ -48,7 +48,7 @@ class RunLock:
             os.close(self._file)
             raise ConfigError(
                 f"{key} = {self.directory} is on a file system without locks ({error.strerror}): name one "
-                "that two runs cannot use at once unnoticed"
+                "on which two runs cannot collide unnoticed"
             ) from error
         if not is_ours:
             holder = _holder(self._file)
@@ -63,6 +63,7 @@ class RunLock:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
+            # A process that died leaves its text behind, which may be longer than ours.
             os.ftruncate(self._file, _HOLDER_OFFSET)
             write_at(self._file, (json.dumps(holder) + "\n").encode("utf-8"), _HOLDER_OFFSET)
         except OSError as error:
@@ -73,9 +74,10 @@ class RunLock:
         self.is_held = True
 
     def release(self) -> None:
-        """Gives the directory free. The file stays: removing it could remove the next holder's."""
+        """Releases the directory. The file stays: removing it could remove the next holder's."""
         if self.is_held:
             self.is_held = False
+            # While we still hold the lock: afterwards the text may be the next holder's.
             os.ftruncate(self._file, _HOLDER_OFFSET)
             os.close(self._file)
 

@@ -1,7 +1,7 @@
-"""Where the files lie that the project ships beside its code: launchers, DeepSpeed JSONs, TOMLs, recipes.
+"""Locates the files that ship with the code: launchers, DeepSpeed JSONs, TOMLs, recipes.
 
 They have one copy, at the top of a checkout. The build maps those in ``launchers/`` and ``ds_configs/`` that need nothing but
-the package into the wheel (``setup.py``); whoever needs one asks here and finds it in both.
+the package into the wheel (``setup.py``); code that needs one asks here and finds it in both.
 """
 
 import os

@@ -68,7 +68,6 @@ def read_configuration(path: Path, *, shown: str, kind: str = "JSON", hint: str 
     """The text of a small file of settings.
 
     Args:
-        path: Its place.
         shown: Its name where it cannot be read, as "run.deepspeed = PATH".
         kind: What it should be.
         hint: The end of the message where it cannot be read.
@@ -78,7 +77,9 @@ def read_configuration(path: Path, *, shown: str, kind: str = "JSON", hint: str 
     """
     try:
         if path.stat().st_size > MAX_CONFIGURATION_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes is no configuration (at most {MAX_CONFIGURATION_BYTES})")
+            raise ConfigError(
+                f"{path}: {path.stat().st_size} bytes are too many for a configuration (at most {MAX_CONFIGURATION_BYTES})"
+            )
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read ({error.strerror}){hint}") from None
@@ -86,7 +87,7 @@ def read_configuration(path: Path, *, shown: str, kind: str = "JSON", hint: str 
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not valid {kind}: no text in UTF-8; save it as such") from None
+        raise ConfigError(f"{path}: not valid {kind}: not UTF-8; save it as UTF-8") from None
 
 
 class StrictJson:
@@ -163,7 +164,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:

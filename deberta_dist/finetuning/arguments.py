@@ -20,15 +20,15 @@ _USAGE = """Fine-tunes a DeBERTa on {name}.
 
 --task NAME[,NAME]    {tasks}, or all: what the data holds.
 {diagnostics}--data DIR            {data}
---init CHECKPOINT     a run's weights/, released weights, a Hugging Face directory
---tokenizer FILE      spm.model, where none lies with the checkpoint
---prefix PREFIX       what stands before the model's own names in the checkpoint
---allow-unmapped PATTERN  keys of the checkpoint that may be left out; may be given again
---recipe FILE         recipes by task; by default finetune_recipes/ has one for the model's size
+--init CHECKPOINT     weights to start from: a run's weights/, released weights or a Hugging Face directory
+--tokenizer FILE      spm.model, if there is none beside the checkpoint
+--prefix PREFIX       prefix of the model's parameter names in the checkpoint
+--allow-unmapped PATTERN  keys of the checkpoint that may be left out; repeatable
+--recipe FILE         recipes by task (default: the file for the model's size in finetune_recipes/)
 {intermediate}--sift                adversarial training; same as --sift.enabled true
---seeds N             runs of every task; same as --training.seeds N
+--seeds N             runs per task; same as --training.seeds N
 --out DIR             run directory; same as --run.directory DIR
---section.key VALUE   any key of the TOML, for all tasks (deberta_dist/config/finetune.py)
+--section.key VALUE   overrides a key of the TOML for all tasks (deberta_dist/config/finetune.py)
 --dry-run             check everything, print the plan, start nothing
 --world-size N        processes that a dry run assumes
 """
@@ -41,7 +41,7 @@ class FineTuneArguments:
     Attributes:
         benchmark: Whose tasks they are.
         tasks: Names in the order of training, or ``ALL`` alone.
-        data: The benchmark's data.
+        data: Folder or zip of the benchmark's release.
         init: Checkpoint to start from.
         tokenizer: SentencePiece model; None for the one beside the checkpoint.
         read_options: What the user says of the checkpoint.
@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str], benchmark: Benchmark = DEFAULT) -> FineTuneA
     """Reads the command line.
 
     Args:
-        arguments: Its words.
+        arguments: Words of the command line behind the launcher's name.
         benchmark: Whose tasks it names.
 
     Raises:

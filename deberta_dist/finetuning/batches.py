@@ -1,4 +1,4 @@
-"""Which rows a step trains on, in which micro-batches, and what they are as tensors.
+"""Chooses the rows of each training step, divides them into micro-batches, and collates them into tensors.
 
 A step's decisions are cut into micro-batches first and these dealt to the data-parallel ranks: order, micro-batches and
 so dropout are the same however many ranks there are, and no number has to divide another.
@@ -98,8 +98,8 @@ def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], 
     Args:
         features: Where they come from.
         picks: Each with the choices to compare; a classification has choice 0 alone.
-        pad_id: Of the tokenizer.
-        sep_id: Of the tokenizer.
+        pad_id: Id that fills shorter sequences; its positions are masked.
+        sep_id: Id after the first segment; token types are 1 behind it.
     """
     choices = features.split.task.head is Head.CHOICE
     # At least two: with a single number SiFT would take a decision for a regression.
@@ -111,10 +111,10 @@ def collate(features: Features, picks: Sequence[tuple[Example, Sequence[int]]], 
     for number, (example, chosen) in enumerate(picks):
         is_choice[number, : len(chosen) if choices else width] = True
         gold[number, [chosen.index(i) for i in example.gold if i in chosen] if choices else list(example.gold)] = True
-        for place, choice in enumerate(chosen):
+        for position, choice in enumerate(chosen):
             windows = features.sequences(example, choice)
             rows += windows
-            slots += [number * width + place if choices else number] * len(windows)
+            slots += [number * width + position if choices else number] * len(windows)
     ids, mask, types = pad(rows, pad_id=pad_id, sep_id=sep_id)
     return TaskBatch(ids, mask, types, torch.tensor(slots), torch.from_numpy(is_choice), torch.from_numpy(gold), choices)
 
@@ -123,13 +123,13 @@ class TrainingOrder:
     """The decisions of every step.
 
     Args:
-        features: Of the training split.
+        features: Encoded sequences of the training split.
         epochs: Passes, the last may be a part of one.
         global_batch_size: Decisions per step.
-        micro_batch_size: Decisions per micro-batch.
+        micro_batch_size: Decisions that one rank's forward pass takes; each may be several sequences.
         max_choices: Choices per decision that training compares.
         seed: Decides order and candidates.
-        done: Steps and decisions of a shorter run that goes on. Its last step may have been a part of one: the next begins
+        done: Steps and decisions of a shorter run that is resumed. Its last step may have been a part of one: the next begins
             behind it, so that no row is left out or read twice.
     """
 

@@ -30,9 +30,10 @@ class FineTuneResult:
 
     Attributes:
         loss: Task loss, mean over the step's decisions (nats), before the update.
-        sift_loss: Adversarial loss, likewise and unweighted; None without SiFT.
+        sift_loss: Adversarial loss, mean over the step's decisions, unweighted; None without SiFT.
         accuracy: Share of decisions whose best label is a right one.
         grad_norm: Global norm before clipping; None when the step was skipped.
+        learning_rate: Of the step.
         num_tokens: Read by the step, over all ranks, padding left out.
     """
 
@@ -40,6 +41,7 @@ class FineTuneResult:
     sift_loss: float | None
     accuracy: float
     grad_norm: float | None
+    learning_rate: float
     num_tokens: int
 
 
@@ -50,7 +52,7 @@ class FineTuner:
         model: A classifier, this rank's shards of it.
         mesh: Its data axis shares out the decisions of a step and the sequences of a split.
         sift: How to perturb; None for plain fine-tuning.
-        seed: Of dropout and perturbations.
+        seed: Start of the random numbers of dropout and of SiFT's perturbations.
         pad_id: Fills sequences up to the longest of a batch.
         sep_id: Ends the first of two texts, behind which token types are 1.
     """
@@ -74,7 +76,7 @@ class FineTuner:
             batches: This data-parallel rank's micro-batches with their numbers in the step.
             num_decisions: Of the step, over all ranks.
             step: Number of the step, from 0.
-            learning_rate: Of the optimizer in this step.
+            learning_rate: Rate of this step; the schedule is the caller's.
         """
         loss_scale = self.model.store.loss_scale
 
@@ -91,7 +93,14 @@ class FineTuner:
             self.model, mesh=self._mesh, count=count, learning_rate=learning_rate, forward_backward=forward_backward
         )
         loss, sift_loss, correct, _ = (total / num_decisions for total in totals)
-        return FineTuneResult(loss, None if self._sift is None else sift_loss, correct, grad_norm, int(totals[3]))
+        return FineTuneResult(
+            loss=loss,
+            sift_loss=None if self._sift is None else sift_loss,
+            accuracy=correct,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=int(totals[3]),
+        )
 
     def _one(self, batch: TaskBatch, *, key: int, scale: Tensor, loss_scale: float) -> Tensor:
         """Gradients of one micro-batch; returns its sums of losses, adversarial losses, right answers, tokens."""
@@ -105,6 +114,7 @@ class FineTuner:
         else:
             logits, adversarial = self._sift.passes(forward, key=key, loss_scale=loss_scale)
         losses = decision_loss(logits, batch.gold)
+        # Sums: `scale` divides by the decisions of the whole step, so micro-batches of any size weigh what they hold.
         ((losses.sum() + self._weight * adversarial.sum()) * scale).backward()
         self.model.accumulate()
         correct = batch.gold.gather(1, logits.argmax(dim=1, keepdim=True)).sum()
@@ -153,18 +163,20 @@ class FineTuner:
         # Every rank fills its rows of one table and the sum over ranks adds zeros: the same bits however many there are.
         logits = torch.zeros(len(rows), task.num_outputs, device=self._mesh.device)
         shape, here = self._mesh.shape, self._mesh.mesh_rank
+        # Dealt out in order of length, so that every rank has short batches and long ones.
         for batch in list(range(0, len(order), batch_size))[here.data :: shape.data]:
             own = order[batch : batch + batch_size]
             padded = pad([rows[row] for row in own], pad_id=self.pad_id, sep_id=self.sep_id)
-            ids, mask, types, places = to_device([*padded, torch.tensor(own)], self._mesh.device)
+            ids, mask, types, slots = to_device([*padded, torch.tensor(own)], self._mesh.device)
             output = self.model.model(ids, mask, token_type_ids=types if self._has_types else None)
-            logits.index_copy_(0, places, output.logits.float())
+            logits.index_copy_(0, slots, output.logits.float())
         dist.all_reduce(logits, group=self._mesh.groups["data"])
         if not logits.isfinite().all():
             raise DivergedError(
                 f"{features.split.where}: the model's answers are not finite; lower optimizer.learning_rate, or take a "
                 "run.deepspeed with bf16 instead of fp16"
             )
+        # float64 from here on: averages over windows and runs should add no rounding of their own.
         return _probabilities(features, examples, logits.double().cpu().numpy(), owners)
 
 
@@ -172,7 +184,6 @@ def decision_loss(logits: Tensor, gold: Tensor) -> Tensor:
     """Cross entropy [D] of logits [D, C]: minus the log of the probability that the right ones have together.
 
     Args:
-        logits: of every decision.
         gold: which are right, bool [D, C].
 
     Raises:

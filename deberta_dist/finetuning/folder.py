@@ -1,4 +1,4 @@
-"""Where a task's run with one seed is kept: ``RUN/seed-42/TASK/``, complete or absent.
+"""The folder of a task's run with one seed, ``RUN/seed-42/TASK/``: complete or absent.
 
     val.jsonl, test.jsonl   probabilities (``tasks/predictions.py``); of the splits that the task has
     weights/                best weights: config.json, model.safetensors (float32, published names), spm.model
@@ -36,8 +36,7 @@ class TaskFolder:
 
     Args:
         run_directory: Of all tasks and seeds.
-        task: The task.
-        seed: Of the run.
+        seed: Names the folder above the task's: one run for each seed.
     """
 
     def __init__(self, run_directory: Path, task: Task, seed: int) -> None:
@@ -89,7 +88,9 @@ class TaskFolder:
         if changed:
             shown = "; ".join(changed[:3]) + ("; ..." if len(changed) > 3 else "")
             more = "more epochs than it had would continue it; " if _is_longer(here, there) else ""
-            raise ConfigError(f"{self.final} was made otherwise ({shown}): {more}move it away or name another run.directory")
+            raise ConfigError(
+                f"{self.final} was made with other settings ({shown}): {more}move it away or name another run.directory"
+            )
         return True
 
     def shorter_run(self, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -104,7 +105,7 @@ class TaskFolder:
             run = json.loads(run_file(self.seed_directory, self.task.name).read_text(encoding="utf-8"))
             run[IDENTITY]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self.final} is no finished run: move it away or name another run.directory") from None
+            raise ConfigError(f"{self.final} is not a finished run: move it away or name another run.directory") from None
         return run
 
     def begin(self, *, earlier: Mapping[str, Any] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What will be fine-tuned, with every setting, checked against data and checkpoint before any process group exists."""
+"""Plans fine-tuning: every task with every setting, checked against data and checkpoint before a process group exists."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,14 +36,13 @@ class TaskPlan:
     """One task, ready to be trained with any of its seeds.
 
     Attributes:
-        task: The task.
-        config: Its settings, resolved.
-        deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model.
+        config: Settings with the recipe and the overrides in them and no `"auto"` left.
+        deepspeed: DeepSpeed's configuration with everything filled in.
+        model_config: The starting point's, with the dropout before the head that the run asks for.
         layout: Who holds what.
         features: By split, of all that the task has.
         diagnostics: Test features of the diagnostics that this task's model answers.
-        recipe: File that its recipe is from.
+        recipe: File of the recipe, for messages.
         deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
         is_intermediate: Whether it is trained for others to start from.
         may_start_from: Name of the intermediate task from whose model it may start; empty for none.
@@ -84,7 +83,7 @@ class TaskPlan:
         return SiftSettings(**settings) if settings.pop("enabled") else None
 
     def order(self, seed: int, *, done: tuple[int, int] = (0, 0)) -> TrainingOrder:
-        """The rows of every step; ``done`` are steps and decisions of a shorter run that goes on."""
+        """The rows of every step; ``done`` are steps and decisions of a shorter run that is resumed."""
         training = self.config.training
         return TrainingOrder(
             self.features["train"],
@@ -101,9 +100,8 @@ def make_plans(arguments: FineTuneArguments, *, toml: Path, start: StartingPoint
     """Everything that will run, in order.
 
     Args:
-        arguments: The command line.
         toml: The launcher's TOML; recipes lie beside it.
-        start: From where.
+        start: The checkpoint that tasks start from; it decides the model's size and so the recipe.
         world_size: Processes; 0 = as few as the TOML asks for.
 
     Raises:

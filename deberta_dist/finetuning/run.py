@@ -1,4 +1,4 @@
-"""One task with one seed: train, evaluate while training, keep the best weights, predict."""
+"""One task with one seed: train, evaluate while training, save the best weights, predict."""
 
 import shutil
 import time
@@ -61,6 +61,7 @@ def identity(plan: TaskPlan, *, start: StartingPoint, through: str | None) -> di
         through: Task from whose model, trained in between, this one starts; None for the start itself.
     """
     settings = plan.config.model_dump(mode="json", exclude={"run", "parallel"})
+    # Keys that change no number of this folder: the seed is in its name, `through` says more than `start`.
     for key in ("seed", "seeds", "log_every_steps", "recompute", "attention", "start"):
         del settings["training"][key]
     del settings["evaluation"]["batch_size"]
@@ -81,8 +82,8 @@ def run_task(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> None:
     """Fine-tunes and fills the folder. Collective.
 
     Args:
-        run: The task and its seed.
-        start: The checkpoint that it starts from.
+        run: The task, its seed and where its results go.
+        start: Weights, model configuration and tokenizer to start from.
         mesh: All ranks take part.
 
     Raises:
@@ -107,6 +108,7 @@ def run_task(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> None:
     train_seconds = time.monotonic() - started
 
     keeps_state = plan.config.run.keep_weights and plan.config.run.keep_state
+    # Copied first: the next line overwrites the last step's weights with the best ones.
     last = sharded.store.copy_shards() if keeps_state else []
     sharded.store.load_weights(best.shards or _weights_of(run.earlier, layout=plan.layout, mesh=mesh))
     diagnostics = _predict(run, tuner, best=best, mesh=mesh)
@@ -125,12 +127,13 @@ def run_task(run: TaskRun, *, start: StartingPoint, mesh: Mesh) -> None:
         )
         if problem is not None:
             print(f"warning: rank {mesh.rank}: {problem}; a run of more epochs cannot continue from here", flush=True)
-    del last
+    del last  # host memory of three states, before the next task needs it
     log.close()
     if mesh.rank == 0:
         run.folder.finish(_result(run, best, num_steps=order.num_steps, train_seconds=train_seconds), diagnostics)
         print(f"{run.folder.final}: validation score {best.score:.2f} after step {best.step} of {order.num_steps}", flush=True)
     sharded.store.close()
+    # The next task may start from this folder: no rank may look before rank 0 has given it its name.
     dist.barrier()
 
 
@@ -214,7 +217,7 @@ def _result(run: TaskRun, best: Best, *, num_steps: int, train_seconds: float) -
         "recipe": str(run.plan.recipe),
         IDENTITY: run.made_from,
     }
-    return result if run.earlier is None else {**result, EARLIER: run.earlier.told()}
+    return result if run.earlier is None else {**result, EARLIER: run.earlier.summary()}
 
 
 def _best_of(earlier: Earlier, plan: TaskPlan) -> Best:

@@ -32,7 +32,7 @@ from deberta_dist.values import SiftLoss
 
 _NORMALISER_EPS = 1e-7
 _STEP_EPS = 1e-6
-_NOISE = 1 << 20  # tells the key of the noise from those of the passes
+_NOISE = 1 << 20  # sets the key of the noise apart from those of the passes
 
 ClassifierForward = Callable[[int | None], Tensor]
 """Dropout key -> logits [B, num_labels] of one batch."""
@@ -104,7 +104,6 @@ class Sift:
 
     Args:
         layer_norm: The LayerNorm of the model's embeddings, ``deberta.embeddings.LayerNorm``.
-        settings: How to perturb.
     """
 
     def __init__(self, layer_norm: nn.Module, settings: SiftSettings) -> None:

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: any checkpoint's backbone, its tokenizer, and a classifier new or carried over."""
+"""What fine-tuning starts from: any checkpoint's backbone, its tokenizer, and a new or loaded classifier."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,12 @@ class StartingPoint:
     """A checkpoint to fine-tune.
 
     Attributes:
-        path: As given.
+        path: The checkpoint, as the command line names it.
         description: What was recognised.
-        config: Its model.
+        config: Sizes and switches of its encoder.
         weights: By published name, unread.
         label_names: Of its classifier's rows; empty where it has none or they have no names.
-        tokenizer: Its tokenizer.
+        tokenizer: The SentencePiece model beside the checkpoint, or the one that was named.
         notes: What a user should know, one line each.
     """
 
@@ -66,7 +66,7 @@ class StartingPoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names and numbers of the vectors, biases and LayerNorms: what tells one checkpoint from another
+        """SHA-256 over names and numbers of the vectors, biases and LayerNorms: what distinguishes one checkpoint from another
         without reading the gigabytes of its matrices."""
         found = hashlib.sha256()
         for name, weight in sorted(self.weights.items()):

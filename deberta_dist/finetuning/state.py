@@ -34,7 +34,7 @@ from deberta_dist.training.loop import learning_rate
 
 @dataclass(frozen=True)
 class Earlier:
-    """A finished run of a task that goes on to more epochs.
+    """A finished run of a task that is resumed for more epochs.
 
     Attributes:
         folder: Of its result, with metrics, predictions and weights.
@@ -64,7 +64,7 @@ class Earlier:
         schedule = {"peak": plan.config.optimizer.learning_rate, "warmup_steps": plan.config.schedule.warmup_steps}
         return learning_rate(step - 1, max_steps=step, **schedule), learning_rate(step, max_steps=num_steps, **schedule)
 
-    def told(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[dict[str, Any]]:
         """It and those before it, for ``run.json``, oldest first."""
         own = {key: value for key, value in self.run.items() if key not in (IDENTITY, EARLIER)}
         return [*self.run.get(EARLIER, []), {**own, "epochs": self.epochs}]
@@ -115,7 +115,7 @@ def write_state(
         model: This rank's weights, whatever they are by now.
         shards: This rank's state after the last step.
         plan: Its settings go into the manifest.
-        seed: Likewise.
+        seed: Goes into the manifest, as the settings do.
         done: Steps and decisions behind the state.
         tokenizer_sha256: A run with another tokenizer is refused by it.
         mesh: Every rank writes its shards.
@@ -125,10 +125,12 @@ def write_state(
         What went wrong, on the ranks that know: a full disk costs the state, not the task.
     """
     writer = CheckpointWriter(folder.unfinished / STATE_NAME, rank=mesh.rank)
+    # Rank 0's process and clock, so that files of a killed run with the same step are never taken for this run's.
     token = f"{mesh.broadcast_number((os.getpid() << 40 ^ time.time_ns()) & (1 << 63) - 1):x}"
     writer.begin(done[0], shards=shards, token=token)
     state = writer.wait()
     failed = torch.tensor([state.status != "written"]).int()
+    # All ranks or none: a state of which one file is missing must not get its name.
     dist.all_reduce(failed)
     if failed.item():
         writer.abandon()

@@ -1,4 +1,4 @@
-"""Training of one task: its steps as the loop takes them, and the best weights so far."""
+"""The steps of one task for the training loop, and its best weights so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,6 @@ from deberta_dist.training.metrics import MetricsLog
 
 # Steps in a row that no rank could take before the run gives up.
 MAX_SKIPPED_IN_A_ROW = 20
-NETWORK = "classifier"
 
 
 @dataclass
@@ -59,7 +58,7 @@ class TaskSteps:
     """The steps of one task, for the loop.
 
     Args:
-        tuner: Takes the steps.
+        tuner: The model on this rank with its optimizer.
         plan: Has the training rows and the sizes of batches.
         order: Says which rows a step has.
         done: Steps and decisions of a shorter run that it continues.
@@ -86,11 +85,11 @@ class TaskSteps:
     def take(self, batch: StepDecisions, *, step: int, learning_rate: float) -> dict[str, FineTuneResult]:
         """Takes a step."""
         result = self._tuner.step(batch.batches, num_decisions=batch.count, step=step, learning_rate=learning_rate)
-        return {NETWORK: result}
+        return {"": result}
 
     @staticmethod
     def numbers(step: FinishedStep[StepDecisions], result: FineTuneResult) -> dict[str, Any]:
-        """What a record tells beside the loop's own."""
+        """What a record holds beside the loop's own fields."""
         return {"sift_loss": result.sift_loss, "accuracy": result.accuracy}
 
 

@@ -1,4 +1,4 @@
-"""The backbone: embeddings, layers, relative table, and the model that runs them all.
+"""The backbone: embeddings, layers, relative table, the model that runs them all, and what models with a head share.
 
 Letters: B batch, S sequence, D hidden, R rows of the relative table.
 """
@@ -304,3 +304,29 @@ class DebertaModel(ExplainsNumberFormats):
             self.embeddings.word_embeddings = None
         if (0 if self.config.position_biased_input else last) not in layers:
             self.embeddings.position_embeddings = None
+
+
+class ModelWithBackbone(ExplainsNumberFormats):
+    """The part that models with a head share.
+
+    Args:
+        config: sizes and switches.
+
+    Attributes:
+        deberta: the backbone; its parameters have no start yet, which is the head's class to give to the whole.
+    """
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.deberta = DebertaModel(config, seed=None)
+        accept_published_weights(self, head_size=config.head_size)
+
+    @property
+    def recompute(self) -> str:
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
+        return self.deberta.recompute
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        self.deberta.recompute = mode

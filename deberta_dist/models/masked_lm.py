@@ -15,15 +15,13 @@ from deberta_dist.kernels import AttentionMask
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
-from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.fused_qkv import main_grad
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
-from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import is_own_table, whole_table
 from deberta_dist.models.positions import within_documents
-from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
@@ -48,7 +46,7 @@ class MaskedLMOutput:
 torch.export.register_dataclass(MaskedLMOutput)
 
 
-class DebertaForMaskedLM(ExplainsNumberFormats):
+class DebertaForMaskedLM(ModelWithBackbone):
     """Masked language model of every generation.
 
     With the enhanced mask decoder (``DebertaConfig.decoder``) the last layer decodes: two passes over queries = hidden
@@ -68,26 +66,14 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
     """
 
     def __init__(self, config: DebertaConfig, *, seed: int = 0) -> None:
-        super().__init__()
         config.require_masked_lm()
-        self.config = config
-        self.deberta = DebertaModel(config, seed=None)
+        super().__init__(config)
         self.lm_predictions = MaskedLMPredictions(config)
         # With sequence parallelism this is replaced by a module that joins the shards of the sequence.
         self.whole_sequence = nn.Identity()
         self.cross_entropy = CrossEntropy()
         self.vocabulary_chunks = 1
-        accept_published_weights(self, head_size=config.head_size)
         initialise_(self, seed=seed, std=config.initializer_range)
-
-    @property
-    def recompute(self) -> str:
-        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
-        return self.deberta.recompute
-
-    @recompute.setter
-    def recompute(self, mode: str) -> None:
-        self.deberta.recompute = mode
 
     def forward(
         self,

@@ -100,7 +100,7 @@ def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str,
     works = []
     for tensor, start, stop, size in STAGES:
         plan = plan_of(LayoutCase(tensor, 1, 1, size))
-        forward, backward = stage_work(plan, range(start, stop), has_fused_attention=False)
+        forward, backward = stage_work(plan.main, range(start, stop), has_fused_attention=False)
         works.append(forward + backward)
     processes: dict[str, Any] = {}
     for count in rounds[0]["stages"]:

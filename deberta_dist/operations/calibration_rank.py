@@ -23,15 +23,16 @@ import torch.distributed as dist
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_batch
-from deberta_dist.parallel.layout import plan_layout
+from deberta_dist.operations.ranks import store_settings
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
+from deberta_dist.planning.activations import local_config
 from deberta_dist.planning.memory import expected_targets
-from deberta_dist.planning.plan import Plan, network_flops
+from deberta_dist.planning.plan import Plan, plan_networks
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.objectives.masked_lm import masked_lm
+from deberta_dist.training.step_batch import pack
 from deberta_dist.training.trainer import Trainer
 
 SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
@@ -102,20 +103,8 @@ def plan_of(case: LayoutCase) -> Plan:
         parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
         run=Run(directory="unused", deepspeed="unused"),
     )
-    deepspeed = {
-        "train_batch_size": case.data,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000_000},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    objective = masked_lm(config, model)
-    (network,) = objective.networks
-    flops = network_flops(config, network)
-    layout = plan_layout(network, parallel=config.parallel, flops=flops)
-    return Plan(config, deepspeed, model, objective, (layout,), (flops,))
+    deepspeed = store_settings(case.data, reduce_bucket_size=10_000_000)
+    return plan_networks(config, deepspeed, model_config=model, objective=masked_lm(config, model))
 
 
 def batch_of(plan: Plan, sequences: int) -> Batch:
@@ -132,15 +121,16 @@ def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch
     """(seconds, processor seconds of this process) of each step of a layout, built as training builds it. Collective."""
     plan = plan_of(LayoutCase(tensor, pipeline, data))
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
-    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
-    trainer = Trainer(parts, mesh=mesh, seed=SEED)
+    parts = [build(plan.config, layout=layout, deepspeed_config=plan.deepspeed, mesh=mesh) for layout in plan.layouts]
+    trainer = Trainer(*parts, mesh=mesh, seed=SEED, objective=plan.objective)
     batch, times = batch_of(plan, GLOBAL_BATCH // data), []
     for step in range(WARM_UP_STEPS + steps):
         dist.barrier()
         begun = time.perf_counter(), time.process_time()
         trainer.step(batch, step=step, learning_rate=LEARNING_RATE)
         times.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    parts.sharded_model.store.close()
+    for one in parts:
+        one.sharded_model.store.close()
     return times[WARM_UP_STEPS:]
 
 
@@ -153,30 +143,21 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     plan = plan_of(LayoutCase(tensor, 1, 1, micro_batch))
     model, layers = plan.model_config, range(start, stop)
     # What one tensor-parallel rank has, without its all-reduces.
-    local = DebertaForMaskedLM(
-        dataclasses.replace(
-            model,
-            num_attention_heads=model.num_attention_heads // tensor,
-            attention_head_size=model.head_size,
-            intermediate_size=model.intermediate_size // tensor,
-            vocab_size=model.vocab_size // tensor,
-        )
-    )
+    network = dataclasses.replace(plan.main.network, config=local_config(model, tensor_parallel_size=tensor))
+    local = network.make()
     local.keep_layers(layers)
     for parameter in local.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = batch_of(plan, micro_batch)
-    inputs = {
-        "attention_mask": batch.attention_mask,
-        "labels": batch.labels // tensor,
-        "input_ids": batch.input_ids // tensor if start == 0 else None,
-        "layers": layers,
-    }
+    batch = dataclasses.replace(batch, input_ids=batch.input_ids // tensor, labels=batch.labels // tensor)
+    packed = pack(batch, num_micro_batches=1, device=torch.device("cpu"))
     gradient = torch.randn(micro_batch, LENGTH, model.hidden_size)
 
     def once(key: int) -> None:
         hidden = torch.randn(micro_batch, LENGTH, model.hidden_size, requires_grad=True) if start else None
-        output = local.forward_stage(hidden, **inputs, dropout_key=key)
+        made = network.micro_batches(packed, dropout_keys=[key], handed=None)
+        ids = None if start else made.input_ids
+        output = local.forward_stage(hidden, input_ids=ids, layers=layers, **made.fields[0])
         if stop == model.num_hidden_layers:
             output[0, 0].backward()
         else:

@@ -14,6 +14,24 @@ from deberta_dist.files.shipped import find_package
 from deberta_dist.operations.measure import BenchmarkError
 
 
+def store_settings(data_parallel_size: int, **zero_optimization: Any) -> dict[str, Any]:
+    """DeepSpeed's JSON under a weight store, in float32: its engine sees one batch per step, and clips at norm 1.
+
+    Args:
+        data_parallel_size: Ranks that share the weights.
+        zero_optimization: Further keys of that section.
+    """
+    return {
+        "train_batch_size": data_parallel_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero_optimization},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False) -> list[Any]:
     """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
 

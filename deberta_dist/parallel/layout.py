@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from deberta_dist.config import Parallel
-from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.heads import model_with_head
 from deberta_dist.parallel.flat_layout import FlatLayout, lay_out

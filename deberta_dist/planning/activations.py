@@ -44,30 +44,11 @@ class StageActivations:
     working: int
 
 
-def stage_activations(
-    network: TrainedNetwork,
-    *,
-    layers: range,
-    tensor_parallel_size: int,
-    batch_shape: tuple[int, int],
-    targets_per_sequence: int,
-    dtype: torch.dtype,
-    recompute: str,
-    document_boundaries: bool = False,
-    vocabulary_chunks: int = 1,
-    sequence_parallel: bool = False,
-) -> StageActivations:
-    """Measures one micro-batch on one stage.
+@dataclass(frozen=True, kw_only=True)
+class StageCase:
+    """What is measured: one micro-batch on one stage.
 
-    The position of a stage in the pipeline does not matter, except for being first or last, and all its inner layers are
-    alike. So a long stage is measured with 3 and 4 layers, and each further layer counts as the fourth. A backward pass peaks
-    either at its start, whatever the number of layers, or at its end in the embeddings, when the layers above hold nothing any
-    more; in the second case a stage that is not the first shows the peak at the start.
-
-    The parameters are all that decides the result, as plain values: `_measure` caches by them.
-
-    Args:
-        network: Makes the model; its heads and loss are measured, too.
+    Attributes:
         layers: Numbers of the stage's layers.
         tensor_parallel_size: Number of ranks that every layer is divided over.
         batch_shape: (B, S), sequences and tokens of a micro-batch.
@@ -78,24 +59,34 @@ def stage_activations(
         vocabulary_chunks: Chunks that the logits are computed in, ``training.vocabulary_chunks``.
         sequence_parallel: Whether the tensor ranks divide sequences as well.
     """
-    config = network.config
+
+    layers: range
+    tensor_parallel_size: int
+    batch_shape: tuple[int, int]
+    targets_per_sequence: int
+    dtype: torch.dtype
+    recompute: str
+    document_boundaries: bool = False
+    vocabulary_chunks: int = 1
+    sequence_parallel: bool = False
+
+
+def stage_activations(network: TrainedNetwork, case: StageCase) -> StageActivations:
+    """Measures one micro-batch on one stage of a network.
+
+    The position of a stage in the pipeline does not matter, except for being first or last, and all its inner layers are
+    alike. So a long stage is measured with 3 and 4 layers, and each further layer counts as the fourth. A backward pass peaks
+    either at its start, whatever the number of layers, or at its end in the embeddings, when the layers above hold nothing any
+    more; in the second case a stage that is not the first shows the peak at the start.
+    """
+    config, layers = network.config, case.layers
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
     def measure(count: int, *, is_first: bool = is_first) -> StageActivations:
         start = 0 if is_first else 1
         shorter = dataclasses.replace(config, num_hidden_layers=start + count + (0 if is_last else 1))
-        return _measure(
-            dataclasses.replace(network, config=shorter),
-            layers=range(start, start + count),
-            tensor_parallel_size=tensor_parallel_size,
-            batch_shape=batch_shape,
-            targets_per_sequence=targets_per_sequence,
-            dtype=dtype,
-            recompute=recompute,
-            document_boundaries=document_boundaries,
-            vocabulary_chunks=vocabulary_chunks,
-            sequence_parallel=sequence_parallel,
-        )
+        here = dataclasses.replace(case, layers=range(start, start + count))
+        return _measure(dataclasses.replace(network, config=shorter), here)
 
     # A whole model on one stage holds more than its parts: the head's gradient of the shared table waits for the embeddings'.
     if len(layers) <= 4 or (is_first and is_last):
@@ -107,31 +98,19 @@ def stage_activations(
 
 
 @lru_cache(maxsize=1024)
-def _measure(
-    network: TrainedNetwork,
-    *,
-    layers: range,
-    tensor_parallel_size: int,
-    batch_shape: tuple[int, int],
-    targets_per_sequence: int,
-    dtype: torch.dtype,
-    recompute: str,
-    document_boundaries: bool = False,
-    vocabulary_chunks: int = 1,
-    sequence_parallel: bool = False,
-) -> StageActivations:
-    config, (batch, length) = network.config, batch_shape
+def _measure(network: TrainedNetwork, case: StageCase) -> StageActivations:
+    config, layers, (batch, length) = network.config, case.layers, case.batch_shape
     model = local_model(
-        network, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype, recompute=recompute,
-        sequence_parallel=sequence_parallel,
+        network, layers=layers, tensor_parallel_size=case.tensor_parallel_size, dtype=case.dtype, recompute=case.recompute,
+        sequence_parallel=case.sequence_parallel,
     )  # fmt: skip
     if hasattr(model, "vocabulary_chunks"):
-        model.vocabulary_chunks = vocabulary_chunks
-    own_length = length // tensor_parallel_size if sequence_parallel else length
+        model.vocabulary_chunks = case.vocabulary_chunks
+    own_length = length // case.tensor_parallel_size if case.sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
     # Targets are found on the host: their values decide shapes, and meta tensors have no values.
     labels = torch.zeros(batch, length, dtype=torch.int64)
-    labels[:, :targets_per_sequence] = 1
+    labels[:, : case.targets_per_sequence] = 1
     targets = find_targets(labels > 0, labels).to(torch.device("meta"))
     model.deberta.encoder.relative_positions(torch.device("meta"))  # cached for all micro-batches, so not counted in one
     with torch.device("meta"):
@@ -139,14 +118,14 @@ def _measure(
         made = StepBatch(
             input_ids=tokens[0],
             attention_mask=tokens[1],
-            document_ids=tokens[2] if document_boundaries else None,
+            document_ids=tokens[2] if case.document_boundaries else None,
             targets=(targets,),
             counts=torch.empty(2, dtype=torch.int64),
         )
         micro_batches = network.micro_batches(made, dropout_keys=[1], handed=tokens[3] if network.is_handed else None)
         inputs = {"input_ids": micro_batches.input_ids if layers.start == 0 else None, **micro_batches.fields[0]}
-        hidden = None if layers.start == 0 else _hidden(batch, own_length, config.hidden_size, dtype=dtype)
-    gradient = _hidden(batch, own_length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
+        hidden = None if layers.start == 0 else _hidden(batch, own_length, config.hidden_size, dtype=case.dtype)
+    gradient = _hidden(batch, own_length, config.hidden_size, dtype=case.dtype).detach()  # arrives in a receive buffer
     with LiveBytes() as live:
         output = model.forward_stage(hidden, **inputs, layers=layers)
         saved = live.now
@@ -156,13 +135,13 @@ def _measure(
             output.backward(gradient)
     logits = 0
     if is_last:
-        rows = batch * targets_per_sequence
+        rows = batch * case.targets_per_sequence
         with LiveBytes() as head:
             result = network.head_loss(
                 model,
-                hidden=_hidden(rows, config.hidden_size, dtype=dtype),
+                hidden=_hidden(rows, config.hidden_size, dtype=case.dtype),
                 targets=targets.ids_P,
-                num_chunks=vocabulary_chunks,
+                num_chunks=case.vocabulary_chunks,
             )
             logits = 0 if result is None else head.now
             del result

@@ -156,7 +156,7 @@ def rank_communication(
         tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),
         tensor_head=is_split * (has_last * in_head + (not decodes) * joined),
         tensor_halves=is_sequence * (in_layers + in_embedding + joined),
-        pipeline_activations=sum(index < last for index in stages) * hidden // shards + _handed_bytes(layout, config),
+        pipeline_activations=sum(index < last for index in stages) * hidden // shards + handed_bytes(layout, config),
         pipeline_gradients=sum(index > 0 for index in stages) * hidden // shards,
         scalars=_scalars(layout, config, deepspeed_config),
     )
@@ -189,10 +189,10 @@ def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Seq
     rows = sum(sequences * max(one.widest, 1) for one in targets)
     decoder = NUM_DECODER_PASSES * layer_all_reduces(config) * rows * layout.config.hidden_size * width
     total = sum(one.total for one in targets)
-    return decoder, total * layout.network.head_message_bytes(width=width)
+    return decoder, total * sum(map(sum, layout.network.head_messages(width=width)))
 
 
-def _handed_bytes(layout: Layout, config: RunConfig) -> int:
+def handed_bytes(layout: Layout, config: RunConfig) -> int:
     """Ids for the next network, broadcast over the pipeline axis, int64."""
     training, is_cut = config.training, config.parallel.pipeline_parallel_size > 1
     tokens = training.num_micro_batches * training.micro_batch_size * config.data.max_seq_length

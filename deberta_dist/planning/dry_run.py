@@ -92,7 +92,7 @@ def bubble_fraction(plan: Plan) -> float:
 
 def step_seconds(plan: Plan) -> float:
     """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
-    world = _world_size(plan)
+    world = plan.world_size
     return plan.training_flops * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
 
 
@@ -130,7 +130,7 @@ def _headline(plan: Plan) -> str:
         ("", "(without position table and head)" if model.uses_enhanced_mask_decoder else "(without head)"),
         *([("decoder", "plain: the head reads the last hidden states")] if model.decoder == "plain" else []),
         ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
-        ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
+        ("processes", f"{plan.world_size} = tensor {parallel.tensor_parallel_size} x pipeline "
                       f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"
                       f"{', sequence parallel' if parallel.sequence_parallel else ''}"),
         ("schedule", f"{parallel.schedule}{loops}, {training.num_micro_batches} micro-batches per step"),
@@ -296,11 +296,6 @@ def _scaled(number: float) -> str:
 
 def _tokens_per_step(plan: Plan) -> int:
     return plan.config.training.global_batch_size * plan.config.data.max_seq_length
-
-
-def _world_size(plan: Plan) -> int:
-    parallel = plan.config.parallel
-    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
 
 
 def format_seconds(seconds: float) -> str:

@@ -10,7 +10,7 @@ from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE
 from deberta_dist.planning.search import SearchResult
 from deberta_dist.planning.search_memory import RankedLayout
-from deberta_dist.planning.step_cost import play_step, stage_passes, world_size
+from deberta_dist.planning.step_cost import play_step
 
 HEAD = "tensor pipeline  data  micro-batch  schedule          recompute  offload   s/step    MFU  peak GB  sent GB  bubble     days"
 SIMULATION = "A simulation, not a measurement: nothing here has been run on these GPUs."
@@ -29,7 +29,7 @@ class Prices:
 
     def cost(self, choice: RankedLayout) -> float:
         """Of all GPUs for these days."""
-        return self.days(choice) * 24 * world_size(choice.plan) * (self.per_hour or 0.0)
+        return self.days(choice) * 24 * choice.plan.world_size * (self.per_hour or 0.0)
 
 
 def describe(found: SearchResult, *, machine: Machine, limit: float, prices: Prices) -> str:
@@ -68,7 +68,7 @@ def toml_of(choice: RankedLayout, *, machine: Machine, folder: Path) -> str:
     """TOML of the run with this layout; relative paths are written for a file in ``folder``."""
     config, cost = choice.plan.config, choice.cost
     head = (
-        f"Written by tools/plan_layout.py for {world_size(choice.plan)} x {machine.name}: {cost.seconds:.3f} s per step, "
+        f"Written by tools/plan_layout.py for {choice.plan.world_size} x {machine.name}: {cost.seconds:.3f} s per step, "
         f"{choice.peak / 1e9:.1f} GB at the peak.",
         "These numbers are estimates. Model, data and recipe are those of " + config.source + ".",
         "Every key is explained in deberta_dist/config/schema.py. Relative paths start from this folder.",
@@ -109,7 +109,7 @@ def _terms(choice: RankedLayout, machine: Machine) -> str:
     if choice.host:
         lines.append(f"  the optimizer takes {choice.host / 1e9:.2f} GB of the host for the rank with most")
     if plan.config.parallel.pipeline_parallel_size > 1 and plan.config.parallel.stages_per_rank == 1:
-        other = play_step(plan, machine, stage_passes(plan, machine), schedule=ZERO_BUBBLE)
+        other = play_step(plan, machine, schedule=ZERO_BUBBLE)
         seconds = cost.seconds - cost.pipeline + other.seconds
         lines.append(f"  with a zero-bubble schedule (not offered): {seconds:.3f} s per step, bubble {other.bubble:.1%}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ Sizes that follow from the layout come from the functions that ``training/build.
 prints the numbers; tests compare them with a real run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
-from deberta_dist.planning.activations import StageActivations, stage_activations
+from deberta_dist.planning.activations import StageActivations, StageCase, stage_activations
 from deberta_dist.values import INTERLEAVED
 
 FLOAT32, INT64 = 4, 8  # bytes
@@ -115,27 +115,15 @@ def rank_memory(
         pipeline_rank, tensor_rank: The rank's place.
         others: Of the run's other networks, which are at rest meanwhile.
     """
-    parallel, training = config.parallel, config.training
     place = {
         "config": config,
         "deepspeed_config": deepspeed_config,
         "pipeline_rank": pipeline_rank,
         "tensor_rank": tensor_rank,
     }
-    dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
-    zero = deepspeed_config.get("zero_optimization", {})
-    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
-    flat, share = sum(flats.sizes), sum(flats.sizes) // replicas
-    used = sum(torch.Size(layout.local_shape(name)).numel() for name in layout.names_by_rank[pipeline_rank])
-    owned = sum(torch.Size(shape).numel() for _, _, shape in flats.places.values())
-    borrowed = used - owned
-    tie_sizes = [
-        sum(torch.Size(layout.local_shape(name)).numel() for name in tie.names)
-        for tie in layout.ties
-        if tie.is_sum and tie.users[0] == (pipeline_rank, tensor_rank)
-    ]
-    largest_tie = max(tie_sizes, default=0)
-
+    replicas, dtype = config.parallel.data_parallel_size, DTYPES[precision(deepspeed_config)]
+    width, held = dtype.itemsize, _elements(layout, (pipeline_rank, tensor_rank), replicas=replicas)
+    share, borrowed = held.flat // replicas, held.used - held.owned
     activations = max(
         (
             _in_flight(layout, config=config, dtype=dtype, pipeline_rank=pipeline_rank, batch_shape=shape)
@@ -145,34 +133,72 @@ def rank_memory(
     )
     last = len(layout.stages) - 1
     received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
-    tokens = training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
-    hidden = tokens * layout.config.hidden_size * dtype.itemsize
-    offload = offload_device(deepspeed_config, "optimizer")
-    bucket = zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)
+    tokens = config.training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
+    hidden = tokens * layout.config.hidden_size * width
     return RankMemory(
-        owned=owned,
+        owned=held.owned,
         borrowed=borrowed,
-        weights=share * dtype.itemsize,
+        weights=share * width,
         master_weights=share * FLOAT32,
         moments=2 * share * FLOAT32,
-        gradient_shard=share * dtype.itemsize,
-        reduce_bucket=bucket * reduced_width(deepspeed_config) if zero.get("contiguous_gradients", True) else 0,
-        gathered=flat * dtype.itemsize if replicas > 1 else 0,
-        borrowed_weights=borrowed * dtype.itemsize,
-        gradients=flat * FLOAT32,
+        gradient_shard=share * width,
+        reduce_bucket=_reduce_bucket_bytes(deepspeed_config),
+        gathered=held.flat * width if replicas > 1 else 0,
+        borrowed_weights=borrowed * width,
+        gradients=held.flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
-        receive_buffers=received * training.num_micro_batches * hidden,
+        receive_buffers=received * config.training.num_micro_batches * hidden,
         batch=_batch_bytes(config),
         activations=activations.saved,
         logits=activations.logits,
         working=activations.working + (hidden if len(layout.stages) > 1 else 0),
         reduction=max(
-            borrowed * (dtype.itemsize + FLOAT32) + largest_tie * FLOAT32,
-            flat * dtype.itemsize if dtype.itemsize < FLOAT32 else 0,
+            borrowed * (width + FLOAT32) + held.largest_tie * FLOAT32,
+            held.flat * width if width < FLOAT32 else 0,
         ),
-        offload=offload,
+        offload=offload_device(deepspeed_config, "optimizer"),
         others_at_rest=sum(rank_memory(other, **place).at_rest for other in others),
     )
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """Parameters of one rank.
+
+    Attributes:
+        flat: Of its flat parameters, padding included.
+        owned: Without the padding.
+        used: Owned and borrowed.
+        largest_tie: Of the tie whose gradients it collects and that has most; 0 without one.
+    """
+
+    flat: int
+    owned: int
+    used: int
+    largest_tie: int
+
+
+def _elements(layout: Layout, place: tuple[int, int], *, replicas: int) -> _Elements:
+    """Of the rank at ``place``, (pipeline rank, tensor rank)."""
+    pipeline_rank, tensor_rank = place
+
+    def count(names: Iterable[str]) -> int:
+        return sum(torch.Size(layout.local_shape(name)).numel() for name in names)
+
+    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
+    return _Elements(
+        flat=sum(flats.sizes),
+        owned=sum(torch.Size(shape).numel() for _, _, shape in flats.places.values()),
+        used=count(layout.names_by_rank[pipeline_rank]),
+        largest_tie=max((count(tie.names) for tie in layout.ties if tie.is_sum and tie.users[0] == place), default=0),
+    )
+
+
+def _reduce_bucket_bytes(deepspeed_config: dict[str, Any]) -> int:
+    zero = deepspeed_config.get("zero_optimization", {})
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    return zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET) * reduced_width(deepspeed_config)
 
 
 def _in_flight(
@@ -183,15 +209,17 @@ def _in_flight(
     stages = [
         stage_activations(
             layout.network,
-            layers=layout.stages[index],
-            tensor_parallel_size=layout.tensor_parallel_size,
-            sequence_parallel=layout.sequence_parallel,
-            batch_shape=batch_shape,
-            targets_per_sequence=expected_targets(config, length=batch_shape[1]),
-            dtype=dtype,
-            recompute=training.recompute,
-            document_boundaries=config.data.document_boundaries,
-            vocabulary_chunks=training.vocabulary_chunks,
+            StageCase(
+                layers=layout.stages[index],
+                tensor_parallel_size=layout.tensor_parallel_size,
+                sequence_parallel=layout.sequence_parallel,
+                batch_shape=batch_shape,
+                targets_per_sequence=expected_targets(config, length=batch_shape[1]),
+                dtype=dtype,
+                recompute=training.recompute,
+                document_boundaries=config.data.document_boundaries,
+                vocabulary_chunks=training.vocabulary_chunks,
+            ),
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]

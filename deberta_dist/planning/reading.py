@@ -100,7 +100,7 @@ def _describe_buckets(config: RunConfig, mixture: BucketMixture) -> str:
     )
     lines.append(f"  steps of each length: {steps}; padding in all: {1 - real:.1%}")
     for bucket, length in enumerate(mixture.lengths):
-        count, wanted = sum(sizes.num_pieces[bucket] for sizes in mixture.sizes), mixture.sequences_per_step(bucket)
+        count, wanted = sum(sizes.num_chunks[bucket] for sizes in mixture.sizes), mixture.sequences_per_step(bucket)
         if 0 < count < wanted:
             lines.append(
                 f"  {length}: a step takes {wanted:,} sequences, an epoch has {count:,}, so some come several times in one "

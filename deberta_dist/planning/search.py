@@ -26,7 +26,7 @@ from deberta_dist.parallel.network import Network
 from deberta_dist.parallel.pipeline.stages import balance_stages
 from deberta_dist.planning.deepspeed import checked_deepspeed
 from deberta_dist.planning.machine import Machine
-from deberta_dist.planning.plan import Plan, network_flops, read_model_config
+from deberta_dist.planning.plan import MakeObjective, Plan, network_flops, read_model_config
 from deberta_dist.planning.search_memory import MemorySearch, RankedLayout
 from deberta_dist.planning.step_cost import least_seconds, step_cost
 from deberta_dist.training.objectives.masked_lm import masked_lm
@@ -91,7 +91,14 @@ class SearchResult:
 
 
 def search(
-    config: RunConfig, *, world_size: int, machine: Machine, memory_limit: float, space: Space, count: int
+    config: RunConfig,
+    *,
+    world_size: int,
+    machine: Machine,
+    memory_limit: float,
+    space: Space,
+    count: int,
+    make_objective: MakeObjective = masked_lm,
 ) -> SearchResult:
     """Finds the fastest layouts.
 
@@ -102,18 +109,23 @@ def search(
         memory_limit: Bytes that the peak of a rank may reach.
         space: What is tried.
         count: How many different (tensor, pipeline, data) to find.
+        make_objective: What is trained; every layout is one of all its networks.
 
     Raises:
         ConfigError: the model or the DeepSpeed JSON cannot be read, or no candidate passes the checks.
     """
-    machine = dataclasses.replace(machine, has_fused_attention=machine.has_fused_attention and _can_be_fused(config))
-    found = sorted(candidates(config, world_size=world_size, machine=machine, space=space), key=lambda one: one.least)
+    model = read_model_config(config)
+    objective = make_objective(config, model)
+    can_be_fused = all(_can_be_fused(network.config) for network in objective.networks)
+    machine = dataclasses.replace(machine, has_fused_attention=machine.has_fused_attention and can_be_fused)
+    start = Plan(config, {}, model, objective, layouts=(), network_flops=())
+    found = sorted(candidates(start, world_size=world_size, machine=machine, space=space), key=lambda one: one.least)
     if not found:
         raise ConfigError(
             f"{config.source}: no layout of {world_size} processes passes the checks of a run: its heads, layers or "
             f"training.global_batch_size = {config.training.global_batch_size} do not divide; --dry-run of the launcher says which"
         )
-    memory = MemorySearch(memory_limit)
+    memory = MemorySearch(memory_limit, make_objective=make_objective)
     best: dict[tuple[int, int, int], RankedLayout] = {}
     for candidate in found:
         ranking = sorted(choice.cost.seconds for choice in best.values())
@@ -134,9 +146,8 @@ def search(
     return SearchResult(choices=choices, candidates=len(found), measured=memory.measured, smallest=memory.smallest)
 
 
-def _can_be_fused(config: RunConfig) -> bool:
-    """Whether the kernels of ``kernels/fused`` can do what the run's attention asks, given the right device."""
-    model = read_model_config(config)
+def _can_be_fused(model: DebertaConfig) -> bool:
+    """Whether the kernels of ``kernels/fused`` can do what a model's attention asks, given the right device."""
     positions = relative_positions(
         num_buckets=model.position_buckets, max_distance=model.max_relative_distance, device=torch.device("cpu")
     )
@@ -145,13 +156,16 @@ def _can_be_fused(config: RunConfig) -> bool:
     return unsupported_reason(key_BNSH, positions=positions, mask=None) is None
 
 
-def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
-    """Every plan of the space that passes the checks of a run, without what they cost beyond ``least_seconds``."""
-    model = read_model_config(config)
-    objective = masked_lm(config, model)
-    (network,) = objective.networks  # what a step costs in time is a model of one network's step
+def candidates(start: Plan, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
+    """Every plan of the space that passes the checks of a run, without what they cost beyond ``least_seconds``.
+
+    Args:
+        start: Configuration, model and objective, with no layout yet.
+        world_size, machine, space: See `search`.
+    """
+    config, networks = start.config, start.objective.networks
     batch, length = config.training.global_batch_size, config.data.max_seq_length
-    for tensor, pipeline, data in _sizes(config, model, world_size=world_size, space=space):
+    for tensor, pipeline, data in _sizes(start, world_size=world_size, space=space):
         settings = [(path, _deepspeed(path, config, data=data)) for path in space.deepspeed]
         for micro in _divisors(batch // data, limit=space.largest_micro_batch):
             if space.micro_batch is not None and micro not in space.micro_batch:
@@ -161,9 +175,10 @@ def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: S
             training = config.training.model_copy(
                 update={"micro_batch_size": micro, "num_micro_batches": batch // data // micro}
             )
-            flops = network_flops(config.model_copy(update={"training": training}), network)
-            for parallel in _schedules(config, model, (tensor, pipeline, data), training.num_micro_batches, space):
-                layout = _layout(network, parallel, flops)
+            sized = config.model_copy(update={"training": training})
+            flops = tuple(network_flops(sized, network) for network in networks)
+            for parallel in _schedules(start, (tensor, pipeline, data), training.num_micro_batches, space):
+                layouts = tuple(_layout(*one, parallel) for one in zip(networks, flops, strict=True))
                 for recompute in space.recompute:
                     for path, deepspeed in settings:
                         changed = {
@@ -171,32 +186,42 @@ def candidates(config: RunConfig, *, world_size: int, machine: Machine, space: S
                             "training": training.model_copy(update={"recompute": recompute}),
                             "run": config.run.model_copy(update={"deepspeed": path}),
                         }
-                        plan = Plan(config.model_copy(update=changed), deepspeed, model, objective, (layout,), (flops,))
+                        plan = dataclasses.replace(
+                            start,
+                            config=config.model_copy(update=changed),
+                            deepspeed=deepspeed,
+                            layouts=layouts,
+                            network_flops=flops,
+                        )
                         yield Candidate(plan, least_seconds(plan, machine))
 
 
-def _sizes(config: RunConfig, model: DebertaConfig, *, world_size: int, space: Space) -> Iterator[tuple[int, int, int]]:
+def _least_layers(plan: Plan) -> int:
+    """Of the networks: a pipeline has no more stages than the shallowest has layers."""
+    return min(network.config.num_hidden_layers for network in plan.objective.networks)
+
+
+def _sizes(start: Plan, *, world_size: int, space: Space) -> Iterator[tuple[int, int, int]]:
+    models = [network.config for network in start.objective.networks]
     for tensor in _divisors(world_size):
-        if model.num_attention_heads % tensor or model.intermediate_size % tensor:
+        if any(model.num_attention_heads % tensor or model.intermediate_size % tensor for model in models):
             continue
-        for pipeline in _divisors(world_size // tensor, limit=model.num_hidden_layers):
+        for pipeline in _divisors(world_size // tensor, limit=_least_layers(start)):
             data = world_size // tensor // pipeline
             asked = (space.tensor is None or tensor in space.tensor) and (space.pipeline is None or pipeline in space.pipeline)
-            if asked and config.training.global_batch_size % data == 0:
+            if asked and start.config.training.global_batch_size % data == 0:
                 yield tensor, pipeline, data
 
 
-def _schedules(
-    config: RunConfig, model: DebertaConfig, sizes: tuple[int, int, int], micro_batches: int, space: Space
-) -> Iterator[Parallel]:
+def _schedules(start: Plan, sizes: tuple[int, int, int], micro_batches: int, space: Space) -> Iterator[Parallel]:
     tensor, pipeline, data = sizes
     kinds = [(schedule, 1) for schedule in space.schedules if schedule != INTERLEAVED]
     # torch's interleaved schedule works in rounds, which have to divide the micro-batches.
     if INTERLEAVED in space.schedules and pipeline > 1 and micro_batches % max(1, micro_batches // pipeline) == 0:
-        fitting = [loops for loops in space.stages_per_rank if pipeline * loops <= model.num_hidden_layers]
+        fitting = [loops for loops in space.stages_per_rank if pipeline * loops <= _least_layers(start)]
         kinds += [(INTERLEAVED, loops) for loops in fitting]
     for schedule, loops in kinds if pipeline > 1 else kinds[:1] or [("1f1b", 1)]:
-        yield config.parallel.model_copy(
+        yield start.config.parallel.model_copy(
             update={
                 "tensor_parallel_size": tensor,
                 "pipeline_parallel_size": pipeline,
@@ -218,7 +243,7 @@ def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
     return checked_deepspeed(config.model_copy(update={"parallel": parallel, "run": run})).values
 
 
-def _layout(network: Network, parallel: Parallel, flops: ForwardFlops) -> Layout:
+def _layout(network: Network, flops: ForwardFlops, parallel: Parallel) -> Layout:
     stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
     return _layout_of(
         network,

@@ -1,12 +1,14 @@
-"""From the predictions of one or several runs to the files of a submission, with what is worth knowing of them."""
+"""Assembles a submission from the predictions of one or several runs, and writes and reads its zip."""
 
 import hashlib
-from collections.abc import Sequence
+import io
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from deberta_dist.errors import DataError
+from deberta_dist.errors import DataError, printable
 from deberta_dist.tasks.base import TEST, VALIDATION, Release, Task
 from deberta_dist.tasks.predictions import (
     average,
@@ -18,6 +20,8 @@ from deberta_dist.tasks.predictions import (
 )
 from deberta_dist.tasks.scores import read_scored_split, score_runs, scored_split
 
+_MAX_FILE_BYTES = 64 * 2**20
+
 
 @dataclass
 class Assembly:
@@ -25,9 +29,9 @@ class Assembly:
 
     Attributes:
         directories: The runs that it was made of.
-        files: By name.
+        files: Content by file name, one for every task that has predictions.
         missing: Tasks without predictions.
-        warnings: What is worth a look.
+        warnings: What does not make it invalid and may be a mistake.
         sources: By task: the prediction files with their checksums, what their makers say of them, validation scores.
     """
 
@@ -99,3 +103,54 @@ def _validation_scores(directories: Sequence[Path], task: Task, release: Release
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def zip_bytes(files: Mapping[str, bytes]) -> bytes:
+    """A zip with the files at its top level; equal files give equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name in sorted(files):
+            # The earliest time a zip can hold: the real one would make equal submissions differ.
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(entry, files[name])
+    return buffer.getvalue()
+
+
+def read_zip(path: Path, names: Collection[str]) -> tuple[dict[str, bytes], list[str]]:
+    """(files by name, what is wrong with the zip itself). Nothing is unpacked to disk.
+
+    Args:
+        path: The zip; its members are not trusted.
+        names: Files of a submission; what has another name is not unpacked.
+
+    Raises:
+        DataError: it is no zip file.
+    """
+    files, errors = {}, []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                name = entry.filename
+                parts = PurePosixPath(name).parts
+                if name.startswith("/") or "\\" in name or ".." in parts:
+                    errors.append(f"{printable(name)} leads out of the folder that it is unpacked in")
+                elif not name or entry.is_dir() or name.startswith("__MACOSX/"):
+                    continue
+                elif len(parts) > 1:
+                    errors.append(f"{printable(name)} lies in a folder: the files belong at the top level")
+                elif name in files:
+                    errors.append(f"{printable(name)} is there twice")
+                elif name not in names:
+                    files[name] = b""  # its name is the fault; what is in it need not be unpacked
+                # The size is the archive's claim, and zipfile reads no more than that: a zip bomb ends here.
+                elif entry.file_size > _MAX_FILE_BYTES:
+                    errors.append(f"{printable(name)} has {entry.file_size:,} bytes")
+                elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    errors.append(f"{printable(name)} is compressed in a way that not everyone can unpack: deflate it")
+                else:
+                    files[name] = archive.read(entry)
+    # Hostile archives fail in every part of the reader, each with an error of its own.
+    except Exception as error:
+        raise DataError(f"{path} is not a readable zip file ({type(error).__name__}: {error})") from error
+    return files, errors

@@ -25,7 +25,7 @@ TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 
 class Head(Enum):
-    """What the model gives for a sequence.
+    """What the model gives for a sequence; the values are those of `values.HeadKind`.
 
     Spans, tokens, several labels at once and plain numbers become members with the first task that answers so. What depends on the
     head: `Task.num_outputs` and `Task.probabilities` here, the loss and the batches of ``finetuning/``, and what the
@@ -43,10 +43,9 @@ class Split:
     """One file of the data.
 
     Attributes:
-        task: Its task.
         name: train, val or test.
-        where: The file, for messages.
-        sha256: Of its content.
+        where: The file, or member of a zip, as messages name it.
+        sha256: Of the file's bytes, in hex; predictions name it, so that they are not scored on another release.
         rows: Its rows as they stand there.
         decisions: By key, in the file's order.
     """
@@ -146,7 +145,6 @@ class Task(ABC):
         """What the model thinks of a decision: the mean over windows, then a softmax over labels or choices.
 
         Args:
-            decision: Of a split.
             logits: Of every choice (of a decision among labels: one) and every window of it, float64 [num_outputs].
         """
         means = [np.mean(windows, axis=0) for windows in logits]
@@ -174,7 +172,7 @@ class PublishedScores:
     """A row of published scores.
 
     Attributes:
-        name: Of the model.
+        name: Model, as the table of the publication names it.
         metrics: Percent, by task and metric.
         average: Percent, as published.
     """
@@ -190,7 +188,7 @@ class Verdict:
 
     Attributes:
         errors: Each makes it worthless; with file and line.
-        warnings: Each is worth a look.
+        warnings: What does not make it invalid and may be a mistake.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -209,7 +207,7 @@ class Submission(ABC):
         """A task's file.
 
         Args:
-            split: The test split.
+            split: The test split; the file has a line for each of its decisions.
             answers: By name, for every decision.
         """
 
@@ -232,7 +230,7 @@ class Benchmark:
     """A set of tasks that are read from one place, reported in one table and submitted together.
 
     Attributes:
-        name: For people.
+        name: As reports and help texts spell it.
         tasks: By name, in the order of its leaderboard; the diagnostics last.
         order: Names of the tasks that are trained, in the order in which one start trains them.
         intermediate: Tasks outside of it, with files of their own, from whose models others may start; each has one seed.
@@ -294,7 +292,7 @@ class Release:
 
     Args:
         path: Folder or zip file.
-        benchmark: Whose data it is.
+        benchmark: Names the files that are looked for.
 
     Raises:
         DataError: it is neither.

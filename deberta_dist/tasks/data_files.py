@@ -72,5 +72,5 @@ class DataFiles:
             link = self.path / name
             if link.is_symlink() and not link.exists():
                 to = os.readlink(link)
-                raise DataError(f"{link} is a link that leads nowhere, to {to}: mend it, or take it away") from error
+                raise DataError(f"{link} is a link that leads nowhere, to {to}: fix or remove it") from error
             raise DataError(f"{link} cannot be read ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""One thing to decide, under a key of the data's own; predictions, scores and submissions meet in these keys."""
+"""A decision: one thing to answer, under a key of the data's own that predictions, scores and submissions share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Texts as sequences of tokens: what every task's encoding is made of.
+"""Encodes texts as sequences of tokens; every task's encoding is built from this.
 
 A decision is one or several sequences ``[CLS] first [SEP] second [SEP]``. How a row becomes segments is said in its task's
 file; here they are brought to length.
@@ -11,7 +11,7 @@ file; here they are brought to length.
   them shows the model [UNK] at their place. A text with marked words has no windows: one that is too long keeps the tokens
   nearest to them.
 
-How many rows were cut, and in how many that reached what the label depends on, is counted and told.
+How many rows were cut, and in how many of them what the label depends on, is counted and logged.
 """
 
 from collections import Counter
@@ -30,7 +30,6 @@ class Example:
     """One decision as ids.
 
     Attributes:
-        key: The decision's.
         first: int32 [F].
         seconds: One for a classification, one per choice otherwise.
         gold: Indices of the right labels or choices; empty where unknown.
@@ -47,7 +46,7 @@ class SequenceLengths:
     """How long sequences may be, tokens.
 
     Attributes:
-        max_seq_length: Of a sequence.
+        max_seq_length: Tokens of a sequence at most, special tokens included.
         window_overlap: Shared by neighbouring windows; at most a quarter of ``max_seq_length``.
         max_windows: Of one sequence's first segment.
     """
@@ -61,8 +60,7 @@ class RowEncoder:
     """Makes the examples of a split of the segments that its task names.
 
     Args:
-        decisions: Of the split.
-        tokenizer: Of the model.
+        tokenizer: The one that the model was pre-trained with.
         lengths: How long sequences may be.
     """
 
@@ -73,15 +71,15 @@ class RowEncoder:
         self._counts: Counter[str] = Counter()
 
     def count(self, what: str) -> None:
-        """Counts a row to which something happened, in the words in which it will be told."""
+        """Counts a row to which something happened, under the words of the log."""
         self._counts[what] += 1
 
     def notes(self, where: str, *, of: int) -> list[str]:
         """What was counted, one line each.
 
         Args:
-            where: Task and split.
-            of: Examples of the split.
+            where: Task and split, with which every line begins.
+            of: Number of examples in the split, to which the counts are compared.
         """
         return [f"{where}: {what} in {number:,} of {of:,}" for what, number in sorted(self._counts.items())]
 
@@ -89,8 +87,7 @@ class RowEncoder:
         """A first segment in windows as long as need be, beside each second one.
 
         Args:
-            key: Of the decision.
-            first: The long text.
+            first: The text that is cut into overlapping windows.
             seconds: One for a decision among labels, one a choice for a decision among choices.
         """
         ids, _ = encode_spans(self._tokenizer, first, limit=2**31)

@@ -1,4 +1,4 @@
-"""A split of a task as ids: what fine-tuning trains on and predicts."""
+"""An encoded split of a task, on which fine-tuning trains and predicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Features:
 
     Attributes:
         split: What it was made of.
-        examples: In ascending key.
+        examples: One for each decision, in ascending order of keys: no order of a file decides what is trained.
         notes: What happened to long and odd rows, one line each.
     """
 

@@ -1,4 +1,4 @@
-"""JSON lines read strictly, with line numbers in every message: data, predictions and submissions are such files."""
+"""Reads JSON lines strictly, with line numbers in every message: data, predictions and submissions have this form."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +12,8 @@ def json_lines(content: bytes, *, where: str, may_be_blank: bool = True) -> Iter
     """(line number, object) of every line that is not empty.
 
     Args:
-        content: Of the file.
-        where: Its name, for messages.
+        content: UTF-8 text, one JSON object a line.
+        where: Prefix of messages, before the number of the line.
         may_be_blank: Whether empty lines are passed over; the end of the last line is none.
 
     Raises:

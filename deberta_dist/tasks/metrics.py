@@ -17,8 +17,8 @@ def score(split: Split, answers: Answers) -> dict[str, float]:
     """Every metric of a task on a split whose right answers are known, percent.
 
     Args:
-        split: With gold.
-        answers: For every decision of it.
+        split: A split whose decisions have labels.
+        answers: Decision key to answer, one for every decision of the split.
     """
     assert answers.keys() == split.decisions.keys() and all(d.gold for d in split.decisions.values())
     return {name: 100.0 * measure(split, answers) for name, measure in split.task.measures.items()}

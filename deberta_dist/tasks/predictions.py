@@ -1,4 +1,4 @@
-"""What a model thinks of every decision of a split, as probabilities under the data's own idx; and averages of several.
+"""Reads, writes and averages predictions: probabilities for every decision of a split, under the data's own idx.
 
 A run with one seed is a folder with ``TASK/test.jsonl`` and ``TASK/val.jsonl``, one decision a line:
 
@@ -41,7 +41,7 @@ def prediction_folders(paths: Sequence[Path], benchmark: Benchmark) -> list[Path
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
-            raise DataError(f"{path} is no folder of predictions")
+            raise DataError(f"{path} is not a folder of predictions")
         seeds = [seed for seed in path.glob("seed-*") if seed.is_dir()]
         if seeds and any((path / name).is_dir() for name in benchmark.tasks):
             raise DataError(f"{path} holds seed-* folders and predictions of its own: name the folders that are meant")
@@ -102,7 +102,6 @@ def read_predictions(path: Path, *, parse_key: Callable[..., Key] = whole_number
     """Reads a file of predictions.
 
     Args:
-        path: The file.
         parse_key: Of the task: (value, at=file and line) -> key.
 
     Raises:
@@ -175,8 +174,8 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
     """Mean of the probabilities of several runs: an ensemble.
 
     Args:
-        runs: For the same decisions.
-        names: Of the runs, for messages.
+        runs: Probabilities of each run; all runs have the same decisions.
+        names: What messages call the runs, in the same order.
 
     Raises:
         DataError: their decisions or labels differ.

@@ -1,4 +1,4 @@
-"""A report on fine-tuned models: scores of every run and of their ensemble, beside the published ones and another model's.
+"""Reports fine-tuned models: scores of every run and of their ensemble, beside published ones and another model's.
 
 Everything is scored on rows with public answers: the validation split, and the diagnostics' only one.
 """
@@ -14,7 +14,6 @@ from deberta_dist.tasks.base import Benchmark, Release
 from deberta_dist.tasks.predictions import prediction_folders, predictions_file
 from deberta_dist.tasks.scores import Spread, TaskScores, read_scored_split, score_runs, scored_split
 from deberta_dist.tasks.significance import Comparison, compare
-from deberta_dist.tasks.tables import Table, bullets
 
 _HEADER = ("task", "metric", "mean ± std (runs)", "ensemble", "each run", "one label always")
 _LEGEND = (
@@ -27,17 +26,53 @@ _P_VALUE = "p: Welch's t-test of the task scores over runs, two-sided; each task
 
 
 @dataclass(frozen=True)
+class _Table:
+    """One table.
+
+    Attributes:
+        title: One line above the table; a heading in Markdown.
+        header: Names of the columns, as many as each row has cells.
+        rows: As many cells each.
+        below: Sentences under the table; a list in Markdown.
+        names: Columns, from the first, that stand to the left; numbers stand to the right.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
+    names: int = 1
+
+    def text(self) -> str:
+        """Columns of spaces under a title."""
+        lines = [[printable(cell) for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [self.title, ""]
+        for line in lines:
+            cells = enumerate(zip(line, widths, strict=True))
+            shown.append("  ".join(c.ljust(w) if column < self.names else c.rjust(w) for column, (c, w) in cells).rstrip())
+        return "\n".join([*shown, *self.below])
+
+    def markdown(self) -> str:
+        """A table of GitHub's dialect under a heading."""
+        lines = [[_cell(cell) for cell in row] for row in (self.header, *self.rows)]
+        lines.insert(1, ["---"] * self.names + ["---:"] * (len(self.header) - self.names))
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n\n".join([f"## {self.title}", table, *([_bullets(self.below)] if self.below else [])])
+
+
+@dataclass(frozen=True)
 class ScoreReport:
     """Scores, and what is worth knowing of them.
 
     Attributes:
         benchmark: Whose tasks they are.
-        directories: The runs.
+        directories: The runs, in the order of the column `each run`.
         against: Those of the other model.
         scores: By task, of the runs that have it.
-        others: Likewise, of the other model.
+        others: Scores of the other model's runs, by task.
         comparisons: By task, where both have it.
-        notes: What is missing, or worth a look.
+        notes: What is missing or remarkable, one line each.
     """
 
     benchmark: Benchmark
@@ -62,7 +97,7 @@ class ScoreReport:
 
     def markdown(self) -> str:
         """The same tables, as GitHub shows them."""
-        notes = [f"## Notes\n\n{bullets(self.notes)}"] if self.notes else []
+        notes = [f"## Notes\n\n{_bullets(self.notes)}"] if self.notes else []
         return "\n\n".join([f"# {self.benchmark.name} scores", *(table.markdown() for table in self._tables()), *notes]) + "\n"
 
     def json(self) -> str:
@@ -90,17 +125,17 @@ class ScoreReport:
         rows = [asdict(row) for row in self.benchmark.published]
         return {"source": self.benchmark.published_source, "split": "test", "rows": rows}
 
-    def _tables(self) -> Iterator[Table]:
+    def _tables(self) -> Iterator[_Table]:
         main = [found for found in self.scores.values() if not found.split.task.is_diagnostic]
         diagnostics = [found for found in self.scores.values() if found.split.task.is_diagnostic]
         if main:
             below = (self._average_sentence(), _LEGEND, f"Runs: {_listed(self.directories)}.")
             title = f"{self.benchmark.name}, validation split, percent"
-            yield Table(title, _HEADER, self._score_rows(main), below, names=2)
+            yield _Table(title, _HEADER, self._score_rows(main), below, names=2)
             if self.benchmark.published:
                 yield self._beside_published()
         if diagnostics:
-            yield Table("Diagnostics, percent, outside of the average", _HEADER, self._score_rows(diagnostics), names=2)
+            yield _Table("Diagnostics, percent, outside of the average", _HEADER, self._score_rows(diagnostics), names=2)
         if self.against:
             yield self._beside_other()
 
@@ -127,7 +162,7 @@ class ScoreReport:
                 rows.append((task.name, title, spread, f"{ensemble:.1f}", " ".join(each), last))
         return rows
 
-    def _beside_published(self) -> Table:
+    def _beside_published(self) -> _Table:
         """Rows of models, columns of tasks, as on the leaderboard."""
         tasks, main = self.benchmark.tasks, self.benchmark.main_tasks
         means = {
@@ -144,9 +179,9 @@ class ScoreReport:
         pairs = [f"{name}: {'/'.join(tasks[name].metrics)}" for name in main if len(tasks[name].metrics) > 1]
         below = [_NOT_THE_SAME.format(source=self.benchmark.published_source)]
         below += [f"Of two metrics, {'; '.join(pairs)}."] if pairs else []
-        return Table("Beside published scores", ("model", *main, "average"), rows, below)
+        return _Table("Beside published scores", ("model", *main, "average"), rows, below)
 
-    def _beside_other(self) -> Table:
+    def _beside_other(self) -> _Table:
         rows = []
         unknown: dict[str, list[str]] = {}
         for name in self.benchmark.tasks:
@@ -160,10 +195,10 @@ class ScoreReport:
             rows.append((name, _shown(a), _shown(b), f"{a.mean - b.mean:+.1f}", _shown_p(found.p_value)))
             if found.reason:
                 unknown.setdefault(found.reason, []).append(name)
-        below = [f"Cannot be told of {', '.join(names)}: {reason}." for reason, names in unknown.items()]
+        below = [f"No test for {', '.join(names)}: {reason}." for reason, names in unknown.items()]
         header = ("task", "ours (runs)", "other (runs)", "difference", "p")
         below = [_P_VALUE, *below, f"Other runs: {_listed(self.against)}."]
-        return Table("Against another model, task scores", header, rows, below)
+        return _Table("Against another model, task scores", header, rows, below)
 
 
 def make_report(directories: Sequence[Path], release: Release, against: Sequence[Path] = ()) -> ScoreReport:
@@ -271,3 +306,13 @@ def _as_json(found: TaskScores) -> dict[str, Any]:
         "ensemble": asdict(found.ensemble),
         "constant": {"label": found.constant[0], "task_score": found.constant[1]} if found.constant else None,
     }
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Without what would end it: names of folders may hold anything."""
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|")

@@ -20,7 +20,7 @@ class Score:
 
     Attributes:
         metrics: Percent, by the names of the task's metrics.
-        task_score: Their mean.
+        task_score: Mean of the metrics, in percent; the leaderboard averages this over tasks.
     """
 
     metrics: Mapping[str, float]
@@ -32,9 +32,9 @@ class Spread:
     """Several runs' values of one number.
 
     Attributes:
-        mean: In the unit of the values.
+        mean: Arithmetic mean, in percent.
         deviation: Sample standard deviation, with n - 1; None of one run.
-        count: Runs.
+        count: Number of runs.
     """
 
     mean: float

@@ -1,4 +1,4 @@
-"""Text as ids, brought to a length without losing what a label depends on.
+"""Truncates encoded text without losing the tokens that a label depends on.
 
 Letters: F tokens of a first segment, S of a sequence.
 """
@@ -34,11 +34,11 @@ def encode_spans(tokenizer: Tokenizer, parts: Sequence[TextPart], *, limit: int)
     Returns:
         (ids, int32; what that took: ``NOT_CUT``, ``CONTEXT_CUT`` or ``KEPT_CUT``).
     """
-    pieces = [tokenizer.encode(part.text) for part in parts]
-    ids = np.array([i for piece in pieces for i in piece], dtype=np.int32)
+    encoded = [tokenizer.encode(part.text) for part in parts]
+    ids = np.array([i for text_ids in encoded for i in text_ids], dtype=np.int32)
     if len(ids) <= limit:
         return ids, NOT_CUT
-    is_kept = np.repeat([part.is_kept for part in parts], [len(piece) for piece in pieces])
+    is_kept = np.repeat([part.is_kept for part in parts], [len(text_ids) for text_ids in encoded])
     return ids[_nearest(is_kept, limit=limit)], KEPT_CUT if is_kept.sum() > limit else CONTEXT_CUT
 
 
@@ -61,9 +61,9 @@ def window_starts(length: int, *, room: int, overlap: int, most: int) -> np.ndar
     so many are spread evenly and may leave gaps.
 
     Args:
-        length: Tokens of the segment.
+        length: Tokens of the whole segment.
         room: Tokens of a window, more than ``overlap``.
-        overlap: Tokens.
+        overlap: Tokens that neighbouring windows share; less than a window has.
         most: Windows at most, from 1.
     """
     if length <= room:

@@ -1,4 +1,4 @@
-"""Whether two models differ by more than their seeds do."""
+"""Tests whether two models differ by more than their seeds do."""
 
 import math
 import statistics
@@ -14,8 +14,8 @@ class Comparison:
 
     Attributes:
         ours: Task scores in percent, run by run.
-        theirs: Likewise.
-        p_value: Two-sided probability of such a difference between equal means; None where it cannot be told.
+        theirs: Task scores of the other model's runs, in percent.
+        p_value: Two-sided probability of such a difference between equal means; None where it cannot be computed.
         reason: Why it cannot, in words; empty otherwise.
     """
 
@@ -55,7 +55,7 @@ def two_sided_p(t: float, *, freedom: float) -> float:
     Lentz's method). The tests compare it with scipy.
 
     Args:
-        t: The statistic.
+        t: Welch's t statistic, of either sign.
         freedom: Degrees of freedom, positive; need not be whole.
     """
     square = t * t

@@ -1,6 +1,5 @@
 """Held-out text: which rows, what loss, and what a predictor without context would reach."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from deberta_dist.data.bucketed_dataset import BucketedDataset
@@ -21,12 +20,15 @@ UNIGRAM_TOKENS = 100_000_000
 
 def evaluate(
     trainer: Trainer, *, plan: Plan, validation: MaskedLMDataset, mesh: Mesh, sizes: TargetSizes | None = None
-) -> EvaluationResult:
-    """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same, targets padded to ``sizes``."""
+) -> dict[str, EvaluationResult]:
+    """Loss and accuracy of every network on ``evaluation.num_sequences`` held-out sequences, always the same.
+
+    Targets are padded to ``sizes``.
+    """
     size = plan.config.training.global_batch_size
     count = num_evaluation_sequences(plan, validation)
     rows = (rank_batch(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size))
-    return trainer.evaluate(trainer.pack(batch, sizes=sizes) for batch in rows)
+    return trainer.evaluate_networks(trainer.pack(batch, sizes=sizes) for batch in rows)
 
 
 def num_evaluation_sequences(plan: Plan, validation: MaskedLMDataset) -> int:
@@ -63,7 +65,9 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         vocab_size=vocab_size,
     )
     numbers = {
-        **asdict(result),
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "num_targets": result.num_targets,
         "unigram_loss": unigram.loss,
         "unigram_entropy_of_targets": unigram.entropy,
         "beats_unigram": result.loss < unigram.entropy,

@@ -5,7 +5,7 @@ from typing import Any
 
 from deberta_dist.errors import DivergedError
 from deberta_dist.training.loop import FinishedStep, Hook, Place, Request, StepOutcome
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.metrics import MetricsLog, NetworkMetrics, StepMetrics
 from deberta_dist.training.saving import Checkpointing
 
 
@@ -40,11 +40,12 @@ class FiniteGuard(Hook):
 
 
 class MetricsHook(Hook):
-    """Records every step: a record of each network's.
+    """Records every step with what it was for every network.
 
     Args:
         log: The run's; on ranks other than 0 it does nothing.
-        more: Further numbers of a step and a network; ``mfu`` among them is the model FLOPs utilisation.
+        more: Further numbers of a step and the network whose weights are the run's result; ``mfu`` among them is the model
+            FLOPs utilisation.
     """
 
     place = Place.METRICS
@@ -56,26 +57,29 @@ class MetricsHook(Hook):
         """Records the step here, not in ``act``, so that the record exists whatever the hooks do next."""
         if not step.results:
             self._log.left_out(step=step.number, consumed_samples=step.consumed_samples)
-        for name, result in step.results.items():
-            self._record(step, result, {"network": name} if len(step.results) > 1 else {})
-        return Request.NOTHING
-
-    def _record(self, step: FinishedStep, result: StepOutcome, more: dict[str, Any]) -> None:
-        more |= self._more(step, result)
+            return Request.NOTHING
+        others = dict(step.results)
+        result = others.pop("")
+        more = dict(self._more(step, result))
         self._log.step(
             StepMetrics(
                 step=step.number,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                lr=step.learning_rate,
+                **_numbers(result),
                 tokens_per_second=result.num_tokens / step.seconds,
                 mfu=more.pop("mfu", None),
                 consumed_samples=step.consumed_samples,
                 data_seconds=step.waited_seconds,
                 skipped=result.grad_norm is None,
             ),
+            networks={name: NetworkMetrics(**_numbers(other)) for name, other in others.items()},
             **more,
         )
+        return Request.NOTHING
+
+
+def _numbers(result: StepOutcome) -> dict[str, Any]:
+    """What is recorded of every network."""
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}
 
 
 class EvaluationHook(Hook):

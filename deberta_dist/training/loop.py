@@ -59,6 +59,10 @@ class StepOutcome(Protocol):
         """Global norm before clipping; None where a gradient was not finite, so that no rank moved a weight."""
 
     @property
+    def learning_rate(self) -> float:
+        """Of the network in the step."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the step over all ranks, padding left out."""
 
@@ -70,8 +74,7 @@ class FinishedStep(Generic[B]):
     Attributes:
         number: Steps done, this one included.
         batch: What was read, this rank's part.
-        results: By the name of a network; empty where the step was left out.
-        learning_rate: Of the step.
+        results: By the name of a network, "" of the one whose weights are the run's result; empty where the step was left out.
         consumed_samples: Read since the start of the run, this step included.
         seconds: That the step took here, waiting for the batch left out.
         waited_seconds: For its batch, here.
@@ -80,7 +83,6 @@ class FinishedStep(Generic[B]):
     number: int
     batch: B
     results: Mapping[str, StepOutcome]
-    learning_rate: float
     consumed_samples: int
     seconds: float
     waited_seconds: float
@@ -93,7 +95,7 @@ class Steps(Protocol[B]):
         """This rank's batch, a function of the step alone. Called ahead, in another thread."""
 
     def take(self, batch: B, *, step: int, learning_rate: float) -> Mapping[str, StepOutcome]:
-        """Takes the step; what it did, by the name of a network. Collective."""
+        """Takes the step; what it did, by the name of a network, as `FinishedStep.results`. Collective."""
 
     def consumed_samples(self, num_steps: int) -> int:
         """Samples read by the first ``num_steps`` steps of the run."""
@@ -188,7 +190,6 @@ class Loop(Generic[B]):
             number=step + 1,
             batch=batch,
             results=results,
-            learning_rate=learning_rate,
             consumed_samples=self._steps.consumed_samples(step + 1),
             seconds=seconds,
             waited_seconds=waited_seconds,

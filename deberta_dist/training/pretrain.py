@@ -7,8 +7,7 @@ configuration -> plan -> inputs -> checkpoint to continue from -> process group 
 evaluations, checkpoints -> weights -> result.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,11 @@ from deberta_dist.training.resume import (
 from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.target_sizes import TargetSizes
-from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
+from deberta_dist.training.trainer import EvaluationResult, NetworkResult, Trainer
 from deberta_dist.training.vocabulary import resolve_vocabulary
 
 # Skipped steps in a row after which the run ends: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
-NETWORK = "masked_lm"
 
 
 def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
@@ -243,11 +241,11 @@ class PretrainingSteps:
         batch = rank_batch(self._data.train, plan=self._plan, mesh=self._mesh, start=self.consumed_samples(step))
         return self._trainer.pack(batch, sizes=self._sizes)
 
-    def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> dict[str, StepResult]:
+    def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> Mapping[str, NetworkResult]:
         """Takes a step."""
-        return {NETWORK: self._trainer.step(batch, step=step, learning_rate=learning_rate)}
+        return self._trainer.step(batch, step=step, learning_rate=learning_rate).networks
 
-    def numbers(self, step: FinishedStep[StepBatch], result: StepResult) -> dict[str, Any]:
+    def numbers(self, step: FinishedStep[StepBatch], result: NetworkResult) -> dict[str, Any]:
         """What a record tells beside the loop's own: ``mfu``, epochs and, with dynamic batching, lengths and padding."""
         flops, mfu = self._plan.flops_of_bucket(step.batch.input_ids.shape[1]).training, None
         if self._peak_flops is not None:
@@ -271,7 +269,7 @@ class HeldOutEvaluation:
         sizes: To pad targets to; None: they are not padded.
 
     Attributes:
-        result: Of the last evaluation; None before the first.
+        result: Of the last evaluation, of the network whose weights are the run's result; None before the first.
     """
 
     def __init__(
@@ -283,8 +281,9 @@ class HeldOutEvaluation:
 
     def run(self, step: int) -> EvaluationResult:
         """Evaluates after ``step`` steps. Collective."""
-        self.result = self._evaluate()
-        self._log.evaluation(step=step, **asdict(self.result))
+        found = self._evaluate()
+        self._log.evaluation(step=step, networks=found)
+        self.result = found[""]
         return self.result
 
 
@@ -329,7 +328,7 @@ def train(
     return held_out.result or held_out.run(steps.first_step)
 
 
-def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
+def bucket_metrics(batch: StepBatch, outcome: NetworkResult, *, plan: Plan) -> dict[str, float]:
     """With dynamic batching, the length of a step's sequences and the share of its tokens that is padding."""
     if plan.config.data.bucket_lengths is None:
         return {}

@@ -63,13 +63,13 @@ def reduce_half(
 
 
 def apply_halves(
-    halves: Sequence[Half], *, learning_rate: float, may_step: bool = True, known: Tensor | None = None
+    halves: Sequence[Half], *, learning_rates: Sequence[float], may_step: bool = True, known: Tensor | None = None
 ) -> tuple[list[list[float]], list[float], float | None]:
     """Takes the steps whose first halves are done, all or none of them, after one read of the device.
 
     Args:
         halves: Of one network, or of several that are clipped by one norm.
-        learning_rate: For this step.
+        learning_rates: Of each in this step.
         may_step: False where a network before these could not step: then none does.
         known: Further numbers on the device, the same on all ranks, that the host wants to read.
 
@@ -87,7 +87,7 @@ def apply_halves(
     norm = norms[0][0] if len(norms) == 1 else math.sqrt(sum(one[0] ** 2 for one in norms))
     if not may_step:
         norm = math.inf
-    for half, own in zip(halves, norms, strict=True):
+    for half, own, learning_rate in zip(halves, norms, learning_rates, strict=True):
         half.model.apply(own, learning_rate=learning_rate, joint_norm=None if len(norms) == 1 and may_step else norm)
     return sums, numbers[start:], norm if math.isfinite(norm) else None
 
@@ -110,7 +110,7 @@ def optimizer_step(
         (sums over all ranks; gradient norm before clipping, or None in a skipped step).
     """
     half = reduce_half(model, mesh=mesh, count=count, forward_backward=forward_backward)
-    (sums,), _, norm = apply_halves([half], learning_rate=learning_rate)
+    (sums,), _, norm = apply_halves([half], learning_rates=[learning_rate])
     return sums, norm
 
 

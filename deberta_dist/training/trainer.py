@@ -25,16 +25,20 @@ from deberta_dist.training.target_sizes import TargetSizes
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What one optimizer step was for one of several networks.
+    """What one optimizer step was for one network.
 
     Attributes:
         loss: Mean over what its loss is the mean over (nats), before the update.
         grad_norm: Global norm of its gradient before clipping; None when no rank stepped.
+        learning_rate: Of its step.
+        num_tokens: Tokens of the step over all ranks, padding left out.
         sums: What its last stage added up, over all ranks, by `TrainedNetwork.results`.
     """
 
     loss: float
     grad_norm: float | None
+    learning_rate: float
+    num_tokens: int
     sums: Mapping[str, float]
 
 
@@ -70,11 +74,13 @@ class EvaluationResult:
         loss: Mean over all targets (nats).
         accuracy: Share of targets whose most likely answer is the right one.
         num_targets: How many there were.
+        counted: What they are: one of `step_batch.COUNTS`.
     """
 
     loss: float
     accuracy: float
     num_targets: int
+    counted: str = "targets"
 
 
 class Trainer:
@@ -119,23 +125,25 @@ class Trainer:
         Args:
             batch: This data-parallel rank's micro-batches, stacked or packed.
             step: Number of the step, from 0.
-            learning_rate: For this step.
+            learning_rate: Of the run in this step; a network has its own factor on it.
         """
         here = self._here(batch)
         # Of all micro-batches on all replicas: sequences of a bucket may be many or few, every target weighs the same.
         counts = here.counts.clone()
         dist.all_reduce(counts, group=self._mesh.groups["data"])
+        rates = [network.learning_rate_factor * learning_rate for network in self.objective.networks]
         halves, sums, norms, known, handed = [], [], [], [], None
         for parts in self.networks:
             half, handed = self._reduce(parts, here, step=step, counts=counts, handed=handed)
             halves.append(half)
             is_last = len(sums) + len(halves) == len(self.networks)
             if is_last or not self.objective.is_joint:
+                now = slice(len(sums), len(sums) + len(halves))
                 found, known, norm = apply_halves(
-                    halves, learning_rate=learning_rate, may_step=None not in norms, known=counts if is_last else None
+                    halves, learning_rates=rates[now], may_step=None not in norms, known=counts if is_last else None
                 )
                 sums, norms, halves = sums + found, [*norms, norm], []
-        return self._result(sums, norms, num_targets=int(known[0]), num_tokens=int(known[1]))
+        return self._result(sums, norms, rates, num_targets=int(known[0]), num_tokens=int(known[1]))
 
     def _reduce(
         self, parts: TrainingComponents, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
@@ -175,15 +183,23 @@ class Trainer:
         return ids
 
     def _result(
-        self, sums: Sequence[Sequence[float]], norms: Sequence[float | None], *, num_targets: int, num_tokens: int
+        self,
+        sums: Sequence[Sequence[float]],
+        norms: Sequence[float | None],
+        rates: Sequence[float],
+        *,
+        num_targets: int,
+        num_tokens: int,
     ) -> StepResult:
         networks, loss = {}, 0.0
-        for number, (network, found) in enumerate(zip(self.objective.networks, sums, strict=True)):
+        for number, (network, found, rate) in enumerate(zip(self.objective.networks, sums, rates, strict=True)):
             by_name = dict(zip(network.results, found, strict=True))
             own = by_name["loss"] / max(by_name[network.mean_over], 1)
             loss += network.loss_weight * own
             norm = norms[0 if self.objective.is_joint else number]
-            networks[network.name] = NetworkResult(loss=own, grad_norm=norm, sums=by_name)
+            networks[network.name] = NetworkResult(
+                loss=own, grad_norm=norm, learning_rate=rate, num_tokens=num_tokens, sums=by_name
+            )
         return StepResult(
             loss=loss,
             grad_norm=None if None in norms else norms[0] if len(norms) == 1 else math.hypot(*norms),
@@ -218,7 +234,10 @@ class Trainer:
             by_name = dict(zip(network.results, totals.tolist(), strict=True))
             count = by_name[network.mean_over]
             found[network.name] = EvaluationResult(
-                loss=by_name["loss"] / max(count, 1), accuracy=by_name["correct"] / max(count, 1), num_targets=int(count)
+                loss=by_name["loss"] / max(count, 1),
+                accuracy=by_name["correct"] / max(count, 1),
+                num_targets=int(count),
+                counted=network.mean_over,
             )
         return found
 

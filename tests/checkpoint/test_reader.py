@@ -92,14 +92,16 @@ def test_rows_behind_the_vocabulary_are_zeros(written: dict[Case, Path]) -> None
 
 def test_only_files_that_are_needed_are_touched(copy: Path) -> None:
     reader = open_checkpoint(copy, verify=False)
-    region = reader.manifest.tensors[ROW].regions[0]
-    needed = {piece.file for piece in region.pieces}
+    tensor_slice = reader.manifest.tensors[ROW].slices[0]
+    needed = {flat_range.file for flat_range in tensor_slice.ranges}
     assert 1 <= len(needed) < len(reader.manifest.files)
     for name in reader.manifest.files:
         if name not in needed:
             (copy / name).unlink()
     full = known_tensors("v2")["weight"][ROW]
-    assert torch.equal(reader.read(ROW, cut=(1, region.start, region.stop)), full[:, region.start : region.stop])
+    assert torch.equal(
+        reader.read(ROW, cut=(1, tensor_slice.start, tensor_slice.stop)), full[:, tensor_slice.start : tensor_slice.stop]
+    )
     assert reader.bytes_copied == 4 * 16 * 12
     with pytest.raises(CheckpointError, match="rank-.* is missing"):
         reader.read(ROW)

@@ -183,7 +183,9 @@ CASES = [
 @functools.cache
 def files_for(case: Case) -> dict[str, FileEntry]:
     """File entries large enough for anything."""
-    names = {piece.file for entry in case.table.values() for region in entry.regions for piece in region.pieces}
+    names = {
+        flat_range.file for entry in case.table.values() for tensor_slice in entry.slices for flat_range in tensor_slice.ranges
+    }
     return {name: FileEntry(bytes=2**40, sha256="0" * 64) for name in names}
 
 
@@ -195,8 +197,8 @@ def test_table_tiles_everything_once(case: Case) -> None:
     for name, entry in case.table.items():
         assert entry.shape == case.layout.full_shapes[name]
         assert entry.cut_dim == sharding_rules.parameter_sharding(name).dim
-        for region in entry.regions:
-            counts[name] += sum(piece.count for piece in region.pieces)
+        for tensor_slice in entry.slices:
+            counts[name] += sum(flat_range.count for flat_range in tensor_slice.ranges)
     words = "deberta.embeddings.word_embeddings.weight"
     padded = sharding_rules.padded_vocabulary(203, tensor_parallel_size=case.tensor)
     assert counts[words] == padded * 16
@@ -209,11 +211,11 @@ def test_table_tiles_everything_once(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_of_all_shards_are_the_pieces_of_the_table(case: Case) -> None:
-    pieces = {
-        (name, piece.file, piece.flat, piece.offset, piece.begin, piece.count)
+    ranges = {
+        (name, flat_range.file, flat_range.flat, flat_range.offset, flat_range.begin, flat_range.count)
         for name, entry in case.table.items()
-        for region in entry.regions
-        for piece in region.pieces
+        for tensor_slice in entry.slices
+        for flat_range in tensor_slice.ranges
     }
     parts = set()
     for rank in range(case.shape.world_size):
@@ -224,7 +226,7 @@ def test_parts_of_all_shards_are_the_pieces_of_the_table(case: Case) -> None:
             ends = [part.offset + part.count for part in found]
             assert all(part.offset >= end for part, end in zip(found[1:], ends, strict=False))
             parts |= {(part.name, f"rank-{rank:05d}.safetensors", flat, part.offset, part.begin, part.count) for part in found}
-    assert parts == pieces
+    assert parts == ranges
 
 
 def test_local_cut_is_the_cut_of_training() -> None:
@@ -240,29 +242,29 @@ def test_local_cut_is_the_cut_of_training() -> None:
 
 
 def _with_piece(entry: TensorEntry, **changes: object) -> TensorEntry:
-    region = entry.regions[0]
-    pieces = (dataclasses.replace(region.pieces[0], **changes), *region.pieces[1:])
-    return dataclasses.replace(entry, regions=(dataclasses.replace(region, pieces=pieces), *entry.regions[1:]))
+    tensor_slice = entry.slices[0]
+    ranges = (dataclasses.replace(tensor_slice.ranges[0], **changes), *tensor_slice.ranges[1:])
+    return dataclasses.replace(entry, slices=(dataclasses.replace(tensor_slice, ranges=ranges), *entry.slices[1:]))
 
 
 def _with_region(entry: TensorEntry, **changes: object) -> TensorEntry:
-    return dataclasses.replace(entry, regions=(dataclasses.replace(entry.regions[0], **changes), *entry.regions[1:]))
+    return dataclasses.replace(entry, slices=(dataclasses.replace(entry.slices[0], **changes), *entry.slices[1:]))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda entry: dataclasses.replace(entry, regions=()), "0 regions"),
-        (lambda entry: dataclasses.replace(entry, regions=entry.regions[:1]), "regions end at"),
-        (lambda entry: dataclasses.replace(entry, regions=entry.regions[::-1]), "side by side"),
-        (lambda entry: dataclasses.replace(entry, regions=entry.regions * 2), "side by side"),
-        (lambda entry: dataclasses.replace(entry, cut_dim=None), "2 regions"),
+        (lambda entry: dataclasses.replace(entry, slices=()), "0 slices"),
+        (lambda entry: dataclasses.replace(entry, slices=entry.slices[:1]), "slices end at"),
+        (lambda entry: dataclasses.replace(entry, slices=entry.slices[::-1]), "side by side"),
+        (lambda entry: dataclasses.replace(entry, slices=entry.slices * 2), "side by side"),
+        (lambda entry: dataclasses.replace(entry, cut_dim=None), "2 slices"),
         (lambda entry: dataclasses.replace(entry, cut_dim=2), "cannot be cut"),
-        (lambda entry: dataclasses.replace(entry, cut_dim=1), "regions end at 128 and not at 16"),
-        (lambda entry: dataclasses.replace(entry, shape=(2**40, 16)), "regions end at 256"),
+        (lambda entry: dataclasses.replace(entry, cut_dim=1), "slices end at 128 and not at 16"),
+        (lambda entry: dataclasses.replace(entry, shape=(2**40, 16)), "slices end at 256"),
         (lambda entry: _with_region(entry, stop=127), "elements, not"),
         (lambda entry: _with_region(entry, stop=0), "side by side"),
-        (lambda entry: _with_region(entry, pieces=()), "have 0 elements"),
+        (lambda entry: _with_region(entry, ranges=()), "have 0 elements"),
         (lambda entry: _with_piece(entry, count=0), "side by side"),
         (lambda entry: _with_piece(entry, begin=1), "side by side"),
         (lambda entry: _with_piece(entry, count=2**62), "side by side|elements, not"),

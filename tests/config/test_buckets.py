@@ -23,7 +23,7 @@ from deberta_dist.errors import ConfigError
         ("bucket_lengths = [96, 512]",
          "data.bucket_lengths: 96 does not divide training.micro_batch_size = 4 x data.max_seq_length = 512 = 2048"),
         ("bucket_lengths = [128, 512]\ndocument_boundaries = true", "data.document_boundaries = true has nothing to separate"),
-        ('index_directory = "lists"', "lists is of no use without data.bucket_lengths"),
+        ('index_directory = "lists"', "lists has no effect without data.bucket_lengths"),
     ],
 )  # fmt: skip
 def test_refused(spoil: Callable[[str, str], Path], lines: str, expected: str) -> None:

@@ -76,7 +76,7 @@ def test_pickles_of_other_things(source: Path, tmp_path: Path) -> None:
     file = source / "pytorch_model.bin"
     tensors = published_tensors(make_model("v2"))
     for content, match in (
-        ([1, 2], "holds list, no state dictionary"),
+        ([1, 2], "holds list, not a state dictionary"),
         ({**tensors, "step": 3}, "step is int, no tensor with a name"),
         ({1: torch.zeros(1)}, "1 is Tensor, no tensor with a name"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "not a dense tensor"),

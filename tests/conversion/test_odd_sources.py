@@ -246,7 +246,7 @@ def test_entries_that_are_no_tensors(tmp_path: Path) -> None:
     torch.save({**state, "epoch": 3, "x._extra_state": {"a": 1}, 7: torch.ones(1)}, source / "pytorch_model.bin")
     tool, to = "convert_checkpoint.py", ("--to", "deberta_dist")
     result = call(tool, "source", "target", *to, "--allow-unmapped", "x.*", cwd=tmp_path)
-    assert_one_line_error(result, code=65, words="epoch is int, no tensor with a name; to leave it out, give --allow-unmapped")
+    assert_one_line_error(result, code=65, words="epoch is int, not a named tensor; to leave it out, give --allow-unmapped")
     patterns = [word for key in ("epoch", "x.*", "7") for word in ("--allow-unmapped", key)]
     result = call(tool, "source", "target", *to, *patterns, cwd=tmp_path)
     assert result.returncode == 0 and "also holds epoch, x._extra_state, 7: not part of the model" in result.stdout

@@ -273,7 +273,7 @@ def test_settings_that_cannot_stand_there_are_named(spm: Path, tmp_path: Path) -
         ("tokenizer_config", {"mask_token": 5}, "'5' is no token"),
         ("tokenizer_config", {"added_tokens_decoder": {"x": token("a")}}, "x: not all of these are numbers"),
         ("tokenizer_config", {"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}}, "a flag that is neither"),
-        ("tokenizer_config", {"extra_special_tokens": 5}, "is no list of tokens"),
+        ("tokenizer_config", {"extra_special_tokens": 5}, "is not a list of tokens"),
         ("tokenizer_config", "{", "tokenizer_config.json"),
         ("special_tokens_map", {"cls_token": {"text": "x"}}, "is no token"),
         ("added_tokens", {"<user>": "y"}, "numbers of added tokens"),

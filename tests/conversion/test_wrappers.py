@@ -81,7 +81,7 @@ def test_known_wrappers(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        (behind("student."), "80 of 80 keys begin with 'student.', which is no known wrapper: .* give --prefix student."),
+        (behind("student."), "80 of 80 keys begin with 'student.', which is not a known wrapper: .* give --prefix student."),
         (behind("net.inner."), "begin with 'net.inner.'.*--prefix net.inner."),
         ({"state_dict": behind("model.student.")}, "begin with 'model.student.'"),
         ({**behind("student."), **behind("teacher.")}, r"2 models, at 'student.' \(80 keys\), 'teacher.' \(80 keys\): .*--prefix"),

@@ -85,7 +85,7 @@ def test_what_does_not_fill_a_step_begins_the_next(corpus: TokenCorpus, tokenize
     for step in range(90):
         batch = data.batch(step * SAMPLES, SAMPLES)
         read[batch.input_ids.shape[1]] += text_of(batch)
-    for length, size in zip(LENGTHS, sizes.num_pieces, strict=True):
+    for length, size in zip(LENGTHS, sizes.num_chunks, strict=True):
         epochs = [read[length][start : start + size] for start in range(0, 3 * size, size)]
         assert len(epochs[2]) == size and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
         assert epochs[0] != epochs[1] != epochs[2]
@@ -174,7 +174,7 @@ def test_a_foreign_tokenizer_or_damage_is_refused(
     with open(path, "r+b") as file:
         file.seek(4096)
         file.write(b"".join(entries[at : at + 2] + b"\xff" * 6 for at in range(0, len(entries), 8)))
-    with pytest.raises(DataError, match=r"pieces is damaged: a piece ends behind the text; remove it"):
+    with pytest.raises(DataError, match=r"pieces is damaged: a chunk ends behind the text; remove it"):
         data.batch(0, SAMPLES)
     path.unlink()
     with open(corpus.path, "r+b") as file:

@@ -43,7 +43,7 @@ def test_pieces_are_right_however_they_are_made(
     assert found.path == tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     assert found.path.stat().st_size == HEADER_BYTES + 8 * sum(map(len, expected))
     assert found.sizes == count_chunks(corpus, LENGTHS)
-    assert found.sizes.num_pieces == tuple(map(len, expected)) and sum(found.sizes.num_tokens) == sum(lengths)
+    assert found.sizes.num_chunks == tuple(map(len, expected)) and sum(found.sizes.num_tokens) == sum(lengths)
     for bucket, want in enumerate(expected):
         starts, tokens = found.read(bucket, np.arange(len(want))[::-1])
         assert list(zip(starts.tolist(), tokens.tolist(), strict=True)) == want[::-1]
@@ -69,7 +69,7 @@ def test_a_list_is_used_again_and_serves_its_own_text_only(tokenizer: Tokenizer,
     assert open_chunks(open_corpus(path), LENGTHS).path.stat().st_ino == made
     path.unlink()
     second = open_chunks(corpus_of(path, tokenizer, [20, 20, 3]), LENGTHS)
-    assert second.sizes.num_pieces == (1, 0, 2)
+    assert second.sizes.num_chunks == (1, 0, 2)
     second.path.write_bytes(first.path.read_bytes())  # under its name, the list of another text
     assert open_chunks(open_corpus(path), LENGTHS).sizes == second.sizes
     with open(second.path, "r+b") as file:
@@ -88,7 +88,7 @@ def make_and_tell(path: Path, made: Path) -> None:
         write(*arguments)
 
     chunks._write = counted
-    assert open_chunks(open_corpus(path), LENGTHS).sizes.num_pieces[2] == 3000
+    assert open_chunks(open_corpus(path), LENGTHS).sizes.num_chunks[2] == 3000
 
 
 def test_one_process_makes_it_and_the_others_wait(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path) -> Non
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.pieces")) and not list(tmp_path.glob(".*.tmp"))
-    assert open_chunks(corpus, LENGTHS).sizes.num_pieces == (0, 0, 3000)
+    assert open_chunks(corpus, LENGTHS).sizes.num_chunks == (0, 0, 3000)
 
 
 def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     for foreign in (b"", b"anything", json.dumps({"format": "deberta_dist pieces 2"}).encode()):
         path.write_bytes(foreign)
-        with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
+        with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
             open_chunks(corpus, LENGTHS)
         assert path.read_bytes() == foreign
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match="no list of pieces that this version reads: move it away"):
+    with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
         open_chunks(corpus, LENGTHS)
     path.rmdir()
     found = open_chunks(corpus, LENGTHS)

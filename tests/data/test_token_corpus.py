@@ -162,7 +162,7 @@ def test_files_that_do_not_belong_are_refused(many: Many, tmp_path: Path) -> Non
     change_index(directory, lambda index: index["files"].reverse())
     assert open_corpus(directory).checksum != corpus.checksum
     third.write_bytes((directory / "003.tokens").read_bytes())
-    with pytest.raises(DataError, match="002.tokens is another file than when it was opened first"):
+    with pytest.raises(DataError, match="002.tokens has changed since it was opened"):
         list(corpus.files())
 
 

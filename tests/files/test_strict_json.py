@@ -12,9 +12,9 @@ from deberta_dist.files.strict_json import LongInteger, StrictJson, loads, read_
     ("text", "message"),
     [
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "key given twice: c"),
-        ("[NaN]", "NaN is no number of JSON"),
-        ("[-Infinity]", "-Infinity is no number of JSON"),
-        ("[1e400]", "1e400 is no number of JSON"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("[-Infinity]", "-Infinity is not a JSON number"),
+        ("[1e400]", "1e400 is not a JSON number"),
         ("9" * 401, "has 401 digits"),
         ("[" * 100_000, "nested too deeply"),
         (r'"\ud800"', "surrogates not allowed"),

@@ -132,7 +132,7 @@ def test_what_an_unfinished_run_left_is_cleared(tmp_path: Path) -> None:
     other = TaskFolder(tmp_path, TASKS["CB"], 1)
     other.final.mkdir(parents=True)
     (other.final / "mine.txt").write_text("a user's")
-    with pytest.raises(ConfigError, match="is no finished run"):
+    with pytest.raises(ConfigError, match="is not a finished run"):
         other.is_done({})
     assert (other.final / "mine.txt").read_text() == "a user's"
 

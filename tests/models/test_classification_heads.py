@@ -1,18 +1,22 @@
 """Losses of the small heads at their edges; their numbers are held by the golden files."""
 
 import re
+from typing import get_args
 
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
+from deberta_dist.conversion.heads import SUFFIXES
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import DebertaForReplacedTokenDetection, DebertaForSequenceClassification
-from deberta_dist.models.heads import HEADS, model_with_head
+from deberta_dist.models.heads import HEADS, LABELLED, model_with_head
 from deberta_dist.models.presets import preset
 from deberta_dist.parallel.layout import classifier_layout
 from deberta_dist.parallel.tensor import sharding_rules
+from deberta_dist.tasks.base import Head
+from deberta_dist.values import HeadKind
 
 
 def test_unknown_labels_are_left_out(batch):
@@ -126,3 +130,9 @@ def test_what_is_no_head_is_refused():
         model(torch.ones(1, 4, dtype=torch.int64), None, torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"expected \[batch, choices, tokens\]"):
         model_with_head(preset("tiny-v2"), "choice")(torch.ones(1, 4, dtype=torch.int64))
+
+
+def test_heads_are_the_same_in_every_room() -> None:
+    kinds = set(get_args(HeadKind))
+    assert set(HEADS) == set(SUFFIXES) == kinds
+    assert {head.value for head in Head} <= kinds and set(LABELLED) <= kinds

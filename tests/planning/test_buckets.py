@@ -37,15 +37,17 @@ def test_buckets_of_a_text(token_file: TokenFile) -> None:
     expected = 500 * 32 * 128 / sum(sizes.room)
     for number, (length, rows) in enumerate(((32, 32), (64, 16), (128, 8))):
         *told, epoch = lines[1 + number]
-        assert told == [str(length), str(rows), f"{sizes.num_pieces[number]:,}", f"{sizes.padding(number):.1%}"]
+        assert told == [str(length), str(rows), f"{sizes.num_chunks[number]:,}", f"{sizes.padding(number):.1%}"]
         # All buckets are used up together, up to a step's sequences.
-        assert abs(float(epoch) - expected) * sizes.num_pieces[number] <= 32 * 128 / length
+        assert abs(float(epoch) - expected) * sizes.num_chunks[number] <= 32 * 128 / length
     shares = ", ".join(
         f"{length}: {room / sum(sizes.room):.1%}" for length, room in zip((32, 64, 128), sizes.room, strict=True)
     )
-    assert f"steps of each length: {shares}; padding in all: {sizes.total_padding:.1%}" in text
-    assert sizes.num_pieces[0] < 128 < sizes.num_pieces[2]
-    assert f"32: a step takes 128 sequences, an epoch has {sizes.num_pieces[0]}," in text and "128: a step" not in text
+    # [CLS] and [SEP] of every sequence are no padding.
+    padding = 1 - (sum(sizes.num_tokens) + 2 * sum(sizes.num_chunks)) / sum(sizes.room)
+    assert f"steps of each length: {shares}; padding in all: {padding:.1%}" in text
+    assert sizes.num_chunks[0] < 128 < sizes.num_chunks[2]
+    assert f"32: a step takes 128 sequences, an epoch has {sizes.num_chunks[0]}," in text and "128: a step" not in text
     assert not list(token_file.path.parent.glob("*.pieces")), "a dry run writes nothing"
 
 

@@ -161,8 +161,9 @@ def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str, s
                 "recompute": recompute,
                 "sequence_parallel": sequence_parallel,
             }
-            measured = activations._measure(MaskedLMNetwork(config=config), **options)
-            estimated = activations.stage_activations(MaskedLMNetwork(config=config), **options)
+            case = activations.StageCase(**options)
+            measured = activations._measure(MaskedLMNetwork(config=config), case)
+            estimated = activations.stage_activations(MaskedLMNetwork(config=config), case)
             assert (estimated.saved, estimated.logits) == (measured.saved, measured.logits), (name, layers)
             # Where the embeddings' gradient is the highest moment, the estimate is a little high for short stages.
             assert measured.working <= estimated.working <= 1.05 * measured.working, (name, layers)

@@ -10,7 +10,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.parallel.layout import Layout, plan_layout
-from deberta_dist.planning.activations import local_model, stage_activations
+from deberta_dist.planning.activations import StageCase, local_model, stage_activations
 from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
 from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
@@ -209,13 +209,15 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     found = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
     measured = stage_activations(
         MaskedLMNetwork(config=config),
-        layers=layers,
-        tensor_parallel_size=2,
-        batch_shape=(batch, length),
-        targets_per_sequence=4,
-        dtype=torch.bfloat16,
-        recompute="none",
-        document_boundaries=documents,
+        StageCase(
+            layers=layers,
+            tensor_parallel_size=2,
+            batch_shape=(batch, length),
+            targets_per_sequence=4,
+            dtype=torch.bfloat16,
+            recompute="none",
+            document_boundaries=documents,
+        ),
     )
     # Of documents the segments are kept by reference, int64 [B, S].
     found += 8 * batch * length if documents else 0
@@ -226,12 +228,14 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
 def measure(layers: range, *, recompute: str = "none", tensor_parallel_size: int = 1) -> tuple[int, int, int]:
     found = stage_activations(
         MaskedLMNetwork(config=Case().model_config()),
-        layers=layers,
-        tensor_parallel_size=tensor_parallel_size,
-        batch_shape=(2, LENGTH),
-        targets_per_sequence=4,
-        dtype=torch.float32,
-        recompute=recompute,
+        StageCase(
+            layers=layers,
+            tensor_parallel_size=tensor_parallel_size,
+            batch_shape=(2, LENGTH),
+            targets_per_sequence=4,
+            dtype=torch.float32,
+            recompute=recompute,
+        ),
     )
     return found.saved, found.logits, found.working
 

@@ -9,8 +9,7 @@ import sklearn.metrics
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import PublishedScores, Release, Split
 from deberta_dist.tasks.decisions import Decision
-from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
-from deberta_dist.tasks.superglue.leaderboard import TABLE_5
+from deberta_dist.tasks.superglue.benchmark import SUPERGLUE, TABLE_5
 from deberta_dist.tasks.superglue.tasks import TASKS
 
 

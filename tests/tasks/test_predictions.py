@@ -33,7 +33,7 @@ def test_a_whole_run_stands_for_its_seeds(release: Release, tmp_path: Path) -> N
     assert made.returncode == 0, made.stderr
     with pytest.raises(DataError, match="seed-10 is given twice: it would count twice"):
         prediction_folders([run, seeds[1]], SUPERGLUE)
-    with pytest.raises(DataError, match="nowhere is no folder of predictions"):
+    with pytest.raises(DataError, match="nowhere is not a folder of predictions"):
         prediction_folders([run, tmp_path / "nowhere"], SUPERGLUE)
     (run / "CB").mkdir()
     with pytest.raises(DataError, match=r"holds seed-\* folders and predictions of its own"):

@@ -198,7 +198,7 @@ def test_the_tool(release: Release, tmp_path: Path) -> None:
     assert_one_line_error(refused, code=65, words="s.md exists already")
     assert not (tmp_path / "t.json").exists()
     refused = call(TOOL, "--predictions", "nowhere", "--data", "data", cwd=tmp_path)
-    assert_one_line_error(refused, code=65, words="nowhere is no folder of predictions")
+    assert_one_line_error(refused, code=65, words="nowhere is not a folder of predictions")
     (tmp_path / "data/BoolQ/val.jsonl").unlink()
     refused = call(TOOL, *words[:4], cwd=tmp_path)
     assert_one_line_error(refused, code=65, words="BoolQ/val.jsonl is missing: BoolQ needs the split val")

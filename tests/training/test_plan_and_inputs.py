@@ -155,7 +155,7 @@ def test_initial_weights_with_names_of_their_own(make_run: MakeRun, corpus: Path
     assert found is not None and all(torch.equal(found.read(name), value) for name, value in tensors.items())
     notes = " ".join(found.notes)
     assert "left out of it: loss.weight" in notes and "do_lower_case = true" in notes
-    with pytest.raises(ValueError, match=r"training\.init_prefix = 'student' is of no use without training\.init"):
+    with pytest.raises(ValueError, match=r"training\.init_prefix = 'student' has no effect without training\.init"):
         make_run(training={"init_prefix": "student"})
 
 

@@ -269,7 +269,7 @@ def _impossible(table: Mapping[str, Any], name: str) -> Problems:
         elif dotted.endswith(".device") and value not in DEVICES:
             found[dotted] = _device(dotted, value)
         elif dotted.startswith("zero_optimization.leaf_module."):
-            found[dotted] = f"{dotted} is refused: {_FLAT}; take it out"
+            found[dotted] = f"{dotted} is refused: {_FLAT}; remove it"
     return found
 
 

@@ -1,1 +1,1 @@
-"""Which documents stay: quality, near-duplicates, texts of benchmarks."""
+"""Rules that drop documents: quality, near-duplicates, benchmark contamination."""

@@ -1,4 +1,4 @@
-"""Every text of a benchmark's files, of any kind that benchmarks come in, or a refusal: none is passed over unseen.
+"""Reads every string of a benchmark's files, in all common formats; a file that cannot be read is an error, never skipped.
 
 Called by ``contamination``, which looks for these texts in documents.
 """
@@ -41,7 +41,7 @@ class BenchmarkFile:
     """A file of a benchmark.
 
     Attributes:
-        file: it.
+        file: the file with its compression.
         ending: one of ``ENDINGS``.
     """
 
@@ -100,11 +100,11 @@ def texts_of(one: BenchmarkFile) -> Iterator[str]:
         lines = _lines(one.file, text_chunks(one.file, handle))
         if one.ending in (".jsonl", ".ndjson"):
             for number, line in enumerate(lines, start=1):
-                yield from _json_strings(line, place=f"{one.file.path}:{number}")
+                yield from _json_strings(line, where=f"{one.file.path}:{number}")
         elif one.ending == ".json":
-            yield from _json_strings("".join(lines), place=str(one.file.path))
+            yield from _json_strings("".join(lines), where=str(one.file.path))
         elif one.ending == ".csv":
-            yield from _cells(lines, place=one.file.path)
+            yield from _cells(lines, where=one.file.path)
         elif one.ending == ".tsv":
             text = "".join(lines)
             yield from text.split("\n")
@@ -122,7 +122,7 @@ def _benchmark_file(path: Path) -> BenchmarkFile:
     ending, compression = split_name(path)
     if ending not in ENDINGS or (ending == ".parquet" and compression):
         raise DataError(
-            f"benchmark {path} is of no kind that is searched for texts ({_READABLE}): unpack or convert it, or name the "
+            f"benchmark {path} is not of a kind that is searched for texts ({_READABLE}): unpack or convert it, or name the "
             "files to use one by one"
         )
     kind = PARQUET if ending == ".parquet" else RECORDS if ending in _JSON else TEXT
@@ -146,7 +146,7 @@ def _lines(file: InputFile, chunks: Iterator[bytes]) -> Iterator[str]:
 def _blocks(text: str) -> Iterator[str]:
     if text.lstrip()[:1] in ("{", "["):
         try:
-            yield from _json_strings(text, place="")
+            yield from _json_strings(text, where="")
             return
         except DataError:
             pass  # a text that begins with a bracket
@@ -162,19 +162,19 @@ def _tokens(text: str) -> Iterator[str]:
             yield from (Derived(" ".join(column)) for column in zip(*rows, strict=True))
 
 
-def _cells(lines: Iterable[str], *, place: Path) -> Iterator[str]:
+def _cells(lines: Iterable[str], *, where: Path) -> Iterator[str]:
     before = csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines)
     try:
         for row in reader:
             yield from row
     except csv.Error as error:
-        raise DataError(f"benchmark {place}:{reader.line_num} is not CSV ({error})") from error
+        raise DataError(f"benchmark {where}:{reader.line_num} is not CSV ({error})") from error
     finally:
         csv.field_size_limit(before)
 
 
-def _json_strings(text: str, *, place: str) -> Iterator[str]:
+def _json_strings(text: str, *, where: str) -> Iterator[str]:
     """Every string in JSON values one after another, in the order of the text."""
     # A key that is there twice has two values.
     decoder = json.JSONDecoder(object_pairs_hook=_all_pairs, parse_int=json_integer)
@@ -183,7 +183,7 @@ def _json_strings(text: str, *, place: str) -> Iterator[str]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"benchmark {place} is not JSON ({error})") from error
+            raise DataError(f"benchmark {where} is not JSON ({error})") from error
         yield from _strings(value)
         at = _SPACE.match(text, at).end()
 

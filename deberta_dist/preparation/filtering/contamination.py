@@ -1,4 +1,4 @@
-"""Removal of documents that hold a piece of a benchmark: any n words in a row of one of its strings.
+"""Removes documents that contain n consecutive words of any string of a benchmark.
 
 The n-grams of the benchmark's files are kept as sorted hashes; a document with one of them is refused only after the
 words themselves were compared. Corpus preparation builds the set once and asks for every document.
@@ -27,8 +27,8 @@ class Used:
     """What a benchmark's file gave to look for.
 
     Attributes:
-        path: the file.
-        num_texts: its texts.
+        path: as a string, so that report.json can hold it.
+        num_texts: strings found in the file.
         num_searched: those of them that have n words.
     """
 
@@ -52,7 +52,7 @@ class NgramSet:
         text: the benchmark's words in UTF-8, a space after each.
         quick_filter: Bloom filter of one word of memory a hash; h has the bits of ``_bits(h)`` in number
             h >> quick_shift; uint64 [power of two].
-        quick_shift: see above.
+        quick_shift: 64 less the logarithm of the filter's length: the upper bits of a hash choose its number.
         fingerprint: SHA-256 of n and the hashes, hexadecimal; the same for the same n-grams, however they are filed.
         files: where they come from.
         passed_over: what lay beside these files and was not read.
@@ -77,9 +77,11 @@ class NgramSet:
         words = split_words(text)
         hashes = ngram_hashes(words.hashes, n=self.n)
         bits = _bits(hashes)
+        # Nearly every n-gram of a clean document fails here, by one look-up instead of a binary search.
         candidates = np.flatnonzero(self.quick_filter[hashes >> np.uint64(self.quick_shift)] & bits == bits)
         if not len(candidates):
             return None
+        # The position behind the end, for a hash above all others, is no element.
         found = np.minimum(np.searchsorted(self.hashes, hashes[candidates]), len(self.hashes) - 1)
         equal = self.hashes[found] == hashes[candidates]
         for first, place in zip(candidates[equal].tolist(), self.places[found[equal]].tolist(), strict=True):
@@ -109,7 +111,7 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
         DataError: as ``list_benchmark`` and ``texts_of``; a file has no text, or no string anywhere has n words.
     """
     if n < 1:
-        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (13 are usual)")
+        raise ConfigError(f"--benchmark-ngram, n = {n}: an n-gram of a benchmark has at least 1 word (usually 13)")
     paths = list(paths)
     files, passed_over = list_benchmark(paths)
     hashes, places, texts, used = [], [], [], []
@@ -128,7 +130,7 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
                 for string, found in zip(batch, is_searched, strict=True)
             )
         if not num_texts:
-            raise DataError(f"benchmark {one.file.path} has no text: it would be no safeguard; mend it, or take it away")
+            raise DataError(f"benchmark {one.file.path} has no text: it would be no safeguard; fix or remove it")
         used.append(Used(path=str(one.file.path), num_texts=num_texts, num_searched=num_searched))
     distinct, first = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)
     if not len(distinct):
@@ -137,8 +139,10 @@ def benchmark_ngrams(paths: Iterable[str | Path], *, n: int = 13) -> NgramSet:
     all_places = np.concatenate(places)[first]
     log_words = max(1, (len(distinct) // _NGRAMS_PER_FILTER_WORD).bit_length())
     quick_filter = np.zeros(1 << log_words, dtype=np.uint64)
+    # With .at: several hashes may set bits of one word, of which an indexed |= would store the last alone.
     np.bitwise_or.at(quick_filter, distinct >> np.uint64(64 - log_words), _bits(distinct))
     digest = hashlib.sha256(f"{n}-grams\n".encode())
+    # Little-endian on any machine: a preparation that is resumed elsewhere compares fingerprints.
     digest.update(distinct.astype("<u8").data)
     return NgramSet(
         n=n,

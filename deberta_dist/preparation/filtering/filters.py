@@ -1,4 +1,4 @@
-"""Filters of length and quality that hold for any language: which documents stay out of a corpus.
+"""Length and quality filters that work for any language.
 
 They count characters and know no vocabulary. Letters, digits and white space are those of ``str.isalnum``,
 ``str.isdigit`` and ``str.isspace``. All are off by default. Corpus preparation asks for every document.

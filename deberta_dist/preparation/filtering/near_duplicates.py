@@ -1,4 +1,4 @@
-"""Near-duplicates by MinHash: of documents that share most of their word 5-grams the first is kept. The door to rensa.
+"""Near-duplicates by MinHash: of documents that share most word 5-grams, only the first stays. The only door to rensa.
 
 Corpus preparation makes a signature of every document and asks ``NearDuplicates`` for one after the other, in the order of
 the input. A signature is bytes that any process can make; the answers are one process's. Memory is that of the second
@@ -43,7 +43,6 @@ def signature(text: str, *, num_permutations: int = 128) -> bytes:
     (punctuation, emoji) gets a signature that is near nothing.
 
     Args:
-        text: the document.
         num_permutations: numbers of a signature; the standard deviation of an estimated similarity J is at most
             sqrt(J (1 - J) / num_permutations): 0.035 for 0.8 with 128.
 
@@ -77,7 +76,7 @@ class NearDuplicates:
     bands, as tables double when they are full. 40 million documents kept: about 105 GB, in one process.
 
     Attributes:
-        num_bands: see above.
+        num_bands: bands that a signature is cut into; more bands miss fewer pairs and cost more memory.
     """
 
     num_bands: int
@@ -94,7 +93,7 @@ class NearDuplicates:
         """
         rensa = _rensa(num_permutations)
         if not 0 < threshold <= 1:
-            raise ConfigError(f"near-duplicates: threshold = {threshold} is not above 0 and at most 1 (0.8 is usual)")
+            raise ConfigError(f"near-duplicates: threshold = {threshold} is not above 0 and at most 1 (usually 0.8)")
         self.num_bands = _num_bands(threshold, num_permutations=num_permutations)
         self._of_nothing = bytes(signature_bytes(num_permutations))
         self._sketch = rensa.RMinHash(num_permutations, _SEED)
@@ -119,7 +118,7 @@ class NearDuplicates:
             return not self._kept.add(str(self._kept.len()), self._sketch)
         except ValueError as error:
             raise DataError(
-                f"a near-duplicate signature cannot be used ({error}): make the signatures anew, with the installed "
+                f"a near-duplicate signature cannot be used ({error}): compute the signatures again, with the installed "
                 "version of rensa and the same number of permutations"
             ) from error
 
@@ -139,7 +138,7 @@ def _rensa(num_permutations: int) -> ModuleType:
     if not (type(num_permutations) is int and 2 <= num_permutations <= MAX_PERMUTATIONS):
         raise ConfigError(
             f"near-duplicates: num_permutations = {num_permutations!r} is not an integer from 2 to {MAX_PERMUTATIONS} "
-            "(128 are usual)"
+            "(usually 128)"
         )
     try:
         import rensa

@@ -1,4 +1,4 @@
-"""Texts as sequences of hashed words, and n-grams of them, at the speed of numpy.
+"""Texts as sequences of hashed words, and hashes of their n-grams, vectorised with numpy.
 
 Contamination and near-duplicates compare documents through it, so both see the same words. The hashes are the same in
 every process and on every machine whose Python has the same Unicode database.

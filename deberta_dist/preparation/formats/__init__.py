@@ -1,1 +1,1 @@
-"""Token files: looked into, and to and from the formats of others."""
+"""Token files: inspection, and conversion from and to other formats."""

@@ -1,4 +1,4 @@
-"""Token files from Megatron's indexed datasets and back, streaming: any corpus in the memory of its largest document.
+"""Converts between token files and Megatron's indexed datasets, streaming: memory for the largest document is enough.
 
 Called by tools/convert_corpus.py.
 """
@@ -30,7 +30,7 @@ class ConvertReport:
     """What a conversion wrote.
 
     Attributes:
-        paths: the files.
+        paths: the files written.
         num_documents, num_tokens: documents and tokens written.
         num_empty_documents: documents of the source that were left out because they have no ids.
         num_eod: ids at the end of documents which were dropped or appended.
@@ -73,13 +73,13 @@ def convert_corpus(
     source, target = Path(source), Path(target)
     if source.suffix in MEGATRON_SUFFIXES and target.suffix == TOKENS_SUFFIX:
         if append_eod is not None:
-            raise ConfigError("--append-eod is for making Megatron datasets: take it away, or give --strip-eod")
+            raise ConfigError("--append-eod is for writing Megatron datasets: remove it, or give --strip-eod")
         if strip_eod is not None and strip_eod < 0:
             raise ConfigError(f"--strip-eod {strip_eod}: expected an id, 0 or more")
         return _from_megatron(source.with_suffix(""), target, tokenizer=tokenizer, strip_eod=strip_eod)
     if (source.suffix == TOKENS_SUFFIX or source.is_dir()) and target.suffix != TOKENS_SUFFIX:
         if strip_eod is not None:
-            raise ConfigError("--strip-eod is for reading Megatron datasets: take it away, or give --append-eod")
+            raise ConfigError("--strip-eod is for reading Megatron datasets: remove it, or give --append-eod")
         if append_eod is not None and not 0 <= append_eod < tokenizer.num_tokens:
             raise ConfigError(
                 f"--append-eod {append_eod} is outside the {tokenizer.num_tokens} tokens of {tokenizer.path}: "

@@ -1,4 +1,4 @@
-"""What a corpus holds, and what is wrong with it where it is damaged; behind tools/inspect_corpus.py."""
+"""Describes what a corpus holds and, if it is damaged, what is wrong. Called by ``deberta-dist inspect-corpus``."""
 
 import hashlib
 from collections.abc import Iterable, Mapping

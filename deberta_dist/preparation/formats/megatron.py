@@ -14,7 +14,7 @@ A dataset is ``<prefix>.bin``, the ids of all sequences one after another, and `
 fairseq's mmap datasets have the same magic, version and codes, then S, lengths and pointers, and no documents.
 
 A document has any number of sequences, so D is the number of documents and one. Neither file knows the tokenizer
-or has a checksum. ``corpus/megatron_writer.py`` writes them; both are used by ``corpus/convert.py``.
+or has a checksum. ``megatron_writer.py`` writes them; both are used by ``convert.py``.
 
 Source: megatron/core/datasets/indexed_dataset.py and tools/preprocess_data.py of NVIDIA/Megatron-LM@d98e8a64;
 fairseq/data/indexed_dataset.py of facebookresearch/fairseq.
@@ -144,7 +144,7 @@ class MegatronFile:
         if start.startswith(OLD_MAGIC):
             raise DataError(
                 f"{self.index_path} is an index of the older formats of fairseq and Megatron (lazy, cached), which are not "
-                "read: make the dataset again as mmap, or prepare the corpus from its text with tools/prepare_corpus.py"
+                "read: build the dataset again as mmap, or prepare the corpus from its text with tools/prepare_corpus.py"
             )
         if not start.startswith(MAGIC):
             raise DataError(
@@ -244,7 +244,7 @@ class MegatronFile:
                 number = start + int(wrong[0])
                 raise self._damaged(
                     f"document {number} begins with sequence {indices[number]}, and the next with "
-                    f"{indices[number + 1]}; expected no step back"
+                    f"{indices[number + 1]}; expected ascending numbers"
                 )
 
     def _require_bin(self, expected: int) -> None:

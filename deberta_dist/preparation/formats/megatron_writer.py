@@ -1,4 +1,4 @@
-"""Writing Megatron's indexed datasets; ``corpus/megatron.py`` has the format. Used by ``corpus/convert.py``."""
+"""Writes Megatron's indexed datasets; ``megatron.py`` documents the format. Called by ``convert.py``."""
 
 import os
 import shutil
@@ -87,7 +87,7 @@ class MegatronWriter(PublishingWriter):
 
     def _finish(self) -> None:
         if self.num_documents == 0:
-            raise DataError(f"{self.index_path} is not written: there is no document to put into it")
+            raise DataError(f"{self.index_path} is not written: there are no documents to put into it")
         count = self.num_documents
         self._index.write(FIXED.pack(MAGIC, VERSION, self._code, count, count + 1))
         self._lengths.seek(0)

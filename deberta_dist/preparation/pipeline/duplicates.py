@@ -1,7 +1,7 @@
 """Which documents repeat an earlier one, exactly or nearly.
 
 Exactly: in bounded memory, every process takes a range of hashes at a time. The first document of equal hash in the order
-of the input stays. Parts hold their hashes sorted, so a range is one contiguous read from each; how many ranges there are
+of the input stays. Spool files hold their hashes sorted, so a range is one contiguous read from each; how many ranges there are
 depends on the memory allowed, what is found does not. Nearly: one process asks ``NearDuplicates`` in the order of the input.
 """
 
@@ -16,7 +16,7 @@ from deberta_dist.preparation.filtering.near_duplicates import NearDuplicates
 from deberta_dist.preparation.pipeline.publish import publish, wait_for
 from deberta_dist.preparation.pipeline.spool import SpoolFile, checked, read_checked
 
-# Per document of a range: hash 16, part and document 4 each, the sort's order 8, and copies of some of them.
+# Per document of a range: hash 16, spool file and document 4 each, the sort's order 8, and copies of some of them.
 BYTES_PER_DOCUMENT = 64
 
 
@@ -31,34 +31,34 @@ def bounds(number: int, *, count: int) -> tuple[int, int | None]:
     return edge[0], None if number + 1 == count else edge[1]
 
 
-def find_duplicates(parts: Sequence[SpoolFile], *, number: int, count: int, path: Path) -> None:
+def find_duplicates(spool: Sequence[SpoolFile], *, number: int, count: int, path: Path) -> None:
     """Writes the duplicates of one range of hashes.
 
     Args:
-        parts: all parts, in the order of the input.
+        spool: all spool files, in the order of the input.
         number: of the range, 0 .. count - 1.
         count: how many ranges there are.
         path: file to write, for ``DroppedDocuments``.
     """
     low, high = bounds(number, count=count)
-    found = [part.hash_range(low, high) for part in parts]
+    found = [spool_file.hash_range(low, high) for spool_file in spool]
     sizes = [len(documents) for _, _, documents in found]
-    which = np.repeat(np.arange(len(parts), dtype=np.uint32), sizes)
+    which = np.repeat(np.arange(len(spool), dtype=np.uint32), sizes)
     hash_high, hash_low, documents = (
         np.concatenate([arrays[i] for arrays in found]) if found else np.empty(0, np.uint64) for i in range(3)
     )
-    # Least significant first: by hash, then in the order of the input.
+    # lexsort takes the least significant key first: by hash, then in the order of the input, whose first document stays.
     order = np.lexsort((documents, which, hash_low, hash_high))
     same = np.zeros(len(order), bool)
     same[1:] = (np.diff(hash_high[order]) == 0) & (np.diff(hash_low[order]) == 0)
-    write_dropped(path, which=which[order[same]], documents=documents[order[same]], num_parts=len(parts))
+    write_dropped(path, which=which[order[same]], documents=documents[order[same]], num_spool_files=len(spool))
 
 
-def find_near_duplicates(parts: Sequence[SpoolFile], *, threshold: float, dropped: "DroppedDocuments", path: Path) -> None:
+def find_near_duplicates(spool: Sequence[SpoolFile], *, threshold: float, dropped: "DroppedDocuments", path: Path) -> None:
     """Writes the documents that are near an earlier one, exact duplicates aside.
 
     Args:
-        parts: all parts, in the order of the input.
+        spool: all spool files, in the order of the input.
         threshold: as of ``NearDuplicates``, which also says how much memory is needed.
         dropped: documents that are no more, and near nothing.
         path: file to write, for ``DroppedDocuments``.
@@ -66,32 +66,31 @@ def find_near_duplicates(parts: Sequence[SpoolFile], *, threshold: float, droppe
     memory = NearDuplicates(threshold)
     which: list[int] = []
     documents: list[int] = []
-    for number, part in enumerate(parts):
-        (signatures,) = part.read("signatures")
-        for document in np.flatnonzero(dropped.keep(number, num_documents=part.num_documents)).tolist():
+    for number, spool_file in enumerate(spool):
+        (signatures,) = spool_file.read("signatures")
+        for document in np.flatnonzero(dropped.keep(number, num_documents=spool_file.num_documents)).tolist():
             if memory.is_duplicate(signatures[document].tobytes()):
                 which.append(number)
                 documents.append(document)
-    write_dropped(path, which=np.array(which, np.uint32), documents=np.array(documents, np.uint32), num_parts=len(parts))
+    write_dropped(path, which=np.array(which, np.uint32), documents=np.array(documents, np.uint32), num_spool_files=len(spool))
 
 
-def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_parts: int) -> None:
+def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_spool_files: int) -> None:
     """Writes a list of documents to drop.
 
     Args:
-        path: file to write.
-        which: part of each, integers [N].
-        documents: its number in that part, integers [N].
-        num_parts: how many parts there are.
+        which: spool file of each, integers [N].
+        documents: its number in that spool file, integers [N].
+        num_spool_files: how many spool files there are.
     """
     order = np.lexsort((documents, which))
-    starts = np.searchsorted(which[order], np.arange(num_parts + 1))
+    starts = np.searchsorted(which[order], np.arange(num_spool_files + 1))
     tensors = {"documents": documents[order].astype(np.uint32), "starts": starts.astype(np.uint64)}
     publish(path, checked(tensors))
 
 
 class DroppedDocuments:
-    """Lists of documents to drop, read part by part.
+    """Lists of documents to drop, read for one spool file after another.
 
     Args:
         paths: files of ``write_dropped``.
@@ -109,18 +108,18 @@ class DroppedDocuments:
             # The documents are looked at once, for damage, and not kept.
             self._starts.append(read_checked(path, "starts", "documents")[0])
 
-    def of(self, part: int) -> np.ndarray:
-        """Numbers of the documents of a part to drop, integers, in no order."""
+    def of(self, file_number: int) -> np.ndarray:
+        """Numbers of the documents of a spool file to drop, integers, in no order."""
         found = [np.empty(0, np.uint32)]
         for path, starts in zip(self._paths, self._starts, strict=True):
-            start, stop = starts[part : part + 2].tolist()
+            start, stop = starts[file_number : file_number + 2].tolist()
             if start < stop:
                 with safe_open(path, "np") as file:
                     found.append(file.get_slice("documents")[start:stop])
         return np.concatenate(found)
 
-    def keep(self, part: int, *, num_documents: int) -> np.ndarray:
-        """Which documents of a part stay, bool [num_documents]."""
+    def keep(self, file_number: int, *, num_documents: int) -> np.ndarray:
+        """Which documents of a spool file stay, bool [num_documents]."""
         kept = np.ones(num_documents, bool)
-        kept[self.of(part)] = False
+        kept[self.of(file_number)] = False
         return kept

@@ -1,7 +1,7 @@
-"""First half of a preparation, by as many processes as there are: a piece of an input becomes parts.
+"""First half of a preparation: every file range of the inputs is encoded into spool files, by any number of processes.
 
 Every document is cleaned, judged by rules that look at it alone, hashed and encoded. What depends on other documents
-(duplicates, shards) comes after all pieces are done.
+(duplicates, shards) comes after all work items are done.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def _folded(text: bytes) -> bytes:
     starts, stops = edges[::2], edges[1::2]
     runs = _fold(_SEPARATOR.join([text[a:b] for a, b in zip(starts, stops, strict=True)])).split(_SEPARATOR)
     between = [text[a:b] for a, b in zip(stops, [*starts[1:], len(text)], strict=True)]
-    return text[: starts[0]] + b"".join([piece for pair in zip(runs, between, strict=True) for piece in pair])
+    return text[: starts[0]] + b"".join([text for pair in zip(runs, between, strict=True) for text in pair])
 
 
 def _fold(text: bytes) -> bytes:
@@ -79,49 +80,64 @@ def held_out_below(percent: float) -> int:
     return round(percent / 100 * 2**64)
 
 
-def spool_path(directory: Path, unit: WorkItem, number: int) -> Path:
-    """Where part ``number`` of a unit lies."""
-    return directory / f"{unit.name}.{number}{SUFFIX}"
+def spool_path(directory: Path, item: WorkItem, number: int) -> Path:
+    """Where spool file ``number`` of a work item lies."""
+    return directory / f"{item.name}.{number}{SUFFIX}"
 
 
-def finished_spool_files(directory: Path, unit: WorkItem) -> tuple[list[SpoolFile], bool]:
-    """The parts of a unit that are there, in order, and whether they are all of it."""
-    parts: list[SpoolFile] = []
-    while (path := spool_path(directory, unit, len(parts))).exists():
-        parts.append(SpoolFile(path))
-        if parts[-1].is_last:
-            return parts, True
-    return parts, False
+def finished_spool_files(directory: Path, item: WorkItem) -> tuple[list[SpoolFile], bool]:
+    """The spool files of a work item that are there, in order, and whether they are all of it."""
+    spool: list[SpoolFile] = []
+    while (path := spool_path(directory, item, len(spool))).exists():
+        spool.append(SpoolFile(path))
+        if spool[-1].is_last:
+            return spool, True
+    return spool, False
 
 
-def collect_spool(units: Sequence[WorkItem], *, directory: Path) -> tuple[list[SpoolFile], list[int]]:
-    """All parts in order, and the number of the unit of each; no duplicate is sought in damaged ones."""
-    parts: list[SpoolFile] = []
-    item_of_spool_file: list[int] = []
-    for number, unit in enumerate(units):
+class Spool(NamedTuple):
+    """Everything that is encoded.
+
+    Attributes:
+        files: in the order of the input.
+        item_numbers: for each file the number of the work item that it came from.
+    """
+
+    files: list[SpoolFile]
+    item_numbers: list[int]
+
+
+def collect_spool(work_items: Sequence[WorkItem], *, directory: Path) -> Spool:
+    """The spool of finished work items; reads every file's hashes, so that no duplicate is sought in a damaged one.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    spool = Spool([], [])
+    for number, item in enumerate(work_items):
         found: list[SpoolFile] = []
-        wait_for(f"{unit.file.path}: its parts in {directory} have", partial(_is_spooled, directory, unit, found))
-        for part in found:
-            part.verify_hashes()
-        parts += found
-        item_of_spool_file += [number] * len(found)
-    return parts, item_of_spool_file
+        wait_for(f"{item.file.path}: its spool files in {directory} have", partial(_is_spooled, directory, item, found))
+        for spool_file in found:
+            spool_file.verify_hashes()
+        spool.files.extend(found)
+        spool.item_numbers.extend([number] * len(found))
+    return spool
 
 
-def _is_spooled(directory: Path, unit: WorkItem, found: list[SpoolFile]) -> bool:
-    """Puts the parts of a unit that are finished by now into ``found``; True if the last one is among them."""
-    found[:], is_last = finished_spool_files(directory, unit)
+def _is_spooled(directory: Path, item: WorkItem, found: list[SpoolFile]) -> bool:
+    """Puts the spool files of a work item that are finished by now into ``found``; True if the last one is among them."""
+    found[:], is_last = finished_spool_files(directory, item)
     return is_last
 
 
 class DocumentEncoder:
-    """Turns units into parts, one after another.
+    """Turns work items into spool files, one after another.
 
     Args:
         recipe: what is done with each document.
         tokenizer: the one that the recipe names.
         ngrams: n-grams of benchmarks, as the recipe names them; None: there are none.
-        directory: where parts are written.
+        directory: where spool files are written.
     """
 
     def __init__(self, *, recipe: PreparationRecipe, tokenizer: Tokenizer, ngrams: NgramSet | None, directory: Path) -> None:
@@ -130,39 +146,40 @@ class DocumentEncoder:
         self.ngrams = ngrams
         self._directory = directory
 
-    def encode(self, unit: WorkItem, *, worker: Worker) -> bool:
-        """Writes what is missing of a unit's parts.
+    def encode(self, item: WorkItem, *, worker: Worker) -> bool:
+        """Writes what is missing of a work item's spool files.
 
         Returns:
             Whether anything was missing.
 
         Raises:
-            DataError: as ``read_documents``, or the disk is full. Parts written before stay.
+            DataError: as ``read_documents``, or the disk is full. Spool files written before stay.
         """
-        parts, is_complete = finished_spool_files(self._directory, unit)
+        spool, is_complete = finished_spool_files(self._directory, item)
         if is_complete:
             return False
-        number, skipped = len(parts), sum(part.counts.num_read for part in parts)
-        batch = _Batch(self, all_held_out=unit.held_out)
-        for document in read_documents(unit.file, options=self.recipe.reading, piece=unit.piece):
+        number, skipped = len(spool), sum(spool_file.counts.num_read for spool_file in spool)
+        batch = _Batch(self, all_held_out=item.held_out)
+        for document in read_documents(item.file, options=self.recipe.reading, file_range=item.file_range):
+            # What an earlier start has finished is read again, for nobody knows where it ends in the file, and not encoded.
             if skipped:
                 skipped -= 1
                 continue
             if batch.is_full:
-                # Only now: an empty part behind the last document would be one too many.
-                batch.write(spool_path(self._directory, unit, number), is_last=False)
+                # Only now: an empty spool file behind the last document would be one too many.
+                batch.write(spool_path(self._directory, item, number), is_last=False)
                 number += 1
-                batch = _Batch(self, all_held_out=unit.held_out)
+                batch = _Batch(self, all_held_out=item.held_out)
             batch.add(document)
             if batch.unreported_bytes >= _REPORT_BYTES:
                 batch.report(worker)
         batch.report(worker)
-        batch.write(spool_path(self._directory, unit, number), is_last=True)
+        batch.write(spool_path(self._directory, item, number), is_last=True)
         return True
 
 
 class _Batch:
-    """The documents of a part in the making."""
+    """The documents of the spool file that is being filled."""
 
     def __init__(self, encoder: DocumentEncoder, *, all_held_out: bool) -> None:
         self._encoder = encoder
@@ -180,7 +197,7 @@ class _Batch:
 
     @property
     def is_full(self) -> bool:
-        """Whether the part is large enough to be written."""
+        """Whether the spool file is large enough to be written."""
         return self._read_bytes >= self._recipe.piece_bytes
 
     @property
@@ -189,12 +206,12 @@ class _Batch:
         return self._read_bytes - self._reported_bytes
 
     def report(self, worker: Worker) -> None:
-        """Tells how many bytes and tokens came since the last report."""
+        """Reports the bytes and tokens since the last report."""
         worker.report(num_bytes=self._read_bytes - self._reported_bytes, num_tokens=self._num_tokens - self._reported_tokens)
         self._reported_bytes, self._reported_tokens = self._read_bytes, self._num_tokens
 
     def add(self, document: Document) -> None:
-        """Keeps a document, or counts why not."""
+        """Encodes a document, or counts why not."""
         self._num_read += 1
         self._read_bytes += document.num_bytes
         text = clean_text(document.text)
@@ -228,7 +245,7 @@ class _Batch:
         return None
 
     def write(self, path: Path, *, is_last: bool) -> None:
-        """Writes the part."""
+        """Writes the spool file."""
         # Stored whole; a hash never depends on the machine's byte order.
         hashes = np.frombuffer(b"".join(self._hashes), ">u8").astype(np.uint64).reshape(-1, 2)
         held_out = np.full(len(hashes), self._all_held_out)

@@ -1,4 +1,4 @@
-"""The phases of a preparation as tasks for a ``Crew``: what the workers are sent, and what they do with it."""
+"""The phases of a preparation: what a ``WorkerPool`` sends to its workers, and what they do with it."""
 
 import os
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from deberta_dist.preparation.pipeline.workers import Worker
 
 @dataclass(frozen=True, kw_only=True)
 class EncodePhase:
-    """Pieces of the inputs to parts; a unit is a piece.
+    """File ranges of the inputs to spool files; a work item is a file range.
 
     Attributes:
-        pieces: all of them, in the order of the input.
+        work_items: all of them, in the order of the input.
         recipe: what is done with each document.
-        tokenizer: path of its model.
+        tokenizer: path of the model file: each worker loads it for itself.
         ngrams: n-grams of benchmarks; None: there are none.
-        directory: where parts are written.
+        directory: where spool files are written.
     """
 
-    pieces: Sequence[WorkItem]
+    work_items: Sequence[WorkItem]
     recipe: PreparationRecipe
     tokenizer: Path
     ngrams: NgramSet | None
@@ -38,23 +38,23 @@ class EncodePhase:
 
     @cached_property
     def order(self) -> list[int]:
-        """Large pieces first, such as compressed files, which cannot be cut: begun last they would be waited for."""
-        return sorted(range(len(self.pieces)), key=lambda number: -self.pieces[number].input_bytes)
+        """Large file ranges first, such as compressed files, which cannot be cut: begun last they would be waited for."""
+        return sorted(range(len(self.work_items)), key=lambda number: -self.work_items[number].input_bytes)
 
     @property
-    def units(self) -> Sequence[str]:
-        """Names of the pieces."""
-        return [self.pieces[number].name for number in self.order]
+    def item_names(self) -> Sequence[str]:
+        """Names of the work items."""
+        return [self.work_items[number].name for number in self.order]
 
     def run(self, number: int, *, worker: Worker) -> None:
-        """Encodes one piece."""
-        piece = self.pieces[self.order[number]]
-        if self._encoder.encode(piece, worker=worker):
-            worker.report(input_bytes=piece.input_bytes)
+        """Encodes one work item."""
+        item = self.work_items[self.order[number]]
+        if self._encoder.encode(item, worker=worker):
+            worker.report(input_bytes=item.input_bytes)
 
     def finished_bytes(self) -> int:
-        """Bytes of the inputs whose parts were there already."""
-        return sum(unit.input_bytes for unit in self.pieces if finished_spool_files(self.directory, unit)[1])
+        """Bytes of the inputs whose spool files were there already."""
+        return sum(item.input_bytes for item in self.work_items if finished_spool_files(self.directory, item)[1])
 
     @cached_property
     def _encoder(self) -> DocumentEncoder:
@@ -70,93 +70,93 @@ class EncodePhase:
 
 @dataclass(frozen=True, kw_only=True)
 class FindDuplicatesPhase:
-    """Exact duplicates; a unit is a range of hashes.
+    """Exact duplicates; a work item is a range of hashes.
 
     Attributes:
-        parts: all parts, in the order of the input.
-        count: number of ranges.
+        spool: all spool files, in the order of the input.
+        count: ranges that the hashes are divided into; decides memory, not the result.
         directory: where the lists are written.
     """
 
-    parts: Sequence[SpoolFile]
+    spool: Sequence[SpoolFile]
     count: int
     directory: Path
 
     @property
-    def units(self) -> Sequence[str]:
+    def item_names(self) -> Sequence[str]:
         """Numbers of the ranges."""
         return [f"{number}-of-{self.count}" for number in range(self.count)]
 
     @property
     def paths(self) -> list[Path]:
         """The lists, for ``DroppedDocuments``."""
-        return [self.directory / f"{unit}.dropped" for unit in self.units]
+        return [self.directory / f"{name}.dropped" for name in self.item_names]
 
     def run(self, number: int, *, worker: Worker) -> None:
         """Searches one range, unless its list is there."""
         path = self.paths[number]
         if not path.exists():
-            find_duplicates(self.parts, number=number, count=self.count, path=path)
+            find_duplicates(self.spool, number=number, count=self.count, path=path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FindNearDuplicatesPhase:
-    """Near-duplicates; one unit for one process, for the order decides.
+    """Near-duplicates; one work item for one process, for the order decides.
 
     Attributes:
-        parts: all parts, in the order of the input.
-        threshold: least similarity.
-        duplicates: lists of exact duplicates.
-        path: the list to write.
+        spool: all spool files, in the order of the input.
+        threshold: least Jaccard similarity of word 5-grams, above 0 and up to 1.
+        duplicates: lists of exact duplicates, which are not looked at again.
+        path: the list to write, for ``DroppedDocuments``.
     """
 
-    parts: Sequence[SpoolFile]
+    spool: Sequence[SpoolFile]
     threshold: float
     duplicates: Sequence[Path]
     path: Path
 
     @property
-    def units(self) -> Sequence[str]:
-        """The one unit."""
+    def item_names(self) -> Sequence[str]:
+        """The one work item."""
         return ["all"]
 
     def run(self, number: int, *, worker: Worker) -> None:
         """Searches all, unless the list is there."""
         if not self.path.exists():
             find_near_duplicates(
-                self.parts, threshold=self.threshold, dropped=DroppedDocuments(self.duplicates), path=self.path
+                self.spool, threshold=self.threshold, dropped=DroppedDocuments(self.duplicates), path=self.path
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WriteShardsPhase:
-    """Documents to token files; a unit is a token file.
+    """Documents to token files; a work item is a token file.
 
     Attributes:
-        plan: which documents go where.
-        parts: all parts, in the order of the input.
+        assignment: which documents go where.
+        spool: all spool files, in the order of the input.
         duplicates: lists of documents that go nowhere.
         directory: where the folders of token files are made.
-        tokenizer_sha256, vocab_size: of the tokenizer that made the parts; its file may be another by now.
+        tokenizer_sha256, vocab_size: of the tokenizer that made the spool files; its file may be another by now.
     """
 
-    plan: ShardAssignment
-    parts: Sequence[SpoolFile]
+    assignment: ShardAssignment
+    spool: Sequence[SpoolFile]
     duplicates: Sequence[Path]
     directory: Path
     tokenizer_sha256: str
     vocab_size: int
 
     @property
-    def units(self) -> Sequence[str]:
+    def item_names(self) -> Sequence[str]:
         """Names of the token files."""
-        return [f"{shard.folder}/{shard.name}".replace(os.sep, "+") for shard in self.plan.shards]
+        return [f"{shard.folder}/{shard.name}".replace(os.sep, "+") for shard in self.assignment.shards]
 
     def run(self, number: int, *, worker: Worker) -> None:
         """Writes one token file, unless it is there."""
         write_shard(
-            self.plan.shards[number],
-            parts=self.parts,
+            self.assignment.shards[number],
+            spool=self.spool,
             dropped=self._dropped,
             directory=self.directory,
             tokenizer_sha256=self.tokenizer_sha256,

@@ -1,4 +1,4 @@
-"""How far a preparation is, told every few seconds by one thread of the first rank."""
+"""How far a preparation is, reported every few seconds by one thread of the first rank."""
 
 import threading
 import time
@@ -44,12 +44,12 @@ class Progress:
 
 
 class Monitor:
-    """Tells the progress of all workers of a start; a context manager.
+    """Reports the progress of all workers of a start; a context manager.
 
     Args:
-        directory: folder of this start.
-        report: told; None: nobody is.
-        seconds: between two times.
+        directory: where the workers of this start write how far they are.
+        report: called with the progress; None: nobody asks.
+        seconds: between two reports.
     """
 
     def __init__(self, directory: Path, *, report: Callable[[Progress], None] | None, seconds: float) -> None:
@@ -60,21 +60,21 @@ class Monitor:
         self._total_bytes = self._found_bytes = 0
         self._began = time.monotonic()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._tell_often, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._report_often, name="progress", daemon=True)
 
     def phase(self, name: str, *, total_bytes: int = 0, found_bytes: int = 0) -> None:
-        """Begins a phase, and tells so.
+        """Begins a phase and reports it.
 
         Args:
-            name: of it.
+            name: begins every line about it.
             total_bytes: bytes of input; 0: they are not counted.
             found_bytes: those of them that an earlier start has done.
         """
         self._phase, self._total_bytes, self._found_bytes = name, total_bytes, found_bytes
         self._began = time.monotonic()
-        self._tell()
+        self._report_now()
 
-    def _tell(self) -> None:
+    def _report_now(self) -> None:
         if self._report is None:
             return
         if not self._total_bytes:
@@ -94,9 +94,9 @@ class Monitor:
             )
         )
 
-    def _tell_often(self) -> None:
+    def _report_often(self) -> None:
         while not self._end.wait(self._seconds):
-            self._tell()
+            self._report_now()
 
     def __enter__(self) -> "Monitor":
         if self._report is not None:

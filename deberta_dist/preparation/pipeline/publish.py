@@ -1,4 +1,4 @@
-"""Files inside a preparation's working directory: each complete or absent, whoever is killed when."""
+"""Files inside a preparation's working directory: each complete or absent, whenever a process is killed."""
 
 import time
 from collections.abc import Callable

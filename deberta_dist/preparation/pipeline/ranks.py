@@ -1,6 +1,6 @@
 """The processes of ``mpirun -n K``, or one alone; the only door to mpi4py.
 
-Ranks share a file system and little else: work is claimed there (``crew``), so MPI carries plans, not work.
+Ranks share a file system and little else: work is claimed there (``workers``), so MPI carries what was decided, not work.
 """
 
 import os
@@ -24,7 +24,7 @@ class PreparationRanks:
     """A group of processes that run the same program.
 
     Attributes:
-        rank: this one's number.
+        rank: number of this process in the group, from 0.
         size: how many there are.
     """
 
@@ -75,7 +75,7 @@ class PreparationRanks:
         return self._communicator.gather(value, root=0)
 
     def unused_cores(self, *, num_workers: int) -> str | None:
-        """What to tell a user whose mpirun has bound this rank to fewer cores than its workers could use; else None."""
+        """A warning where mpirun has bound this rank to fewer cores than its workers could use; else None."""
         if not self.is_started_by_mpi():
             return None
         bound, present = num_usable_cores(), os.cpu_count() or 1
@@ -92,7 +92,7 @@ class PreparationRanks:
         return any(name in os.environ for name in _STARTED_BY_MPI)
 
     def run(self, main: Callable[[], int]) -> int:
-        """Runs ``main``; what goes wrong on one rank ends all, which would wait for it for ever.
+        """Runs ``main``; what goes wrong on one rank ends all; the others would wait for ever.
 
         Returns:
             Its exit code.

@@ -1,4 +1,4 @@
-"""What a preparation does with each document, apart from where it runs: equal recipes on equal text give equal bytes."""
+"""The settings that decide a preparation's output: equal recipes on equal text give equal bytes, wherever they run."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from deberta_dist.preparation.reading.texts import TextReadOptions
 
 # sentencepiece counts bytes in 32 bits with a sign.
 MAX_DOCUMENT_BYTES = 2**31 - 1
-# A new number where the same recipe would give other parts or shards than before.
+# A new number where the same recipe would give other spool files or shards than before.
 VERSION = 1
 MIN_SHARD_BYTES = 1 << 12
 
@@ -21,7 +21,7 @@ class PreparationRecipe:
     """The settings that decide the output.
 
     Attributes:
-        tokenizer_sha256: of the tokenizer's model file.
+        tokenizer_sha256: SHA-256 of the tokenizer's model file, hexadecimal.
         reading: how files become documents.
         filters: which documents are dropped for what they look like.
         held_out_percent: share of the documents that is held out, by their hash.
@@ -51,7 +51,7 @@ class PreparationRecipe:
         if not 0 <= self.held_out_percent < 100:
             raise ConfigError(f"--held-out {self.held_out_percent}: expected a percentage, at least 0 and below 100")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise ConfigError(f"--near-duplicates {self.near_duplicates}: expected above 0 and at most 1 (0.8 is usual)")
+            raise ConfigError(f"--near-duplicates {self.near_duplicates}: expected above 0 and at most 1 (usually 0.8)")
         if self.shard_bytes < MIN_SHARD_BYTES:
             raise ConfigError(f"--shard-bytes {self.shard_bytes}: expected at least {MIN_SHARD_BYTES}")
         if self.piece_bytes < 1:
@@ -65,5 +65,5 @@ class PreparationRecipe:
         return cls(tokenizer_sha256=tokenizer.sha256, **settings)
 
     def as_json(self) -> dict[str, Any]:
-        """All settings, as they are written beside the parts."""
+        """All settings, as they are written beside the spool files."""
         return {"version": VERSION, **dataclasses.asdict(self)}

@@ -1,4 +1,4 @@
-"""What a preparation read, left out and wrote: report.json for programs, report.md for people and the README of a run."""
+"""Reports what a preparation read, left out and wrote: report.json for programs, report.md for people."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ from typing import Any
 
 from deberta_dist.errors import encodable, printable
 from deberta_dist.preparation.filtering.contamination import NgramSet, Used
+from deberta_dist.preparation.pipeline.encode import Spool
 from deberta_dist.preparation.pipeline.publish import publish
 from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
 from deberta_dist.preparation.pipeline.shards import HELD_OUT, TRAIN, ShardAssignment, SourceSplit, folder_of
-from deberta_dist.preparation.pipeline.spool import Counts, SpoolFile
+from deberta_dist.preparation.pipeline.spool import Counts
 from deberta_dist.preparation.pipeline.work_items import WorkItem
 from deberta_dist.preparation.reading.inputs import PassedOver
 
@@ -24,8 +25,8 @@ class SourceReport:
     """One source, or all together.
 
     Attributes:
-        files: input files.
-        input_bytes: their size.
+        files: number of input files.
+        input_bytes: bytes of these files on disk, compressed as they are.
         read_documents, read_bytes: documents read and bytes of text (of compressed files: after decompression).
         dropped: documents that are in no split, by rule.
         altered: documents that were altered and kept by the rules that look at one document, by reason.
@@ -54,12 +55,12 @@ class Outcome:
     """A finished preparation.
 
     Attributes:
-        recipe: its settings.
+        recipe: settings as ``PreparationRecipe.as_json`` gives them.
         sources: what each source came to; "" is the name of inputs without one.
-        total: all of them.
+        total: sum over the sources.
         shards: token files in each folder.
         missing: folders that were asked for and are not there, for no document is left for them.
-        processes: of the start that finished it.
+        processes: workers of all ranks in the start that finished it.
         seconds: wall time of that start.
         passed_over: what lay in the inputs' directories, or fitted their patterns, and was not read.
         benchmark: files whose texts documents were compared with.
@@ -80,11 +81,10 @@ class Outcome:
     @classmethod
     def of(
         cls,
-        units: Sequence[WorkItem],
+        work_items: Sequence[WorkItem],
         *,
-        parts: Sequence[SpoolFile],
-        item_of_spool_file: Sequence[int],
-        plan: ShardAssignment,
+        spool: Spool,
+        assignment: ShardAssignment,
         recipe: PreparationRecipe,
         processes: int,
         seconds: float,
@@ -94,21 +94,19 @@ class Outcome:
         """Counts what there is.
 
         Args:
-            units: pieces of the inputs.
-            parts: what they became.
-            unit_of_part: number of the unit of each part.
-            plan: where documents went.
-            recipe: the settings.
+            work_items: all of them, in the order of the input: the spool's numbers count them.
+            spool: what they became.
+            assignment: where documents went.
             processes, seconds, passed_over: as above.
             ngrams: of the benchmark; None: there is none.
         """
-        counts: dict[str, Counts] = {unit.file.source: Counts() for unit in units}
-        for part, number in zip(parts, item_of_spool_file, strict=True):
-            counts[units[number].file.source] += part.counts
+        counts: dict[str, Counts] = {item.file.source: Counts() for item in work_items}
+        for spool_file, number in zip(spool.files, spool.item_numbers, strict=True):
+            counts[work_items[number].file.source] += spool_file.counts
         sources: dict[str, SourceReport] = {}
         for source, count in counts.items():
-            files = {unit.file.path: unit.file.num_bytes for unit in units if unit.file.source == source}
-            duplicates = {rule: number for rule, number in plan.dropped.get(source, {}).items() if number}
+            files = {item.file.path: item.file.num_bytes for item in work_items if item.file.source == source}
+            duplicates = {rule: number for rule, number in assignment.dropped.get(source, {}).items() if number}
             sources[source] = SourceReport(
                 files=len(files),
                 input_bytes=sum(files.values()),
@@ -116,13 +114,13 @@ class Outcome:
                 read_bytes=count.num_bytes,
                 dropped={**count.dropped, **duplicates},
                 altered=count.altered,
-                train=plan.splits.get((source, TRAIN), SourceSplit()),
-                heldout=plan.splits.get((source, HELD_OUT), SourceSplit()),
+                train=assignment.splits.get((source, TRAIN), SourceSplit()),
+                heldout=assignment.splits.get((source, HELD_OUT), SourceSplit()),
                 cpu_seconds=round(count.seconds, 3),
             )
-        folders = plan.folders()
-        expected = dict.fromkeys(folder_of(unit.file.source, split=TRAIN) for unit in units if not unit.held_out)
-        if recipe.held_out_percent or any(unit.held_out for unit in units):
+        folders = assignment.folders()
+        expected = dict.fromkeys(folder_of(item.file.source, split=TRAIN) for item in work_items if not item.held_out)
+        if recipe.held_out_percent or any(item.held_out for item in work_items):
             expected[HELD_OUT] = None
         return cls(
             recipe=recipe.as_json(),
@@ -219,8 +217,8 @@ class Outcome:
             lines += ["", "## Benchmark", "", self._benchmark_line() + ".", ""]
             lines += ["| file | texts | long enough to be looked for |", "|---|--:|--:|"]
             lines += [f"| {_shown(used.path)} | {used.num_texts:,} | {used.num_searched:,} |" for used in self.benchmark]
-        if told := self._passed_over_lines():
-            lines += ["", "## Not read", "", *(f"- {line}" for line in told)]
+        if not_read := self._passed_over_lines():
+            lines += ["", "## Not read", "", *(f"- {line}" for line in not_read)]
         lines += [
             "",
             "## Work",
@@ -235,7 +233,7 @@ class Outcome:
 
 
 def write_report(outcome: Outcome, *, directory: Path) -> None:
-    """Writes both files, report.json last.
+    """Writes both files, report.json last: its presence marks a corpus as complete.
 
     Raises:
         DataError: the disk is full.

@@ -1,4 +1,4 @@
-"""Second half of a preparation: the documents that stay, in the order of the input, as token files of bounded size.
+"""Second half of a preparation: writes the remaining documents, in input order, as token files of bounded size.
 
 ``assign_shards`` decides from the lengths alone which document goes where; then every process writes whole token files.
 """
@@ -21,14 +21,14 @@ TRAIN, HELD_OUT = "train", "heldout"
 
 @dataclass(frozen=True, kw_only=True)
 class SpoolRange:
-    """Documents of one part that go into one shard: those of its split that stay, within a range.
+    """Documents of one spool file that go into one shard: those of its split that stay, within a range.
 
     Attributes:
-        part: number of the part.
-        start, stop: documents of the part.
+        file_number: number of the spool file, from 0, in the order of the input.
+        start, stop: documents of the spool file.
     """
 
-    part: int
+    file_number: int
     start: int
     stop: int
 
@@ -40,13 +40,13 @@ class OutputShard:
     Attributes:
         folder: where, below the output: ``train``, ``train/NAME`` or ``heldout``.
         number: of the shard in its folder, from 0.
-        sections: what goes into it, in order.
+        ranges: what goes into it, in order.
         num_tokens, num_documents: their sums.
     """
 
     folder: str
     number: int
-    sections: tuple[SpoolRange, ...]
+    ranges: tuple[SpoolRange, ...]
     num_tokens: int
     num_documents: int
 
@@ -105,11 +105,11 @@ class _Folder:
         self.folder = folder
         self.shards: list[OutputShard] = []
         self._max_tokens = max_tokens
-        self._sections: list[SpoolRange] = []
+        self._ranges: list[SpoolRange] = []
         self._num_tokens = self._num_documents = 0
 
-    def add(self, part: int, *, documents: np.ndarray, lengths: np.ndarray) -> None:
-        """Appends documents, ascending numbers of one part, with their lengths."""
+    def add(self, file_number: int, *, documents: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends documents, ascending numbers of one spool file, with their lengths."""
         ends = np.cumsum(lengths, dtype=np.int64)
         start = taken = 0
         while start < len(documents):
@@ -121,7 +121,9 @@ class _Folder:
                 self.close()
                 continue
             tokens = int(ends[stop - 1]) - taken
-            self._sections.append(SpoolRange(part=part, start=int(documents[start]), stop=int(documents[stop - 1]) + 1))
+            self._ranges.append(
+                SpoolRange(file_number=file_number, start=int(documents[start]), stop=int(documents[stop - 1]) + 1)
+            )
             self._num_tokens += tokens
             self._num_documents += stop - start
             start, taken = stop, taken + tokens
@@ -133,16 +135,16 @@ class _Folder:
                 OutputShard(
                     folder=self.folder,
                     number=len(self.shards),
-                    sections=tuple(self._sections),
+                    ranges=tuple(self._ranges),
                     num_tokens=self._num_tokens,
                     num_documents=self._num_documents,
                 )
             )
-        self._sections, self._num_tokens, self._num_documents = [], 0, 0
+        self._ranges, self._num_tokens, self._num_documents = [], 0, 0
 
 
 def assign_shards(
-    parts: Sequence[SpoolFile],
+    spool: Sequence[SpoolFile],
     *,
     sources: Sequence[str],
     duplicates: Mapping[str, DroppedDocuments],
@@ -152,8 +154,8 @@ def assign_shards(
     """Which documents go into which token file.
 
     Args:
-        parts: all parts, in the order of the input.
-        sources: name of the source of each part; "" where sources have no names.
+        spool: all spool files, in the order of the input.
+        sources: name of the source of each spool file; "" where sources have no names.
         duplicates: documents that go nowhere, by rule.
         shard_bytes: most bytes of ids in one file.
         vocab_size: decides the bytes of an id.
@@ -162,9 +164,9 @@ def assign_shards(
     folders: dict[str, _Folder] = {}
     splits: dict[tuple[str, str], SourceSplit] = {}
     dropped: dict[str, Counter[str]] = {}
-    for number, (part, source) in enumerate(zip(parts, sources, strict=True)):
-        lengths, num_bytes, held_out = part.read("lengths", "num_bytes", "held_out")
-        kept = np.ones(part.num_documents, bool)
+    for number, (spool_file, source) in enumerate(zip(spool, sources, strict=True)):
+        lengths, num_bytes, held_out = spool_file.read("lengths", "num_bytes", "held_out")
+        kept = np.ones(spool_file.num_documents, bool)
         for rule, one in duplicates.items():
             repeated = one.of(number)
             kept[repeated] = False
@@ -193,7 +195,7 @@ def folder_of(source: str, *, split: str) -> str:
 def write_shard(
     shard: OutputShard,
     *,
-    parts: Sequence[SpoolFile],
+    spool: Sequence[SpoolFile],
     dropped: DroppedDocuments,
     directory: Path,
     tokenizer_sha256: str,
@@ -202,14 +204,13 @@ def write_shard(
     """Writes one token file; one that is there, of an earlier start, is compared with its checksum and left.
 
     Args:
-        shard: which documents.
-        parts: all parts, in the order of the input.
+        spool: all spool files, in the order of the input.
         dropped: documents that go nowhere.
         directory: where its folder is made.
-        tokenizer_sha256, vocab_size: of the tokenizer that made the parts.
+        tokenizer_sha256, vocab_size: of the tokenizer that made the spool files.
 
     Raises:
-        DataError: the disk is full, or a part or the file that is there is damaged.
+        DataError: the disk is full, or a spool file or the file that is there is damaged.
     """
     path = directory / shard.folder / shard.name
     if path.exists():
@@ -219,20 +220,21 @@ def write_shard(
             raise damaged(path, "its checksum or header is another") from error
         return
     with TokenFileWriter(path, tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, source=shard.folder) as writer:
-        for ids, lengths in _documents(shard, parts=parts, dropped=dropped):
+        for ids, lengths in _documents(shard, spool=spool, dropped=dropped):
             writer.add_documents(ids, lengths)
+        # The assignment counted lengths, the writer counts ids: a difference is a fault of ours and ends the corpus.
         assert (writer.num_tokens, writer.num_documents) == (shard.num_tokens, shard.num_documents)
 
 
 def _documents(
-    shard: OutputShard, *, parts: Sequence[SpoolFile], dropped: DroppedDocuments
+    shard: OutputShard, *, spool: Sequence[SpoolFile], dropped: DroppedDocuments
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids and lengths of each section."""
+    """Ids and lengths of each spool range."""
     is_held_out = shard.folder == HELD_OUT
-    for section in shard.sections:
-        part = parts[section.part]
-        ids, lengths, held_out = part.read("ids", "lengths", "held_out")
-        kept = dropped.keep(section.part, num_documents=part.num_documents)
+    for spool_range in shard.ranges:
+        spool_file = spool[spool_range.file_number]
+        ids, lengths, held_out = spool_file.read("ids", "lengths", "held_out")
+        kept = dropped.keep(spool_range.file_number, num_documents=spool_file.num_documents)
         kept &= held_out.astype(bool) == is_held_out
-        kept[: section.start] = kept[section.stop :] = False
+        kept[: spool_range.start] = kept[spool_range.stop :] = False
         yield ids[np.repeat(kept, lengths)], lengths[kept]

@@ -1,6 +1,6 @@
-"""Parts: the encoded documents of a stretch of one input, as a preparation keeps them until all is read.
+"""Spool files: the encoded documents of a stretch of one input, stored until all inputs are read.
 
-A part is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
+A spool file is one safetensors file, complete or absent; a document is one row of each array. Written by ``encode``; ``duplicates``
 and ``shards`` read from it what they need and no more. Each array has a CRC-32, compared wherever the whole of it is read.
 """
 
@@ -31,7 +31,7 @@ class Counts:
     Attributes:
         num_read: documents read, dropped ones among them.
         num_bytes: bytes read (of compressed files: after decompression).
-        kept: documents kept.
+        kept: documents that were encoded; duplicates are still among them.
         dropped: documents dropped, by rule.
         altered: documents kept that were altered, by reason.
         seconds: processor time taken.
@@ -67,18 +67,17 @@ def write_spool_file(
     counts: Counts,
     is_last: bool,
 ) -> None:
-    """Writes a part; replaces one of that name, whose content is the same.
+    """Writes a spool file; replaces one of that name, whose content is the same.
 
     Args:
-        path: file to make.
         ids: token ids of all documents kept, one after another, uint16 or uint32 [sum of lengths].
         lengths: tokens of each, integers [N].
         num_bytes: bytes of each document's text, integers [N].
         hashes: 128 bits of each document's normalised text, uint64 [N, 2].
         held_out: whether each belongs to the held-out split, bool [N].
         signatures: MinHash signatures, uint8 [N, K], or None.
-        counts: of the stretch of input that the part covers.
-        is_last: whether the piece of input ends with this part.
+        counts: of the stretch of input that the spool file covers.
+        is_last: whether the file range ends with this spool file.
     """
     # By hash, so that a search for duplicates reads one contiguous range of hashes; the sort is stable.
     order = np.lexsort((hashes[:, 1], hashes[:, 0])).astype(np.uint32)
@@ -122,25 +121,24 @@ def read_checked(path: Path, *names: str) -> tuple[np.ndarray, ...]:
 
 
 def damaged(path: Path, why: str) -> DataError:
-    """What a damaged file of the working directory means: it can be made again."""
+    """The error for a damaged file of the working directory, which the same command rewrites once it is removed."""
     return DataError(f"{path} is damaged ({why}): remove this file and run the same command again")
 
 
 class SpoolFile:
-    """A part on disk; arrays are read when asked for.
+    """A spool file on disk; arrays are read when asked for.
 
     Attributes:
-        path: its file.
-        counts: of the input it covers.
-        is_last: whether the piece of input ends with it.
-        num_documents: documents kept.
+        counts: what was read of the stretch of input that it covers.
+        is_last: whether the file range ends with it.
+        num_documents: rows of its arrays.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the header.
 
         Raises:
-            DataError: the file is missing or no complete part.
+            DataError: the file is missing or no complete spool file.
         """
         self.path = path
         try:
@@ -161,7 +159,7 @@ class SpoolFile:
         return read_checked(self.path, *names)
 
     def verify_hashes(self) -> None:
-        """Reads what ``hash_range`` reads in pieces; a bit that has flipped could hide a duplicate.
+        """Reads what ``hash_range`` reads a few at a time; a bit that has flipped could hide a duplicate.
 
         Raises:
             DataError: the file is missing or damaged.
@@ -172,7 +170,7 @@ class SpoolFile:
         """Documents whose hash has its upper 64 bits in ``low`` .. ``high`` - 1 (None: up to the end).
 
         Returns:
-            (hash_high, hash_low, document), uint64, uint64 and uint32; documents count from 0 within the part.
+            (hash_high, hash_low, document), uint64, uint64 and uint32; documents count from 0 within the spool file.
         """
         with safe_open(self.path, "np") as file:
             names = ("hash_high", "hash_low", "order")
@@ -181,6 +179,7 @@ class SpoolFile:
             def first(value: int) -> int:
                 return bisect_left(range(self.num_documents), value, key=lambda i: int(high_bits[i : i + 1][0]))
 
+            # Bisection in the file: a handful of numbers are read, not the 16 bytes of every document.
             start = first(low)
             stop = self.num_documents if high is None else first(high)
             if start == stop:  # safetensors refuses an empty slice

@@ -1,4 +1,4 @@
-"""Units of work: the inputs, cut into pieces that one process encodes at a time."""
+"""Work items: the inputs, cut into ranges that one process encodes at a time."""
 
 import hashlib
 import json
@@ -13,44 +13,43 @@ from deberta_dist.preparation.reading.texts import cut
 
 @dataclass(frozen=True, kw_only=True)
 class WorkItem:
-    """A piece of an input: what one process encodes at a time.
+    """A range of an input: what one process encodes at a time.
 
     Attributes:
-        file: the input.
-        piece: the part of it.
+        file_range: bytes, or row groups, of the file that are this work item's.
         held_out: whether all its documents are held out.
         input_bytes: bytes of the file that it takes, about.
-        name: begins the names of its parts: another file, or the same file changed, has another.
+        name: begins the names of its spool: another file, or the same file changed, has another.
     """
 
     file: InputFile
-    piece: FileRange
+    file_range: FileRange
     held_out: bool
     input_bytes: int
     name: str
 
 
 def list_work_items(
-    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, piece_bytes: int, format: str = AUTO
+    inputs: Sequence[str | Path], held_out_inputs: Sequence[str | Path], *, range_bytes: int, format: str = AUTO
 ) -> tuple[tuple[WorkItem, ...], PassedOver]:
-    """Pieces of all inputs, in order, and what lies beside them; an empty file is one piece, so that the report counts it.
+    """Ranges of all inputs, in order, and what lies beside them; an empty file is one work item, so that the report counts it.
 
     Args:
         inputs: as for ``find_inputs``.
         held_out_inputs: further ones, all of whose documents are held out; they come first.
-        piece_bytes: as for ``cut``.
+        range_bytes: as for ``cut``.
         format: as for ``find_inputs``.
 
     Raises:
         DataError: as ``find_inputs`` and ``cut``; a file is in both; an archive has no bytes, or all files of one of
             ``held_out_inputs`` have none; the names of two sources differ in case alone.
     """
-    units: list[WorkItem] = []
+    work_items: list[WorkItem] = []
     seen: dict[Path, bool] = {}
     spelling: dict[str, str] = {}
     for word in held_out_inputs:
         if not any(file.num_bytes for file in find_inputs([word], format=format).files):
-            raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct it, or take it away")
+            raise DataError(f"--held-out-input {word} has no bytes: nothing would be held out; correct or remove it")
     listings = [(find_inputs(given, format=format), held_out) for given, held_out in ((held_out_inputs, True), (inputs, False))]
     for listing, held_out in listings:
         for file in listing.files:
@@ -60,21 +59,21 @@ def list_work_items(
             if (other := spelling.setdefault(file.source.lower(), file.source)) != file.source:
                 raise DataError(
                     f"sources {other} and {file.source} differ in case alone, and would share a folder where file "
-                    "names do not: spell them in one way, or name one otherwise"
+                    "names do not: spell them alike, or rename one"
                 )
             if not file.num_bytes and (file.compression or file.kind == PARQUET):
                 raise DataError(f"{file.path} is cut short: it has no bytes; copy it again, or leave it out")
-            pieces = cut(file, piece_bytes=piece_bytes) or [FileRange(start=0, stop=0)]
+            ranges = cut(file, range_bytes=range_bytes) or [FileRange(start=0, stop=0)]
             identity = json.dumps([str(path), file.num_bytes, file.modified_ns, held_out])
             digest = hashlib.sha256(identity.encode("ascii")).hexdigest()[:20]
-            units += [
+            work_items += [
                 WorkItem(
                     file=file,
-                    piece=piece,
+                    file_range=file_range,
                     held_out=held_out,
-                    input_bytes=file.num_bytes // len(pieces),
-                    name=f"{digest}-{piece.start:x}-{piece.stop:x}",
+                    input_bytes=file.num_bytes // len(ranges),
+                    name=f"{digest}-{file_range.start:x}-{file_range.stop:x}",
                 )
-                for piece in pieces
+                for file_range in ranges
             ]
-    return tuple(units), PassedOver.join(listing.passed_over for listing, _ in listings)
+    return tuple(work_items), PassedOver.join(listing.passed_over for listing, _ in listings)

@@ -1,7 +1,7 @@
-"""Worker processes that share out the units of a phase, on all ranks, without a master.
+"""Worker processes that divide the work items of a phase among themselves, on all ranks, without a master.
 
-A unit belongs to the process that first makes its claim, a file in a folder of this start on the shared file system. So
-fast processes take more units than slow ones, one and many processes run the same code, and the claims of a start that
+A work item belongs to the process that first makes its claim, a file in a folder of this start on the shared file system. So
+fast processes take more work items than slow ones, one and many processes run the same code, and the claims of a start that
 was killed mean nothing to the next.
 """
 
@@ -32,10 +32,10 @@ _AGAIN = (
 
 
 class Worker:
-    """One process at its units: what a task may ask of it, and tell it.
+    """One process at its work items: what a phase may ask of it and report to it.
 
     Args:
-        directory: folder of this start.
+        directory: folder of this start, on a file system that all ranks share.
         name: of the worker, in no other process.
 
     Raises:
@@ -49,11 +49,12 @@ class Worker:
         with making(self._path):
             self._file = open_file(self._path, os.O_WRONLY | os.O_CREAT)
 
-    def claim(self, unit: str) -> bool:
-        """Whether a unit is this worker's."""
-        path = self.directory / f"claim-{unit}"
+    def claim(self, item: str) -> bool:
+        """Whether a work item is this worker's."""
+        path = self.directory / f"claim-{item}"
         try:
             with making(path):
+                # O_EXCL is atomic, on NFS since version 3: of all ranks exactly one makes the file.
                 os.close(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
@@ -61,8 +62,8 @@ class Worker:
 
     def report(self, *, num_bytes: int = 0, num_tokens: int = 0, input_bytes: int = 0) -> None:
         """Adds to what this worker has done, for ``progress``."""
-        for place, more in enumerate((num_bytes, num_tokens, input_bytes)):
-            self._totals[place] += more
+        for i, more in enumerate((num_bytes, num_tokens, input_bytes)):
+            self._totals[i] += more
         with making(self._path):
             write_at(self._file, _PROGRESS.pack(*self._totals), 0)
 
@@ -76,6 +77,7 @@ def progress(directory: Path) -> tuple[int, int, int]:
     totals = [0, 0, 0]
     for path in directory.glob(f"{_PROGRESS_NAME}*"):
         content = path.read_bytes()
+        # A worker that has just begun has an empty file.
         if len(content) == _PROGRESS.size:
             totals = [total + one for total, one in zip(totals, _PROGRESS.unpack(content), strict=True)]
     return totals[0], totals[1], totals[2]
@@ -85,34 +87,35 @@ class Phase(Protocol):
     """A phase of the work; picklable."""
 
     @property
-    def units(self) -> Sequence[str]:
-        """Names of the units, in the order in which they are claimed."""
+    def item_names(self) -> Sequence[str]:
+        """Names of the work items, in the order in which they are claimed."""
 
     def run(self, number: int, *, worker: Worker) -> None:
-        """Does unit ``number``."""
+        """Does work item ``number``."""
 
 
-def _work(task: Phase, worker: Worker) -> None:
-    for number, unit in enumerate(task.units):
-        if worker.claim(f"{type(task).__name__}-{unit}"):
+def _work(phase: Phase, worker: Worker) -> None:
+    for number, item in enumerate(phase.item_names):
+        if worker.claim(f"{type(phase).__name__}-{item}"):
             try:
-                task.run(number, worker=worker)
+                phase.run(number, worker=worker)
             except MemoryError as error:
                 raise UnfinishedError(f"there is not enough memory: {_AGAIN}") from error
 
 
 def _serve(connection: Connection, directory: Path, name: str) -> None:
-    """Life of a worker process: a task in, None or an error out, until the other end closes."""
+    """Life of a worker process: a phase in, None or an error out, until the other end closes."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         worker = Worker(directory, name=name)
         while True:
-            task = connection.recv()
+            phase = connection.recv()
             try:
-                _work(task, worker)
+                _work(phase, worker)
             except (DebertaDistError, OSError) as error:
                 connection.send(error)
             except Exception:
+                # As text: an exception of a library may not survive pickling.
                 connection.send(RuntimeError(traceback.format_exc()))
             else:
                 connection.send(None)
@@ -133,7 +136,7 @@ class WorkerPool:
 
     Args:
         directory: folder of this start, the same on all ranks.
-        rank: this rank's number.
+        rank: number of this rank; goes into the names of its workers.
         num_workers: how many, at least 1.
     """
 
@@ -163,18 +166,18 @@ class WorkerPool:
             if can_block:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, task: Phase) -> None:
-        """Works until no unit of a task is left to claim; those of other ranks may still be at theirs.
+    def run(self, phase: Phase) -> None:
+        """Works until no work item of a phase is left to claim; those of other ranks may still be at theirs.
 
         Raises:
             DebertaDistError: of a worker; the others are ended. What they have published stays.
             UnfinishedError: a worker was killed, or memory was short.
         """
         if self._worker is not None:
-            _work(task, self._worker)
+            _work(phase, self._worker)
             return
         for process, connection in self._members:
-            _send(connection, task, process=process)
+            _send(connection, phase, process=process)
         waiting = {connection: process for process, connection in self._members}
         while waiting:
             for connection in wait(list(waiting)):
@@ -201,9 +204,9 @@ class WorkerPool:
             process.join()
 
 
-def _send(connection: Connection, task: Phase, *, process: BaseProcess) -> None:
+def _send(connection: Connection, phase: Phase, *, process: BaseProcess) -> None:
     try:
-        connection.send(task)
+        connection.send(phase)
     except ConnectionError:
         process.join()
         raise _killed(process) from None

@@ -1,10 +1,10 @@
-"""The working directory of a preparation, ``OUTPUT/.work``: what is finished stays there until all is.
+"""The working directory of a preparation, ``OUTPUT/.work``, which holds finished work until the corpus is complete.
 
 ::
 
-    recipe.json          the recipe; one that would make other parts is refused
-    parts/               encoded pieces of the inputs, named by the file's path, size and time of change
-    STATE/duplicates/    documents to drop, per range of hashes; STATE names the recipe and all pieces
+    recipe.json          the recipe; one that would make other spool files is refused
+    parts/               the spool: encoded ranges of the inputs, named by the file's path, size and time of change
+    STATE/duplicates/    documents to drop, per range of hashes; STATE names the recipe and all work items
     STATE/output/        token files, then indexes and report: what moves to OUTPUT at the end
     run-*/               claims and progress of one start
 """
@@ -41,11 +41,11 @@ class Workspace:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.directory = output / WORK_NAME
-        self.parts = self.directory / "parts"
+        self.spool = self.directory / "parts"
 
-    def state(self, recipe: PreparationRecipe, units: Sequence[WorkItem]) -> Path:
-        """Where the results live that depend on all units."""
-        identity = json.dumps([recipe.as_json(), [unit.name for unit in units], [unit.file.source for unit in units]])
+    def state(self, recipe: PreparationRecipe, work_items: Sequence[WorkItem]) -> Path:
+        """Where the results live that depend on all work items."""
+        identity = json.dumps([recipe.as_json(), [item.name for item in work_items], [item.file.source for item in work_items]])
         return self.directory / hashlib.sha256(identity.encode("utf-8")).hexdigest()[:20]
 
     def refuse_foreign(self) -> None:
@@ -55,8 +55,8 @@ class Workspace:
             DataError: it is complete, or holds something else.
         """
         if (self.output / JSON_NAME).exists():
-            self.remove()  # whoever completed it may have been killed before
-            raise DataError(f"{self.output} is a complete corpus and is left as it is: name another output, or move it away")
+            self.remove()  # the process that completed it may have been killed before it could
+            raise DataError(f"{self.output} is a complete corpus and is not overwritten: name another output, or move it away")
         if not self.output.exists():
             return
         if not self.output.is_dir():
@@ -82,7 +82,7 @@ class Workspace:
         """Makes the folders, clears away what killed processes left and returns the folder of this start.
 
         Raises:
-            ConfigError: the unfinished preparation there has a recipe whose parts would be others.
+            ConfigError: the unfinished preparation there has a recipe whose spool files would be others.
             DataError: it has other inputs, and part of its output is in its place already.
         """
         path = self.directory / _RECIPE_NAME
@@ -99,10 +99,10 @@ class Workspace:
         moved = [name for name in (TRAIN, HELD_OUT) if (self.output / name).exists()]
         if moved and self.finished(state) is None:
             raise DataError(
-                f"{self.output}/{moved[0]} is there already, made of other inputs: give the inputs it was made of to "
+                f"{self.output}/{moved[0]} is there already, made of other inputs: give its inputs to "
                 "finish it, or name another output"
             )
-        for folder in (self.parts, self.duplicates(state), self.made(state)):
+        for folder in (self.spool, self.duplicates(state), self.made(state)):
             folder.mkdir(parents=True, exist_ok=True)
         publish(path, json.dumps(wanted, indent=2).encode("utf-8"))
         for stale in self.directory.glob("run-*"):
@@ -115,6 +115,7 @@ class Workspace:
 
     def publish(self, state: Path) -> None:
         """Moves what was made to the output, the report last."""
+        # The report is what makes a corpus complete: a start that is killed before it resumes here.
         for path in sorted(self.made(state).iterdir(), key=lambda path: path.name == JSON_NAME):
             os.replace(path, self.output / path.name)
 
@@ -123,14 +124,14 @@ class Workspace:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-# Parts do not depend on these.
+# Spool files do not depend on these.
 _LATER = ("shard_bytes", "deduplicate", "piece_bytes")
 
 
 def _unusable(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Settings because of which parts of the recipe ``found`` cannot serve ``wanted``.
 
-    What was an error may be allowed by now: no part holds such a document. So whoever is told of a bad document may
+    What was an error may be allowed by now: no spool file holds such a document. So a user with a bad document may
     change that option and go on.
     """
     different = [key for key in sorted({*found, *wanted} - {*_LATER}) if found.get(key) != wanted.get(key)]

@@ -1,1 +1,1 @@
-"""From files of any kind to documents."""
+"""Reads files of all supported formats as documents."""

@@ -1,4 +1,4 @@
-"""The command-line arguments about reading text: the same ones for every tool that reads it."""
+"""Command-line arguments about reading text, shared by every tool that reads it."""
 
 import argparse
 
@@ -17,15 +17,15 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="[NAME=]PATH",
         help=".txt, .jsonl, .ndjson, .json (one object a line; all also .gz, .zst, .bz2, .xz) and .parquet files, directories "
-        "of them, or quoted patterns (** too); unpacking takes the memory of the window a file was packed with, at most "
-        "2 GiB in each process",
+        "of them, or quoted patterns (** too); unpacking a file takes as much memory as its compression window, at most "
+        "2 GiB per process",
     )
     group.add_argument(
         "--format",
         choices=FORMATS,
         default=_DEFAULTS.format,
-        help="what files hold, where names do not say it (wiki_00): in directories those without an ending are read as well "
-        "(default: auto, by the ending)",
+        help="format of the files, where their names do not show it (wiki_00); files without an extension are then read, too "
+        "(default: auto, by extension)",
     )
     group.add_argument(
         "--text-field",
@@ -44,13 +44,13 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
         "--invalid-utf8",
         choices=INVALID_UTF8,
         default=_DEFAULTS.invalid_utf8,
-        help="a document that is not UTF-8: stop, put U+FFFD in it, or leave it out (default: error)",
+        help="documents that are not UTF-8: stop, insert U+FFFD, or skip them (default: error)",
     )
     group.add_argument(
         "--bad-records",
         choices=BAD_RECORDS,
         default=_DEFAULTS.bad_records,
-        help="no JSON object with text in the field, or a document too long: stop, or leave it out (default: error)",
+        help="records without text in the field, and documents that are too long: stop, or skip them (default: error)",
     )
     group.add_argument(
         "--max-document-bytes",

@@ -1,7 +1,7 @@
-"""What a document is, and what becomes of one that is not as it should be.
+"""What a document is, and what happens to a malformed one.
 
-``reading`` finds where documents lie; here their bytes become text, or a fault to be counted, or an error with a
-place. The place is worked out for the error alone.
+``texts`` finds where documents lie; here their bytes become text, a fault to be counted, or an error with file and line.
+Line numbers are computed for errors only, since counting lines means reading everything before them again.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,6 @@ class Document:
 
     Attributes:
         text: its text; "" for one that is left out.
-        path: its file.
         offset: byte of the (decompressed) text where it begins; of a Parquet file the row, from 0.
         num_bytes: bytes of the (decompressed) text from the end of the document before to the end of this one; of a
             Parquet file the bytes of the document.
@@ -104,14 +103,13 @@ class DocumentMaker:
     """Bytes of one file to documents.
 
     Attributes:
-        file: the file.
         options: what becomes of bad ones.
-        unit: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
+        kind: what the bytes of one are: "record": a JSON object; "article": one of WikiExtractor; else the text.
     """
 
     file: InputFile
     options: TextReadOptions
-    unit: str
+    kind: str
 
     def document(self, *, start: int, content: bytes | bytearray | None, num_bytes: int) -> Document | None:
         """The document in ``content``, which begins at byte ``start``.
@@ -136,7 +134,7 @@ class DocumentMaker:
             if not text or text.isspace():
                 if fault is None:
                     return None
-            elif self.unit in ("record", "article"):
+            elif self.kind in ("record", "article"):
                 text, fault = self._inside(text, start=start, fault=fault)
             else:
                 text = text.removesuffix("\r")
@@ -170,9 +168,9 @@ class DocumentMaker:
             DataError: with its line.
         """
         if self.options.bad_records == "error":
-            kind = "line" if self.unit in ("record", "line") else "document"
-            hint = "; an empty line separates documents" if self.unit == "block" else ""
-            self._refuse_record(f"{self._place(start)}: a {kind} is larger than {self._limit}{hint}")
+            what = "line" if self.kind in ("record", "line") else "document"
+            hint = "; an empty line separates documents" if self.kind == "block" else ""
+            self._refuse_record(f"{self._place(start)}: a {what} is larger than {self._limit}{hint}")
 
     @property
     def _limit(self) -> str:
@@ -207,7 +205,7 @@ class DocumentMaker:
     def _inside(self, content: str, *, start: int, fault: str | None) -> tuple[str, str | None]:
         """Text in one JSON object or article, and fault."""
         try:
-            if self.unit == "article":
+            if self.kind == "article":
                 return article_text(content), fault
             return text_of(content, field=self.options.text_field), fault
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Files below directories and files that fit patterns, found strictly: what cannot be looked into is an error.
+"""Finds files below directories and by patterns, strictly: a directory that cannot be read is an error.
 
 ``glob`` and ``os.walk`` pass over directories that cannot be read and links that lead nowhere, and follow links that
 lead back for ever. ``inputs`` and ``benchmark_texts`` find files through this file alone.
@@ -38,12 +38,12 @@ def require_regular(path: Path) -> os.stat_result:
         if os.path.islink(path):
             target = os.readlink(path)
             is_annex = "annex/objects" in target
-            advice = "run git annex get (or datalad get) in its repository" if is_annex else "mend it, or take it away"
+            advice = "run git annex get (or datalad get) in its repository" if is_annex else "fix or remove it"
             raise DataError(f"{path} is a link that leads nowhere, to {target}: {advice}") from error
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS.items() if test(status.st_mode)), "a directory")
-        raise DataError(f"{path} is {kind} and not a regular file: write what it gives to a file first")
+        raise DataError(f"{path} is {kind} and not a regular file: write its output to a file first")
     return status
 
 
@@ -53,7 +53,6 @@ def entries_below(folder: Path, *, above: tuple[Path, ...] = ()) -> Iterator[Pat
     Of hidden directories there is the directory itself, and nothing that is in it.
 
     Args:
-        folder: the directory.
         above: real paths of the directories on the way to it.
 
     Raises:

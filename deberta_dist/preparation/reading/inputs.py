@@ -1,6 +1,6 @@
-"""Which files are read: what the user names becomes a list of files, in the order they are read.
+"""Turns the inputs that a user names into a list of files, in the order in which they are read.
 
-Preparation, tokenizer training and their samples all begin here; ``reading`` turns the files into documents.
+Preparation, tokenizer training and their samples all begin here; ``texts`` turns the files into documents.
 """
 
 import glob
@@ -32,11 +32,11 @@ class InputFile:
     """One file to read, as it was when it was listed.
 
     Attributes:
-        path: the file.
+        path: as it was given, or found below a directory.
         kind: ``TEXT``, ``RECORDS``, ``PARQUET`` or ``ARTICLES``.
         compression: one of ``COMPRESSIONS``, or "".
         source: name of the source it belongs to; "" where none was given.
-        num_bytes: its size.
+        num_bytes: bytes on disk; a change of it ends the reading.
         modified_ns: time of its last change, in nanoseconds.
     """
 
@@ -50,11 +50,11 @@ class InputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRange:
-    """A part of one file that can be read without the rest.
+    """Bytes or row groups of one file that can be read without the rest.
 
     Attributes:
         start, stop: bytes ``[start, stop)`` of a plain file; row groups ``[start, stop)`` of a .parquet file. A
-            compressed file cannot be cut: its only piece is all its bytes.
+            compressed file cannot be cut: its only range is all its bytes.
     """
 
     start: int
@@ -103,7 +103,7 @@ class Listing:
 
     Attributes:
         files: what is read, in order.
-        passed_over: what is not.
+        passed_over: what lay in the directories, or fitted the patterns, and is not read.
     """
 
     files: list[InputFile]
@@ -239,7 +239,7 @@ def _sort_of_named(path: Path, *, format: str) -> tuple[str, str]:
     """Kind and compression of a file that is named itself."""
     kind, compression = _sort(path, format=format, is_named=True)
     if not kind:
-        raise DataError(f"input {path} is of no kind that can be read{begins_like(head_of(path))}; {_readable(format)}")
+        raise DataError(f"input {path} is not of a supported kind{begins_like(head_of(path))}; {_readable(format)}")
     return kind, compression
 
 

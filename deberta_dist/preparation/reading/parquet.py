@@ -1,6 +1,6 @@
 """One text column of a Parquet file, row by row; the only door to pyarrow.
 
-``reading`` makes documents of the rows, and cuts a file between its row groups.
+``texts`` makes documents of the rows, and cuts a file between its row groups.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ class RowGroup:
     """A part of a Parquet file that can be read without the rest.
 
     Attributes:
-        num_rows: its rows.
+        num_rows: rows of the group, from the file's footer.
         num_bytes: bytes of all its columns in the file.
         text_bytes: bytes of the text column before compression, about.
     """
@@ -41,8 +41,7 @@ def row_groups(file: InputFile, handle: BinaryIO, *, field: str | None) -> list[
     """What the end of the file says about its row groups.
 
     Args:
-        file: the file.
-        handle: it, open.
+        handle: the file, from ``open_input``.
         field: the text column, or the text in a struct column; None: ``text_bytes`` counts all columns.
 
     Raises:
@@ -73,9 +72,8 @@ def read_rows(
     """Rows ``[first, last)`` of the text column.
 
     Args:
-        file: the file.
-        handle: it, open.
-        field: the text column.
+        handle: the file, from ``open_input``.
+        field: name of the text column; dots lead into struct columns.
         first, last: numbers of rows within the file, from 0; None: to the end.
 
     Yields:
@@ -104,8 +102,7 @@ def read_columns(file: InputFile, handle: BinaryIO) -> Iterator[list[dict[str, A
     """All columns that hold text at any depth, batch after batch.
 
     Args:
-        file: the file.
-        handle: it, open.
+        handle: the file, from ``open_input``.
 
     Yields:
         Rows, by name of the column: values as Python has them, in lists and dictionaries where they are nested.
@@ -134,8 +131,10 @@ def _batches(file: InputFile, handle: BinaryIO, *, field: str, group: int, num_r
         import pyarrow
         import pyarrow.compute
 
+        # Pre-buffering would hold a row group's whole column in memory, and row groups may have any size.
         opened = parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
         path = _path_of(field, opened.schema_arrow)
+        # One thread: the workers of a preparation are processes, and have the cores already.
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:
         with _errors_of(file):
@@ -220,7 +219,7 @@ def _errors_of(file: InputFile) -> Iterator[ModuleType]:
         yield parquet
     except (pyarrow.ArrowException, OSError) as error:
         message = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        raise DataError(f"{file.path} is no Parquet file, or is damaged or cut short ({message}){_format(file)}") from error
+        raise DataError(f"{file.path} is not a Parquet file, or is damaged or cut short ({message}){_format(file)}") from error
 
 
 def _format(file: InputFile) -> str:

@@ -1,4 +1,4 @@
-"""The text in one line of JSON: whatever else stands in the record, its text is read, or it is said why not.
+"""Extracts the text field of one JSON record, or says why there is none.
 
 Called by ``documents`` for every line.
 """
@@ -28,7 +28,7 @@ def text_of(line: str, *, field: str) -> str:
     Numbers of any length, NaN, half surrogate pairs and repeated keys elsewhere in the record do not matter.
 
     Args:
-        line: the object.
+        line: one JSON object.
         field: name of the field; "doc.text" is the field "text" of "doc" where there is no field "doc.text".
 
     Raises:
@@ -55,7 +55,7 @@ def any_json(text: str, *, hook: Callable[[list[tuple[str, Any]]], Any] | None =
     """A JSON value; integers of more digits than Python converts are ``LongInteger``.
 
     Args:
-        text: the value.
+        text: one JSON value of any kind.
         hook: makes an object of its pairs; None: a dict.
 
     Raises:
@@ -94,5 +94,5 @@ def _find(value: Any, field: str) -> Any:
 
 def _value(value: dict[str, Any], name: str) -> Any:
     if isinstance(value, _Repeated) and name in value.twice:
-        raise ValueError(f"the field {name!r} stands there twice")
+        raise ValueError(f"the field {name!r} is there twice")
     return value[name]

@@ -1,8 +1,8 @@
-"""Where documents begin and end in a stream of bytes: by lines, or by blocks between blank lines.
+"""Splits a stream of bytes into documents: by lines, or by blocks between blank lines.
 
 Only a line feed ends a line, whatever else Unicode counts as a line end. A line is blank if it holds white space
 alone (``str.isspace``), of any length. A document begins at the first byte of its first line that is not blank: that
-byte decides which piece of a file it belongs to. Nothing here depends on how the stream is cut into chunks, and
+byte decides which range of a file it belongs to. Nothing here depends on how the stream is cut into chunks, and
 no more than one document within the limit is held.
 """
 
@@ -49,7 +49,7 @@ def line_runs(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refus
     """Cuts a stream behind its line feeds.
 
     Args:
-        chunks: the stream.
+        chunks: the bytes of the text in order, cut anywhere.
         offset: where it begins in the text.
         limit: bytes of the longest line that is kept.
         refuse: called with the beginning of a longer line that is not blank, as soon as that is known.
@@ -118,22 +118,22 @@ class _Rest:
         return region
 
 
-def split_lines(parts: Iterable[LineRun], *, stop: int | None, limit: int) -> Iterator[Extent]:
+def split_lines(runs: Iterable[LineRun], *, stop: int | None, limit: int) -> Iterator[Extent]:
     """Every line that is not empty; lines of white space among them.
 
     Args:
-        parts: the text.
+        runs: from ``line_runs``.
         stop: no line that begins there or later; None: all.
         limit: as for ``line_runs``.
     """
-    for part in parts:
-        if part.lines is None:
-            if stop is not None and part.offset >= stop:
+    for run in runs:
+        if run.lines is None:
+            if stop is not None and run.offset >= stop:
                 return
-            yield part.offset, part.offset + part.num_bytes, None
+            yield run.offset, run.offset + run.num_bytes, None
             continue
-        at, end = part.offset, part.offset + part.num_bytes
-        lines = part.lines.split(b"\n")
+        at, end = run.offset, run.offset + run.num_bytes
+        lines = run.lines.split(b"\n")
         lines.pop()
         for line in lines:
             if stop is not None and at >= stop:
@@ -146,35 +146,35 @@ def split_lines(parts: Iterable[LineRun], *, stop: int | None, limit: int) -> It
 
 
 def split_blocks(
-    parts: Iterable[LineRun], *, stop: int | None, limit: int, inside: int | None, refuse: Refuse
+    runs: Iterable[LineRun], *, stop: int | None, limit: int, inside: int | None, refuse: Refuse
 ) -> Iterator[Extent]:
     """Every run of lines that are not blank.
 
     Args:
-        parts: the text.
+        runs: from ``line_runs``.
         stop, limit: as for ``split_lines``.
         inside: where a block has begun whose lines may go on here; None: there is none.
         refuse: called with the beginning of a block longer than ``limit``, as soon as that is known.
     """
     begun, kept, num_bytes = inside, bytearray(), 0
     end = 0 if inside is None else inside
-    for part in parts:
-        at, lines = 0, part.lines
+    for run in runs:
+        at, lines = 0, run.lines
         if lines is None:
-            if begun is None and stop is not None and part.offset >= stop:
+            if begun is None and stop is not None and run.offset >= stop:
                 return
-            begun = part.offset if begun is None else begun
+            begun = run.offset if begun is None else begun
             num_bytes = limit + 2
             kept.clear()
             continue
         if blank := _BLANK_LINES.match(lines):
             if begun is not None:
-                yield begun, part.offset, bytes(kept[:-1]) if num_bytes - 1 <= limit else None
+                yield begun, run.offset, bytes(kept[:-1]) if num_bytes - 1 <= limit else None
                 begun = None
             at = blank.end()
         while at < len(lines):
             if begun is None:
-                begun, kept, num_bytes = part.offset + at, bytearray(), 0
+                begun, kept, num_bytes = run.offset + at, bytearray(), 0
                 if stop is not None and begun >= stop:
                     return
             separator = _SEPARATOR.search(lines, at)
@@ -187,13 +187,13 @@ def split_blocks(
                 if num_bytes - 1 <= limit:
                     kept += lines[at:]
                 break
-            end = part.offset + min(behind, part.num_bytes)
+            end = run.offset + min(behind, run.num_bytes)
             if num_bytes - 1 > limit:
                 yield begun, end, None
             else:
                 yield begun, end, bytes(kept) + lines[at : behind - 1] if kept else lines[at : behind - 1]
             begun, at = None, separator.end()
-        end = part.offset + part.num_bytes
+        end = run.offset + run.num_bytes
         if begun is None and stop is not None and end >= stop:
             return
     if begun is not None:
@@ -204,8 +204,8 @@ def line_before(handle: BinaryIO, *, start: int, first: int) -> int:
     """Where to begin so that a parser sees whether the line that holds byte ``start - 1`` is blank.
 
     Args:
-        handle: a plain file.
-        start: beginning of a piece, behind ``first``.
+        handle: an uncompressed file, in which one can seek.
+        start: beginning of a range, behind ``first``.
         first: where the file's text begins.
 
     Returns:

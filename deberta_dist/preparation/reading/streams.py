@@ -1,6 +1,6 @@
-"""The bytes of one input file's text, chunk by chunk, whatever the file is compressed with.
+"""Reads the text of one input file in chunks, decompressing it if needed.
 
-The floor below ``reading``: it knows archives and their faults, and nothing of documents. Every archive is read to
+The floor below ``texts``: it knows archives and their faults, and nothing of documents. Every archive is read to
 its end; several in one file follow each other. What comes out of one step is bounded however well it was packed.
 """
 
@@ -19,7 +19,7 @@ from deberta_dist.files.foreign import HEAD_BYTES, format_name, refuse_foreign, 
 from deberta_dist.preparation.reading.inputs import PARQUET, TEXT, InputFile
 
 CHUNK_BYTES = 1 << 20
-# zstd makes up to 128 KiB of 4 bytes and cannot be told to stop earlier: 1 KiB at a time is at most 32 MiB.
+# zstd can expand 4 bytes to 128 KiB and has no limit for its output: 1 KiB at a time is at most 32 MiB.
 _ZSTD_READ_BYTES = 1 << 10
 _READ_BYTES = 1 << 16
 MAX_WINDOW_BYTES = 1 << 31
@@ -28,7 +28,7 @@ MAX_WINDOW_BYTES = 1 << 31
 _XZ_BYTES = 1 << 20
 _TOO_LARGE = (
     f"takes more than {MAX_WINDOW_BYTES >> 30} GiB of memory to unpack, for its window: pack it again with a smaller one "
-    "(zstd --long=27, xz -9), or unpack it first"
+    "(zstd --long=27, xz -9), or decompress it first"
 )
 _NAMES = {".gz": "gzip data", ".bz2": "bzip2 data", ".zst": "zstd data", ".xz": "xz data"}
 _NO_TEXT = re.compile(rb"[\0-\x08]|\A%PDF-")
@@ -38,15 +38,12 @@ _NO_TEXT = re.compile(rb"[\0-\x08]|\A%PDF-")
 def open_input(file: InputFile) -> Iterator[BinaryIO]:
     """An input file, open; it has to stay what it was when it was listed, up to the end of the block.
 
-    Args:
-        file: the file.
-
     Yields:
         It, without a buffer.
 
     Raises:
         DataError: it cannot be opened or read, it is a pointer, a web page or of a format that its name does not say, or
-            it has changed. A change explains any other error of the block, and is told in its place.
+            it has changed. A change explains any other error of the block, and is reported instead.
     """
     try:
         handle = open(file.path, "rb", buffering=0)
@@ -90,7 +87,7 @@ def require_unchanged(file: InputFile, handle: BinaryIO) -> None:
     if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
         raise DataError(
             f"{file.path} changed while it was read ({file.num_bytes:,} bytes when it was listed, "
-            f"{status.st_size:,} now): start again when nothing writes to it"
+            f"{status.st_size:,} now): run again when nothing writes to it"
         )
 
 
@@ -99,7 +96,7 @@ def text_chunks(file: InputFile, handle: BinaryIO, *, start: int = 0) -> Iterato
 
     Args:
         file: what ``handle`` was opened from.
-        handle: the open file.
+        handle: from ``open_input``.
         start: byte to begin at; 0 for a compressed file.
 
     Yields:
@@ -126,7 +123,7 @@ def _refuse_inside(file: InputFile, head: bytes) -> None:
     refuse_stand_in(head, inside)
     found = format_name(head)
     if found and _NO_TEXT.search(head):
-        raise DataError(f"{inside} begins like {found}, expected text: unpack it first")
+        raise DataError(f"{inside} begins like {found}, expected text: decompress it first")
 
 
 def _unpacked(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
@@ -135,10 +132,10 @@ def _unpacked(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     waiting: list[bytes] = []
     waiting_bytes = 0
     try:
-        for part in unpack(file, handle):
-            waiting.append(part)
-            waiting_bytes += len(part)
-            num_bytes += len(part)
+        for chunk in unpack(file, handle):
+            waiting.append(chunk)
+            waiting_bytes += len(chunk)
+            num_bytes += len(chunk)
             if waiting_bytes >= CHUNK_BYTES // 2:
                 yield waiting[0] if len(waiting) == 1 else b"".join(waiting)
                 waiting, waiting_bytes = [], 0
@@ -178,18 +175,18 @@ def _unpack_gzip(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=handle) as unpacked:
         while True:
             try:
-                part = unpacked.read(CHUNK_BYTES)
+                chunk = unpacked.read(CHUNK_BYTES)
             except (gzip.BadGzipFile, zlib.error) as error:
                 raise _Damaged(str(error)) from error
-            if not part:
+            if not chunk:
                 return
-            yield part
+            yield chunk
 
 
 def _unpack_bz2(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
     def decompress(decoder: bz2.BZ2Decompressor, data: bytes) -> tuple[bytes, bool]:
-        part = decoder.decompress(data, CHUNK_BYTES)
-        return part, not decoder.eof and not decoder.needs_input
+        chunk = decoder.decompress(data, CHUNK_BYTES)
+        return chunk, not decoder.eof and not decoder.needs_input
 
     return _unpack(handle, bz2.BZ2Decompressor, decompress, errors=(OSError,), read_bytes=_READ_BYTES)
 
@@ -200,12 +197,12 @@ def _unpack_xz(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
 
     def decompress(decoder: lzma.LZMADecompressor, data: bytes) -> tuple[bytes, bool]:
         try:
-            part = decoder.decompress(data, CHUNK_BYTES)
+            chunk = decoder.decompress(data, CHUNK_BYTES)
         except lzma.LZMAError as error:
             if "Memory usage limit" in str(error):
                 raise _Refused(_TOO_LARGE) from error
             raise
-        return part, not decoder.eof and not decoder.needs_input
+        return chunk, not decoder.eof and not decoder.needs_input
 
     errors = (lzma.LZMAError, EOFError)
     return _unpack(handle, new_decoder, decompress, errors=errors, read_bytes=_READ_BYTES, padding=b"\0")
@@ -228,7 +225,7 @@ def _unpack_zstd(file: InputFile, handle: BinaryIO) -> Iterator[bytes]:
             if "too much memory" in str(error):
                 raise _Refused(_TOO_LARGE) from error
             if "Dictionary mismatch" in str(error):
-                raise _Refused("was packed with a dictionary of its own: unpack it first, with zstd -d -D") from error
+                raise _Refused("was compressed with a dictionary: decompress it first, with zstd -d -D") from error
             raise
 
     return _unpack(handle, context.decompressobj, decompress, errors=(zstandard.ZstdError,), read_bytes=_ZSTD_READ_BYTES)
@@ -248,11 +245,11 @@ def _unpack(
     The readers of bz2 and zstandard take what follows the first archive, or an early end, for the end of the text.
 
     Args:
-        handle: the open file.
+        handle: from ``open_input``.
         new_decoder: makes the decoder of one archive; it has ``eof`` and ``unused_data``.
         decompress: (decoder, data) -> (text, whether the decoder holds more that needs no data).
         errors: what ``decompress`` raises on damage.
-        read_bytes: bytes to read at once.
+        read_bytes: compressed bytes that are read at once; bounds what one call can unpack to.
         padding: byte that may fill space behind an archive; empty: there is none.
     """
     decoder, data, has_more = None, b"", False
@@ -261,11 +258,11 @@ def _unpack(
             continue
         decoder = decoder or new_decoder()
         try:
-            part, has_more = decompress(decoder, data)
+            chunk, has_more = decompress(decoder, data)
         except errors as error:
             raise _Damaged(str(error)) from error
-        if part:
-            yield part
+        if chunk:
+            yield chunk
         if decoder.eof:
             data, decoder, has_more = decoder.unused_data, None, False
         else:

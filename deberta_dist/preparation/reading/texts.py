@@ -1,7 +1,7 @@
-"""Text of every kind as a stream of documents, read strictly: what is not text is an error that says where.
+"""Reads text files of all formats as a stream of documents, strictly: malformed text is an error with file and line.
 
-Preparation and tokenizer training read through this file, so both see the same documents. A file can be read in
-pieces by several processes: together they see what one sees.
+Preparation and tokenizer training read through this file, so both see the same documents. Several
+processes can each read a range of a file: together they see what one process would.
 """
 
 import codecs
@@ -43,54 +43,54 @@ def document_kind(file: InputFile, *, options: TextReadOptions) -> str:
     return "block" if options.document == "auto" else options.document
 
 
-def cut(file: InputFile, *, piece_bytes: int) -> list[FileRange]:
-    """Pieces of about ``piece_bytes`` of the file, in order; together the whole file.
+def cut(file: InputFile, *, range_bytes: int) -> list[FileRange]:
+    """Ranges of about ``range_bytes`` of the file, in order; together the whole file.
 
-    A document belongs to the piece in which its first byte lies (behind a byte order mark): of a line, its first
+    A document belongs to the range in which its first byte lies (behind a byte order mark): of a line, its first
     byte; of a block, the first byte of its first line that is not blank; of a file that is one document, byte 0.
     Any other positions would serve as well.
 
     Args:
-        file: the file; a compressed one is one piece, a .parquet file is cut between row groups.
-        piece_bytes: bytes of the file in a piece, about.
+        file: the file; a compressed one is one range, a .parquet file is cut between row groups.
+        range_bytes: about how many bytes of the file a range has, at least 1.
 
     Returns:
-        At least one piece, unless the file is empty.
+        At least one range, unless the file is empty.
 
     Raises:
-        ConfigError: ``piece_bytes`` is less than 1.
+        ConfigError: ``range_bytes`` is less than 1.
         DataError: as ``row_groups``.
     """
-    if piece_bytes < 1:
-        raise ConfigError(f"piece_bytes = {piece_bytes}, expected at least 1")
+    if range_bytes < 1:
+        raise ConfigError(f"range_bytes = {range_bytes}, expected at least 1")
     if file.compression or not file.num_bytes:
         return [FileRange(start=0, stop=file.num_bytes)] if file.num_bytes else []
     if file.kind == PARQUET:
         with open_input(file) as handle:
             groups = row_groups(file, handle, field=None)
-        pieces, start, num_bytes = [], 0, 0
+        ranges, start, num_bytes = [], 0, 0
         for number, group in enumerate(groups, start=1):
             num_bytes += group.num_bytes
-            if num_bytes >= piece_bytes or number == len(groups):
-                pieces.append(FileRange(start=start, stop=number))
+            if num_bytes >= range_bytes or number == len(groups):
+                ranges.append(FileRange(start=start, stop=number))
                 start, num_bytes = number, 0
-        return pieces
-    count = max(1, round(file.num_bytes / piece_bytes))
+        return ranges
+    count = max(1, round(file.num_bytes / range_bytes))
     bounds = [file.num_bytes * i // count for i in range(count + 1)]
     return [FileRange(start=a, stop=b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def read_documents(
-    file: InputFile, *, options: TextReadOptions, piece: FileRange | RowRange | None = None
+    file: InputFile, *, options: TextReadOptions, file_range: FileRange | RowRange | None = None
 ) -> Iterator[Document]:
-    """The documents of one file, or of one piece of it.
+    """The documents of one file, or of one range of it.
 
     Blank lines are no records, and end blocks. A document's text is without its last line end.
 
     Args:
         file: the file, in UTF-8; a byte order mark at its start is dropped.
         options: what a document is and what becomes of bad ones.
-        piece: the piece, from ``cut`` or any other; rows of a Parquet file instead. None: the whole file.
+        file_range: the range, from ``cut`` or any other; rows of a Parquet file instead. None: the whole file.
 
     Yields:
         Documents; those with a ``fault`` that begins with "dropped", "bad" or "too" are empty, for counting.
@@ -99,19 +99,19 @@ def read_documents(
         DataError: the file cannot be read, is damaged or changes while it is read; or, with file and line or row,
             what ``options`` make an error.
     """
-    unit = document_kind(file, options=options)
-    maker = DocumentMaker(file=file, options=options, unit=unit)
+    kind = document_kind(file, options=options)
+    maker = DocumentMaker(file=file, options=options, kind=kind)
     with open_input(file) as handle:
         if file.kind == PARQUET:
-            yield from _rows(file, handle, maker=maker, piece=piece)
+            yield from _rows(file, handle, maker=maker, file_range=file_range)
             return
-        assert not isinstance(piece, RowRange), "a text file has no rows"
-        piece = piece or FileRange(start=0, stop=file.num_bytes)
-        if piece.stop <= piece.start:
+        assert not isinstance(file_range, RowRange), "a text file has no rows"
+        file_range = file_range or FileRange(start=0, stop=file.num_bytes)
+        if file_range.stop <= file_range.start:
             return
-        done = piece.start
-        for start, end, content in _extents(file, handle, unit=unit, piece=piece, maker=maker):
-            if start < piece.start:
+        done = file_range.start
+        for start, end, content in _extents(file, handle, kind=kind, file_range=file_range, maker=maker):
+            if start < file_range.start:
                 done = max(done, end)
                 continue
             document = maker.document(start=start, content=content, num_bytes=end - done)
@@ -137,36 +137,36 @@ def read_texts(inputs: Iterable[str | Path], *, options: TextReadOptions | None 
                 yield document.text
 
 
-def _extents(file: InputFile, handle: BinaryIO, *, unit: str, piece: FileRange, maker: DocumentMaker) -> Iterator[Extent]:
-    """Where documents lie, and their bytes; the first may belong to the piece before."""
+def _extents(file: InputFile, handle: BinaryIO, *, kind: str, file_range: FileRange, maker: DocumentMaker) -> Iterator[Extent]:
+    """Where documents lie, and their bytes; the first may belong to the range before."""
     limit = maker.options.max_document_bytes
-    stop = None if file.compression else piece.stop
+    stop = None if file.compression else file_range.stop
 
     def refuse(start: int) -> None:
-        if start >= piece.start:
+        if start >= file_range.start:
             maker.refuse_long(start)
 
-    if unit == "file":
-        return _whole(text_chunks(file, handle), limit=limit, refuse=refuse) if piece.start == 0 else iter(())
+    if kind == "file":
+        return _whole(text_chunks(file, handle), limit=limit, refuse=refuse) if file_range.start == 0 else iter(())
     inside, is_inside = None, False
     if file.compression:
         begin, chunks = _behind_mark(text_chunks(file, handle))
     else:
         handle.seek(0)
         first = _mark_bytes(handle.read(len(codecs.BOM_UTF8)))
-        begin = max(first, piece.start)
+        begin = max(first, file_range.start)
         is_inside = begin > first
         if is_inside:
-            inside = begin = line_before(handle, start=begin, first=first) if unit == "block" else begin - 1
+            inside = begin = line_before(handle, start=begin, first=first) if kind == "block" else begin - 1
         chunks = text_chunks(file, handle, start=begin)
-    if unit == "record" and piece.start == 0:
+    if kind == "record" and file_range.start == 0:
         chunks = _lines_of_json(file, chunks)
-    parts = line_runs(chunks, offset=begin, limit=limit, refuse=refuse)
-    if unit == "block":
-        return split_blocks(parts, stop=stop, limit=limit, inside=inside, refuse=refuse)
-    if unit == "article":
-        return split_articles(parts, stop=stop, limit=limit, inside=is_inside, refuse=refuse)
-    return split_lines(parts, stop=stop, limit=limit)
+    runs = line_runs(chunks, offset=begin, limit=limit, refuse=refuse)
+    if kind == "block":
+        return split_blocks(runs, stop=stop, limit=limit, inside=inside, refuse=refuse)
+    if kind == "article":
+        return split_articles(runs, stop=stop, limit=limit, inside=is_inside, refuse=refuse)
+    return split_lines(runs, stop=stop, limit=limit)
 
 
 def _mark_bytes(data: bytes) -> int:
@@ -206,12 +206,14 @@ def _whole(chunks: Iterator[bytes], *, limit: int, refuse: Refuse) -> Iterator[E
     yield 0, begin + num_bytes, kept if num_bytes <= limit else None
 
 
-def _rows(file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, piece: FileRange | RowRange | None) -> Iterator[Document]:
+def _rows(
+    file: InputFile, handle: BinaryIO, *, maker: DocumentMaker, file_range: FileRange | RowRange | None
+) -> Iterator[Document]:
     """Rows of a Parquet file as documents."""
-    if isinstance(piece, FileRange):
+    if isinstance(file_range, FileRange):
         sizes = [group.num_rows for group in row_groups(file, handle, field=None)]
-        piece = RowRange(first=sum(sizes[: piece.start]), last=sum(sizes[: piece.stop]))
-    piece = piece or RowRange(first=0, last=None)
+        file_range = RowRange(first=sum(sizes[: file_range.start]), last=sum(sizes[: file_range.stop]))
+    file_range = file_range or RowRange(first=0, last=None)
     field = maker.options.text_field
-    for row, content in read_rows(file, handle, field=field, first=piece.first, last=piece.last):
+    for row, content in read_rows(file, handle, field=field, first=file_range.first, last=file_range.last):
         yield maker.row(row=row, content=content)

@@ -1,6 +1,6 @@
 """Articles of WikiExtractor: ``<doc id="12" url="..." title="Anarchism">``, lines of text, ``</doc>``.
 
-The tool writes files without an ending (AA/wiki_00) of any size. As in ``splitting``, an article belongs to the piece of
+The tool writes files without an ending (AA/wiki_00) of any size. As in ``splitting``, an article belongs to the range of
 a file in which it begins, whatever chunks the stream comes in, and no more than one article within the limit is held.
 
 Source: attardi/wikiextractor, wikiextractor/extract.py (``write_output``, ``clean``), which writes the title as first
@@ -20,21 +20,21 @@ _CLOSING = re.compile(r"\n?</doc>\s*\Z")
 _Segment = tuple[int, int, bytes | None, bytes | None]
 
 
-def split_articles(parts: Iterable[LineRun], *, stop: int | None, limit: int, inside: bool, refuse: Refuse) -> Iterator[Extent]:
+def split_articles(runs: Iterable[LineRun], *, stop: int | None, limit: int, inside: bool, refuse: Refuse) -> Iterator[Extent]:
     """Every article, with the lines that open and close it; and every run of other lines that are not blank.
 
     ``article_text`` refuses those runs, and articles whose end is missing.
 
     Args:
-        parts: the text.
+        runs: from ``line_runs``.
         stop: no article that begins there or later; None: all.
         limit: bytes of the longest article.
-        inside: whether the text begins within a line, and maybe an article, of the piece before: what comes before the
-            first whole line that opens or closes one is that piece's.
+        inside: whether the text begins within a line, and maybe an article, of the range before: what comes before the
+            first whole line that opens or closes one is that range's.
         refuse: called with the beginning of a longer article, as soon as that is known.
     """
     open_one: _Article | None = None
-    for start, end, lines, mark in _segments(parts, is_within_line=inside):
+    for start, end, lines, mark in _segments(runs, is_within_line=inside):
         opens, closes = mark == _OPEN, mark == _CLOSE
         if opens:
             if open_one is not None:  # it has no end
@@ -52,7 +52,7 @@ def split_articles(parts: Iterable[LineRun], *, stop: int | None, limit: int, in
             if open_one is not None:
                 yield open_one.extent()
                 open_one = None
-            # What stands behind a line that another piece has is that piece's.
+            # What stands behind a line that another range has is that range's.
             if stop is not None and start >= stop:
                 return
     if open_one is not None:
@@ -100,13 +100,13 @@ class _Article:
         return self._start, self._end, self._kept
 
 
-def _segments(parts: Iterable[LineRun], *, is_within_line: bool) -> Iterator[_Segment]:
-    for part in parts:
-        if part.lines is None:
-            yield part.offset, part.offset + part.num_bytes, None, None
+def _segments(runs: Iterable[LineRun], *, is_within_line: bool) -> Iterator[_Segment]:
+    for run in runs:
+        if run.lines is None:
+            yield run.offset, run.offset + run.num_bytes, None, None
             is_within_line = False
             continue
-        lines, at = bytes(part.lines), 0
+        lines, at = bytes(run.lines), 0
         while at < len(lines):
             marks = [] if is_within_line else [mark for mark in (_OPEN, _CLOSE) if lines.startswith(mark, at)]
             is_within_line = False
@@ -115,6 +115,6 @@ def _segments(parts: Iterable[LineRun], *, is_within_line: bool) -> Iterator[_Se
             else:
                 places = [place for mark in (_OPEN, _CLOSE) if (place := lines.find(b"\n" + mark, at)) >= 0]
                 behind = min(places, default=len(lines) - 1) + 1
-            end = min(part.offset + behind, part.offset + part.num_bytes)
-            yield part.offset + at, end, lines[at:behind], marks[0] if marks else None
+            end = min(run.offset + behind, run.offset + run.num_bytes)
+            yield run.offset + at, end, lines[at:behind], marks[0] if marks else None
             at = behind

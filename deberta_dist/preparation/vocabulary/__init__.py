@@ -1,1 +1,1 @@
-"""A vocabulary for a corpus."""
+"""Makes a tokenizer for a corpus: samples its text, trains or copies a vocabulary, and measures how it fits."""

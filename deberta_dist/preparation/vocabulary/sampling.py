@@ -1,17 +1,16 @@
-"""An even sample of texts out of a corpus of any size, to train a tokenizer on and to judge it by.
+"""Samples texts evenly from a corpus of any size, to train a tokenizer and to measure it.
 
 Called by tools/train_tokenizer.py.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.preparation.reading.documents import Document, TextReadOptions
-from deberta_dist.preparation.reading.inputs import PARQUET, FileRange, InputFile, list_inputs
+from deberta_dist.preparation.reading.inputs import PARQUET, FileRange, InputFile
 from deberta_dist.preparation.reading.parquet import RowGroup, row_groups
 from deberta_dist.preparation.reading.streams import open_input, text_chunks
 from deberta_dist.preparation.reading.texts import RowRange, read_documents
@@ -28,18 +27,18 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(digest[:8], "little") % 100 < _HELD_OUT_PER_CENT
 
 
-def sample_texts(
-    inputs: Iterable[str | Path], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
+def sample_files(
+    files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
 ) -> Iterator[tuple[str, bool]]:
     """Texts of all documents, or about ``max_bytes`` of them taken evenly from all inputs.
 
-    Every document has the same chance. Of plain and .parquet files only parts are read: windows of at most 1 MiB,
+    Every document has the same chance. Of plain and .parquet files only samples are read: windows of at most 1 MiB,
     one at a drawn place in each of as many equal stretches of the corpus; the documents that begin in a window are
     taken. Compressed files cannot be entered in the middle: they are read whole, and each document is drawn by its
     number. Where documents are larger than ``max_bytes / 64`` the sample's size is that rough.
 
     Args:
-        inputs: as for ``list_inputs``.
+        files: from ``list_inputs``, in the order in which they are sampled.
         options: as for ``read_documents``; documents that are left out are left out here, too.
         max_bytes: bytes of text to take, about; of files with records, of their lines. None: all.
         salt: another one gives another sample; the same gives the same.
@@ -49,15 +48,8 @@ def sample_texts(
 
     Raises:
         ConfigError: ``max_bytes`` is less than 1.
-        DataError: as ``list_inputs`` and ``read_documents``.
+        DataError: as ``read_documents``.
     """
-    yield from sample_files(list_inputs(inputs, format=options.format), options=options, max_bytes=max_bytes, salt=salt)
-
-
-def sample_files(
-    files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: int | None, salt: str = ""
-) -> Iterator[tuple[str, bool]]:
-    """``sample_texts`` of files that have been listed."""
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes = {max_bytes}, expected at least 1")
     for document in _sample(files, options=options, max_bytes=max_bytes, salt=salt):
@@ -91,8 +83,8 @@ def _sample(files: Sequence[InputFile], *, options: TextReadOptions, max_bytes: 
         if layout.groups:
             yield from _rows(layout, inside, options=options)
         else:
-            for piece in inside:
-                yield from read_documents(layout.file, options=options, piece=piece)
+            for file_range in inside:
+                yield from read_documents(layout.file, options=options, file_range=file_range)
         begin = end
 
 
@@ -110,7 +102,7 @@ def _rows(layout: "_Layout", windows: Sequence[FileRange], *, options: TextReadO
             wanted.update(range(math.ceil(low * rows_per_byte), math.ceil(high * rows_per_byte)))
         if wanted:
             rows = RowRange(first=first_row + min(wanted), last=first_row + max(wanted) + 1)
-            for document in read_documents(layout.file, options=options, piece=rows):
+            for document in read_documents(layout.file, options=options, file_range=rows):
                 if document.offset - first_row in wanted:
                     yield document
         begin += group.text_bytes
@@ -133,14 +125,14 @@ class _Windows:
     salt: str
 
     def within(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The parts of windows that lie in ``[begin, end)``, in order."""
+        """What of the windows lies in ``[begin, end)``, in order."""
         stretch = self.size / self.share
         for number in range(int(begin / stretch), math.ceil(self.total / stretch)):
             start = int(number * stretch)
             if start >= end:
                 return
             low = int((number + _draw(self.salt, "window", number)) * stretch)
-            # A window that leaves its stretch goes on at the stretch's beginning: every byte has the same chance.
+            # A window that leaves its stretch continues at the stretch's beginning: every byte has the same chance.
             over = max(0, low + self.size - int((number + 1) * stretch))
             for a, b in ((start, min(start + over, low)), (low, low + self.size - over)):
                 a, b = max(a, begin), min(b, end)
@@ -153,7 +145,6 @@ class _Layout:
     """Where a file's text lies.
 
     Attributes:
-        file: the file.
         num_bytes: bytes of its text; of a compressed one estimated from its beginning, of a .parquet file as its
             end tells.
         groups: row groups of a .parquet file.

@@ -1,4 +1,4 @@
-"""A vocabulary for a corpus: trained on a sample of it or taken as published, and judged on text of the corpus.
+"""Makes a vocabulary: trained on a sample of the corpus or copied as published, then measured on held-out text.
 
 Called by tools/train_tokenizer.py.
 """
@@ -22,11 +22,11 @@ class Fit:
     """How a tokenizer takes text.
 
     Attributes:
-        num_documents: documents of the text.
+        num_documents: documents that were tokenized.
         num_bytes: its bytes in UTF-8.
         num_words: its words, as white space separates them.
         num_characters: its characters once normalised, without white space.
-        num_tokens: tokens it becomes.
+        num_tokens: tokens that the documents become.
         num_unknown_tokens: ``[UNK]`` among them.
         num_byte_tokens: single bytes among them, of models with byte fallback.
         num_unknown_characters: characters that are in ``[UNK]`` or spelled in bytes.
@@ -91,7 +91,7 @@ class Vocabulary:
     """A tokenizer that was made, and how.
 
     Attributes:
-        tokenizer: It.
+        tokenizer: The new or published tokenizer, loaded from its file.
         fit: How it takes text that it was not trained on; of a small input there may be none.
         words: The words it was trained on; None where it was taken as published.
         passed_over: What lay beside the inputs and was not read.
@@ -124,11 +124,11 @@ def train_vocabulary(
         output: model file to make; the report is written beside it.
         reading: as for ``read_documents``.
         options, vocab_size: as for ``train_tokenizer``.
-        max_bytes: as for ``sample_texts``.
+        max_bytes: as for ``sample_files``.
 
     Raises:
-        ConfigError: as ``train_tokenizer`` and ``sample_texts``.
-        DataError: ``output`` or its report exists; or as ``train_tokenizer`` and ``sample_texts``.
+        ConfigError: as ``train_tokenizer`` and ``sample_files``.
+        DataError: ``output`` or its report exists; or as ``train_tokenizer`` and ``sample_files``.
     """
     _refuse_existing(output)
     listing = find_inputs(inputs, format=reading.format)
@@ -168,15 +168,15 @@ def take_published(
     Args:
         inputs, reading, max_bytes: as for ``train_vocabulary``.
         output: model file to make; the report is written beside it.
-        model: the published one.
+        model: path of the published ``spm.model``.
 
     Returns:
         The model, with its measures on all documents of the sample.
 
     Raises:
-        ConfigError: as ``sample_texts``.
+        ConfigError: as ``sample_files``.
         DataError: ``output`` or its report exists; ``model`` is not a model of DeBERTa (as ``Tokenizer``); or as
-            ``sample_texts``.
+            ``sample_files``.
     """
     _refuse_existing(output)
     tokenizer = Tokenizer(model)

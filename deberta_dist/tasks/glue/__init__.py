@@ -1,1 +1,1 @@
-"""GLUE: of its tasks the one from which others start."""
+"""GLUE: only the task from which others start."""

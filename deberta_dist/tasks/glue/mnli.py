@@ -1,4 +1,4 @@
-"""GLUE's MNLI: the natural language inference task from which small tasks start; no part of SuperGLUE.
+"""GLUE's MNLI: the natural language inference task from which small tasks start; not part of SuperGLUE.
 
 Files of GLUE's ``MNLI/`` folder: ``train.tsv`` to train on, ``dev_matched.tsv`` to choose weights by.
 """

@@ -1,4 +1,4 @@
-"""COPA: which of two choices is the cause or the effect of a premise; one number a choice.
+"""COPA: which of two choices is the cause or the effect of a premise; one score per choice.
 
 First segment: the premise. Second: "because" or "so", and a choice.
 """

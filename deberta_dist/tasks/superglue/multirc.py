@@ -1,4 +1,4 @@
-"""MultiRC: whether an answer to a question about a passage is right; a decision for every answer, by itself.
+"""MultiRC: whether an answer to a question about a passage is right; each answer is a decision of its own.
 
 First segment: the passage. Second: a question and one of its answers. Answers are nested in questions and these in
 passages, in the data as in a submission, and a decision's key is (passage, question, answer).

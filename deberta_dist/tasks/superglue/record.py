@@ -1,6 +1,6 @@
-"""ReCoRD: which entity of a passage a query leaves out; every query has candidates of its own, one number each.
+"""ReCoRD: which entity of a passage a query leaves out; every query has candidates of its own, with one score each.
 
-First segment: the passage. Second: the query with a candidate in the place of ``@placeholder``. Every entity's text is
+First segment: the passage. Second: the query with a candidate instead of ``@placeholder``. Every entity's text is
 taken once. In training a query has at most ``max_train_choices`` of them, a right one among them; several right ones share
 the credit.
 """

@@ -1,4 +1,4 @@
-"""The files of SuperGLUE's submission: written from answers, and validated, ours or anyone's, before they are uploaded.
+"""Writes the files of a SuperGLUE submission, and validates them, or anyone else's, before they are uploaded.
 
 A grader that gets a wrong label, a missing row or a wrong type scores it as an error or, worse, as a wrong answer, and
 uploads are few. So everything that can be checked against the data is.

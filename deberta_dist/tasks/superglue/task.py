@@ -80,7 +80,7 @@ class SuperGlueTask(Task):
 
         Args:
             row: Its fields have the types that `fields` names.
-            line: Of the file.
+            line: Number of the line in its file, from 1, for messages.
             at: File and line, for messages.
 
         Raises:
@@ -116,7 +116,7 @@ class SuperGlueTask(Task):
         """Every decision in a line of a submission.
 
         Args:
-            row: The line.
+            row: A line of the submission, parsed and not checked.
             known: Keys of the data and their beginnings.
             seen: Beginnings of keys that were met so far; those of this line are added.
         """

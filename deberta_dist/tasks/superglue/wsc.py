@@ -1,4 +1,4 @@
-"""WSC: whether a pronoun stands for a noun.
+"""WSC: whether a pronoun refers to a noun.
 
 First segment: the text with ``* noun *`` and ``# pronoun #``. Second: the noun, for the rows in which the text has it in
 another form.
@@ -30,8 +30,8 @@ def find_span(text: str, span: str, index: int) -> tuple[int, int, str]:
     """Characters of a span.
 
     Args:
-        text: Of the row.
-        span: Words of the span.
+        text: The row's text, in which words are counted between white space.
+        span: The span's words, as the row spells them.
         index: Of its first word in ``text.split()``.
 
     Returns:
@@ -42,10 +42,10 @@ def find_span(text: str, span: str, index: int) -> tuple[int, int, str]:
     words = list(re.finditer(r"\S+", text))
     wanted = [_bare(word) for word in span.split()]
     found = [_bare(match.group()) for match in words]
-    places = [i for i in range(len(words) - len(wanted) + 1) if wanted and _agree(found[i : i + len(wanted)], wanted)]
-    if not places:
+    starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and _agree(found[i : i + len(wanted)], wanted)]
+    if not starts:
         return words[index].start(), words[index].end(), INDEX_ALONE
-    start = min(places, key=lambda place: abs(place - index))
+    start = min(starts, key=lambda start: abs(start - index))
     how = AT_INDEX if start == index else ELSEWHERE
     return words[start].start(), words[start + len(wanted) - 1].end(), how
 

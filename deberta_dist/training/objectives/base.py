@@ -26,9 +26,11 @@ class TrainedNetwork(Network):
 
     Attributes:
         loss_weight: Factor on its loss.
+        learning_rate_factor: Factor on the run's learning rate in every step.
     """
 
     loss_weight: float = 1.0
+    learning_rate_factor: float = 1.0
 
     @property
     @abstractmethod
@@ -75,9 +77,18 @@ class TrainedNetwork(Network):
         """
         return None
 
-    def head_message_bytes(self, *, width: int) -> int:
-        """Bytes per target that the head sends over the tensor axis, hidden states being ``width`` bytes an element."""
+    @property
+    def head_rows(self) -> int:
+        """For planners: logits that the head makes of every target, as many as the vocabulary has rows; 0 without such a head."""
         return 0
+
+    def head_messages(self, *, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For planners: bytes per target of every all-reduce that the head makes over the tensor axis: forward, backward.
+
+        Args:
+            width: Bytes of an element of a hidden state.
+        """
+        return (), ()
 
     @property
     def counted(self) -> int:

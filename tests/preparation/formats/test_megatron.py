@@ -114,7 +114,7 @@ def test_negative_ids(tmp_path: Path) -> None:
     ("index", "data", "message"),
     [
         (b"", BIN, r"\.idx is not the index of a Megatron dataset: it begins with b''"),
-        (b"TNTIDX\0\0" + INDEX[8:], BIN, r"an index of the older formats of fairseq .*make the dataset again as mmap"),
+        (b"TNTIDX\0\0" + INDEX[8:], BIN, r"an index of the older formats of fairseq .*build the dataset again as mmap"),
         (FAIRSEQ, BIN, r"the index of a fairseq dataset \(mmap, 3 sequences\), .*dict.txt.* tools/prepare_corpus.py"),
         (FAIRSEQ[:17] + b"\x09" + FAIRSEQ[18:], BIN, r"the index of a fairseq dataset"),
         (FAIRSEQ[:18] + bytes(8), b"", r"the index of a fairseq dataset \(mmap, 0 sequences\)"),
@@ -136,7 +136,7 @@ def test_negative_ids(tmp_path: Path) -> None:
         (patched(46, b"\2"), BIN, r"sequence 0 begins at byte 2 of the .bin, expected 0"),
         (patched(70, b"\1"), BIN, r"indices go from 1 to 3, expected from 0 to the number of sequences, 3"),
         (patched(86, b"\2"), BIN, r"indices go from 0 to 2, expected from 0 to the number of sequences, 3"),
-        (patched(78, b"\4"), BIN, r"document 1 begins with sequence 4, and the next with 3; expected no step back"),
+        (patched(78, b"\4"), BIN, r"document 1 begins with sequence 4, and the next with 3; expected ascending numbers"),
         (patched(78, b"\xff" * 8), BIN, r"document 0 begins with sequence 0, and the next with -1"),
         (INDEX, BIN[:-1], r"\.bin is truncated: 11 bytes, expected 12 by .*\.idx"),
         (INDEX, BIN + b"\0", r"\.bin is damaged: 13 bytes, expected 12"),

@@ -109,7 +109,7 @@ def test_an_input_that_changes_costs_its_own_parts_alone(tokenizer: Tokenizer, t
         with open(changing, "a") as file:
             file.write('{"text": "was late"}\n')
 
-    with pytest.raises(DataError, match=r"b\.jsonl changed while it was read .* start again when nothing writes to it"):
+    with pytest.raises(DataError, match=r"b\.jsonl changed while it was read .* run again when nothing writes to it"):
         prepare([steady, changing], output, tokenizer=tokenizer, progress=at("encoding", change))
     before = parts_of(output)
     assert len(before) == 1
@@ -156,7 +156,7 @@ def test_a_bit_that_flips_in_a_part_is_found(
 
     def flip() -> None:
         # Of the first file: nothing that is only in the second stays, so nobody would look at all of it.
-        name = list_work_items(paths, [], piece_bytes=1 << 23)[0][0].name
+        name = list_work_items(paths, [], range_bytes=1 << 23)[0][0].name
         (path,) = (output / ".work" / "parts").glob(f"{name}.*")
         content = bytearray(path.read_bytes())
         size = int.from_bytes(content[:8], "little")

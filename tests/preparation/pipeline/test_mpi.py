@@ -62,13 +62,13 @@ def test_killed_ranks_and_workers_of_two_then_four(tokenizer: Tokenizer, tmp_pat
 def test_a_rank_that_stands_still_leaves_the_work_to_the_other(
     tokenizer: Tokenizer, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    output, num_pieces = tmp_path / "x", len(list_work_items([DEMO_TEXT], [], piece_bytes=PIECE_BYTES)[0])
+    output, num_items = tmp_path / "x", len(list_work_items([DEMO_TEXT], [], range_bytes=PIECE_BYTES)[0])
     with Start(output, arguments_for(tokenizer, num_workers=1), num_ranks=2) as start:
         start.when(lambda: parts_of(output), what="the first part")
         slow = children(start.pid)[1]
         start.send(signal.SIGSTOP, pid=slow)
-        # All pieces but the one that it may have taken.
-        start.when(lambda: len(parts_of(output)) >= num_pieces - 1, what="the other's parts")
+        # All work items but the one that it may have taken.
+        start.when(lambda: len(parts_of(output)) >= num_items - 1, what="the other's parts")
         start.send(signal.SIGCONT, pid=slow)
         code, _, errors = start.end()
     assert code == 0, errors

@@ -21,7 +21,7 @@ from deberta_dist.preparation.reading import streams
 from deberta_dist.preparation.reading.documents import TextReadOptions
 from deberta_dist.preparation.reading.inputs import FileRange, list_inputs
 from deberta_dist.preparation.reading.texts import cut, read_documents
-from tests.preparation.reading.test_reading import in_pieces, read, texts
+from tests.preparation.reading.test_reading import in_ranges, read, texts
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -46,7 +46,7 @@ def test_compressed_text_is_the_same_text(tmp_path: Path, kind: str) -> None:
         path.write_bytes(data)
         plain, packed = read(tmp_path / "a.txt"), read(path)
         assert [(d.text, d.offset, d.num_bytes) for d in packed] == [(d.text, d.offset, d.num_bytes) for d in plain]
-        assert cut(list_inputs([path])[0], piece_bytes=100) == [FileRange(start=0, stop=len(data))]
+        assert cut(list_inputs([path])[0], range_bytes=100) == [FileRange(start=0, stop=len(data))]
     (tmp_path / f"a.jsonl.{kind}").write_bytes(pack(b'{"text": "one"}\n{"text": 2}'))
     with pytest.raises(DataError, match=rf"a.jsonl.{kind}:2: no string"):
         read(tmp_path / f"a.jsonl.{kind}")
@@ -103,7 +103,7 @@ def test_archives_that_are_sound_and_too_large_say_how_to_repack_them(tmp_path: 
             texts(tmp_path / name)
     trained = zstandard.train_dictionary(1 << 12, [f"text {i} of many".encode() * 9 for i in range(300)])
     (tmp_path / "c.txt.zst").write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(TEXT))
-    with pytest.raises(DataError, match=r"c.txt.zst was packed with a dictionary of its own: unpack it first"):
+    with pytest.raises(DataError, match=r"c.txt.zst was packed with a dictionary of its own: decompress it first"):
         texts(tmp_path / "c.txt.zst")
 
 
@@ -144,8 +144,8 @@ def tar(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (tar(TEXT), "begins like a tar archive, expected text: unpack it first"),
-        (gzip.compress(TEXT, mtime=0), "begins like gzip data, expected text: unpack it first"),
+        (tar(TEXT), "begins like a tar archive, expected text: decompress it first"),
+        (gzip.compress(TEXT, mtime=0), "begins like gzip data, expected text: decompress it first"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
     ],
 )
@@ -168,12 +168,12 @@ def test_parquet_rows_are_documents(tmp_path: Path) -> None:
         path = parquet(tmp_path / "a.parquet", id=list(range(35)), text=pyarrow.array(expected).cast(kind))
         assert texts(path) == expected
     file = list_inputs([path])[0]
-    pieces = cut(file, piece_bytes=1)
-    assert pieces == [FileRange(start=i, stop=i + 1) for i in range(4)]
-    documents = in_pieces(file, pieces, options=TextReadOptions())
+    ranges = cut(file, range_bytes=1)
+    assert ranges == [FileRange(start=i, stop=i + 1) for i in range(4)]
+    documents = in_ranges(file, ranges, options=TextReadOptions())
     assert [(d.text, d.offset) for d in documents] == [(text, i) for i, text in enumerate(expected)]
     assert documents[17].where == f"{path}: row 17" and documents[17].num_bytes == len(expected[17].encode())
-    assert cut(file, piece_bytes=10**9) == [FileRange(start=0, stop=4)]
+    assert cut(file, range_bytes=10**9) == [FileRange(start=0, stop=4)]
     assert read(parquet(tmp_path / "b.parquet", text=pyarrow.array([], pyarrow.string()))) == []
 
 
@@ -185,9 +185,9 @@ def test_text_in_struct_columns(tmp_path: Path) -> None:
     assert [d.text for d in found] == [row["text"] if row else "" for row in rows]
     assert {d.fault for d in found[::4]} == {"bad_record"}
     file = list_inputs([path])[0]
-    pieces = cut(file, piece_bytes=1)
-    assert len(pieces) == 3
-    assert in_pieces(file, pieces, options=TextReadOptions(text_field="doc.text", bad_records="drop")) == found
+    ranges = cut(file, range_bytes=1)
+    assert len(ranges) == 3
+    assert in_ranges(file, ranges, options=TextReadOptions(text_field="doc.text", bad_records="drop")) == found
     assert texts(path, options=TextReadOptions(text_field="doc.of.kind", bad_records="drop"))[:5] == ["", "a", "a", "a", ""]
     # A column whose name has the dot comes first, beside a struct of that name.
     assert texts(path, options=TextReadOptions(text_field="doc.id")) == table["doc.id"]
@@ -217,7 +217,7 @@ def test_bad_rows_and_damaged_parquet_files(tmp_path: Path) -> None:
         read(parquet(tmp_path / "b.parquet", text=[1]))
     for damaged in (path.read_bytes()[:-5], b"", path.read_bytes()[:4] + bytes(60) + path.read_bytes()[64:]):
         path.write_bytes(damaged)
-        with pytest.raises(DataError, match="a.parquet is no Parquet file, or is damaged or cut short"):
+        with pytest.raises(DataError, match="a.parquet is not a Parquet file, or is damaged or cut short"):
             read(path)
 
 

@@ -86,7 +86,7 @@ def test_sources_are_named_and_the_order_is_as_given(corpus: Path) -> None:
         (["bad name=b.jsonl"], "bad name=b.jsonl does not exist"),
         (["README.md"], r"README.md is of no kind .* readable are .txt, .jsonl"),
         (["wiki_00"], r"wiki_00 is of no kind .*--format says what files with other names hold"),
-        (["zip.xlsx"], r"zip.xlsx is of no kind that can be read; it begins like a zip archive; readable are"),
+        (["zip.xlsx"], r"zip.xlsx is not of a supported kind; it begins like a zip archive; readable are"),
         (["deep/g.parquet.gz"], r"g.parquet.gz is of no kind"),
         ([".git/../empty"], r"empty has no readable files below it; readable"),
         ([".git"], r".git has no readable files below it; .*; passed over: 1 \(.git/y.md\)"),

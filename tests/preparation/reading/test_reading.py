@@ -1,4 +1,4 @@
-"""Documents of every kind of file: what they are, where pieces part, and what happens to bad ones."""
+"""Documents of every kind of file: what they are, where file ranges meet, and what happens to bad ones."""
 
 import gzip
 import json
@@ -27,8 +27,8 @@ def texts(path: Path, *, options: TextReadOptions | None = None) -> list[str]:
     return [document.text for document in read(path, options=options)]
 
 
-def in_pieces(file: InputFile, pieces: Sequence[FileRange], *, options: TextReadOptions) -> list[Document]:
-    return [document for piece in pieces for document in read_documents(file, options=options, piece=piece)]
+def in_ranges(file: InputFile, ranges: Sequence[FileRange], *, options: TextReadOptions) -> list[Document]:
+    return [document for file_range in ranges for document in read_documents(file, options=options, file_range=file_range)]
 
 
 def expected(data: bytes, *, unit: str, limit: int) -> list[str]:
@@ -61,8 +61,8 @@ def test_pieces_together_are_the_file_wherever_it_is_cut(tmp_path: Path, monkeyp
         whole = list(read_documents(file, options=options))
         assert [document.text for document in whole] == expected(data, unit=unit, limit=limit), data
         for size in range(1, len(data) + 1):
-            pieces = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
-            again = in_pieces(file, pieces, options=options)
+            ranges = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
+            again = in_ranges(file, ranges, options=options)
             assert [(d.text, d.offset, d.fault) for d in again] == [(d.text, d.offset, d.fault) for d in whole], data
 
 
@@ -70,16 +70,16 @@ def test_pieces_of_a_larger_file_and_their_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(5000)))
     file = list_inputs([path])[0]
-    pieces = cut(file, piece_bytes=10_000)
-    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
-    assert pieces[-1].stop == file.num_bytes and all(9000 < p.stop - p.start < 11_000 for p in pieces)
-    documents = in_pieces(file, pieces, options=TextReadOptions())
+    ranges = cut(file, range_bytes=10_000)
+    assert [file_range.start for file_range in ranges] == [0, *(file_range.stop for file_range in ranges[:-1])]
+    assert ranges[-1].stop == file.num_bytes and all(9000 < p.stop - p.start < 11_000 for p in ranges)
+    documents = in_ranges(file, ranges, options=TextReadOptions())
     assert [document.text for document in documents] == [f"document {i}" for i in range(5000)]
     whole = read(path)
     assert sum(document.num_bytes for document in whole) == file.num_bytes
     assert whole[1].where == f"{path}: byte {whole[0].num_bytes}"
     (tmp_path / "empty.txt").touch()
-    assert cut(list_inputs([tmp_path / "empty.txt"])[0], piece_bytes=1) == [] and read(tmp_path / "empty.txt") == []
+    assert cut(list_inputs([tmp_path / "empty.txt"])[0], range_bytes=1) == [] and read(tmp_path / "empty.txt") == []
 
 
 def test_what_a_document_is(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_what_a_document_is(tmp_path: Path) -> None:
     assert texts(path, options=TextReadOptions(document="record")) == ["one", "", "th\u2028ree"]
     assert texts(path, options=TextReadOptions(document="file")) == [path.read_bytes().decode("utf-8-sig")]
     file = list_inputs([path])[0]
-    pieces = [FileRange(start=0, stop=9), FileRange(start=9, stop=file.num_bytes)]
-    assert len(in_pieces(file, pieces, options=TextReadOptions(document="file"))) == 1
+    ranges = [FileRange(start=0, stop=9), FileRange(start=9, stop=file.num_bytes)]
+    assert len(in_ranges(file, ranges, options=TextReadOptions(document="file"))) == 1
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree\xe2\x80\xa8four\x0cfive\n")
     documents = read(path)
     assert [document.text for document in documents] == ["one\r\ntwo", "three\u2028four\x0cfive"]
@@ -235,8 +235,8 @@ def test_articles_of_wikiextractor_wherever_the_file_is_cut(tmp_path: Path, monk
         whole = list(read_documents(file, options=options))
         assert [(d.text, d.fault) for d in whole] == articles(data, limit=limit), data
         for size in range(1, len(data) + 1, 3):
-            pieces = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
-            again = in_pieces(file, pieces, options=options)
+            ranges = [FileRange(start=a, stop=min(a + size, len(data))) for a in range(0, len(data), size)]
+            again = in_ranges(file, ranges, options=options)
             assert [(d.text, d.offset, d.fault) for d in again] == [(d.text, d.offset, d.fault) for d in whole], (data, size)
 
 

@@ -14,9 +14,10 @@ from deberta_dist.data.training_words import TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import ConfigError
 from deberta_dist.preparation.reading.documents import TextReadOptions
+from deberta_dist.preparation.reading.inputs import list_inputs
 from deberta_dist.preparation.reading.texts import read_texts
 from deberta_dist.preparation.vocabulary import sampling, vocabulary
-from deberta_dist.preparation.vocabulary.sampling import is_held_out, sample_texts
+from deberta_dist.preparation.vocabulary.sampling import is_held_out, sample_files
 from deberta_dist.preparation.vocabulary.vocabulary import measure
 from tests.preparation.test_tools import TEXT, assert_one_line_error, run
 
@@ -36,12 +37,12 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 def test_a_sample_is_even_over_all_inputs_and_repeatable(corpus: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     options = TextReadOptions()
-    everything = list(sample_texts(corpus, options=options, max_bytes=None))
+    everything = list(sample_files(list_inputs(corpus), options=options, max_bytes=None))
     assert len(everything) == 12_000
     size = sum(len(text) for text, _ in everything)
-    sample = list(sample_texts(corpus, options=options, max_bytes=size // 4))
-    assert sample == list(sample_texts(corpus, options=options, max_bytes=size // 4))
-    assert sample != list(sample_texts(corpus, options=options, max_bytes=size // 4, salt="another"))
+    sample = list(sample_files(list_inputs(corpus), options=options, max_bytes=size // 4))
+    assert sample == list(sample_files(list_inputs(corpus), options=options, max_bytes=size // 4))
+    assert sample != list(sample_files(list_inputs(corpus), options=options, max_bytes=size // 4, salt="another"))
     assert len(set(sample)) == len(sample) and set(sample) < set(everything)
     for kind in ("plain", "packed", "column"):
         numbers = [int(text.split()[1]) for text, _ in sample if text.startswith(kind)]
@@ -49,7 +50,7 @@ def test_a_sample_is_even_over_all_inputs_and_repeatable(corpus: list[Path], mon
     # Plain text outside the windows is not read: what is wrong there is not seen.
     monkeypatch.setattr(sampling, "_MAX_WINDOW_BYTES", 1000)
     corpus[0].write_bytes(corpus[0].read_bytes()[:80_000] + b"\n\n\xff\xff\n\n")
-    few = list(sample_texts(corpus[:1], options=options, max_bytes=3000))
+    few = list(sample_files(list_inputs(corpus[:1]), options=options, max_bytes=3000))
     assert 30 < len(few) < 100
 
 
@@ -59,7 +60,7 @@ def test_every_document_has_the_same_chance(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(f"{i} first\n\n{i} {'x' * 100}\n\n{i} last")
     counts: dict[str, int] = {}
     for salt in range(200):
-        for text, _ in sample_texts([tmp_path], options=TextReadOptions(), max_bytes=400, salt=str(salt)):
+        for text, _ in sample_files(list_inputs([tmp_path]), options=TextReadOptions(), max_bytes=400, salt=str(salt)):
             counts[text] = counts.get(text, 0) + 1
     share = 400 / sum(path.stat().st_size for path in tmp_path.iterdir())
     assert len(counts) == 30
@@ -68,12 +69,12 @@ def test_every_document_has_the_same_chance(tmp_path: Path) -> None:
 
 
 def test_held_out_depends_on_the_text_alone(corpus: list[Path]) -> None:
-    texts = list(sample_texts(corpus, options=TextReadOptions(), max_bytes=None))
+    texts = list(sample_files(list_inputs(corpus), options=TextReadOptions(), max_bytes=None))
     held_out = {text for text, is_out in texts if is_out}
     assert 180 < len(held_out) < 300 and all(is_held_out(text) == (text in held_out) for text, _ in texts)
     assert is_held_out("lone \ud800 surrogate") in (True, False)
     with pytest.raises(ConfigError, match="max_bytes = 0"):
-        list(sample_texts(corpus, options=TextReadOptions(), max_bytes=0))
+        list(sample_files(list_inputs(corpus), options=TextReadOptions(), max_bytes=0))
 
 
 def test_held_out_text_is_measured_and_not_trained_on(

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from deberta_dist.tasks.archive import read_zip, zip_bytes
-from deberta_dist.tasks.assemble import assemble
+from deberta_dist.tasks.assemble import assemble, read_zip, zip_bytes
 from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.predictions import predictions_file, write_predictions
 from deberta_dist.tasks.superglue.submission import JsonLinesSubmission

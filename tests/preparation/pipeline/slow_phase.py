@@ -1,4 +1,4 @@
-"""A task whose first worker is slow; in a module of its own, which worker processes import."""
+"""A phase whose first worker is slow; in a module of its own, which worker processes import."""
 
 import os
 import time
@@ -10,14 +10,14 @@ from deberta_dist.preparation.pipeline.workers import Worker
 
 
 @dataclass(frozen=True)
-class SlowTask:
-    """Whoever takes the first unit is at it until all others are done by others."""
+class SlowPhase:
+    """Whoever takes the first work item is at it until all others are done by others."""
 
     directory: Path
     count: int
 
     @property
-    def units(self) -> Sequence[str]:
+    def item_names(self) -> Sequence[str]:
         """Their names."""
         return [str(number) for number in range(self.count)]
 
@@ -29,5 +29,5 @@ class SlowTask:
         (self.directory / f"{number}.{os.getpid()}").touch()
 
     def done(self) -> list[int]:
-        """The process of each unit that is done, in no order."""
+        """The process of each work item that is done, in no order."""
         return [int(path.suffix[1:]) for path in self.directory.iterdir()]
