@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.kernels import attention
-from deberta_dist.kernels.reference import reference_attention
+from deberta_dist.kernels.attention import reference_attention
 from deberta_dist.models.flops import device_peak_flops, forward_flops
 
 BATCH, LENGTH, TARGETS = 3, 64, 8

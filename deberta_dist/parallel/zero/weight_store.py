@@ -290,16 +290,6 @@ class WeightStore:
         shards = (safe_get_local_fp32_param(parameter).detach().clone() for parameter in self._parameters)
         return self.layout.views([flat.cpu() for flat in self._all_gather(shards)])
 
-    def resident_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds between steps, by kind: shards of weights, gathered weights, master weights, moments."""
-        at_rest = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
-        gathered = sum(p.numel() * p.element_size() for p in self._parameters)
-        masters, moments = 0, 0
-        for master, state in self._flat_states():
-            masters += master.numel() * master.element_size()
-            moments += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v) and v.ndim)
-        return {"weights": at_rest, "gathered": gathered, "master_weights": masters, "optimizer_states": moments}
-
     def _all_gather(self, shards: Iterable[Tensor]) -> Iterator[Tensor]:
         """Whole flat parameters on the device, one at a time to bound memory. Collective over the data-parallel group."""
         for shard, size in zip(shards, self.layout.sizes, strict=True):
