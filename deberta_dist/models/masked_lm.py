@@ -26,9 +26,6 @@ from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
 
-NUM_DECODER_PASSES = 2
-"""Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLMOutput:
@@ -325,7 +322,6 @@ class DebertaForMaskedLM(ModelWithBackbone):
             return encoder.layer[-1].decode(
                 queries_BTD,
                 hidden_BSD=hidden_BSD,
-                num_passes=NUM_DECODER_PASSES,
                 rel_RD=table_RD,
                 positions=relative,
                 mask=mask,

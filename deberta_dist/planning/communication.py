@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduced_width
 

@@ -18,7 +18,7 @@ solved for the coefficients by least squares (the worst model is 4% off, without
 from dataclasses import dataclass
 
 from deberta_dist.config import precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.planning.plan import NetworkPlan

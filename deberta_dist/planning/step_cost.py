@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from deberta_dist.config import offload_device, precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, TieSize
 from deberta_dist.planning.communication import handed_bytes, layer_all_reduces
 from deberta_dist.planning.machine import Machine
