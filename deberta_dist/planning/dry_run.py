@@ -91,7 +91,7 @@ def bubble_fraction(plan: Plan) -> float:
 
 
 def step_seconds(plan: Plan) -> float:
-    """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
+    """Seconds per optimizer step on the reference GPU, with an assumed utilisation that covers everything else."""
     world = plan.world_size
     return plan.training_flops * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
 

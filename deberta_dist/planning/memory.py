@@ -106,14 +106,15 @@ def rank_memory(
     tensor_rank: int,
     others: Sequence[Layout] = (),
 ) -> RankMemory:
-    """Adds up one rank while one network runs; all its data-parallel replicas hold the same.
+    """What one rank holds while one network runs; all data ranks hold the same.
 
     Args:
-        layout: From ``plan_layout``.
-        config: Resolved configuration.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        pipeline_rank, tensor_rank: The rank's place.
-        others: Of the run's other networks, which are at rest meanwhile.
+        layout: Says what the rank runs, owns and borrows of the network.
+        config: Resolved; its batch sizes, schedule and recompute mode count.
+        deepspeed_config: DeepSpeed JSON without "auto"; its precision, buckets and offload count.
+        pipeline_rank: With ``tensor_rank``, which rank.
+        tensor_rank: See ``pipeline_rank``.
+        others: Layouts of the run's other networks, which are at rest meanwhile.
     """
     place = {
         "config": config,

@@ -140,7 +140,7 @@ def _layer(part: NetworkPlan, sizes: _Sizes, number: int, *, fused: bool) -> Wor
 
 
 def _repeated_products(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -> float:
-    """FLOPs per token that the backward pass makes once more: recomputation, and the scores of a fused attention."""
+    """FLOPs per token that the backward pass repeats: recomputation, and the scores of a fused attention."""
     config, model = part.config, part.model_config
     head = 0.0
     if part.network.head_rows:

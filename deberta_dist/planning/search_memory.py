@@ -52,7 +52,7 @@ class MemorySearch:
         self._too_large: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def may_fit(self, plan: Plan) -> bool:
-        """Whether nothing is known that forbids it: weights, gradients and optimizer, or a smaller one that was too large."""
+        """False if its weights, gradients and optimizer alone, or a smaller candidate, were too large."""
         floors = [_floors(plan, rank) for rank in range(len(plan.layout.stages_by_rank))]
         if max(map(max, floors)) > self._limit:
             return False
@@ -109,7 +109,7 @@ def _room(plan: Plan) -> tuple[int, int]:
 
 
 def _moments(plan: Plan | NetworkPlan) -> list[tuple[tuple[int, ...], int]]:
-    """What the first rank keeps, see ``micro_batches_in_flight``."""
+    """Micro-batches in flight on the first rank, see ``micro_batches_in_flight``."""
     parallel = plan.config.parallel
     return micro_batches_in_flight(
         parallel.schedule,

@@ -7,7 +7,7 @@
     before     all-gather of the stage's weights over the data axis, then the ties' broadcasts, gradients set to zero
     after      the ties' gradients reduced to their owners, gradients checked, scaled, cast and reduce-scattered, norm, Adam
                (and, of a network that hands ids on, their broadcast over the pipeline)
-    once       what is called whatever the size of the model (``Machine.step_seconds``): each network has an engine
+    once       calls that do not depend on the size of the model (``Machine.step_seconds``): each network has an engine
 
 Every rank of ``before`` and of ``after`` waits for the slowest; nothing of them overlaps with the pipeline, as in
 ``training/step.py``, and nothing of one network with another's: they run one after the other. Data is read in the
@@ -113,7 +113,7 @@ def _stage_passes(part: NetworkPlan, machine: Machine, layers: range) -> StagePa
     messages = [
         sum(machine.seconds("all_reduce", n, size=size, stride=1) for n in sent) for sent in (sent_forward, sent_backward)
     ]
-    # Messages of processes that share cores are measured while all of them send: their time is shared already.
+    # Where processes share cores, messages were measured while all of them send: their time includes the sharing.
     messages = [seconds / machine.busy(part.world_size) for seconds in messages]
     return StagePasses(
         forward=work_seconds(forward, machine) + messages[0],

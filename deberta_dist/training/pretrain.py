@@ -246,7 +246,7 @@ class PretrainingSteps:
         return self._trainer.step(batch, step=step, learning_rate=learning_rate).networks
 
     def numbers(self, step: FinishedStep[StepBatch], result: NetworkResult) -> dict[str, Any]:
-        """What a record tells beside the loop's own: ``mfu``, epochs and, with dynamic batching, lengths and padding."""
+        """Further fields of a step's record: ``mfu``, epochs and, with dynamic batching, length and padding."""
         flops, mfu = self._plan.flops_of_bucket(step.batch.input_ids.shape[1]).training, None
         if self._peak_flops is not None:
             mfu = result.num_tokens / step.seconds * flops / (self._peak_flops * self._mesh.shape.world_size)
