@@ -38,20 +38,20 @@ class Timeline:
         return 1 - sum(self.worked) / (len(self.worked) * self.seconds) if self.seconds else 0.0
 
     def __add__(self, other: "Timeline") -> "Timeline":
-        """The one, then the other, on the same ranks."""
+        """This timeline followed by ``other`` on the same ranks."""
         worked = tuple(one + more for one, more in zip(self.worked, other.worked, strict=True))
         return Timeline(seconds=self.seconds + other.seconds, worked=worked)
 
 
 def orders(schedule: str, *, ranks: int, stages_per_rank: int, micro_batches: int) -> list[list[Pass]]:
-    """What every pipeline rank does, in order.
+    """The passes of every pipeline rank, in order.
 
     Args:
-        schedule: ``parallel.schedule``, or ``ZERO_BUBBLE``, whose passes that only make gradients of weights are in no
-            order: ``play`` puts them where a rank would wait.
-        ranks: Pipeline ranks.
-        stages_per_rank: Stages that each of them runs: rank, rank + ranks, ...
-        micro_batches: Of a step.
+        schedule: ``parallel.schedule``, or ``ZERO_BUBBLE``, whose passes for weight gradients are not listed: ``play`` puts
+            them where a rank would wait.
+        ranks: Pipeline parallel size.
+        stages_per_rank: Number of stages of each rank: rank, rank + ranks, ...
+        micro_batches: Number of micro-batches of a step.
     """
     if schedule == INTERLEAVED and ranks > 1:
         return [_interleaved(rank, ranks=ranks, loops=stages_per_rank, micro_batches=micro_batches) for rank in range(ranks)]

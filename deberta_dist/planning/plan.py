@@ -129,9 +129,9 @@ def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObject
     """Checks sizes, model and DeepSpeed JSON. Reads no data file.
 
     Args:
-        config: As loaded.
-        world_size: Processes.
-        make_objective: What is trained.
+        config: From ``load_config``; "auto" not yet resolved.
+        world_size: Number of ranks; has to be the product of the parallel sizes.
+        make_objective: Makes the objective from the resolved configuration and the model of ``[model]``.
 
     Raises:
         ConfigError: with file, key and value.
@@ -155,16 +155,16 @@ def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObject
 
 
 def plan_networks(config: RunConfig, deepspeed: dict[str, Any], *, model_config: DebertaConfig, objective: Objective) -> Plan:
-    """What follows from a checked configuration: cost and layout of every network.
+    """Adds cost and layout of every network to a checked configuration.
 
     Args:
-        config: Resolved.
-        deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model of ``[model]``.
-        objective: What is trained.
+        config: The TOML with overrides, every "auto" resolved.
+        deepspeed: The DeepSpeed JSON, every "auto" filled in.
+        model_config: ``[model]`` resolved: preset or file, with overrides.
+        objective: Networks whose stages are balanced by their own cost.
 
     Raises:
-        ConfigError: a network cannot be cut like this, or tables of two do not fit (`check_folds`).
+        ConfigError: a network cannot be divided like this, or tables of two do not fit (`check_folds`).
     """
     costs = tuple(network_flops(config, network) for network in objective.networks)
     found = zip(objective.networks, costs, strict=True)

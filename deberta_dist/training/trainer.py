@@ -25,14 +25,14 @@ from deberta_dist.training.target_sizes import TargetSizes
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What one optimizer step was for one network.
+    """What one optimizer step did to one network.
 
     Attributes:
-        loss: Mean over what its loss is the mean over (nats), before the update.
-        grad_norm: Global norm of its gradient before clipping; None when no rank stepped.
-        learning_rate: Of its step.
+        loss: Mean loss (nats) before the update, over what `TrainedNetwork.mean_over` names.
+        grad_norm: Global norm of its gradient before clipping; None in a skipped step.
+        learning_rate: The schedule's value times the network's factor.
         num_tokens: Tokens of the step over all ranks, padding left out.
-        sums: What its last stage added up, over all ranks, by `TrainedNetwork.results`.
+        sums: Sums of its last stage over all ranks, by the names of `TrainedNetwork.results`.
     """
 
     loss: float
