@@ -42,6 +42,7 @@ def dispatch_implementation(
         return asked
     *rest, p2c_BNSR = operands
     key_BNSH = rest[1]
+    assert key_BNSH is not None, "only tables may be absent"
     reason = unavailable_reason(
         key_BNSH,
         positions=positions,

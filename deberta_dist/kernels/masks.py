@@ -88,13 +88,18 @@ class AttentionMask(_Source):
             )
 
     @property
+    def _segments_BS(self) -> Tensor:
+        assert self.key_segments_BS is not None, "a mask of pairs has no segments"
+        return self.key_segments_BS
+
+    @property
     def is_of_padding(self) -> bool:
         """Whether only padding is hidden. Decided by the mask's dtype, so that nothing waits for a device."""
-        return self.pairs_BQS is None and self.key_segments_BS.dtype == torch.bool
+        return self.pairs_BQS is None and self._segments_BS.dtype == torch.bool
 
     def seen(self) -> Tensor:
         """Keys that are not padding, bool [B or 1, S]; with pairs, those that any query sees."""
-        return self.key_segments_BS != 0 if self.pairs_BQS is None else self.pairs_BQS.any(dim=-2)
+        return self._segments_BS != 0 if self.pairs_BQS is None else self.pairs_BQS.any(dim=-2)
 
     def seen_at(self, offset: int) -> Tensor:
         """Whether each token sees the one ``offset`` tokens after it, for all tokens that have one.
@@ -107,15 +112,15 @@ class AttentionMask(_Source):
             length = self.pairs_BQS.shape[1] - abs(offset)
             rows = self.pairs_BQS.narrow(1, max(-offset, 0), length)
             return rows.narrow(2, max(offset, 0), length).diagonal(dim1=1, dim2=2)
-        length = self.key_segments_BS.shape[1] - abs(offset)
-        queries = self.key_segments_BS.narrow(1, max(-offset, 0), length)
-        keys = self.key_segments_BS.narrow(1, max(offset, 0), length)
+        length = self._segments_BS.shape[1] - abs(offset)
+        queries = self._segments_BS.narrow(1, max(-offset, 0), length)
+        keys = self._segments_BS.narrow(1, max(offset, 0), length)
         return (queries == keys) & (keys != 0)
 
     def of_queries(self, queries_BT: Tensor) -> "AttentionMask":
         """The mask of some of the queries, given by their positions [B, T] among the tokens, and all keys."""
         if self.pairs_BQS is None:
-            return AttentionMask(self.key_segments_BS, self.key_segments_BS.gather(1, queries_BT))
+            return AttentionMask(self._segments_BS, self._segments_BS.gather(1, queries_BT))
         rows = queries_BT[:, :, None].expand(-1, -1, self.pairs_BQS.shape[-1])
         return AttentionMask(pairs_BQS=self.pairs_BQS.gather(1, rows))
 
@@ -123,7 +128,7 @@ class AttentionMask(_Source):
         """Whether a query sees a key, for every pair, bool [B or 1, Q, S]."""
         if self.pairs_BQS is not None:
             return self.pairs_BQS
-        keys = self.key_segments_BS
+        keys = self._segments_BS
         queries = keys if self.query_segments_BQ is None else self.query_segments_BQ
         return (queries[:, :, None] == keys[:, None, :]) & (keys != 0)[:, None, :]
 

@@ -68,7 +68,7 @@ class _PortableAttention(torch.autograd.Function):
         if needs_backward and not call.recompute:
             saved_NBQS = value.new_empty(heads, batch, num_queries, value.shape[2])
         context = value.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
-        work = _Work(*operands, call)
+        work = _Work(*operands, call=call)
         for chunk in work.chunks():
             saved = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
             context[chunk.samples, chunk.heads] = work.forward(chunk, saved=saved).transpose(0, 1)
@@ -81,7 +81,7 @@ class _PortableAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("portable")
         *operands, saved_NBQS = ctx.saved_tensors
-        work = _Work(*operands, ctx.call)
+        work = _Work(*operands, call=ctx.call)
         gradients = empty_token_gradients(*operands[:3])
         for chunk in work.chunks():
             saved = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
@@ -111,6 +111,7 @@ class _Work:
         rel_key_NRH: Tensor | None,
         rel_query_NRH: Tensor | None,
         p2c_BNSR: Tensor | None,
+        *,
         call: AttentionCall,
     ) -> None:
         self._query, self._key, self._value = query_BNQH, key_BNSH, value_BNSH
@@ -178,12 +179,13 @@ class _Work:
     def position_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of rel_key, rel_query and p2c, in their dtypes."""
         c2p, p2c = self._terms
-        d_rel_key = None if c2p is None else c2p.operand_gradient().to(self._rel_key.dtype)
+        d_rel_key = None if c2p is None or self._rel_key is None else c2p.operand_gradient().to(self._rel_key.dtype)
         if p2c is None:
             return d_rel_key, None, None
         gradient = p2c.operand_gradient()
         if self._p2c is not None:
             return d_rel_key, None, gradient
+        assert self._rel_query is not None, "p2c is made of one of the two"
         return d_rel_key, gradient.to(self._rel_query.dtype), None
 
     def _operands(self, chunk: Chunk) -> _Operands:

@@ -14,6 +14,7 @@ Letters: C heads of the chunk, B its samples, X tokens of this side, Y of the ot
 L distances.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -103,6 +104,7 @@ class BandTerm:
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
+        assert self._gradient_NLH is not None, "backward comes before"
         gradient = self._gradient_NLH.new_zeros(self._table_shape)
         return gradient.index_add_(1, self._rows_L, self._gradient_NLH)
 
@@ -159,10 +161,16 @@ class GatherTerm:
         self._index_BXY = index_BXY
         self._transposed = transposed
 
+    @property
+    def _operand(self) -> Tensor:
+        operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
+        assert operand is not None, "one of the two is given"
+        return operand
+
     def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
         """See `PositionTerm`."""
         if self._table_NRH is None:
-            products = self._products_BNXR[chunk.samples, chunk.heads].transpose(0, 1)
+            products = self._operand[chunk.samples, chunk.heads].transpose(0, 1)
         else:
             table = self._table_NRH[chunk.heads].transpose(1, 2)
             products = scores_CBQS.new_empty(*content_CBXH.shape[:3], table.shape[2])
@@ -173,7 +181,7 @@ class GatherTerm:
 
     def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
         """See `PositionTerm`."""
-        operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
+        operand = self._operand
         if self._gradient is None:
             self._gradient = torch.zeros_like(operand, dtype=score_dtype(operand))
         gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
@@ -191,6 +199,7 @@ class GatherTerm:
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
+        assert self._gradient is not None, "backward comes before"
         return self._gradient
 
     def _index(self, chunk: Chunk, *, num_heads: int) -> Tensor:
@@ -214,10 +223,10 @@ def position_terms(
     if positions.query_positions_BQ is None and p2c_BNSR is None:
         distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
         rows = positions.rows(distances)
-        shared = {"scale": scale, "block": block}
+        band = functools.partial(BandTerm, scale=scale, block=block)
         return (
-            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, **shared),
-            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, **shared),
+            None if rel_key is None else band(rel_key, rows_L=rows.flip(0), transposed=False),
+            None if rel_query is None else band(rel_query, rows_L=rows, transposed=True),
         )
     index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
     c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, scale=scale, transposed=False)

@@ -160,7 +160,7 @@ class _Running:
 
 class _OfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, module: CrossEntropy):
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, module: CrossEntropy) -> tuple[Tensor, Tensor]:
         num_real = _num_real(module, logits_TV.shape[1])
         running = _Running(labels_T, module, dtype=_wide_dtype(logits_TV.dtype))
         running.add(logits_TV[:, :num_real], first_row=module.first_row)
@@ -172,7 +172,7 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor, _):
+    def backward(ctx: Any, gradient_T: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_TV, labels_T, *softmax = ctx.saved_tensors
         num_real = _num_real(ctx.module, logits_TV.shape[1])
         d_logits_TV = torch.zeros_like(logits_TV)
@@ -198,7 +198,7 @@ class _OfProduct(torch.autograd.Function):
         module: CrossEntropy,
         num_chunks: int,
         total_VW: Tensor | None,
-    ):
+    ) -> tuple[Tensor, Tensor]:
         running = _Running(labels_T, module, dtype=_wide_dtype(hidden_TW.dtype))
         chunks = _chunks(_num_real(module, weight_VW.shape[0]), num_chunks)
         for rows in chunks:
@@ -213,7 +213,7 @@ class _OfProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor, _):
+    def backward(ctx: Any, gradient_T: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.chunks is None:
             raise RuntimeError("the gradient was written over the logits: this backward pass can be run once")
         hidden_TW, weight_VW, bias_V, labels_T, *softmax = ctx.saved_tensors

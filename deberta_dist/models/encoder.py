@@ -44,7 +44,7 @@ class Embeddings(nn.Module):
             nn.Embedding(config.max_position_embeddings, width) if config.has_absolute_positions else None
         )
         if config.type_vocab_size > 0:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+            self.token_type_embeddings: nn.Embedding | None = nn.Embedding(config.type_vocab_size, width)
         else:
             self.token_type_embeddings = None
         self.embed_proj = Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
@@ -77,6 +77,7 @@ class Embeddings(nn.Module):
 
     def absolute_positions(self, positions: Tensor) -> Tensor:
         """Rows of the absolute position table for int64 positions of any shape."""
+        assert self.position_embeddings is not None, "neither the input nor the decoder has positions"
         return self.position_embeddings(positions)
 
 
@@ -340,12 +341,13 @@ class DebertaModel(ExplainsNumberFormats):
         last = self.encoder.num_layers - 1
         for number in range(self.encoder.num_layers):
             if number not in layers:
-                self.encoder.layer[number] = None
+                self.encoder.layer[number] = None  # type: ignore[assignment]  # torch takes None as well
         if 0 not in layers:
-            self.embeddings.LayerNorm = self.embeddings.embed_proj = self.embeddings.token_type_embeddings = None
+            self.embeddings.LayerNorm = None  # type: ignore[assignment]  # of the first stage alone
+            self.embeddings.embed_proj = self.embeddings.token_type_embeddings = None
             self.encoder.conv = None
         if 0 not in layers and last not in layers:
-            self.embeddings.word_embeddings = None
+            self.embeddings.word_embeddings = None  # type: ignore[assignment]  # of the first and the last stage
         if (0 if self.config.position_biased_input else last) not in layers:
             self.embeddings.position_embeddings = None
 

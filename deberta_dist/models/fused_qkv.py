@@ -57,7 +57,7 @@ def Linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
     Its attribute ``multiply`` is our product, for tensor-parallel layers that replace it with a slice of its weight.
     """
     layer = nn.Linear(in_features, out_features, bias=bias)
-    layer.multiply = multiply
+    layer.multiply = multiply  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
     return layer
 
 
@@ -65,7 +65,9 @@ def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of ``x`` [..., D] and the weight of ``layer``; adds the weight's gradient to its ``main_grad``, if any."""
     total = main_grad(layer)
     if total is None:
-        return F.linear(x, layer.weight, bias)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return F.linear(x, weight, bias)
     (y,) = _Product.apply(x, x, None, [total], layer.weight, bias)
     return y
 
@@ -79,7 +81,9 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def without_bias(x: Tensor, layer: nn.Linear) -> Tensor:
     """A plain ``layer`` without its bias, for a caller that fuses the bias into its own next pass over the output."""
-    return multiply(x, layer) if type(layer) is nn.Linear else layer.without_bias(x)
+    if type(layer) is nn.Linear:
+        return multiply(x, layer)
+    return layer.without_bias(x)  # type: ignore[operator]  # layers of our own have it: `is_plain` has looked
 
 
 def main_grad(module: nn.Module) -> Tensor | None:
@@ -108,12 +112,12 @@ def add_gradients_(model: nn.Module) -> None:
     for module in model.modules():
         for name, total in module.__dict__.get(MAIN_GRADS, {}).items():
             parameter = module._parameters[name]
-            if parameter.grad is not None:
+            if parameter is not None and parameter.grad is not None:
                 left[parameter.grad.dtype].append((total, parameter))
     for some in left.values():
-        torch._foreach_add_([total for total, _ in some], [parameter.grad for _, parameter in some])
-        for _, parameter in some:
-            parameter.grad = None
+        torch._foreach_add_([total for total, _ in some], [one.grad for _, one in some if one.grad is not None])
+        for _, one in some:
+            one.grad = None
 
 
 def is_asked_for(parameter: Tensor) -> bool:
@@ -192,13 +196,13 @@ def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
     view = adjacent(tensors)
-    return torch.cat(tensors) if view is None else view
+    return torch.cat(tuple(tensors)) if view is None else view
 
 
 def _side_by_side(gradients: Sequence[Tensor]) -> Tensor:
     # `adjacent` returns a view without autograd history; if the backward pass is itself differentiated, copy instead.
     view = None if torch.is_grad_enabled() else adjacent(gradients, dim=-1)
-    return torch.cat(gradients, dim=-1) if view is None else view
+    return torch.cat(tuple(gradients), dim=-1) if view is None else view
 
 
 class _Together(torch.autograd.Function):
@@ -207,7 +211,9 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
         ctx.sizes = [parameter.shape[0] for parameter in parameters]
-        return adjacent(parameters)
+        view = adjacent(parameters)
+        assert view is not None, "whoever joins them has looked"
+        return view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:

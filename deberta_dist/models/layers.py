@@ -169,7 +169,7 @@ class DisentangledSelfAttention(nn.Module):
     def _table_projections(self) -> dict[str, nn.Linear]:
         """The layers that project the relative table, "query" and "key", in the order in which their weights lie in memory."""
         if self.share_att_key:
-            projections = {"query": self.query_proj, "key": self.key_proj}
+            projections: dict[str, Any] = {"query": self.query_proj, "key": self.key_proj}
         else:
             projections = {name: getattr(self, f"pos_{name}_proj", None) for name in ("key", "query")}
         is_used = {"query": self.has_p2c, "key": self.has_c2p}

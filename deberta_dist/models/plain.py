@@ -6,7 +6,9 @@ parametrisation, pruning, another ``forward``), or whose weight is not an ordina
 in every pass, because modules may change at any time.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +38,10 @@ def is_unchanged(module: nn.Module) -> bool:
     alias does not count.
     """
     kind = type(module)
+    forwards: Mapping[type[nn.Module], Any] = _FORWARDS
     return (
         is_of_plain_class(module)
-        and kind.forward is (_FORWARDS.get(kind) or kind.__dict__["plain_forward"])
+        and kind.forward is (forwards.get(kind) or kind.__dict__["plain_forward"])
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and not _has_global_hooks()
         and module._compiled_call_impl is None
@@ -69,6 +72,7 @@ def whole_table(module: nn.Module, num_rows: int, *, device: torch.device) -> Te
     That is its weight: hooks apply to look-ups only. A module that has replaced it is called for every row.
     """
     if is_own_table(module):
+        assert isinstance(module.weight, Tensor)
         return module.weight
     return module(torch.arange(num_rows, device=device))
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,19 +78,19 @@ class ResidualOutput(nn.Module):
             rows = dropout(rows, None)
         elif dropout.drops:
             drawn = dropout.numbers(x, dropout_key, width=width).flatten(0, -2)
-        joined, limit = _joined(_residual_norm), (drawn, dropout.limit, dropout.scale)
-        return joined(rows, of_residual, *limit, weight, bias, norm.eps).view(residual.shape)
+        joined = _joined(_residual_norm)
+        return joined(rows, of_residual, drawn, dropout.limit, dropout.scale, weight, bias, norm.eps).view(residual.shape)
 
 
 class _NoLeaf(torch.autograd.Function):
     """Identity. torch.compile rejects a leaf, or a view of one, whose gradient has another dtype (float32) than itself."""
 
     @staticmethod
-    def forward(ctx, parameter: Tensor) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
         return parameter.detach()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 

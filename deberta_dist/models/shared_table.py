@@ -8,6 +8,8 @@ saves two tables of memory and, on a CPU, more time than the product takes. If t
 Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -59,7 +61,7 @@ def look_up(ids_BS: Tensor, words: nn.Module, table: SharedTable | None) -> Tens
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, waiting: WaitingRows) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, waiting: WaitingRows) -> Tensor:
         ctx.waiting = waiting
         ctx.like = weight_VW.new_empty(0)
         ctx.shape = weight_VW.shape
@@ -68,25 +70,26 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_VW: Tensor | None):
+    def backward(ctx: Any, gradient_VW: Tensor | None) -> tuple[Tensor | None, ...]:
         waiting, ctx.waiting[:] = list(ctx.waiting), []
         if gradient_VW is None and waiting:
             gradient_VW = ctx.like.new_zeros(ctx.shape)
         for ids, rows in waiting:
+            assert gradient_VW is not None
             _add_rows_(gradient_VW, ids, rows)
         return gradient_VW, None
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, waiting: WaitingRows) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, waiting: WaitingRows) -> Tensor:
         ctx.save_for_backward(ids_BS)
         ctx.padding_idx, ctx.waiting = padding_idx, waiting
         return F.embedding(ids_BS, weight_VW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BSW: Tensor):
+    def backward(ctx: Any, gradient_BSW: Tensor) -> tuple[Tensor | None, ...]:
         (ids_BS,) = ctx.saved_tensors
         rows_BSW = _without_padding(gradient_BSW, ids_BS, ctx.padding_idx)
         ctx.waiting.append((ids_BS.flatten(), rows_BSW.flatten(0, -2)))
@@ -97,14 +100,14 @@ class _AddedRows(torch.autograd.Function):
     """A look-up that adds its gradient to the table's ``main_grad``."""
 
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, total_VW: Tensor) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, total_VW: Tensor) -> Tensor:
         ctx.save_for_backward(ids_BS)
         ctx.parameter, ctx.padding_idx, ctx.total = weight_VW, padding_idx, total_VW
         return F.embedding(ids_BS, weight_VW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BSW: Tensor):
+    def backward(ctx: Any, gradient_BSW: Tensor) -> tuple[Tensor | None, ...]:
         (ids_BS,) = ctx.saved_tensors
         if is_asked_for(ctx.parameter):
             total_VW = ctx.total

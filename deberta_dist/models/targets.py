@@ -7,6 +7,7 @@ Letters: B batch, S sequence, T targets of a sample (padded), P targets of the b
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,8 +48,12 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """A copy on ``device``."""
-        tensors = (tensor.to(device) for tensor in self.tensors())
-        return Targets(*tensors, num_targets=self.num_targets, width=self.width)
+        return self.made_of([tensor.to(device) for tensor in self.tensors()])
+
+    def made_of(self, tensors: Sequence[Tensor]) -> "Targets":
+        """The same numbers with other tensors, in the order of `tensors`."""
+        ids, tokens, positions, slots = tensors
+        return dataclasses.replace(self, ids_P=ids, tokens_P=tokens, positions_BT=positions, slots_P=slots)
 
 
 def find_targets(is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size: tuple[int, int] | None = None) -> Targets:

@@ -91,7 +91,7 @@ def plan_of(case: LayoutCase) -> Plan:
     model = model_config()
     config = RunConfig(
         model=Model(preset="tiny-v2"),
-        data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH),
+        data=Data(train=Path("unused"), validation=Path("unused"), tokenizer=Path("unused"), max_seq_length=LENGTH),
         training=Training(
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=case.micro_batch,
@@ -101,7 +101,7 @@ def plan_of(case: LayoutCase) -> Plan:
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
-        run=Run(directory="unused", deepspeed="unused"),
+        run=Run(directory=Path("unused"), deepspeed=Path("unused")),
     )
     deepspeed = store_settings(case.data, reduce_bucket_size=10_000_000)
     return plan_networks(config, deepspeed, model_config=model, objective=masked_lm(config, model))

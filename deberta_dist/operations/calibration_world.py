@@ -27,7 +27,7 @@ class World:
         self._logs = [folder / f"world-{count}-rank-{rank}.log" for rank in range(count)]
         self._processes = [self._start(rank, count, folder) for rank in range(count)]
 
-    def _start(self, rank: int, count: int, folder: Path) -> subprocess.Popen:
+    def _start(self, rank: int, count: int, folder: Path) -> subprocess.Popen[str]:
         environment = launcher_environment(rank, processes=count) | STEADY_ALLOCATOR
         command = [sys.executable, "-m", "deberta_dist.operations.calibration_rank", str(folder)]
         with open(self._logs[rank], "wb") as log:
@@ -42,6 +42,7 @@ class World:
             BenchmarkError: a rank ended, or did not answer before the deadline.
         """
         for rank, process in enumerate(self._processes):
+            assert process.stdin is not None, "a pipe"
             try:
                 process.stdin.write(json.dumps({"do": do, **options}) + "\n")
                 process.stdin.flush()
@@ -49,7 +50,7 @@ class World:
                 raise BenchmarkError(f"rank {rank} has ended: {self._last_words(rank)}") from None
         answers: dict[int, Any] = {}
         while len(answers) < len(self._processes):
-            waiting = {p.stdout: rank for rank, p in enumerate(self._processes) if rank not in answers}
+            waiting = {p.stdout: rank for rank, p in enumerate(self._processes) if rank not in answers and p.stdout is not None}
             ready, _, _ = select.select(list(waiting), [], [], max(0.0, self._deadline - time.monotonic()))
             if not ready:
                 late = min(waiting.values())

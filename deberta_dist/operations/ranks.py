@@ -79,13 +79,13 @@ def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) 
     }
 
 
-def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen:
+def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", module, str(folder)]
     with open(folder / f"rank-{rank}.log", "wb") as log:
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], *, folder: Path, deadline: float) -> None:
     while any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
             break

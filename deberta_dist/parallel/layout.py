@@ -221,7 +221,7 @@ def names_of_layers(network: Network, layers: tuple[int, ...]) -> tuple[str, ...
 @lru_cache(maxsize=64)
 def _names_beside_layers(network: Network, layer: int) -> frozenset[str]:
     model = network.meta_model()
-    model.keep_layers([layer])
+    model.keep_layers([layer])  # type: ignore[operator]  # every network's model has it
     return frozenset(name for name, _ in model.named_parameters() if not name.startswith(LAYER_PREFIX))
 
 

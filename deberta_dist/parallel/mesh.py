@@ -204,7 +204,7 @@ def _make_groups(
     if device.type == "cuda":
         for disjoint in disjoint_rounds(rank_sets):
             group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint], timeout=timeout)
-            found.update((ranks, group) for ranks in disjoint if rank in ranks)
+            found.update((ranks, group) for ranks in disjoint if rank in ranks and group is not None)
         return found
     for ranks in rank_sets:
         group = dist.new_group(list(ranks), timeout=timeout)
@@ -272,11 +272,13 @@ def make_mesh(shape: MeshShape, *, device: torch.device, timeout_minutes: float)
     """
     assert dist.get_world_size() == shape.world_size, "sizes are checked against the world before this"
     rank, timeout = dist.get_rank(), timedelta(minutes=timeout_minutes)
-    groups = {}
+    groups: dict[str, dist.ProcessGroup] = {}
     for name, varying in [*((axis, (axis,)) for axis in AXES), ("model", ("pipeline", "tensor"))]:
         sets = _rank_sets(shape, varying)
         if name in AXES and len(sets) == 1:
-            groups[name] = dist.group.WORLD  # a second communicator over all ranks would only cost device memory
+            world = dist.group.WORLD  # a second communicator over all ranks would only cost device memory
+            assert world is not None, "initialised above"
+            groups[name] = world
         else:
             (groups[name],) = _make_groups(sets, rank=rank, device=device, timeout=timeout).values()
     return Mesh(shape=shape, rank=rank, device=device, groups=groups, timeout=timeout)

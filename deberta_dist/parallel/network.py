@@ -5,6 +5,7 @@ beyond that (fields of a batch, a loss, what one network passes to another) belo
 ``training/objectives``. A classifier being fine-tuned is a network without an objective.
 """
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,6 +39,10 @@ def is_decayed(name: str) -> bool:
 def is_not_decayed(name: str) -> bool:
     """The opposite of `is_decayed`."""
     return not is_decayed(name)
+
+
+def _is_in(group: Callable[[str], bool], apart: frozenset[str], name: str) -> bool:
+    return name not in apart and group(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ class Network(ABC):
             return shared
         apart = frozenset(self.tables_apart)
         return (
-            *(FlatGroup(lambda name, own=own: name not in apart and own(name), decays) for own, decays in shared),
+            *(FlatGroup(functools.partial(_is_in, own, apart), decays) for own, decays in shared),
             *(FlatGroup(table.__eq__, is_decayed(table)) for table in self.tables_apart),
         )
 

@@ -40,7 +40,10 @@ class StepBatch:
 
     def to(self, device: torch.device) -> "StepBatch":
         """The batch on a device, by one copy, without waiting for it."""
-        return self if device.type == "cpu" else self._made_of(self.pinned.to(device))
+        if device.type == "cpu":
+            return self
+        assert self.pinned is not None, "packed for this device"
+        return self._made_of(self.pinned.to(device))
 
     def _tensors(self) -> list[Tensor]:
         documents = [] if self.document_ids is None else [self.document_ids]
@@ -50,10 +53,7 @@ class StepBatch:
     def _made_of(self, tensors: Sequence[Tensor], pinned: PinnedTensors | None = None) -> "StepBatch":
         counts, input_ids, attention_mask, *rest = tensors
         documents = None if self.document_ids is None else rest.pop(0)
-        targets = tuple(
-            Targets(*rest[4 * number : 4 * number + 4], num_targets=here.num_targets, width=here.width)
-            for number, here in enumerate(self.targets)
-        )
+        targets = tuple(here.made_of(rest[4 * number : 4 * number + 4]) for number, here in enumerate(self.targets))
         return StepBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -90,6 +90,7 @@ def _ordered_positions(positions: RelativePositions, *, batch: int, num_keys: in
     """The queries' positions, int32 [B, Q], and `order_of_positions`, computed once for all layers that share them."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
+        assert positions.query_positions_BQ is not None
         positions_BQ = _numbers(positions.query_positions_BQ, batch=batch)
         return positions_BQ, *order_of_positions(positions_BQ, num_positions=num_keys)
 
@@ -102,6 +103,7 @@ def _segments(mask: AttentionMask | None, *, batch: int) -> tuple[Tensor | None,
         return None, None
 
     def make() -> tuple[Tensor, Tensor]:
+        assert mask.key_segments_BS is not None, "pairs are not for this implementation"
         keys = _numbers(mask.key_segments_BS, batch=batch)
         return keys if mask.query_segments_BQ is None else _numbers(mask.query_segments_BQ, batch=batch), keys
 

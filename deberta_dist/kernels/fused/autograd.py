@@ -82,12 +82,12 @@ class FusedAttention(torch.autograd.Function):
             token_gradient(score_gradient, key, c2p_gradient, rel_key, call, into_BTNH=of_query.transpose(1, 2))
         if needs_key:
             token_gradient(transposed_gradient, query, p2c_gradient, rel_query, call, into_BTNH=of_key.transpose(1, 2))
-        wanted = {"key": rel_key} if needs_rel_key else {}
-        wanted |= {"query": rel_query} if needs_rel_query else {}
+        tables = (("key", rel_key, needs_rel_key), ("query", rel_query, needs_rel_query))
+        wanted = {name: table for name, table, is_needed in tables if is_needed and table is not None}
         of_tables = empty_table_gradients(wanted, call, table_rows=ctx.table_rows)
-        if needs_rel_key:
+        if needs_rel_key and c2p_gradient is not None:
             table_gradient(c2p_gradient, query, call, into_NRH=of_tables["key"])
-        if needs_rel_query:
+        if needs_rel_query and p2c_gradient is not None:
             table_gradient(p2c_gradient, key, call, into_NRH=of_tables["query"])
         return (
             of_query if needs_query else None,

@@ -152,7 +152,7 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
     batch, heads, owners, score_stride = score_gradient.shape
     tile = call.tiles.row_sums
     has_positions = call.positions_BQ is not None
-    num_queries = call.positions_BQ.shape[1] if has_positions else 0
+    num_queries = 0 if call.positions_BQ is None else call.positions_BQ.shape[1]
     # Two programs more than the rows need: one for each of the two longest ranges.
     grid = triton.cdiv(owners, tile.rows) * (2 + triton.cdiv(call.tables.num_rows, tile.columns)), heads, batch
     row_sums_kernel[grid](
@@ -203,13 +203,13 @@ def token_gradient(
         score_gradient.shape[-1],
         other_BTNH.stride(1),
         into_BTNH.stride(1),
-        table_NRH.stride(0) if has_rows else 0,
-        table_NRH.stride(1) if has_rows else 0,
+        0 if table_NRH is None else table_NRH.stride(0),
+        0 if table_NRH is None else table_NRH.stride(1),
         batch,
         heads,
         num_owners,
         num_others,
-        products_gradient.shape[-1] if has_rows else 0,
+        0 if products_gradient is None else products_gradient.shape[-1],
         call.scale,
         HAS_ROWS=has_rows,
         HEAD_SIZE=head_size,
@@ -222,6 +222,7 @@ def token_gradient(
 
 def table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, *, into_NRH: Tensor) -> None:
     """Writes the gradient of the rows that occur into ``into_NRH``; the sum over the batch is inside the product."""
+    assert call.tables is not None
     rows = into_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]
     products_NRT, tokens_NTH = products_gradient.transpose(1, 2), _by_head(tokens_BTNH)
     torch.baddbmm(rows, products_NRT, tokens_NTH, beta=0, alpha=call.scale, out=rows)
@@ -235,6 +236,7 @@ def empty_table_gradients(tables: dict[str, Tensor], call: Call, *, table_rows: 
     """
     if not tables:
         return {}
+    assert call.tables is not None
     names = sorted(tables, key=lambda name: tables[name].storage_offset())
     table_NRH = tables[names[0]]
     shape = table_rows, len(names), table_NRH.shape[0], table_NRH.shape[2]

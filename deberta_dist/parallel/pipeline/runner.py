@@ -67,7 +67,7 @@ class Stage(nn.Module):
             batch: All micro-batches of the step; pipelining passes what is no tensor to every micro-batch whole.
         """
         is_ids = self.layers.start == 0
-        return self.model.forward_stage(
+        return self.model.forward_stage(  # type: ignore[operator]  # every network's model has it
             None if is_ids else first,
             input_ids=first if is_ids else None,
             layers=self.layers,
@@ -160,7 +160,7 @@ class PipelineRunner:
         stages: Sequence[range],
         local_stages: Sequence[int],
         mesh: Mesh,
-        schedule: str,
+        schedule: PipelineSchedule,
         num_micro_batches: int,
         micro_batch_shapes: Sequence[tuple[int, int]],
         hidden_size: int,
@@ -219,7 +219,8 @@ class PipelineRunner:
             return self._run(batch, loss_scale=1.0, backward=False)
 
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
-        schedule = self._schedules[tuple(batch.input_ids.shape)]
+        rows, length = batch.input_ids.shape
+        schedule = self._schedules[rows, length]
         call = schedule.step if backward else schedule.eval
         self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
@@ -236,7 +237,9 @@ class PipelineRunner:
         return sums.detach().sum(dim=0), ids
 
 
-def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss):
+def _make_schedule(
+    name: PipelineSchedule, stages: Sequence[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss
+) -> Any:
     # The loss is already divided by the targets of the whole step; pipelining would divide gradients by M as well.
     options = {"loss_fn": loss, "scale_grads": False}
     schedule_class = get_schedule_class(SCHEDULES[name])

@@ -50,13 +50,15 @@ def _cut(
         longer: list[tuple[float, list[int]] | None] = [None] * (num_layers + 1)
         for stop in range(1, num_layers + 1):
             options = [
-                (weigh(best[start][0], total[stop] - total[start]), [*best[start][1], start])
-                for start in range(stop)
-                if best[start] is not None and total[stop] - total[start] <= limit
+                (weigh(before[0], total[stop] - total[start]), [*before[1], start])
+                for start, before in enumerate(best[:stop])
+                if before is not None and total[stop] - total[start] <= limit
             ]
             longer[stop] = min(options, default=None)
         best = longer
-    return best[num_layers]
+    cheapest = best[num_layers]
+    assert cheapest is not None, "the limit lets one cut through"
+    return cheapest
 
 
 def explicit_stages(layers_per_stage: Sequence[int], *, num_layers: int, num_stages: int) -> list[range]:

@@ -99,7 +99,7 @@ def apply_sharding_rules(
                 VocabParallelEmbedding(module, padded_size=padded_size, rank=rank, size=size, group=group),
             )
         elif kind == sharding_rules.VOCAB:
-            module.bias = empty_parameter((rows,), module.bias)
+            module.bias = empty_parameter(torch.Size((rows,)), module.bias)
     if (loss := getattr(model, "cross_entropy", None)) is not None:
         num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
         model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
@@ -135,6 +135,7 @@ def split_sequence(
             _replace(model, name, OwnTokens(ranks))
         elif re.fullmatch(sharding_rules.HALO_PATTERN, name):
             convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
+            assert isinstance(convolution, nn.Conv1d) and isinstance(convolution.padding, tuple)
             _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
         elif re.fullmatch(sharding_rules.SEQUENCE_DROPOUT_PATTERN, name):
             module.sequence_shard = (ranks.rank, ranks.size)

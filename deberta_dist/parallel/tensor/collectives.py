@@ -10,6 +10,8 @@ reduce_from all-reduce (sum)  identity
 Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,12 +19,12 @@ from torch import Tensor, nn
 
 class _CopyTo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # A copy: autograd may pass the same gradient to another branch, which must not see the sum.
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
@@ -31,13 +33,13 @@ class _CopyTo(torch.autograd.Function):
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         tensor = tensor.contiguous().clone()
         dist.all_reduce(tensor, group=group)
         return tensor
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None
 
 
@@ -87,7 +89,7 @@ class JoinOverRanks:
         """Elementwise minimum."""
         return self._reduced(ids_T, dist.ReduceOp.MIN)
 
-    def _reduced(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
+    def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, op=operation, group=self.group)
         return values

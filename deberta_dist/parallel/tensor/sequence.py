@@ -23,6 +23,8 @@ Letters: B batch, S sequence, D hidden, t ranks; ``shard`` [B, S / t, ...], ``wh
 Source: arXiv 2205.05198, section 4.2.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -95,30 +97,30 @@ class Gathering:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shard: Tensor, ranks: SequenceRanks) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, ranks: SequenceRanks) -> Tensor:
         ctx.ranks = ranks
         return ranks.gather(shard)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.ranks.scatter(gradient), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, whole: Tensor, ranks: SequenceRanks) -> Tensor:
+    def forward(ctx: Any, whole: Tensor, ranks: SequenceRanks) -> Tensor:
         ctx.ranks = ranks
         return ranks.scatter(whole)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.ranks.gather(gradient), None
 
 
 class _Join(_Gather):
     # All ranks compute the same after it and have the same gradient: a sum, as in _Gather, would be t times too large.
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.ranks.own(gradient), None
 
 

@@ -1,6 +1,7 @@
 """What DeepSpeed sees: a module of flat parameters, and the process groups of a rank."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,12 @@ class _Surrogate(torch.autograd.Function):
     """A zero whose gradient with respect to the weight is a given tensor: how gradients enter ZeRO-3."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
         ctx.gradient, ctx.inverse_scale, ctx.dtype = gradient, inverse_scale, weight.dtype
         return torch.zeros((), dtype=torch.float32, device=weight.device)
 
     @staticmethod
-    def backward(ctx, outer: Tensor):
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         # ``outer`` is the engine's loss scale, which it divides out again; ``inverse_scale`` removes the one that the
         # micro-batches ran with.
         gradient, scale = ctx.gradient, outer.float() * ctx.inverse_scale

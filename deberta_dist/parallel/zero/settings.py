@@ -70,7 +70,10 @@ def examine(sections: dict[str, Any], left_out: Mapping[str, str]) -> Examined |
         classes = _classes()
     except ImportError:
         return None
-    values, problems, notes, defaults = {}, {}, [], {}
+    values: dict[str, Any] = {}
+    problems: Problems = {}
+    notes: list[str] = []
+    defaults: dict[str, Any] = {}
     for name, section in sections.items():
         model = classes.get(name)
         if model is None:

@@ -50,7 +50,7 @@ class WeightStore:
         for parameter in store.parameters():
             # DeepSpeed counts parameters without this mark into the norm on model-parallel rank 0 only, as replicated. Each
             # of ours has one owner, so every model-parallel rank's has to count.
-            parameter.model_parallel = True
+            setattr(parameter, "model_parallel", True)  # noqa: B010  (DeepSpeed's mark, which torch's class does not know)
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=store,
@@ -162,7 +162,7 @@ class WeightStore:
         is_finite = math.isfinite(norms[0] if joint_norm is None else joint_norm)
         clipped_by = norms[1:] if joint_norm is None else [joint_norm * optimizer.loss_scale]
         known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (clipped_by if is_finite else [math.inf])]
-        later = []
+        later: list[Any] = []
         # DeepSpeed would compute the norm again, and wait for the device to read it and fp16's overflow flag. It also updates
         # the loss scale before it divides the gradients by it, although they were computed with the old one: the update is
         # put off until after the step.
@@ -209,8 +209,8 @@ class WeightStore:
         shards = []
         for flat, state in self._flat_states():
             values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
-            values = [torch.zeros_like(flat) if value is None else value for value in values]
-            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
+            known = [torch.zeros_like(flat) if value is None else value for value in values]
+            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in known)))
         return shards
 
     @torch.no_grad()
