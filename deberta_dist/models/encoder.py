@@ -137,6 +137,7 @@ class Encoder(nn.Module):
             layer = self.layer[number]
             assert layer is not None, f"layer {number} was dropped by keep_layers"
 
+            # Defaults bind this pass's values: with recomputation the function runs again after the loop has ended.
             def one_layer(
                 x: Tensor, table: Tensor, layer: nn.Module = layer, key: int | None = layer_key
             ) -> tuple[Tensor, Tensor | None]:

@@ -217,6 +217,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
             main_grad=self._word_main_grad(),
         )
         if targets.is_padded:
+            # Padding repeats the first target, so its losses are finite and only have to be left out of the sums.
             is_unused_P = targets.ids_P == NOT_A_TARGET
             loss_P = loss_P.masked_fill(is_unused_P, 0.0)
             is_correct_P = is_correct_P.masked_fill(is_unused_P, False)

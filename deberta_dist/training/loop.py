@@ -197,6 +197,7 @@ class Loop(Generic[B]):
         )
         requests = self._joined(hook.after_step(finished) for hook in self._hooks)
         if Request.ROLL_BACK in requests:
+            # An evaluation or a checkpoint of weights that are about to be undone would be wrong afterwards.
             requests = Request.ROLL_BACK
         for hook in self._hooks:
             hook.act(finished, requests)

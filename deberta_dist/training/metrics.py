@@ -71,6 +71,7 @@ class MetricsLog:
         self._file: BinaryIO | None = None
         self._is_full = False
         if is_writer:
+            # Unbuffered: a killed run loses no finished line.
             self._file = (directory / METRICS_NAME).open("a+b", buffering=0)
             _drop_torn_line(self._file)
         self._max_steps = max_steps

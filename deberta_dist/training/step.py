@@ -57,6 +57,7 @@ def reduce_half(
     model.gather(with_gradients=True)
     # DeepSpeed divides summed gradients by the data-parallel size; this loss is divided by the targets of all data ranks
     # already, so the factor undoes DeepSpeed's mean.
+    # At least 1: a step without a single target has the loss 0, not NaN.
     sums = forward_backward(loss_scale * weight * mesh.shape.data / count.clamp(min=1))
     norms = model.reduce(loss_scale=loss_scale)
     return Half(model=model, totals=world_totals(sums, mesh=mesh), norms=norms)

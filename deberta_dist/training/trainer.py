@@ -223,6 +223,7 @@ class Trainer:
             self._fold(network)
             parts.sharded_model.gather(with_gradients=False)
             totals = torch.zeros(len(network.results), dtype=torch.float64, device=self._mesh.device)
+            # Not strict: for the first network ``handed`` is an endless row of None.
             for batch, before in zip(batches, handed, strict=False):
                 here, keys = self._here(batch), [0] * parts.runner.num_micro_batches
                 micro_batches = network.micro_batches(here, dropout_keys=keys, handed=before)

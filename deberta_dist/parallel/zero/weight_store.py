@@ -46,6 +46,7 @@ class WeightStore:
         self.layout = layout
         self.dtype = dtype
         self._mesh = mesh
+        # DeepSpeed takes whole parameters and shards them itself. One at a time is whole in float32 here.
         store = FlatModule([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
             # DeepSpeed counts parameters without this mark into the norm on model-parallel rank 0 only, as replicated. Each
@@ -87,6 +88,7 @@ class WeightStore:
         """
         assert self._gathered is None
         self._gathered = self._gathered_parameters()
+        # DeepSpeed's context stays open over the whole step, and `release` closes it.
         self._gathered.__enter__()
         weights = self.layout.views([parameter.detach() for parameter in self._parameters])
         if not with_gradients:
