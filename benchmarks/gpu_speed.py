@@ -111,9 +111,9 @@ def layer(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
             values = {"compiled": whole.values(forwards[whole_layer.OURS]), "plain": plain}
             error = differences(values, oracle="plain")["compiled"]
             report.check(f"{batch}x{length}: compiled as plain", error, at_most=setting.sized(AGREEMENT, 1e-5))
-        units = forward_flops(
+        by_layer = forward_flops(
             whole.config, max_seq_length=length, micro_batch_size=batch, mask_probability=MASK_PROBABILITY
-        ).units
+        ).by_layer
         figures = {}
         for name, forward in forwards.items():
             contestants = {name: whole.contestant(forward)}
@@ -126,7 +126,7 @@ def layer(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
                 "ms": 1e3 * ours,
                 "without positions, ms": 1e3 * without,
                 "x the time without positions": ours / without,
-                **_share_of_peak(3 * units[1] * batch * length / ours, on),
+                **_share_of_peak(3 * by_layer[1] * batch * length / ours, on),
             },
         )
         del whole, forwards

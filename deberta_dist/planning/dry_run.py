@@ -63,7 +63,7 @@ def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
         messages = [rank_communication(layout, **options, tensor_rank=rank) for rank in tensor_ranks]
         reports.append(
             RankReport(
-                flops=sum(flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
+                flops=sum(flops.by_layer[layer] for layer in layout.layers_of_rank(pipeline_rank)),
                 owned=max(memory.owned for memory in memories),
                 borrowed=max(memory.borrowed for memory in memories),
                 memory=max(memories, key=lambda memory: memory.peak),
@@ -145,7 +145,7 @@ def _headline(plan: Plan) -> str:
 
 
 def _stages(plan: Plan, number: int, reports: Sequence[RankReport]) -> str:
-    layout, units = plan.layouts[number], plan.network_flops[number].units
+    layout, by_layer = plan.layouts[number], plan.network_flops[number].by_layer
     total = plan.network_flops[number].forward
     unit, size = ("G", 1e9) if total >= 1e8 else ("M", 1e6)
     lines = [f"STAGES                      {unit}FLOP/token   share   parameters of a rank (millions)",
@@ -153,7 +153,7 @@ def _stages(plan: Plan, number: int, reports: Sequence[RankReport]) -> str:
     for rank, (stages, report) in enumerate(zip(layout.stages_by_rank, reports, strict=True)):
         for place, index in enumerate(stages):
             layers = layout.stages[index]
-            flops = sum(units[layer] for layer in layers)
+            flops = sum(by_layer[layer] for layer in layers)
             owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if place == 0 else " " * 22
             span = f"{layers.start}-{layers.stop - 1} ({len(layers)})"
             lines.append(

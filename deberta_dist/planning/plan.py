@@ -118,7 +118,7 @@ class Plan:
     def flops_of_bucket(self, length: int) -> ForwardFlops:
         """The cost per token in a bucket's sequences of ``length`` tokens, which take less attention; of all networks."""
         found = [network_flops(self.config, network, length=length) for network in self.objective.networks]
-        return ForwardFlops(units=tuple(unit for flops in found for unit in flops.units))
+        return ForwardFlops(by_layer=tuple(cost for flops in found for cost in flops.by_layer))
 
 
 MakeObjective = Callable[[RunConfig, DebertaConfig], Objective]

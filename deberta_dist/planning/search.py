@@ -244,7 +244,7 @@ def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
 
 
 def _layout(network: Network, flops: ForwardFlops, parallel: Parallel) -> Layout:
-    stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
+    stages = _balanced(flops.by_layer, parallel.pipeline_parallel_size * parallel.stages_per_rank)
     return _layout_of(
         network,
         parallel.tensor_parallel_size,
@@ -256,8 +256,8 @@ def _layout(network: Network, flops: ForwardFlops, parallel: Parallel) -> Layout
 
 
 @lru_cache(maxsize=4096)
-def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
-    return tuple(len(stage) for stage in balance_stages(units, num_stages=num_stages))
+def _balanced(by_layer: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
+    return tuple(len(stage) for stage in balance_stages(by_layer, num_stages=num_stages))
 
 
 @lru_cache(maxsize=4096)
@@ -269,7 +269,7 @@ def _layout_of(network: Network, tensor: int, pipeline: int, loops: int, schedul
         schedule=schedule,
         layers_per_stage=layers,
     )
-    return plan_layout(network, parallel=parallel, flops=ForwardFlops(units=()))
+    return plan_layout(network, parallel=parallel, flops=ForwardFlops(by_layer=()))
 
 
 def restricted(space: Space, **changed: Any) -> Space:
