@@ -272,7 +272,7 @@ def _measure(
 
 
 def _own_training(model: DebertaForMaskedLM, shape: tuple[int, int], on: torch.device) -> PlainTraining:
-    """Of a model as a run trains it: with dropout, targets found ahead, products that add on a GPU."""
+    """A model as a run trains it: with dropout, targets found ahead, and on a GPU products that add weight gradients."""
     ids, labels = _tokens(model.config.vocab_size, shape, on)
     mask, layers, targets = torch.ones_like(ids), range(model.config.num_hidden_layers), find_targets(labels > 0, labels)
 
@@ -304,7 +304,7 @@ def _flops(config: DebertaConfig, shape: tuple[int, int]) -> float:
 
 
 def _share_of_peak(flops_per_second: float, on: torch.device) -> dict[str, float]:
-    """Of the data sheet's bfloat16 products, where it is known."""
+    """TFLOP/s, and if the device is known the share of its data sheet's bfloat16 peak."""
     found = {"TFLOP/s": flops_per_second / 1e12}
     peak = device_peak_flops(torch.cuda.get_device_name(on)) if on.type == "cuda" else None
     return found if peak is None else {**found, "share of peak": flops_per_second / peak}

@@ -127,7 +127,7 @@ class DebertaForSequenceClassification(LabelledModel):
         return linear(self.dropout(pooled_BD, dropout_key), self.classifier), pooled_BD
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What ``config.problem_type`` asks for; see `classification_loss`."""
+        """The loss of ``config.problem_type``; see `classification_loss`."""
         return classification_loss(logits, labels, problem_type=self.config.problem_type)
 
 

@@ -180,7 +180,7 @@ class _Elements:
 
 
 def _elements(layout: Layout, place: tuple[int, int], *, replicas: int) -> _Elements:
-    """Of the rank at ``place``, (pipeline rank, tensor rank)."""
+    """Numbers of elements on one model-parallel rank, (pipeline rank, tensor rank)."""
     pipeline_rank, tensor_rank = place
 
     def count(names: Iterable[str]) -> int:
@@ -205,7 +205,7 @@ def _reduce_bucket_bytes(deepspeed_config: dict[str, Any]) -> int:
 def _in_flight(
     layout: Layout, *, config: RunConfig, dtype: torch.dtype, pipeline_rank: int, batch_shape: tuple[int, int]
 ) -> StageActivations:
-    """What all stages of a rank keep at the highest moment of a step with micro-batches of one shape (B, S)."""
+    """What all stages of a rank save at the peak of a step with micro-batches of one shape (B, S)."""
     parallel, training = config.parallel, config.training
     stages = [
         stage_activations(
@@ -246,7 +246,7 @@ def _in_flight(
 
 
 def _batch_bytes(config: RunConfig) -> int:
-    """What a data-parallel rank reads in a step."""
+    """Bytes of the batch that a data rank reads for a step."""
     training, length = config.training, config.data.max_seq_length
     rows = training.micro_batch_size * training.num_micro_batches
     per_token = 3 if config.data.document_boundaries else 2  # ids, mask, documents

@@ -41,13 +41,13 @@ class NetworkPlan:
 
     @property
     def network(self) -> TrainedNetwork:
-        """What is laid out."""
+        """The network that is laid out."""
         assert isinstance(self.layout.network, TrainedNetwork)
         return self.layout.network
 
     @property
     def model_config(self) -> DebertaConfig:
-        """Of the network."""
+        """The network's configuration."""
         return self.layout.config
 
     @property
@@ -122,7 +122,7 @@ class Plan:
 
 
 MakeObjective = Callable[[RunConfig, DebertaConfig], Objective]
-"""What is trained, from the resolved configuration and the model of ``[model]``."""
+"""(resolved configuration, model of ``[model]``) -> the objective of a run."""
 
 
 def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObjective = masked_lm) -> Plan:

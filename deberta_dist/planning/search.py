@@ -197,7 +197,7 @@ def candidates(start: Plan, *, world_size: int, machine: Machine, space: Space) 
 
 
 def _least_layers(plan: Plan) -> int:
-    """Of the networks: a pipeline has no more stages than the shallowest has layers."""
+    """Layers of the shallowest network: the most stages that a pipeline can have."""
     return min(network.config.num_hidden_layers for network in plan.objective.networks)
 
 

@@ -68,7 +68,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a network's loss asks for, on held-out text: masked tokens, of masked language modelling.
+    """A network's loss on held-out text; the targets of masked language modelling are masked tokens.
 
     Attributes:
         loss: Mean over all targets (nats).
