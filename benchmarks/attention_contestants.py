@@ -98,7 +98,7 @@ class AttentionCase:
 
     @property
     def positions(self) -> RelativePositions:
-        """Of all tokens."""
+        """Rows of the relative table for queries and keys that are the same tokens."""
         config = self.config
         return relative_positions(
             num_buckets=config.position_buckets, max_distance=config.max_relative_distance, device=self.device

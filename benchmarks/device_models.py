@@ -95,7 +95,7 @@ class PlainTraining:
 
     @property
     def num_parameters(self) -> int:
-        """Of the model."""
+        """Number of the model's weights."""
         return sum(parameter.numel() for parameter in self._parameters)
 
     def passes(self) -> Tensor:

@@ -271,7 +271,7 @@ def _run(parts: Mapping[str, StepGroup], *, place: StepEnvironment) -> int:
 
 
 def _commit() -> str | None:
-    """Of the checkout; None where git or its folder is missing."""
+    """Hash of the checkout's commit; None without git or its folder."""
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -100,7 +100,7 @@ class Problem:
         self._gradient = normal(batch, num_queries, heads, HEAD_SIZE).transpose(1, 2)
 
     def context(self, implementation: str, operands: Sequence[Tensor]) -> Tensor:
-        """Of one implementation, [B, N, Q, H]; "fused" on a CPU is Triton's interpreter."""
+        """Context of one implementation, [B, N, Q, H]; "fused" on a CPU is Triton's interpreter."""
         query, key, value, rel_key, rel_query = operands
         if implementation == "fused" and query.device.type == "cpu":
             call = AttentionCall(
@@ -140,7 +140,7 @@ class Problem:
         )
 
     def exact(self) -> list[Tensor]:
-        """What the formula makes of the same numbers in float64."""
+        """Value and gradients of the formula in float64, for the same inputs."""
         return self.run("reference", [x.double() for x in self.operands])
 
     def agreement(self, implementation: str, exact: Sequence[Tensor]) -> "Agreement":

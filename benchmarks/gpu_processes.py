@@ -194,7 +194,7 @@ class _Process:
         self._process.stdin.close()
 
     def record(self) -> dict[str, Any]:
-        """What the step has saved, and how it ended."""
+        """The step's record, and how it ended."""
         seconds, code = time.monotonic() - self._begun, self._process.returncode
         self.kill()  # what it has left behind
         if code == NO_GPU:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_attention import Agreement, agreement
 from deberta_dist.kernels.dropout import drop_words_, keep_probability, words_of_rows
-from deberta_dist.kernels.rows import RowNumbers, residual_norm
+from deberta_dist.kernels.rows import RowDropout, RowNumbers, residual_norm
 
 COMPARED = ("output", "x", "bias", "residual", "weight", "norm_bias")
 _P, _SEED, _EPS = 0.1, 0x9E3779B97F4A7C15, 1e-7
@@ -38,7 +38,7 @@ class RowsProblem:
         leaves = [x.detach().requires_grad_() for x in self._operands]
         for leaf in leaves:
             leaf.grad_dtype = None  # those of the vectors are float32
-        output = residual_norm(*leaves, eps=_EPS, p=_P, seed=_SEED, numbers=self._numbers)
+        output = residual_norm(*leaves, eps=_EPS, dropout=RowDropout(_P, _SEED, self._numbers))
         output.backward(self._gradient)
         return [output.detach(), *(leaf.grad for leaf in leaves)]
 

@@ -111,9 +111,9 @@ def layer(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
             values = {"compiled": whole.values(forwards[whole_layer.OURS]), "plain": plain}
             error = differences(values, oracle="plain")["compiled"]
             report.check(f"{batch}x{length}: compiled as plain", error, at_most=setting.sized(AGREEMENT, 1e-5))
-        units = forward_flops(
+        by_layer = forward_flops(
             whole.config, max_seq_length=length, micro_batch_size=batch, mask_probability=MASK_PROBABILITY
-        ).units
+        ).by_layer
         figures = {}
         for name, forward in forwards.items():
             contestants = {name: whole.contestant(forward)}
@@ -126,7 +126,7 @@ def layer(setting: StepSetting, report: StepReport, *, compiles: bool) -> None:
                 "ms": 1e3 * ours,
                 "without positions, ms": 1e3 * without,
                 "x the time without positions": ours / without,
-                **_share_of_peak(3 * units[1] * batch * length / ours, on),
+                **_share_of_peak(3 * by_layer[1] * batch * length / ours, on),
             },
         )
         del whole, forwards
@@ -272,7 +272,7 @@ def _measure(
 
 
 def _own_training(model: DebertaForMaskedLM, shape: tuple[int, int], on: torch.device) -> PlainTraining:
-    """Of a model as a run trains it: with dropout, targets found ahead, products that add on a GPU."""
+    """A model as a run trains it: with dropout, targets found ahead, and on a GPU products that add weight gradients."""
     ids, labels = _tokens(model.config.vocab_size, shape, on)
     mask, layers, targets = torch.ones_like(ids), range(model.config.num_hidden_layers), find_targets(labels > 0, labels)
 
@@ -304,7 +304,7 @@ def _flops(config: DebertaConfig, shape: tuple[int, int]) -> float:
 
 
 def _share_of_peak(flops_per_second: float, on: torch.device) -> dict[str, float]:
-    """Of the data sheet's bfloat16 products, where it is known."""
+    """TFLOP/s, and if the device is known the share of its data sheet's bfloat16 peak."""
     found = {"TFLOP/s": flops_per_second / 1e12}
     peak = device_peak_flops(torch.cuda.get_device_name(on)) if on.type == "cuda" else None
     return found if peak is None else {**found, "share of peak": flops_per_second / peak}

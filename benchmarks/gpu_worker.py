@@ -74,7 +74,7 @@ class StepReport:
         self._check(name, is_right, quiet, found=found)
 
     def note(self, text: str) -> None:
-        """What was not done, and why."""
+        """Records what was not done, and why."""
         self.record["notes"].append(text)
         self.save()
         self._say(f"note: {text}")
@@ -109,7 +109,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed."""
+    """Versions of Python and of the installed packages among `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

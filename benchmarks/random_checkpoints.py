@@ -59,7 +59,7 @@ def write_run(config: DebertaConfig, directory: Path) -> None:
 
 
 def make_manifest(layout: Layout, *, shape: MeshShape, step: int, optimizer_steps: int = 1) -> Manifest:
-    """What a checkpoint of a layout says, the run's data left out."""
+    """Manifest of a checkpoint of a layout, without a run's data."""
     layouts = flat_layouts(layout, data_parallel_size=shape.data)
     return Manifest(
         step=step,

@@ -83,11 +83,11 @@ class State:
 
     @property
     def checkpoint(self) -> Path:
-        """What ours has written last."""
+        """Directory of the checkpoint that ours wrote last."""
         return self._folder / "checkpoints" / step_name(self.step)
 
     def floor(self) -> Sample:
-        """The same bytes."""
+        """Copies and hashes the bytes of ours, and syncs them to disk."""
         return copy_and_hash(self.checkpoint, self._folder / "floor", fsync=True)
 
     def torch_save(self) -> Sample:

@@ -86,7 +86,7 @@ def _real_model(stage: MeasuredStage, *, device: torch.device, dtype: torch.dtyp
     model.to_empty(device=device).train()
     fill_(model.named_parameters(), std=stage.config.initializer_range)
     sum_in_float32(model, products_add=device.type in DEVICES_WHOSE_PRODUCTS_ADD)
-    model.deberta.encoder.relative_positions(device)  # saved for all micro-batches
+    model.deberta.encoder.relative_positions(device)  # cached for all micro-batches
     return model
 
 

@@ -63,7 +63,7 @@ class ContestStep:
 
     @property
     def flops(self) -> float:
-        """Of the model's products, forward and backward (`planning.flops`)."""
+        """FLOPs of the model's products, forward and backward (`models.flops`)."""
         batch, length = self._ids.shape
         share = (self._labels > 0).sum().item() / self._labels.numel()
         per_token = forward_flops(self._config, max_seq_length=length, micro_batch_size=batch, mask_probability=share)
@@ -106,7 +106,7 @@ class ContestStep:
         return found
 
     def tensors(self, name: str) -> list[Tensor]:
-        """What is there whether or not there will be a backward pass."""
+        """Tensors that exist whether or not there is a backward pass."""
         return [self._ids, self._mask, self._labels, *self._targets.tensors(), *self._models[name].parameters()]
 
     def _add(self, name: str, model: nn.Module) -> nn.Module:

@@ -40,6 +40,20 @@ class RowNumbers(NamedTuple):
         return rows // self.length * self.stride + rows % self.length + self.offset
 
 
+class RowDropout(NamedTuple):
+    """What decides which elements of rows are dropped.
+
+    Attributes:
+        p: probability of dropping, 0 for none.
+        seed: 64 bits, mixed with a row's number and the column.
+        numbers: numbers of the rows.
+    """
+
+    p: float
+    seed: int
+    numbers: RowNumbers
+
+
 def row_dropout(x: Tensor, *, p: float, seed: int, numbers: RowNumbers) -> Tensor:
     """x / keep probability where kept, 0 elsewhere; seed, row number and column decide. [..., D]."""
     return _RowDropout.apply(x, p, seed, numbers)
@@ -53,9 +67,7 @@ def residual_norm(
     norm_bias: Tensor,
     *,
     eps: float,
-    p: float,
-    seed: int,
-    numbers: RowNumbers,
+    dropout: RowDropout,
 ) -> Tensor:
     """LayerNorm(dropout(x + bias) + residual) in one kernel, its backward pass in another.
 
@@ -69,11 +81,9 @@ def residual_norm(
         weight: the LayerNorm's, [D].
         norm_bias: the LayerNorm's, [D].
         eps: added to the variance.
-        p: probability of dropping, 0 for none.
-        seed: 64 bits that decide, with a row's number and the column, what is dropped.
-        numbers: of the rows of ``x``, flattened to [R, D].
+        dropout: of ``x`` + ``bias``; its row numbers are those of ``x`` flattened to [R, D].
     """
-    return _ResidualNorm.apply(x, bias, residual, weight, norm_bias, eps, p, seed, numbers)
+    return _ResidualNorm.apply(x, bias, residual, weight, norm_bias, eps, dropout)
 
 
 def fuses_rows(x: Tensor) -> bool:
@@ -127,13 +137,12 @@ class _ResidualNorm(torch.autograd.Function):
         weight: Tensor,
         norm_bias: Tensor,
         eps: float,
-        p: float,
-        seed: int,
-        numbers: RowNumbers,
+        dropout: RowDropout,
     ) -> Tensor:
         from deberta_dist.kernels.fused import rows
 
-        ctx.dropping = {"dropping": rows.Dropping(p, seed, *numbers), "inverse_keep": 1 / keep_probability(p)}
+        dropping = rows.Dropping(dropout.p, dropout.seed, *dropout.numbers)
+        ctx.dropping = {"dropping": dropping, "inverse_keep": 1 / keep_probability(dropout.p)}
         output, *saved = rows.residual_norm(
             x.contiguous(), bias, residual.contiguous(), weight, norm_bias, eps=eps, **ctx.dropping
         )
@@ -151,4 +160,4 @@ class _ResidualNorm(torch.autograd.Function):
             gradient.contiguous(), sums, weight, *statistics, **ctx.dropping
         )
         of_weight, of_norm_bias, of_bias = of_vectors
-        return of_x, of_bias, of_residual, of_weight, of_norm_bias, None, None, None, None
+        return of_x, of_bias, of_residual, of_weight, of_norm_bias, None, None

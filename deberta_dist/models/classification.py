@@ -50,7 +50,7 @@ torch.export.register_dataclass(ClassificationOutput)
 
 
 class LabelledModel(ModelWithBackbone):
-    """A backbone with a head whose logits are compared with labels; a head says what both are."""
+    """A backbone with a head and a loss; subclasses define `head` and `loss`."""
 
     def forward(
         self,
@@ -66,7 +66,7 @@ class LabelledModel(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            labels: what the head's ``loss`` takes.
+            labels: shape and dtype depend on the head, see `loss`.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
 
@@ -84,11 +84,11 @@ class LabelledModel(ModelWithBackbone):
         return self.deberta(ids, mask, token_type_ids=types, dropout_key=dropout_key).last_hidden_state
 
     def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor | None]:
-        """Logits, and the pooled state [B, D] where there is one."""
+        """Logits, and the pooled state [B, D], or None without a pooler."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss over what is labelled.
+        """Mean loss over labelled samples or tokens.
 
         Raises:
             ValueError: labels of another shape or kind of number.
@@ -127,7 +127,7 @@ class DebertaForSequenceClassification(LabelledModel):
         return linear(self.dropout(pooled_BD, dropout_key), self.classifier), pooled_BD
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What ``config.problem_type`` asks for; see `classification_loss`."""
+        """The loss of ``config.problem_type``; see `classification_loss`."""
         return classification_loss(logits, labels, problem_type=self.config.problem_type)
 
 

@@ -80,7 +80,7 @@ class ConvLayer(nn.Module):
                 continue
             product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
             if offset:
-                product = product.roll(-offset, dims=-1)
+                product = product.roll(-offset, dims=-1)  # what wraps around is masked below, or cut off with the halo
             product = product.narrow(-1, first, length)
             if offset:
                 product = product.masked_fill(~self._sees(mask, offset)[:, None], 0.0)

@@ -52,8 +52,8 @@ class CrossEntropy(nn.Module):
 
     Args:
         first_row: Number of this slice's first row within the vocabulary.
-        num_real_rows: Rows of this slice that belong to the vocabulary; the rest is padding, whose logits do not count.
-            None: all rows.
+        num_real_rows: Rows of this slice that belong to the vocabulary (None for all); the rest is padding, whose logits do
+            not count.
         join: An object with the methods of `Join`.
     """
 

@@ -4,7 +4,9 @@ Letters: B batch, S sequence, D hidden, R rows of the relative table.
 """
 
 import dataclasses
+import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,13 @@ from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.layers import Layer
-from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import is_plain
 from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
 from deberta_dist.models.shared_table import SharedTable, look_up
+
+_ABOUT_FORMATS = re.compile(r"dtype|scalar type|data type|same type", re.IGNORECASE)
 
 
 class Embeddings(nn.Module):
@@ -134,6 +137,7 @@ class Encoder(nn.Module):
             layer = self.layer[number]
             assert layer is not None, f"layer {number} was dropped by keep_layers"
 
+            # Defaults bind this pass's values: with recomputation the function runs again after the loop has ended.
             def one_layer(
                 x: Tensor, table: Tensor, layer: nn.Module = layer, key: int | None = layer_key
             ) -> tuple[Tensor, Tensor | None]:
@@ -158,6 +162,47 @@ class Encoder(nn.Module):
             if attentions is not None:
                 attentions.append(probabilities)
         return hidden_BSD
+
+
+class ExplainsNumberFormats(nn.Module):
+    """A model that, when an operation fails over number formats, says which of its parameters have which.
+
+    A model with several formats can be right: under autocast, with adapters that convert, with normalisations in float32. So
+    nothing is refused beforehand, and nothing is checked unless an operation has failed.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls ``forward`` as nn.Module does.
+
+        Raises:
+            ValueError: parameters of several number formats meet in one operation.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except RuntimeError as error:
+            formats = number_formats(self)
+            if len(formats) < 2 or not _ABOUT_FORMATS.search(str(error)):
+                raise
+            found = "; ".join(f"{name}: {_shown(modules)}" for name, modules in formats.items())
+            message = (
+                f"the model's parameters have several number formats ({found}) and one operation cannot take both: bring them to "
+                "one, as model.to(torch.float32) does, or call the model under torch.autocast"
+            )
+        raise ValueError(message)
+
+
+def number_formats(model: nn.Module) -> dict[str, list[str]]:
+    """Floating point formats of a model's parameters -> names of the modules with such parameters; the most common first."""
+    found: dict[str, dict[str, None]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            modules = found.setdefault(str(parameter.dtype).removeprefix("torch."), {})
+            modules[name.rpartition(".")[0]] = None
+    return {name: list(modules) for name, modules in sorted(found.items(), key=lambda item: -len(item[1]))}
+
+
+def _shown(modules: list[str]) -> str:
+    return ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,16 @@ class ForwardFlops:
     """Forward FLOPs per token.
 
     Attributes:
-        units: One entry per encoder layer with what belongs to it (see ``pipeline_parallel/stages.py``); the
-            last one is the enhanced mask decoder and the head.
+        by_layer: One number per encoder layer with what belongs to it (see ``parallel/pipeline/stages.py``); the
+            last one includes the enhanced mask decoder and the head.
     """
 
-    units: tuple[float, ...]
+    by_layer: tuple[float, ...]
 
     @property
     def forward(self) -> float:
         """FLOPs per token of the whole forward pass."""
-        return sum(self.units)
+        return sum(self.by_layer)
 
     @property
     def training(self) -> float:
@@ -59,18 +59,18 @@ def forward_flops(
     positions = terms * 2 * rows * heads
     feed_forward = 4 * hidden * config.intermediate_size
     layer = 8 * hidden * heads + feed_forward + attended + positions + table
-    units = [layer] * config.num_hidden_layers
+    by_layer = [layer] * config.num_hidden_layers
     if config.conv_kernel_size > 0:
-        units[0] += 2 * hidden * hidden * config.conv_kernel_size / config.conv_groups
+        by_layer[0] += 2 * hidden * hidden * config.conv_kernel_size / config.conv_groups
     if config.uses_enhanced_mask_decoder:
         keys_once = 4 * hidden * heads + table + positions / terms * ("p2c" in config.pos_att_type)
         per_query = 4 * hidden * heads + feed_forward + attended + positions / terms * ("c2p" in config.pos_att_type)
-        units[-1] = keys_once + 2 * mask_probability * per_query
+        by_layer[-1] = keys_once + 2 * mask_probability * per_query
     width = config.embedding_width
     if width != hidden:
-        units[0] += 2 * width * hidden
-    units[-1] += mask_probability * 2 * width * (hidden + config.vocab_size)
-    return ForwardFlops(units=tuple(units))
+        by_layer[0] += 2 * width * hidden
+    by_layer[-1] += mask_probability * 2 * width * (hidden + config.vocab_size)
+    return ForwardFlops(by_layer=tuple(by_layer))
 
 
 def device_peak_flops(device_name: str) -> float | None:

@@ -42,6 +42,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NUM_DECODER_PASSES = 2
+"""Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
+
+
 class AttentionMemory(NamedTuple):
     """What queries attend to: content and, per position term, the projected relative table.
 
@@ -255,7 +259,6 @@ class Layer(nn.Module):
         query_BQD: Tensor,
         *,
         hidden_BSD: Tensor,
-        num_passes: int,
         rel_RD: Tensor,
         positions: RelativePositions,
         mask: AttentionMask | None,
@@ -263,7 +266,7 @@ class Layer(nn.Module):
         recompute_mode: str = "none",
         width: int | None = None,
     ) -> Tensor:
-        """``num_passes`` passes of this layer: each pass's output is the next one's queries; all attend to ``hidden_BSD``.
+        """`NUM_DECODER_PASSES` passes of this layer: each pass's output is the next one's queries; all attend to ``hidden_BSD``.
 
         Keys, values, projected table and the products of keys with it are computed once. So all passes share one dropout
         mask on the table, where the published code draws one each; all other masks differ between passes.
@@ -274,7 +277,7 @@ class Layer(nn.Module):
         attention = self.attention.self
         memory = attention.memory(hidden_BSD, rel_RD=rel_RD, dropout_key=dropout_key)
         memory = attention.with_position_scores(memory, positions=positions, mask=mask)
-        for number in range(num_passes):
+        for number in range(NUM_DECODER_PASSES):
             pass_key = child_key(dropout_key, number + 1)
             context, _ = attention.attend(
                 attention.queries(query_BQD),

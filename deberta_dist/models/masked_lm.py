@@ -26,9 +26,6 @@ from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
 
-NUM_DECODER_PASSES = 2
-"""Passes of the last layer in the enhanced mask decoder; the released heads were trained with two."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLMOutput:
@@ -223,6 +220,7 @@ class DebertaForMaskedLM(ModelWithBackbone):
             main_grad=self._word_main_grad(),
         )
         if targets.is_padded:
+            # Padding repeats the first target, so its losses are finite and only have to be left out of the sums.
             is_unused_P = targets.ids_P == NOT_A_TARGET
             loss_P = loss_P.masked_fill(is_unused_P, 0.0)
             is_correct_P = is_correct_P.masked_fill(is_unused_P, False)
@@ -330,7 +328,6 @@ class DebertaForMaskedLM(ModelWithBackbone):
             return encoder.layer[-1].decode(  # type: ignore[operator]  # a `Layer`
                 queries_BTD,
                 hidden_BSD=hidden_BSD,
-                num_passes=NUM_DECODER_PASSES,
                 rel_RD=table_RD,
                 positions=relative,
                 mask=mask,

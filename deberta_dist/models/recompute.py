@@ -36,4 +36,5 @@ def call_with_recompute(
     """
     if not (recompute and owner.training and torch.is_grad_enabled()):
         return function(*args)
+    # torch's reentrant variant would need inputs that require gradients, and cannot be used with `torch.autograd.grad`.
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout_key is None)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.dropout import COLUMN, FIRST, SECOND, keep_probability, signed, threshold
 from deberta_dist.kernels.fused.availability import compiler_reason
-from deberta_dist.kernels.rows import fuses_rows, residual_norm, row_words
+from deberta_dist.kernels.rows import RowDropout, fuses_rows, residual_norm, row_words
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.fused_qkv import Linear, linear, without_bias
@@ -57,9 +57,11 @@ class ResidualOutput(nn.Module):
             norm.weight,
             norm.bias,
             eps=norm.eps,
-            p=dropout.p if dropout.drops else 0.0,
-            seed=dropout.seed(dropout_key) if dropout.drops else 0,
-            numbers=dropout.row_numbers(residual, width),
+            dropout=RowDropout(
+                dropout.p if dropout.drops else 0.0,
+                dropout.seed(dropout_key) if dropout.drops else 0,
+                dropout.row_numbers(residual, width),
+            ),
         )
 
     def _compiled(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None) -> Tensor:

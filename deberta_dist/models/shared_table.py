@@ -71,6 +71,7 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_VW: Tensor | None) -> tuple[Tensor | None, ...]:
+        # autograd runs this after the backward passes of all users of the output, look-ups too, although these return None.
         waiting, ctx.waiting[:] = list(ctx.waiting), []
         if gradient_VW is None and waiting:
             gradient_VW = ctx.like.new_zeros(ctx.shape)

@@ -51,7 +51,7 @@ class Targets:
         return self.made_of([tensor.to(device) for tensor in self.tensors()])
 
     def made_of(self, tensors: Sequence[Tensor]) -> "Targets":
-        """The same numbers with other tensors, in the order of `tensors`."""
+        """A copy with other tensors, in the order of `tensors`, and the same two numbers."""
         ids, tokens, positions, slots = tensors
         return dataclasses.replace(self, ids_P=ids, tokens_P=tokens, positions_BT=positions, slots_P=slots)
 

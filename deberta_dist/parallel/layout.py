@@ -156,7 +156,7 @@ def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) ->
     """Divides a network over tensor and pipeline ranks.
 
     Args:
-        network: What is divided; its layers are the units of stages.
+        network: What is divided; stages consist of its layers.
         parallel: ``[parallel]`` with "auto" resolved, except for ``layers_per_stage``.
         flops: FLOPs of every layer, by which "auto" stages are balanced.
 
@@ -171,7 +171,7 @@ def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) ->
     )
     num_stages = parallel.pipeline_parallel_size * parallel.stages_per_rank
     if parallel.layers_per_stage == "auto":
-        stages = balance_stages(flops.units, num_stages=num_stages)
+        stages = balance_stages(flops.by_layer, num_stages=num_stages)
     else:
         stages = explicit_stages(parallel.layers_per_stage, num_layers=config.num_hidden_layers, num_stages=num_stages)
     stages_by_rank = [

@@ -72,6 +72,7 @@ def discover_launch() -> Launch:
         ConfigError: under MPI on several nodes without MASTER_ADDR, or without a local rank.
     """
     names = (
+        # First: DeepSpeed's launcher and torchrun may themselves run under MPI or Slurm, whose variables count nodes then.
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -244,6 +245,7 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
         torch.cuda.set_device(device)
         # A resumed run has to be bit-equal; cuDNN's other algorithms sum the convolution's weight gradient in varying order.
         torch.backends.cudnn.deterministic = True
+        # gloo beside NCCL: checkpoints and exports exchange tensors on the host.
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
@@ -257,6 +259,7 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timedelta(minutes=timeout_minutes),
+        # Creates NCCL's communicator now; without it `split_group` refuses.
         device_id=device if device.type == "cuda" else None,
     )
     return device

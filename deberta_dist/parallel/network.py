@@ -86,6 +86,7 @@ class Network(ABC):
         if not self.tables_apart:
             return shared
         apart = frozenset(self.tables_apart)
+        # own=own: a lambda looks its variables up when called, and would see the last pass of the loop.
         return (
             *(FlatGroup(functools.partial(_is_in, own, apart), decays) for own, decays in shared),
             *(FlatGroup(table.__eq__, is_decayed(table)) for table in self.tables_apart),

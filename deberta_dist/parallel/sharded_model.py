@@ -40,6 +40,7 @@ class ShardedModel:
         self._owned_gradients: dict[str, Tensor] = {}
         for name, parameter in list(model.named_parameters()):
             module_name, _, leaf = name.rpartition(".")
+            # A new parameter on the device: the data of one on the meta device cannot become a view of gathered weights.
             empty = nn.Parameter(torch.empty(0, dtype=store.dtype, device=device))
             # autograd insists that .grad has the weight's dtype unless told otherwise, and sums over micro-batches need
             # float32. None admits any dtype: with main_grad, some gradients arrive in 16 bits and some in float32.
@@ -56,6 +57,7 @@ class ShardedModel:
             self._owned_gradients = gradients
             gradients = gradients | self._ties.gradient_views()
         for name, parameter in self._parameters.items():
+            # The parameter objects stay the same: pipeline stages and autograd hold on to them from step to step.
             parameter.data = weights[name]
             if with_gradients and not self._products_add:
                 parameter.grad = gradients[name]

@@ -232,6 +232,7 @@ class LiveBytes(TorchDispatchMode):
         self._known[storage] = storage.nbytes()
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
+        # Python's storage object lives as long as the memory that it stands for, so its end is that of the bytes.
         weakref.finalize(storage, self._release, storage.nbytes())
 
     def _release(self, num_bytes: int) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduced_width
 from deberta_dist.training.objectives.base import trained
@@ -57,14 +57,15 @@ class RankCommunication:
         zero_reduce: Gradients reduce-scattered over the data axis, once per step.
         tie_broadcast: Tied weights broadcast from their owners, once per step.
         tie_reduce: Their gradients reduced to their owners, once per step.
-        tensor_layers: Of the ordinary layers, the convolution included.
-        tensor_embedding: Of the word embedding.
-        tensor_decoder: Of the enhanced mask decoder.
-        tensor_head: Of the head and its cross entropy.
-        tensor_halves: What of these four is all-gathers and reduce-scatters; the rest is all-reduces.
-        pipeline_activations: Sent to later stages.
-        pipeline_gradients: Sent to earlier stages.
-        scalars: Targets, tokens, losses and the gradient's norm (of an offloaded gradient DeepSpeed's own, not counted).
+        tensor_layers: Over the tensor ranks, in ordinary layers and the convolution.
+        tensor_embedding: Over the tensor ranks, for word embeddings.
+        tensor_decoder: Over the tensor ranks, in the enhanced mask decoder.
+        tensor_head: Over the tensor ranks, in the head and its cross entropy.
+        tensor_halves: The part of these four that is all-gathers and reduce-scatters; the rest is all-reduces.
+        pipeline_activations: Hidden states sent to later stages, and ids to the next network.
+        pipeline_gradients: Gradients of hidden states sent to earlier stages.
+        scalars: Numbers of targets and tokens, losses and the gradient's norm; with offload DeepSpeed computes the norm
+            itself, which is not counted.
     """
 
     zero_gather: int
@@ -87,7 +88,7 @@ class RankCommunication:
 
     @property
     def once_per_step(self) -> int:
-        """What does not depend on the number of micro-batches."""
+        """Bytes that do not depend on the number of micro-batches."""
         return self.zero_gather + self.zero_reduce + self.tie_broadcast + self.tie_reduce + self.scalars
 
     @property
@@ -123,12 +124,12 @@ def rank_communication(
     flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
     flat = sum(flats.sizes) if replicas > 1 else 0
 
-    lent, collected = 0, 0
+    broadcast, reduced = 0, 0
     for tie in layout.ties:
         if (pipeline_rank, tensor_rank) in tie.users:
             size = sum(torch.Size(layout.local_shape(name)).numel() for name in tie.names)
-            lent += size
-            collected += size * tie.is_sum
+            broadcast += size
+            reduced += size * tie.is_sum
 
     stages = layout.stages_by_rank[pipeline_rank]
     last = len(layout.stages) - 1
@@ -150,8 +151,8 @@ def rank_communication(
     return RankCommunication(
         zero_gather=flat * width,
         zero_reduce=flat * reduced_width(deepspeed_config),
-        tie_broadcast=lent * width,
-        tie_reduce=collected * FLOAT32,
+        tie_broadcast=broadcast * width,
+        tie_reduce=reduced * FLOAT32,
         tensor_layers=in_layers,
         tensor_embedding=in_embedding,
         tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),

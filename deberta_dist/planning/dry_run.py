@@ -78,7 +78,7 @@ def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
         messages = [messages_of(tensor_rank=rank) for rank in tensor_ranks]
         reports.append(
             RankReport(
-                flops=sum(flops.units[layer] for layer in layout.layers_of_rank(pipeline_rank)),
+                flops=sum(flops.by_layer[layer] for layer in layout.layers_of_rank(pipeline_rank)),
                 owned=max(memory.owned for memory in memories),
                 borrowed=max(memory.borrowed for memory in memories),
                 memory=max(memories, key=lambda memory: memory.peak),
@@ -106,7 +106,7 @@ def bubble_fraction(plan: Plan) -> float:
 
 
 def step_seconds(plan: Plan) -> float:
-    """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
+    """Seconds per optimizer step on the reference GPU, with an assumed utilisation that covers everything else."""
     world = plan.world_size
     return plan.training_flops * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
 
@@ -160,7 +160,7 @@ def _headline(plan: Plan) -> str:
 
 
 def _stages(plan: Plan, number: int, reports: Sequence[RankReport]) -> str:
-    layout, units = plan.layouts[number], plan.network_flops[number].units
+    layout, by_layer = plan.layouts[number], plan.network_flops[number].by_layer
     total = plan.network_flops[number].forward
     unit, size = ("G", 1e9) if total >= 1e8 else ("M", 1e6)
     lines = [f"STAGES                      {unit}FLOP/token   share   parameters of a rank (millions)",
@@ -168,7 +168,7 @@ def _stages(plan: Plan, number: int, reports: Sequence[RankReport]) -> str:
     for rank, (stages, report) in enumerate(zip(layout.stages_by_rank, reports, strict=True)):
         for place, index in enumerate(stages):
             layers = layout.stages[index]
-            flops = sum(units[layer] for layer in layers)
+            flops = sum(by_layer[layer] for layer in layers)
             owned = f"{report.owned / 1e6:11.2f}{report.borrowed / 1e6:11.2f}" if place == 0 else " " * 22
             span = f"{layers.start}-{layers.stop - 1} ({len(layers)})"
             lines.append(

@@ -28,7 +28,7 @@ class Prices:
         return choice.cost.seconds * self.steps / 86400
 
     def cost(self, choice: RankedLayout) -> float:
-        """Of all GPUs for these days."""
+        """Price of all GPUs for these days."""
         return self.days(choice) * 24 * choice.plan.world_size * (self.per_hour or 0.0)
 
 

@@ -141,8 +141,6 @@ def _gpu(
     nic_gigabits: float,
     pcie: float,
     host: float,
-    *,
-    has_fused_attention: bool = True,
 ) -> Machine:
     """A GPU in the units of its data sheet, one column of the table below each.
 
@@ -155,7 +153,6 @@ def _gpu(
         nic_gigabits: One GPU's network card, Gb/s.
         pcie: Bandwidth of PCIe, both directions together, GB/s.
         host: Host memory bandwidth per GPU, GB/s.
-        has_fused_attention: Whether the compute capability is enough for the fused kernels.
     """
     return Machine(
         name=name,
@@ -165,7 +162,7 @@ def _gpu(
         memory_bandwidth=MEMORY_REACHES * memory * 1e9,
         seconds_per_call=SECONDS_PER_CALL,
         calls_overlap=True,
-        has_fused_attention=has_fused_attention,
+        has_fused_attention=True,
         node_size=8,
         node=Link(NODE_LATENCY, LINKS_REACH * nvlink / 2 * 1e9),
         network=Link(NETWORK_LATENCY, LINKS_REACH * nic_gigabits / 8 * 1e9),
@@ -181,7 +178,7 @@ GPUS: Mapping[str, Machine] = MappingProxyType(
         "a100-80": _gpu("A100 80 GB", 312, 80, 2039, 600, 200, 64, 51),
         "a100-40": _gpu("A100 40 GB", 312, 40, 1555, 600, 200, 64, 51),
         # Compute capability 7.0; the fused kernels need 8.0.
-        "v100-32": _gpu("V100 32 GB", 125, 32, 900, 300, 50, 32, 19, has_fused_attention=False),
+        "v100-32": dataclasses.replace(_gpu("V100 32 GB", 125, 32, 900, 300, 50, 32, 19), has_fused_attention=False),
     }
 )
 WITHOUT_BF16 = ("v100-32",)

@@ -108,14 +108,15 @@ def rank_memory(
     tensor_rank: int,
     others: Sequence[Layout] = (),
 ) -> RankMemory:
-    """Adds up one rank while one network runs; all its data-parallel replicas hold the same.
+    """What one rank holds while one network runs; all data ranks hold the same.
 
     Args:
-        layout: From ``plan_layout``.
-        config: Resolved configuration.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        pipeline_rank, tensor_rank: The rank's place.
-        others: Of the run's other networks, which are at rest meanwhile.
+        layout: Says what the rank runs, owns and borrows of the network.
+        config: Resolved; its batch sizes, schedule and recompute mode count.
+        deepspeed_config: DeepSpeed JSON without "auto"; its precision, buckets and offload count.
+        pipeline_rank: With ``tensor_rank``, which rank.
+        tensor_rank: See ``pipeline_rank``.
+        others: Layouts of the run's other networks, which are at rest meanwhile.
     """
     memory_of = functools.partial(
         rank_memory,
@@ -182,7 +183,7 @@ class _Elements:
 
 
 def _elements(layout: Layout, place: tuple[int, int], *, replicas: int) -> _Elements:
-    """Of the rank at ``place``, (pipeline rank, tensor rank)."""
+    """Numbers of elements on one model-parallel rank, (pipeline rank, tensor rank)."""
     pipeline_rank, tensor_rank = place
 
     def count(names: Iterable[str]) -> int:
@@ -207,7 +208,7 @@ def _reduce_bucket_bytes(deepspeed_config: dict[str, Any]) -> int:
 def _in_flight(
     layout: Layout, *, config: RunConfig, dtype: torch.dtype, pipeline_rank: int, batch_shape: tuple[int, int]
 ) -> StageActivations:
-    """What all stages of a rank keep at the highest moment of a step with micro-batches of one shape (B, S)."""
+    """What all stages of a rank save at the peak of a step with micro-batches of one shape (B, S)."""
     parallel, training = config.parallel, config.training
     stages = [
         stage_activations(
@@ -248,7 +249,7 @@ def _in_flight(
 
 
 def _batch_bytes(config: RunConfig) -> int:
-    """What a data-parallel rank reads in a step."""
+    """Bytes of the batch that a data rank reads for a step."""
     training, length = config.training, config.data.max_seq_length
     rows = training.micro_batch_size * training.micro_batches
     per_token = 3 if config.data.document_boundaries else 2  # ids, mask, documents

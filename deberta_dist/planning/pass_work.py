@@ -18,7 +18,7 @@ solved for the coefficients by least squares (the worst model is 4% off, without
 from dataclasses import dataclass
 
 from deberta_dist.config import precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.planning.memory import expected_targets
 from deberta_dist.planning.plan import NetworkPlan
@@ -122,7 +122,7 @@ def stage_work(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -
         total_forward += Work(bytes=LOGIT_PASSES[0] * logits, calls=EMBEDDING_CALLS[0])
         total_backward += Work(bytes=LOGIT_PASSES[1] * logits + read, calls=EMBEDDING_CALLS[1])
 
-    products = sum(part.flops.units[layer] for layer in layers) * tokens / tensor
+    products = sum(part.flops.by_layer[layer] for layer in layers) * tokens / tensor
     repeated = _repeated_products(part, layers, has_fused_attention=fused) * tokens / tensor
     return total_forward + Work(products=products), total_backward + Work(products=2 * products + repeated)
 
@@ -140,7 +140,7 @@ def _layer(part: NetworkPlan, sizes: _Sizes, number: int, *, fused: bool) -> Wor
 
 
 def _repeated_products(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -> float:
-    """FLOPs per token that the backward pass makes once more: recomputation, and the scores of a fused attention."""
+    """FLOPs per token that the backward pass repeats: recomputation, and the scores of a fused attention."""
     config, model = part.config, part.model_config
     head = 0.0
     if part.network.head_rows:
@@ -150,7 +150,7 @@ def _repeated_products(part: NetworkPlan, layers: range, *, has_fused_attention:
     positions = terms * 2 * model.num_position_rows * all_heads
     again = 0.0
     if config.training.recompute == "full":
-        again = sum(part.flops.units[layer] for layer in layers) - is_last * head
+        again = sum(part.flops.by_layer[layer] for layer in layers) - is_last * head
     elif config.training.recompute == "selective" and not has_fused_attention:
         again = len(layers) * (4 * config.data.max_seq_length * all_heads + positions)
     if has_fused_attention:

@@ -38,20 +38,20 @@ class Timeline:
         return 1 - sum(self.worked) / (len(self.worked) * self.seconds) if self.seconds else 0.0
 
     def __add__(self, other: "Timeline") -> "Timeline":
-        """The one, then the other, on the same ranks."""
+        """This timeline followed by ``other`` on the same ranks."""
         worked = tuple(one + more for one, more in zip(self.worked, other.worked, strict=True))
         return Timeline(seconds=self.seconds + other.seconds, worked=worked)
 
 
 def orders(schedule: str, *, ranks: int, stages_per_rank: int, micro_batches: int) -> list[list[Pass]]:
-    """What every pipeline rank does, in order.
+    """The passes of every pipeline rank, in order.
 
     Args:
-        schedule: ``parallel.schedule``, or ``ZERO_BUBBLE``, whose passes that only make gradients of weights are in no
-            order: ``play`` puts them where a rank would wait.
-        ranks: Pipeline ranks.
-        stages_per_rank: Stages that each of them runs: rank, rank + ranks, ...
-        micro_batches: Of a step.
+        schedule: ``parallel.schedule``, or ``ZERO_BUBBLE``, whose passes for weight gradients are not listed: ``play`` puts
+            them where a rank would wait.
+        ranks: Pipeline parallel size.
+        stages_per_rank: Number of stages of each rank: rank, rank + ranks, ...
+        micro_batches: Number of micro-batches of a step.
     """
     if schedule == INTERLEAVED and ranks > 1:
         return [_interleaved(rank, ranks=ranks, loops=stages_per_rank, micro_batches=micro_batches) for rank in range(ranks)]
@@ -99,22 +99,23 @@ def play(
     processes: int = 1,
     cores: int = 0,
 ) -> Timeline:
-    """Lets the passes of a step run.
+    """Simulates the passes of a step.
 
-    A pass of a stage needs the one of the stage before (backward: behind) and a message of it, unless both are on one
-    rank; the last stage's backward pass needs its forward pass. Messages travel while ranks work.
+    A pass of a stage needs that of the stage before it (in the backward pass, after it), and its message unless both stages
+    are on one rank; the last stage's backward pass needs its forward pass. Messages are sent while ranks work.
 
-    With ``cores`` all processes that are at work share them evenly: of k, each gets min(1, cores / k) of a core. Their
-    common progress is a clock of its own, on which every pass takes the seconds given.
+    With ``cores`` all working processes share them evenly: of k, each gets min(1, cores / k) of a core. Their common progress
+    is a clock of its own, on which every pass takes the given seconds.
 
     Args:
         passes_by_rank: From ``orders``.
-        forward, backward: Seconds of a pass, by stage, on a core of its own.
+        forward: Seconds of a forward pass, by stage, on a core of its own.
+        backward: Seconds of a backward pass, by stage, on a core of its own.
         transfer: Seconds of a message between neighbouring ranks.
-        weights: Seconds of the gradients of weights by stage, where a schedule puts them off; then ``backward`` is without
-            them. A rank has at most as many put off, and begun without, as the first rank of 1F1B begins.
-        processes: That run each pass together.
-        cores: 0 where every process has its own.
+        weights: Seconds of the weight gradients by stage, where a schedule postpones them; ``backward`` is then without them.
+            A rank may have as many micro-batches begun or postponed as the first rank of 1F1B has in flight.
+        processes: Number of processes that run each pass together (tensor x data).
+        cores: Number of shared cores; 0 if every process has its own.
     """
     seconds = {FORWARD: forward, BACKWARD: backward} | ({} if weights is None else {WEIGHTS: weights})
     return _Play(passes_by_rank, seconds=seconds, transfer=transfer, processes=processes, cores=cores).run()

@@ -41,13 +41,13 @@ class NetworkPlan:
 
     @property
     def network(self) -> TrainedNetwork:
-        """What is laid out."""
+        """The network that is laid out."""
         assert isinstance(self.layout.network, TrainedNetwork)
         return self.layout.network
 
     @property
     def model_config(self) -> DebertaConfig:
-        """Of the network."""
+        """The network's configuration."""
         return self.layout.config
 
     @property
@@ -118,20 +118,20 @@ class Plan:
     def flops_of_bucket(self, length: int) -> ForwardFlops:
         """The cost per token in a bucket's sequences of ``length`` tokens, which take less attention; of all networks."""
         found = [network_flops(self.config, network, length=length) for network in self.objective.networks]
-        return ForwardFlops(units=tuple(unit for flops in found for unit in flops.units))
+        return ForwardFlops(by_layer=tuple(cost for flops in found for cost in flops.by_layer))
 
 
 MakeObjective = Callable[[RunConfig, DebertaConfig], Objective]
-"""What is trained, from the resolved configuration and the model of ``[model]``."""
+"""(resolved configuration, model of ``[model]``) -> the objective of a run."""
 
 
 def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObjective = masked_lm) -> Plan:
     """Checks sizes, model and DeepSpeed JSON. Reads no data file.
 
     Args:
-        config: As loaded.
-        world_size: Processes.
-        make_objective: What is trained.
+        config: From ``load_config``; "auto" not yet resolved.
+        world_size: Number of ranks; has to be the product of the parallel sizes.
+        make_objective: Makes the objective from the resolved configuration and the model of ``[model]``.
 
     Raises:
         ConfigError: with file, key and value.
@@ -155,16 +155,16 @@ def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObject
 
 
 def plan_networks(config: RunConfig, deepspeed: dict[str, Any], *, model_config: DebertaConfig, objective: Objective) -> Plan:
-    """What follows from a checked configuration: cost and layout of every network.
+    """Adds cost and layout of every network to a checked configuration.
 
     Args:
-        config: Resolved.
-        deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model of ``[model]``.
-        objective: What is trained.
+        config: The TOML with overrides, every "auto" resolved.
+        deepspeed: The DeepSpeed JSON, every "auto" filled in.
+        model_config: ``[model]`` resolved: preset or file, with overrides.
+        objective: Networks whose stages are balanced by their own cost.
 
     Raises:
-        ConfigError: a network cannot be cut like this, or tables of two do not fit (`check_folds`).
+        ConfigError: a network cannot be divided like this, or tables of two do not fit (`check_folds`).
     """
     costs = tuple(network_flops(config, network) for network in objective.networks)
     found = zip(objective.networks, costs, strict=True)

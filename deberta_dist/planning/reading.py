@@ -1,7 +1,4 @@
-"""What a run reads of its training text: its sources, opened, and how often it goes through each.
-
-The dry run and the start of a run show it.
-"""
+"""The training text of a run: its sources, opened, and the epochs of each, as the dry run and the start show them."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -103,13 +103,13 @@ def search(
     """Finds the fastest layouts.
 
     Args:
-        config: As loaded; what ``space`` tries is replaced in it.
-        world_size: Processes.
-        machine: What they run on; a fused attention counts where the model and its batches can have it.
-        memory_limit: Bytes that the peak of a rank may reach.
-        space: What is tried.
-        count: How many different (tensor, pipeline, data) to find.
-        make_objective: What is trained; every layout is one of all its networks.
+        config: From ``load_config``; the values that ``space`` tries are replaced in it.
+        world_size: Number of ranks.
+        machine: What they run on; its fused attention counts only if the models' head size and batches allow it.
+        memory_limit: Most bytes that the peak of a rank may have.
+        space: The combinations to try.
+        count: Number of different (tensor, pipeline, data) to return.
+        make_objective: Makes the objective; a candidate divides all its networks alike.
 
     Raises:
         ConfigError: the model or the DeepSpeed JSON cannot be read, or no candidate passes the checks.
@@ -147,7 +147,7 @@ def search(
 
 
 def _can_be_fused(model: DebertaConfig) -> bool:
-    """Whether the kernels of ``kernels/fused`` can do what a model's attention asks, given the right device."""
+    """Whether the fused kernels support a model's attention, given the right device."""
     positions = relative_positions(
         num_buckets=model.position_buckets, max_distance=model.max_relative_distance, device=torch.device("cpu")
     )
@@ -157,11 +157,11 @@ def _can_be_fused(model: DebertaConfig) -> bool:
 
 
 def candidates(start: Plan, *, world_size: int, machine: Machine, space: Space) -> Iterator[Candidate]:
-    """Every plan of the space that passes the checks of a run, without what they cost beyond ``least_seconds``.
+    """Every plan of the space that passes the checks of a run, with its lower bound ``least_seconds``.
 
     Args:
-        start: Configuration, model and objective, with no layout yet.
-        world_size, machine, space: See `search`.
+        start: Configuration, model and objective, without layouts.
+        world_size: See `search`, as for ``machine`` and ``space``.
     """
     config, networks = start.config, start.objective.networks
     batch, length = config.training.global_batch_size, config.data.max_seq_length
@@ -197,7 +197,7 @@ def candidates(start: Plan, *, world_size: int, machine: Machine, space: Space) 
 
 
 def _least_layers(plan: Plan) -> int:
-    """Of the networks: a pipeline has no more stages than the shallowest has layers."""
+    """Layers of the shallowest network: the most stages that a pipeline can have."""
     return min(network.config.num_hidden_layers for network in plan.objective.networks)
 
 
@@ -244,7 +244,7 @@ def _deepspeed(path: Path, config: RunConfig, *, data: int) -> dict[str, Any]:
 
 
 def _layout(network: Network, flops: ForwardFlops, parallel: Parallel) -> Layout:
-    stages = _balanced(flops.units, parallel.pipeline_parallel_size * parallel.stages_per_rank)
+    stages = _balanced(flops.by_layer, parallel.pipeline_parallel_size * parallel.stages_per_rank)
     return _layout_of(
         network,
         parallel.tensor_parallel_size,
@@ -256,8 +256,8 @@ def _layout(network: Network, flops: ForwardFlops, parallel: Parallel) -> Layout
 
 
 @lru_cache(maxsize=4096)
-def _balanced(units: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
-    return tuple(len(stage) for stage in balance_stages(units, num_stages=num_stages))
+def _balanced(by_layer: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
+    return tuple(len(stage) for stage in balance_stages(by_layer, num_stages=num_stages))
 
 
 @lru_cache(maxsize=4096)
@@ -271,7 +271,7 @@ def _layout_of(
         schedule=schedule,
         layers_per_stage=layers,
     )
-    return plan_layout(network, parallel=parallel, flops=ForwardFlops(units=()))
+    return plan_layout(network, parallel=parallel, flops=ForwardFlops(by_layer=()))
 
 
 def restricted(space: Space, **changed: Any) -> Space:

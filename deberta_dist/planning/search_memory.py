@@ -38,11 +38,11 @@ class RankedLayout:
 
 
 class MemorySearch:
-    """Finds peaks, and remembers what did not fit: a larger micro-batch of the same will not either.
+    """Computes peaks, and remembers candidates that did not fit: with a larger micro-batch they will not either.
 
     Args:
-        limit: Bytes.
-        make_objective: What the run trains.
+        limit: Most bytes that the peak of a rank may have.
+        make_objective: Makes the run's objective, for the checks of a candidate that fits.
     """
 
     def __init__(self, limit: float, *, make_objective: MakeObjective) -> None:
@@ -52,7 +52,7 @@ class MemorySearch:
         self._too_large: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
 
     def may_fit(self, plan: Plan) -> bool:
-        """Whether nothing is known that forbids it: weights, gradients and optimizer, or a smaller one that was too large."""
+        """False if its weights, gradients and optimizer alone, or a smaller candidate, were too large."""
         floors = [_floors(plan, rank) for rank in range(len(plan.layout.stages_by_rank))]
         if max(map(max, floors)) > self._limit:
             return False
@@ -73,7 +73,7 @@ class MemorySearch:
         ).peak
         if peak <= self._limit:
             checked = check_plan(plan.config, world_size=world_size, make_objective=self._make_objective)
-            # By pipeline rank, one report of each network: they run one after the other, and keep what they own.
+            # By pipeline rank, one report of each network: they run one after the other, and all hold what they own.
             ranks = list(zip(*(rank_reports(checked, number) for number in range(len(checked.layouts))), strict=True))
             peak = max(report.memory.peak for reports in ranks for report in reports)
             if peak <= self._limit:
@@ -110,7 +110,7 @@ def _room(plan: Plan) -> tuple[int, int]:
 
 
 def _moments(plan: Plan | NetworkPlan) -> list[tuple[tuple[int, ...], int]]:
-    """What the first rank keeps, see ``micro_batches_in_flight``."""
+    """Micro-batches in flight on the first rank, see ``micro_batches_in_flight``."""
     parallel = plan.config.parallel
     return micro_batches_in_flight(
         parallel.schedule,
@@ -132,9 +132,9 @@ def _floors(plan: Plan, pipeline_rank: int) -> list[float]:
 
 
 def _activation_floor(part: NetworkPlan) -> float:
-    """Bytes that the first pipeline rank keeps for a network's backward passes, at least.
+    """Lower bound on the bytes that the first pipeline rank saves for a network's backward passes.
 
-    One layer's, measured with four sequences; with more of them a sequence keeps up to 3% less.
+    One layer is measured with four sequences; with more of them, each saves up to 3% less.
     """
     run = part.config
     case = StageCase(

@@ -7,7 +7,7 @@
     before     all-gather of the stage's weights over the data axis, then the ties' broadcasts, gradients set to zero
     after      the ties' gradients reduced to their owners, gradients checked, scaled, cast and reduce-scattered, norm, Adam
                (and, of a network that hands ids on, their broadcast over the pipeline)
-    once       what is called whatever the size of the model (``Machine.step_seconds``): each network has an engine
+    once       calls that do not depend on the size of the model (``Machine.step_seconds``): each network has an engine
 
 Every rank of ``before`` and of ``after`` waits for the slowest; nothing of them overlaps with the pipeline, as in
 ``training/step.py``, and nothing of one network with another's: they run one after the other. Data is read in the
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from deberta_dist.config import offload_device, precision
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
+from deberta_dist.models.layers import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES, TieSize
 from deberta_dist.planning.communication import handed_bytes, layer_all_reduces
 from deberta_dist.planning.machine import Machine
@@ -113,7 +113,7 @@ def _stage_passes(part: NetworkPlan, machine: Machine, layers: range) -> StagePa
     messages = [
         sum(machine.seconds("all_reduce", n, size=size, stride=1) for n in sent) for sent in (sent_forward, sent_backward)
     ]
-    # Messages of processes that share cores are measured while all of them send: their time is shared already.
+    # Where processes share cores, messages were measured while all of them send: their time includes the sharing.
     messages = [seconds / machine.busy(part.world_size) for seconds in messages]
     return StagePasses(
         forward=work_seconds(forward, machine) + messages[0],
@@ -192,15 +192,15 @@ def network_cost(part: NetworkPlan, machine: Machine) -> StepCost:
 
 
 def least_seconds(plan: Plan, machine: Machine) -> float:
-    """What a step takes at least, in any schedule."""
+    """Lower bound on the seconds of a step, for any schedule."""
     return sum(_least_seconds(part, machine) for part in plan.networks)
 
 
 def _least_seconds(part: NetworkPlan, machine: Machine) -> float:
-    """One network's part of a step, at least.
+    """Lower bound on one network's part of a step.
 
-    The work of a rank never stops once it has begun: it begins when a micro-batch has come through the stages before
-    the rank's first one, and behind its last backward pass are those of the same stages.
+    As if a rank never waited once it has begun: it begins when a micro-batch has passed the stages before its first one, and
+    its last backward pass is followed by those of the same stages.
     """
     passes = stage_passes(part, machine)
     before, after = around_pipeline(part, machine)
@@ -213,15 +213,16 @@ def _least_seconds(part: NetworkPlan, machine: Machine) -> float:
 
 
 def play_step(plan: Plan, machine: Machine, *, schedule: str) -> Timeline:
-    """The pipelines of a step, one after the other; ``schedule`` takes the place of the plan's."""
+    """Simulates the pipelines of a step, one after the other, with ``schedule`` instead of the plan's."""
     timelines = (_play(part, machine, stage_passes(part, machine), schedule=schedule) for part in plan.networks)
     return reduce(operator.add, timelines)
 
 
 def _play(part: NetworkPlan, machine: Machine, passes: Sequence[StagePasses], *, schedule: str) -> Timeline:
-    """The pipeline of one network.
+    """Simulates the pipeline of one network.
 
-    A backward pass that is split in two has half of its work in each part: every product of it is made twice.
+    A backward pass that is split in two has half of its work in each half: one product for the input's gradient, one for the
+    weight's.
     """
     parallel, training = part.config.parallel, part.config.training
     ranks, replicas = parallel.pipeline_parallel_size, parallel.tensor_parallel_size * parallel.replicas
@@ -240,7 +241,7 @@ def _play(part: NetworkPlan, machine: Machine, passes: Sequence[StagePasses], *,
 
 
 def around_pipeline(part: NetworkPlan, machine: Machine) -> tuple[float, float]:
-    """Seconds (before, after) the micro-batches of a network, each of the slowest rank."""
+    """Seconds (before, after) the micro-batches of a network, on the slowest rank in each."""
     config, layout = part.config, part.layout
     tensor, replicas = config.parallel.tensor_parallel_size, config.parallel.replicas
     width, reduced = DTYPES[precision(part.deepspeed)].itemsize, reduced_width(part.deepspeed)
@@ -272,7 +273,7 @@ def _hand_on_seconds(part: NetworkPlan, machine: Machine) -> float:
 
 
 def _tie_seconds(kind: str, num_bytes: float, tie: TieSize, part: NetworkPlan, machine: Machine) -> float:
-    """A message of a tie: tensor-parallel ranks of one stage are neighbours, stages are far apart."""
+    """Seconds of a tie's message: tensor ranks of one stage are neighbours, ranks of different stages are far apart."""
     parallel = part.config.parallel
     stride = parallel.tensor_parallel_size * parallel.replicas if tie.pipeline_ranks > 1 else 1
     return machine.seconds(kind, num_bytes, size=tie.users, stride=stride)

@@ -134,6 +134,7 @@ def build_sharded_model(
     Raises:
         ConfigError: modules of the model were replaced, hooked or parametrised.
     """
+    # Modules are replaced below and weights move out of them: an adapter or a hook would be lost without a word.
     require_unchanged(model)
     here, shape = mesh.mesh_rank, mesh.shape
     dtype = DTYPES[precision(deepspeed_config)]

@@ -78,7 +78,7 @@ class MetricsHook(Hook):
 
 
 def _numbers(result: StepOutcome) -> dict[str, Any]:
-    """What is recorded of every network."""
+    """The numbers recorded for every network."""
     return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}
 
 

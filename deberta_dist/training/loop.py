@@ -60,7 +60,7 @@ class StepOutcome(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of the network in the step."""
+        """The network's learning rate in the step."""
 
     @property
     def num_tokens(self) -> int:
@@ -73,11 +73,12 @@ class FinishedStep(Generic[B]):
 
     Attributes:
         number: Steps done, this one included.
-        batch: What was read, this rank's part.
-        results: By the name of a network, "" of the one whose weights are the run's result; empty where the step was left out.
-        consumed_samples: Read since the start of the run, this step included.
-        seconds: That the step took here, waiting for the batch left out.
-        waited_seconds: For its batch, here.
+        batch: The batch of this rank.
+        results: Outcome by the name of a network, "" for the one whose weights are the run's result; empty if the step was
+            left out.
+        consumed_samples: Samples read since the start of the run, this step included.
+        seconds: Time the step took on this rank, without waiting for the batch.
+        waited_seconds: Time this rank waited for the batch.
     """
 
     number: int
@@ -196,6 +197,7 @@ class Loop(Generic[B]):
         )
         requests = self._joined(hook.after_step(finished) for hook in self._hooks)
         if Request.ROLL_BACK in requests:
+            # An evaluation or a checkpoint of weights that are about to be undone would be wrong afterwards.
             requests = Request.ROLL_BACK
         for hook in self._hooks:
             hook.act(finished, requests)

@@ -71,6 +71,7 @@ class MetricsLog:
         self._file: BinaryIO | None = None
         self._is_full = False
         if is_writer:
+            # Unbuffered: a killed run loses no finished line.
             self._file = (directory / METRICS_NAME).open("a+b", buffering=0)
             _drop_torn_line(self._file)
         self._max_steps = max_steps
@@ -82,9 +83,9 @@ class MetricsLog:
         """Records one optimizer step.
 
         Args:
-            metrics: Of the step, and of the network whose weights are the run's result.
-            networks: Of further networks, by name. In the file their names stand before the keys: ``NAME.loss``.
-            more: Further numbers for the file.
+            metrics: Numbers of the step, and of the network whose weights are the run's result.
+            networks: Numbers of further networks, by name, which is the prefix of their keys in the file: ``NAME.loss``.
+            **more: Further numbers for the file.
         """
         if self._first_step_ended is None:
             self._first_step_ended = time.monotonic()

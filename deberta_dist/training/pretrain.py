@@ -94,6 +94,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
         initial_weights = open_initial_weights(plan, tokenizer_sha256=data.tokenizer.sha256, verify=launch.rank == 0)
     directory = Path(plan.config.run.directory)
     lock, found = None, ResumePoint(None)
+    # Before the process group: an error then ends every rank by itself, and no rank waits for one that is gone.
     if launch.rank == 0:
         lock = RunLock(directory)
         found = find_checkpoint(plan, data=data, lock=lock)
@@ -114,6 +115,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     result = train(trainer, plan=plan, data=data, mesh=mesh, log=log, checkpointing=checkpointing, manifest=manifest)
 
     _write_weights(networks, plan=plan, data=data, mesh=mesh, log=log)
+    # No rank closes its connections while rank 0 still receives or writes weights.
     dist.barrier()
     dist.destroy_process_group()
     if mesh.rank == 0:
@@ -246,7 +248,7 @@ class PretrainingSteps:
         return self._trainer.step(batch, step=step, learning_rate=learning_rate).networks
 
     def numbers(self, step: FinishedStep[StepBatch], result: NetworkResult) -> dict[str, Any]:
-        """What a record tells beside the loop's own: ``mfu``, epochs and, with dynamic batching, lengths and padding."""
+        """Further fields of a step's record: ``mfu``, epochs and, with dynamic batching, length and padding."""
         flops, mfu = self._plan.flops_of_bucket(step.batch.input_ids.shape[1]).training, None
         if self._peak_flops is not None:
             mfu = result.num_tokens / step.seconds * flops / (self._peak_flops * self._mesh.shape.world_size)

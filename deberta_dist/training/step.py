@@ -57,6 +57,7 @@ def reduce_half(
     model.gather(with_gradients=True)
     # DeepSpeed divides summed gradients by the data-parallel size; this loss is divided by the targets of all data ranks
     # already, so the factor undoes DeepSpeed's mean.
+    # At least 1: a step without a single target has the loss 0, not NaN.
     sums = forward_backward(loss_scale * weight * mesh.shape.data / count.clamp(min=1))
     norms = model.reduce(loss_scale=loss_scale)
     return Half(model=model, totals=world_totals(sums, mesh=mesh), norms=norms)
@@ -68,21 +69,21 @@ def apply_halves(
     """Takes the steps whose first halves are done, all or none of them, after one read of the device.
 
     Args:
-        halves: Of one network, or of several that are clipped by one norm.
-        learning_rates: Of each in this step.
-        may_step: False where a network before these could not step: then none does.
-        known: Further numbers on the device, the same on all ranks, that the host wants to read.
+        halves: From `reduce_half`, of one network or of several that are clipped by a joint norm.
+        learning_rates: One for each half, its value in this step.
+        may_step: False if an earlier network of the step was skipped: then these are skipped too.
+        known: Further numbers on the device, the same on all ranks, for the host to read.
 
     Returns:
-        (sums over all ranks of each half; ``known``; their gradient norm before clipping, None where a gradient was not
-        finite on some rank, so that no rank stepped).
+        (sums over all ranks of each half; ``known``; their gradient norm before clipping, or None in a skipped step).
     """
-    parts = [part for half in halves for part in (half.totals, half.norms)]
-    numbers = torch.cat([part.double() for part in [*parts, *([] if known is None else [known])]]).tolist()
+    tensors = [tensor for half in halves for tensor in (half.totals, half.norms)]
+    # One copy to the host: it waits for the device here and nowhere else in a step.
+    numbers = torch.cat([tensor.double() for tensor in [*tensors, *([] if known is None else [known])]]).tolist()
     read, start = [], 0
-    for part in parts:
-        read.append(numbers[start : start + len(part)])
-        start += len(part)
+    for tensor in tensors:
+        read.append(numbers[start : start + len(tensor)])
+        start += len(tensor)
     sums, norms = read[::2], read[1::2]
     norm = norms[0][0] if len(norms) == 1 else math.sqrt(sum(one[0] ** 2 for one in norms))
     if not may_step:

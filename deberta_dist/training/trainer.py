@@ -25,14 +25,14 @@ from deberta_dist.training.target_sizes import TargetSizes
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What one optimizer step was for one network.
+    """What one optimizer step did to one network.
 
     Attributes:
-        loss: Mean over what its loss is the mean over (nats), before the update.
-        grad_norm: Global norm of its gradient before clipping; None when no rank stepped.
-        learning_rate: Of its step.
+        loss: Mean loss (nats) before the update, over what `TrainedNetwork.mean_over` names.
+        grad_norm: Global norm of its gradient before clipping; None in a skipped step.
+        learning_rate: The schedule's value times the network's factor.
         num_tokens: Tokens of the step over all ranks, padding left out.
-        sums: What its last stage added up, over all ranks, by `TrainedNetwork.results`.
+        sums: Sums of its last stage over all ranks, by the names of `TrainedNetwork.results`.
     """
 
     loss: float
@@ -68,7 +68,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What a network's loss asks for, on held-out text: masked tokens, of masked language modelling.
+    """A network's loss on held-out text; the targets of masked language modelling are masked tokens.
 
     Attributes:
         loss: Mean over all targets (nats).
@@ -228,6 +228,7 @@ class Trainer:
             self._fold(network)
             parts.sharded_model.gather(with_gradients=False)
             totals = torch.zeros(len(network.results), dtype=torch.float64, device=self._mesh.device)
+            # Not strict: for the first network ``handed`` is an endless row of None.
             for batch, before in zip(batches, handed, strict=False):
                 here, keys = self._here(batch), [0] * parts.runner.num_micro_batches
                 micro_batches = network.micro_batches(here, dropout_keys=keys, handed=before)

@@ -23,7 +23,7 @@ _WORD_TABLE = ("word_embeddings.weight", "word_embeddings._weight")
 
 
 def resolve_vocabulary(config: RunConfig) -> RunConfig:
-    """The same run with a number for ``model.vocab_size``.
+    """The configuration with a number for ``model.vocab_size``.
 
     A given number stays, and that of a ``model.config``. ``"auto"``, and a preset without a number, become in this order:
     the rows of the checkpoints that the run continues from, those of ``training.init``, the tokens of ``data.tokenizer``
@@ -77,7 +77,7 @@ def _rows(config: RunConfig, *, preset: DebertaConfig | None) -> int | None:
 
 
 def _manifest_of_run(directory: Path) -> Manifest | None:
-    """Of the newest checkpoint that has one; which of them is whole is found out later, and all are of one model."""
+    """Manifest of the newest checkpoint with a readable one. It need not be complete: all have the same model."""
     for path in checkpoints(directory / CHECKPOINTS_NAME):
         try:
             manifest = read_manifest(path)

@@ -22,6 +22,7 @@ from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.step_batch import StepBatch, pack
 from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import Trainer
+from tests.parallel.zero.resident import resident_bytes
 
 LENGTH = 24
 LEARNING_RATE = 1e-3
@@ -237,7 +238,7 @@ def train(case: Case) -> dict[str, Any]:
         "history": history,
         "weights": {n: w.numpy() for n, w in weights.items()},
         "gradients": {n: g.numpy() for n, g in full_gradients.items()},
-        "resident": model.store.resident_bytes(),
+        "resident": resident_bytes(model.store),
     }
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tests.harness import run_ranks
 from tests.integration.parallel_run import LEARNING_RATE, Case, make_trainer, own_batch
+from tests.parallel.zero.resident import resident_bytes
 
 # DeepSpeed's gathers and our broadcasts, by the functions that carry them; torch 2.11 and 2.12 lack the "single" names.
 COUNTED = (
@@ -68,7 +69,7 @@ def resident(case: Case) -> dict[str, int]:
         trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)
     model = trainer.parts.sharded_model
     model_bytes = sum(p.numel() for p in model.model.parameters())
-    return {**model.store.resident_bytes(), "parameters": model_bytes, "flat": sum(model.store.layout.sizes)}
+    return {**resident_bytes(model.store), "parameters": model_bytes, "flat": sum(model.store.layout.sizes)}
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from deberta_dist.kernels import rows
 from deberta_dist.kernels.dropout import keep_probability, threshold
-from deberta_dist.kernels.rows import RowNumbers, residual_norm, row_dropout, row_words
+from deberta_dist.kernels.rows import RowDropout, RowNumbers, residual_norm, row_dropout, row_words
 
 P, SEED, EPS = 0.3, 0x9E3779B97F4A7C15, 1e-7
 NUMBERS = {"plain": RowNumbers(), "part of a sequence": RowNumbers(3, 6, 3), "padded queries": RowNumbers(3, 2, 0)}
@@ -93,7 +93,7 @@ def fused(tensors, gradient, *, p, numbers):
     leaves = [t.detach().requires_grad_() for t in tensors]
     for leaf in leaves[1:2] + leaves[3:]:
         leaf.grad_dtype = None
-    y = residual_norm(*leaves, eps=EPS, p=p, seed=SEED, numbers=numbers)
+    y = residual_norm(*leaves, eps=EPS, dropout=RowDropout(p, SEED, numbers))
     y.backward(gradient)
     return [y.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -127,7 +127,7 @@ def test_two_runs_agree_in_every_bit():
 
 def test_no_second_derivative():
     tensors, _ = operands(48, torch.float32)
-    y = residual_norm(*tensors, eps=EPS, p=P, seed=SEED, numbers=RowNumbers())
+    y = residual_norm(*tensors, eps=EPS, dropout=RowDropout(P, SEED, RowNumbers()))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
 

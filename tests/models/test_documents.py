@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from deberta_dist.kernels import AttentionMask, RelativePositions
 from deberta_dist.kernels.fused import availability
-from deberta_dist.models.masked_lm import NUM_DECODER_PASSES, DebertaForMaskedLM
+from deberta_dist.models.layers import NUM_DECODER_PASSES
+from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.positions import document_positions, within_documents
 from deberta_dist.models.presets import preset
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deberta_dist import DebertaForMaskedLM, preset
 from deberta_dist.kernels import attention
-from deberta_dist.kernels.reference import reference_attention
+from deberta_dist.kernels.attention import reference_attention
 from deberta_dist.models.flops import device_peak_flops, forward_flops
 
 BATCH, LENGTH, TARGETS = 3, 64, 8
@@ -50,14 +50,14 @@ def test_largest_model_per_token(micro_batch: int, billions: float) -> None:
 
 
 def test_flops_of_one_layer_by_hand() -> None:
-    units = forward_flops(preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=4, mask_probability=0.15).units
+    by_layer = forward_flops(preset("v2-xxlarge"), max_seq_length=512, micro_batch_size=4, mask_probability=0.15).by_layer
     hidden, rows, length = 1536, 512, 512
     weights = 4 * hidden * hidden + 2 * hidden * 4 * hidden
     scores = 2 * length * hidden + 2 * rows * hidden  # QK and PV; c2p and p2c, each over the whole table
     table = 2 * rows * hidden * hidden / (4 * length)  # its two projections, shared by the micro-batch
-    assert units[1] == pytest.approx(2 * (weights + scores + table), rel=1e-12)
-    assert units[0] - units[1] == 2 * hidden * hidden * 3  # the convolution
-    assert len(units) == 48 and len(set(units[1:-1])) == 1
+    assert by_layer[1] == pytest.approx(2 * (weights + scores + table), rel=1e-12)
+    assert by_layer[0] - by_layer[1] == 2 * hidden * hidden * 3  # the convolution
+    assert len(by_layer) == 48 and len(set(by_layer[1:-1])) == 1
 
 
 def test_device_peaks() -> None:

@@ -70,7 +70,7 @@ def hashed_and_ours(monkeypatch, function) -> list[list[torch.Tensor]]:
     low, high = rows.row_words(6, seed=seed, numbers=numbers, device=torch.device("cpu"))
     limits = threshold(p), keep_probability(p)
     hashed = function((x + bias).flatten(0, 1), rest.flatten(0, 1), low, high, *limits, weight, norm_bias, eps)
-    ours = rows.residual_norm(x, bias, rest, weight, norm_bias, eps=eps, p=p, seed=seed, numbers=numbers)
+    ours = rows.residual_norm(x, bias, rest, weight, norm_bias, eps=eps, dropout=rows.RowDropout(p, seed, numbers))
     leaves = [x, bias, rest, weight, norm_bias]
     return [[y.detach(), *torch.autograd.grad(y, leaves, outer.detach())] for y in (hashed.view(x.shape), ours)]
 

@@ -24,6 +24,7 @@ from tests.integration.parallel_run import (
     make_trainer,
     own_batch,
 )
+from tests.parallel.zero.resident import resident_bytes
 from tests.planning.live_peak import step_peaks
 
 # Functions of torch.distributed -> kind; one may be written on top of another, the outermost call is the message. In the
@@ -86,7 +87,7 @@ def run_and_count(case: Case) -> dict[str, Any]:
     collect = model.reduce_ties
 
     def look_and_collect() -> None:
-        gathered.update(model.store.resident_bytes())
+        gathered.update(resident_bytes(model.store))
         gathered["borrowed"] = sum(
             model.model.get_parameter(n).nbytes for n in model._parameters if n not in model.store.layout.places
         )
@@ -106,7 +107,7 @@ def run_and_count(case: Case) -> dict[str, Any]:
     per_sequence = (batch.labels > 0).sum(dim=1).view(case.micro_batches, case.micro_batch_size)
     found = {
         "counts": dict(counts),
-        "resident": model.store.resident_bytes(),
+        "resident": resident_bytes(model.store),
         "gathered": gathered,
         "receive_buffers": sum(
             {i.buffer.data_ptr(): i.buffer.nbytes for infos in received for i in infos if i.buffer is not None}.values()

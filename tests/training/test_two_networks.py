@@ -29,6 +29,7 @@ from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.trainer import NetworkResult, Trainer
 from tests.harness import run_ranks
 from tests.integration.parallel_run import LEARNING_RATE, Case, deepspeed_settings, own_batch
+from tests.parallel.zero.resident import resident_bytes
 from tests.two_networks import DRAFTER, DRAFTER_RATE, TABLE, train_plain, two_networks
 
 STEPS, SAVED_AT = 4, 2
@@ -115,7 +116,7 @@ def train(case: Case, directory: str, resume: bool, options: dict[str, bool]) ->
     log.close()
     place = {"pipeline_rank": mesh.mesh_rank.pipeline, "tensor_rank": mesh.mesh_rank.tensor}
     planned = [rank_memory(layout, config=plan.config, deepspeed_config=plan.deepspeed, **place) for layout in plan.layouts]
-    resident = [parts.sharded_model.store.resident_bytes() for parts in networks]
+    resident = [resident_bytes(parts.sharded_model.store) for parts in networks]
     weights = gather_networks(networks, objective=plan.objective, mesh=mesh)
     dist.barrier()
     return {

@@ -47,7 +47,7 @@ def _sums_of_rows(
     score_gradient, rows, row_inside, owners, owner_inside, position, lowest_distance, highest_distance, order,
     order_starts, score_stride, num_positions, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of rows and owners, [rows, owners]; the rows walk their ranges in step."""
+    """Sums of a tile of rows and owners, [rows, owners]; all rows advance through their ranges together."""
     lowest = tl.load(lowest_distance + rows, mask=row_inside, other=0)[:, None]
     highest = tl.load(highest_distance + rows, mask=row_inside, other=-1)[:, None]
     begin, end = _range_of_row(position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS)
@@ -65,7 +65,7 @@ def _sums_of_one_row(
     score_gradient, row, owners, owner_inside, position, lowest_distance, highest_distance, order,
     order_starts, score_stride, num_positions, OF_KEYS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one row, [owners]; BLOCK pairs of its ranges at a time."""
+    """Sums of one row, [owners]; BLOCK pairs of its ranges at a time."""
     lowest, highest = tl.load(lowest_distance + row), tl.load(highest_distance + row)
     begin, end = _range_of_row(position[None, :], lowest, highest, order_starts, num_positions, OF_KEYS, HAS_POSITIONS)
     length = tl.where(owner_inside[None, :], end - begin, 0)

@@ -273,5 +273,5 @@ def _multiple_of_8(number: int) -> int:
 
 
 def _precision() -> str:
-    """Of float32 products: what torch's own use."""
+    """Triton's ``input_precision`` of float32 products: the one that torch's own products use."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

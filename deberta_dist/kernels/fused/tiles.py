@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Triton compiles a kernel with."""
+        """Triton's compile options."""
         return {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,

@@ -222,6 +222,7 @@ class PipelineRunner:
         rows, length = batch.input_ids.shape
         schedule = self._schedules[rows, length]
         call = schedule.step if backward else schedule.eval
+        # Set, not passed: schedules of torch 2.11 give no further arguments to the loss function.
         self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
         output = call(

@@ -105,6 +105,7 @@ class TiedWeights:
     def broadcast_weights(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Owners broadcast their weights; returns the borrowed ones by name, as views of one buffer per tie. Collective."""
         borrowed: dict[str, Tensor] = {}
+        # Groups of ties overlap, so all ranks have to go through their ties in the same order or could wait for each other.
         for tie in self._ties:
             if self._owns(tie):
                 buffer = torch.cat([owned[name].reshape(-1) for name in tie.names])
@@ -140,6 +141,7 @@ class TiedWeights:
             buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
         else:
             buffer = self._gradients[tie]
+        # A reduce and not an all-reduce: a borrower frees its gradient, and gets the updated weight in the next step.
         dist.reduce(buffer, dst=ranks[0], group=self._mesh.subgroups[ranks])
         if self._owns(tie):
             for name, total in self._views(buffer, tie).items():

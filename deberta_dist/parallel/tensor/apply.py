@@ -81,6 +81,7 @@ def apply_sharding_rules(
             _replace(model, name, EnterTensorParallelRegion(group))
             continue
         if re.fullmatch(sharding_rules.SPLIT_DROPOUT_PATTERN, name):
+            # Each rank has other heads: with the same masks, head 0 of every rank would drop the same probabilities.
             module.shard = rank
             continue
         kind = sharding_rules.module_kind(name, rules)
@@ -102,6 +103,7 @@ def apply_sharding_rules(
             module.bias = empty_parameter(torch.Size((rows,)), module.bias)
     if (loss := getattr(model, "cross_entropy", None)) is not None:
         num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
+        # Of its own class: the planner has one for the meta device.
         model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
 
 

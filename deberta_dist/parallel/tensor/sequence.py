@@ -62,6 +62,7 @@ class SequenceRanks:
     def scatter(self, whole: Tensor) -> Tensor:
         """This rank's shard of the sum over ranks of ``whole``."""
         assert whole.shape[1] % self.size == 0, "lengths are checked before any process group exists"
+        # A reduce-scatter divides the first dimension; the sequence is the second.
         shards = whole.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         shard = torch.empty_like(shards[0])
         self.reduce_scatter(shard, shards)

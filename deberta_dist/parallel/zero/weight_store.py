@@ -46,6 +46,7 @@ class WeightStore:
         self.layout = layout
         self.dtype = dtype
         self._mesh = mesh
+        # DeepSpeed takes whole parameters and shards them itself. One at a time is whole in float32 here.
         store = FlatModule([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
             # DeepSpeed counts parameters without this mark into the norm on model-parallel rank 0 only, as replicated. Each
@@ -87,6 +88,7 @@ class WeightStore:
         """
         assert self._gathered is None
         self._gathered = self._gathered_parameters()
+        # DeepSpeed's context stays open over the whole step, and `release` closes it.
         self._gathered.__enter__()
         weights = self.layout.views([parameter.detach() for parameter in self._parameters])
         if not with_gradients:
@@ -289,16 +291,6 @@ class WeightStore:
         # Copies: DeepSpeed's shard is a view of its own buffers, which a collective must not use.
         shards = (safe_get_local_fp32_param(parameter).detach().clone() for parameter in self._parameters)
         return self.layout.views([flat.cpu() for flat in self._all_gather(shards)])
-
-    def resident_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds between steps, by kind: shards of weights, gathered weights, master weights, moments."""
-        at_rest = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
-        gathered = sum(p.numel() * p.element_size() for p in self._parameters)
-        masters, moments = 0, 0
-        for master, state in self._flat_states():
-            masters += master.numel() * master.element_size()
-            moments += sum(v.numel() * v.element_size() for v in state.values() if torch.is_tensor(v) and v.ndim)
-        return {"weights": at_rest, "gathered": gathered, "master_weights": masters, "optimizer_states": moments}
 
     def _all_gather(self, shards: Iterable[Tensor]) -> Iterator[Tensor]:
         """Whole flat parameters on the device, one at a time to bound memory. Collective over the data-parallel group."""

@@ -1,5 +1,5 @@
-"""What pre-training minimises: the networks of a run, and what stands between them.
+"""What pre-training minimises: the networks of a run and the relations between them.
 
-Lower than `planning`, which asks the same networks what a run would hold and send as `training` asks them to train: so
-this room within a room imports models, parallelism and the form of a batch, and nothing of a loop.
+`planning` asks the same networks what a run would hold and send that `training` asks to train. So this room is below both: it
+imports models, parallelism and the form of a batch, and nothing of a loop.
 """

@@ -25,7 +25,7 @@ class TrainedNetwork(Network):
     """A network with a loss: its model has ``forward_stage``, whose last stage returns float32 [1, len(results)].
 
     Attributes:
-        loss_weight: Factor on its loss.
+        loss_weight: Factor on its loss, and so on its gradient.
         learning_rate_factor: Factor on the run's learning rate in every step.
     """
 

@@ -45,7 +45,7 @@ class MaskedLMNetwork(TrainedNetwork):
 
     @property
     def results(self) -> tuple[str, ...]:
-        """What `DebertaForMaskedLM.forward_stage` returns."""
+        """The sums of `DebertaForMaskedLM.forward_stage`."""
         return "loss", "correct", "targets"
 
     @property
@@ -85,7 +85,7 @@ class MaskedLMNetwork(TrainedNetwork):
         return self.config.vocab_size
 
     def head_messages(self, *, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the cross entropy reduces; the gradient of the head's input."""
+        """Bytes that the cross entropy reduces per target, and the gradient of the head's input."""
         return CROSS_ENTROPY_MESSAGES, (self.config.embedding_width * width,)
 
 
