@@ -84,8 +84,8 @@ def test_sources_are_named_and_the_order_is_as_given(corpus: Path) -> None:
     [
         (["missing.txt"], "missing.txt does not exist"),
         (["bad name=b.jsonl"], "bad name=b.jsonl does not exist"),
-        (["README.md"], r"README.md is not of a supported kind .* readable are .txt, .jsonl"),
-        (["wiki_00"], r"wiki_00 is not of a supported kind .*--format says what files with other names hold"),
+        (["README.md"], r"README.md is not of a supported kind.* readable are .txt, .jsonl"),
+        (["wiki_00"], r"wiki_00 is not of a supported kind.*--format says what files with other names hold"),
         (["zip.xlsx"], r"zip.xlsx is not of a supported kind; it begins like a zip archive; readable are"),
         (["deep/g.parquet.gz"], r"g.parquet.gz is not of a supported kind"),
         ([".git/../empty"], r"empty has no readable files below it; readable"),
@@ -175,7 +175,7 @@ def test_a_format_is_what_files_hold_whatever_their_names(
 
 def test_a_format_refuses_what_it_cannot_be(others: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(others)
-    with pytest.raises(DataError, match=r"wiki/AA/wiki_01.bz2 is not of a supported kind .*--format parquet: readable are"):
+    with pytest.raises(DataError, match=r"wiki/AA/wiki_01.bz2 is not of a supported kind.*--format parquet: readable are"):
         list_inputs(["wiki/AA/wiki_01.bz2"], format="parquet")
     with pytest.raises(DataError, match=r"more has no readable files below it; --format wikiextractor: .*passed over: 3"):
         list_inputs(["more"], format="wikiextractor")
