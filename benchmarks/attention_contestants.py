@@ -213,8 +213,8 @@ class AttentionCase:
 
 
 def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
-    """What one layer of the 1.5B model keeps for one sequence of 512 tokens in bfloat16, counted on the meta device."""
-    from deberta_dist.planning.activations import stage_activations  # needs pydantic; the contestants do not
+    """What one layer of the 1.5B model saves for one sequence of 512 tokens in bfloat16, counted on the meta device."""
+    from deberta_dist.planning.activations import StageCase, stage_activations  # needs pydantic; the contestants do not
     from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
     config = preset("v2-xxlarge")
@@ -223,12 +223,14 @@ def layer_saved_bytes(checkout: Path | None) -> dict[str, int]:
         two, three = (
             stage_activations(
                 MaskedLMNetwork(config=config),
-                layers=range(1, stop),
-                tensor_parallel_size=1,
-                batch_shape=(4, 512),
-                targets_per_sequence=77,
-                dtype=torch.bfloat16,
-                recompute=recompute,
+                StageCase(
+                    layers=range(1, stop),
+                    tensor_parallel_size=1,
+                    batch_shape=(4, 512),
+                    targets_per_sequence=77,
+                    dtype=torch.bfloat16,
+                    recompute=recompute,
+                ),
             ).saved
             for stop in (3, 4)
         )

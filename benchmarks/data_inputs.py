@@ -1,6 +1,6 @@
-"""What the parts of the verb ``data`` work on: a text, a tokenizer, its tokens, and a place to work.
+"""Inputs of the verb ``data``: a text, a tokenizer, its token files, and a working directory.
 
-Made by commands, not here: a process that is measured must not inherit their memory.
+They are made by subprocesses: a measured process must not inherit the memory of making them.
 """
 
 import sys
@@ -17,9 +17,9 @@ class DataInputs:
 
     Attributes:
         text: Text of the bundled corpus, .jsonl.
-        tokenizer: A sentencepiece model.
-        tokens: A token file made with it, or a directory of them.
-        directory: A place to work, removed at the end.
+        tokenizer: SentencePiece model, .model.
+        tokens: Token file encoded with ``tokenizer``, or a directory of them.
+        directory: Working directory, removed at the end.
     """
 
     text: Path
@@ -37,14 +37,14 @@ def make_tokens(directory: Path, *, vocab_size: int) -> tuple[Path, Path]:
     """Trains a tokenizer on the bundled text and writes its corpus.
 
     Args:
-        directory: Where both files appear.
-        vocab_size: Pieces of the tokenizer.
+        directory: Gets ``spm.model`` and ``corpus/``.
+        vocab_size: Number of pieces in the vocabulary.
 
     Returns:
-        The tokenizer and the corpus.
+        Paths of the tokenizer and of the corpus's training split.
 
     Raises:
-        BenchmarkError: The text is too small for the vocabulary, or the disk is full.
+        BenchmarkError: the text is too small for the vocabulary, or the disk is full.
     """
     tokenizer, corpus = directory / "spm.model", directory / "corpus"
     given = ["--input", str(bundled_text()), "--output"]

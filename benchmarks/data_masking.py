@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace, inputs: DataInputs) -> dict[str, Any]:
     )
     makers = {PUBLISHED: published, OFFICIAL: drawn(official), UNIFORM: drawn(uniform)}
     contestants = {name: _timed(make) for name, make in makers.items()}
-    interleaved(contestants, rounds=1)  # what happens once: the page cache, allocators
+    interleaved(contestants, rounds=1)  # warm-up of page cache and allocators
     samples = interleaved(contestants, rounds=arguments.rounds)
     found = summary(samples, against=(PUBLISHED,))
     consumption = consumed_per_second()

@@ -81,10 +81,10 @@ def write_sparse(path: Path, *, like: Path, num_bytes: int) -> None:
     """A token file of one document whose ids are a hole in the file.
 
     Args:
-        path: File to make.
-        like: Token file whose header is taken over, but for the numbers; its checksum, which only ``verify`` reads,
-            does not hold here.
-        num_bytes: Size of the ids, about.
+        path: Where the token file is written.
+        like: Token file whose header is copied, except for the numbers. The checksum, which only ``verify`` reads, does not
+            fit.
+        num_bytes: Approximate bytes of the ids.
     """
     with open(like, "rb") as file:
         _, _, length, _ = FIXED.unpack(file.read(FIXED.size))

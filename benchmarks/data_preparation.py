@@ -71,12 +71,12 @@ def write_text(path: Path, *, source: Path, num_bytes: int) -> int:
     """A .jsonl file of documents of about 4,000 characters, no two of them equal.
 
     Args:
-        path: File to make.
-        source: .jsonl file whose documents are cut at line ends, and repeated behind another first line.
-        num_bytes: Bytes of text, at least.
+        path: Where the .jsonl file is written.
+        source: .jsonl file whose documents are cut at line ends, and repeated with another first line.
+        num_bytes: Least bytes of text.
 
     Returns:
-        Bytes of text in it.
+        Bytes of text written, without JSON's own.
     """
     documents: list[str] = []
     with open(source, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Draws batches from a token file and tells its memory; run as a process of its own.
+"""Draws batches from a token file and prints its memory; run as a process of its own.
 
 python -m benchmarks.draw_batches SPM.MODEL FILE.tokens REPORT.json --batches 2000 [--mapped]
 """
@@ -31,7 +31,7 @@ def memory(mapped: Path) -> dict[str, int]:
     rollup = _kilobytes(Path("/proc/self/smaps_rollup").read_text(encoding="utf-8"))
     pages = 0
     mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(encoding="utf-8"), flags=re.M)
-    # A mapping's first line ends with its file, the lines after it tell its figures.
+    # A mapping's first line ends with its file, the lines after it have its figures.
     for mapping in mappings:
         if mapping.partition("\n")[0].endswith(str(mapped.resolve())):
             pages += _kilobytes(mapping)["Rss"]

@@ -43,11 +43,11 @@ _REHEARSAL_PATIENCE = 4  # a CPU that others use as well
 
 @dataclass(frozen=True)
 class StepGroup:
-    """Steps in the order in which they run, the most important first.
+    """Steps that share a time limit, the value of ``--part``.
 
     Attributes:
-        limit: Seconds for all of them.
-        steps: All that it has.
+        limit: Seconds for all of them together.
+        steps: In the order in which they run, the most important first.
     """
 
     limit: float
@@ -193,14 +193,14 @@ def main() -> int:
 
 
 def run(arguments: Sequence[str], *, parts: Mapping[str, StepGroup] = PARTS) -> int:
-    """Does what a command line asks for.
+    """Runs a command line.
 
     Args:
-        arguments: The command line.
-        parts: All steps that there are.
+        arguments: Words after the program's name.
+        parts: Value of ``--part`` -> its steps; tests pass their own.
 
     Raises:
-        ConfigError: what is asked for is not there: a step, a GPU, wheels.
+        ConfigError: a step, a GPU or wheels that the command line asks for do not exist.
     """
     parsed = parse_arguments(arguments)
     if parsed.wheels is not None:

@@ -51,14 +51,14 @@ class Problem:
     """Operands of one attention as a layer has them: the heads of a token lie side by side.
 
     Args:
-        shape: Sequences, heads, tokens.
+        shape: (B, N, S), sequences, heads and tokens.
         feature: "plain"; "dropout"; "documents": several per sequence, and padding; "decoder": queries at positions of
             their own, documents and dropout.
-        dtype: Of all operands.
-        device: Of all operands.
-        buckets: Of the relative table, per direction.
-        max_distance: Tokens.
-        seed: Decides the numbers.
+        dtype: That of queries, keys, values and relative tables.
+        device: Where they are and the implementations run.
+        buckets: Position buckets of the relative table, per direction.
+        max_distance: Distance from which on all share a row, tokens.
+        seed: Decides all random values.
     """
 
     def __init__(

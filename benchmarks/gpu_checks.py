@@ -101,11 +101,11 @@ def _check_agreement(report: StepReport, case: str, found: Agreement, *, dtype: 
     limit = tolerance(dtype)
     report.check(f"{case}: error of the norm of {found.worst}", found.norm_error, at_most=limit, quiet=True)
     report.check(f"{case}: largest error", found.largest_error, at_most=2 * limit, quiet=True)
-    told = "equal" if found.repeats else "not equal"
+    verdict = "equal" if found.repeats else "not equal"
     if repeats:
-        report.require(f"{case}: every bit of three runs", found.repeats, told, quiet=True)
+        report.require(f"{case}: every bit of three runs", found.repeats, verdict, quiet=True)
     elif not found.repeats:  # the portable one sums the table's gradient with atomics on a GPU
-        report.note(f"{case}: runs are {told} in every bit")
+        report.note(f"{case}: runs are {verdict} in every bit")
 
 
 def _not_interpreted(dtype: torch.dtype, *, multiplies: bool = True) -> str | None:

@@ -1,6 +1,6 @@
 """Runs the steps of the GPU measurements, each in a process of its own with a time limit of its own.
 
-A step that hangs is killed, one that crashes is told, and the others go on. While a step runs, the next one's process
+A step that hangs is killed, one that crashes is reported, and the others continue. While a step runs, the next one's process
 imports what it needs: a GPU's minutes are not spent on that.
 """
 
@@ -31,15 +31,15 @@ class GpuStep:
     """One measurement.
 
     Attributes:
-        name: What ``--step`` takes and its files are called.
-        function: ``module:function``, called with a ``Setting``, a ``Report`` and the options.
+        name: Value of ``--step``, and stem of its files.
+        function: ``module:function``, called with a ``StepSetting``, a ``StepReport`` and ``options``.
         limit: Seconds until it is killed.
-        proves: In a line.
-        options: Keywords of the function.
-        alone: It is timed, and has the device for itself.
-        needs: Packages, by the names they are imported by, without which it cannot run.
-        is_optional: That they are missing is no failure.
-        ahead: ``module:function``, called before the step is told to go: imports that the module itself leaves out.
+        proves: One line for ``--list``: what follows if it succeeds.
+        options: Keyword arguments of ``function``.
+        alone: Whether it is timed, and so has the device to itself.
+        needs: Import names of the packages that it cannot run without.
+        is_optional: Whether it may be left out if they are missing, without failing the whole.
+        ahead: ``module:function``, called before the step may start: for imports that the module itself leaves out.
     """
 
     name: str
@@ -55,14 +55,14 @@ class GpuStep:
 
 @dataclass(frozen=True)
 class StepEnvironment:
-    """Where steps run and leave what they find.
+    """Where steps run and write their results.
 
     Attributes:
-        folder: Of ``NAME.json`` and ``NAME.log``.
-        command: The command line, for the records.
-        rehearses: On the CPU, sizes cut.
-        packages: A folder with packages that come before those installed; None where there is none.
-        at_once: Steps that may run at once where none is timed.
+        folder: Directory of ``NAME.json`` and ``NAME.log``.
+        command: The whole command line, recorded with the results.
+        rehearses: Whether steps run on the CPU with smaller sizes.
+        packages: Directory of packages that take precedence over those installed, or None.
+        at_once: Number of steps that may run at the same time if none of them is timed.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class StepEnvironment:
     at_once: int = 1
 
     def environment(self) -> dict[str, str]:
-        """Of a step's process."""
+        """Environment variables of a step's process."""
         paths = [self.packages, ROOT, os.environ.get("PYTHONPATH")]
         found = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
         if self.rehearses:
@@ -84,13 +84,13 @@ class StepEnvironment:
 def run_steps(
     steps: Sequence[GpuStep], *, place: StepEnvironment, limit: float, on_end: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
-    """Runs the steps in order; returns their records, one of each, in the order in which they ended.
+    """Runs the steps in order; returns their records, one each, in the order in which they ended.
 
     Args:
         steps: The most important first.
-        place: Where.
-        limit: Seconds for all of them; what has not run by then is left out and told.
-        on_end: Called with the record of each.
+        place: Environment and directory of every step.
+        limit: Seconds for all of them; steps that have not run by then are recorded as not run.
+        on_end: Called with each record.
 
     Raises:
         ConfigError: torch sees no GPU.
@@ -147,7 +147,7 @@ def _is_installed(name: str, place: StepEnvironment) -> bool:
 
 
 class _Process:
-    """A step's process: made, then told to go."""
+    """A step's process: started, then released."""
 
     def __init__(self, step: GpuStep, place: StepEnvironment) -> None:
         self.step, self._folder = step, place.folder
@@ -176,7 +176,7 @@ class _Process:
 
     def go(self, *, limit: float) -> None:
         self._begun, self._limit = time.monotonic(), limit
-        with contextlib.suppress(BrokenPipeError):  # it died while it imported; the exit code tells
+        with contextlib.suppress(BrokenPipeError):  # it died while importing; the exit code says so
             self._process.stdin.write(b"go\n")
 
     def has_ended(self) -> bool:

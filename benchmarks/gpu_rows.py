@@ -16,12 +16,12 @@ _P, _SEED, _EPS = 0.1, 0x9E3779B97F4A7C15, 1e-7
 
 
 class RowsProblem:
-    """Operands as the end of a layer has them.
+    """Tensors as at the end of a layer.
 
     Args:
-        shape: Sequences, tokens, columns.
-        dtype: Of all operands.
-        device: Of all operands.
+        shape: (B, S, D), sequences, tokens and columns.
+        dtype: That of all tensors.
+        device: Where they are and the kernels run.
     """
 
     def __init__(self, shape: tuple[int, int, int], *, dtype: torch.dtype, device: torch.device) -> None:

@@ -29,7 +29,7 @@ MASK_PROBABILITY, DROPOUT = 0.15, 0.1
 FUSED, PORTABLE, NO_POSITIONS = "fused", "portable", "SDPA without positions"
 AGREEMENT = 0.05  # of bfloat16, as in ``layer``
 IGNORED = -100
-_KERNELS = 14  # of a profile that are told
+_KERNELS = 14  # most kernels of a profile that are reported
 
 
 def attention(setting: StepSetting, report: StepReport, *, batch: int, length: int) -> None:
@@ -212,7 +212,7 @@ def model_beside_peers(setting: StepSetting, report: StepReport, *, size: str, b
 
 
 def launching(setting: StepSetting, report: StepReport) -> None:
-    """12 layers of the 1.5B with large and small micro-batches: whether the device waits to be told what to do."""
+    """12 layers of the 1.5B with large and small micro-batches: whether the device waits for launches."""
     on = torch.device(setting.device)
     config = setting.sized(preset(LARGE, num_hidden_layers=12), preset("tiny-v2"))
     model = random_masked_lm(config, device=on, dtype=torch.bfloat16)
@@ -244,10 +244,11 @@ def _measure(
     """Reports passes, steps and peak memory of a model; returns its tokens per second.
 
     Args:
-        setting, report: Of the step.
-        name: Of the row.
-        training: The model.
-        shape: Of its micro-batch.
+        setting: Where the step runs, and how many rounds.
+        report: Gets the row.
+        name: Title of the row.
+        training: A model with its optimizer; it is trained.
+        shape: (B, S), sequences and tokens of its micro-batch.
         flops: Of its step; None where nobody has counted them.
     """
     on = torch.device(setting.device)

@@ -30,14 +30,14 @@ _SMALL = 1e-3
 
 @dataclass(frozen=True)
 class TrainingComparison:
-    """What the two have in common.
+    """Steps on the device compared with the same steps on the CPU.
 
     Attributes:
-        figures: Of the device.
-        cpu_figures: Of the CPU.
-        errors: By name: the largest difference, and the most that it may be.
-        resumes: Whether a run that was saved and resumed on the device ends as the one that went on, in every bit.
-        resumed: The same in words.
+        figures: Losses, norms and times on the device.
+        cpu_figures: Losses, norms and times on the CPU.
+        errors: Name -> (largest difference, tolerance).
+        resumes: Whether a run saved and resumed on the device ends bit-equal to one that was not interrupted.
+        resumed: ``resumes`` in words, with what differs.
     """
 
     figures: Mapping[str, Any]
@@ -48,7 +48,7 @@ class TrainingComparison:
 
     @property
     def wrong(self) -> dict[str, tuple[float, float]]:
-        """Errors that are too large; NaN is."""
+        """Errors above their tolerance; NaN counts as above."""
         return {name: (error, at_most) for name, (error, at_most) in self.errors.items() if not error <= at_most}
 
 

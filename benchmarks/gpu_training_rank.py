@@ -22,6 +22,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_tokens
+from deberta_dist.operations.ranks import store_settings
 from deberta_dist.parallel.flat_layout import ShardState
 from deberta_dist.parallel.layout import DTYPES, plan_layout
 from deberta_dist.parallel.mesh import Mesh, make_mesh, start_process_group
@@ -56,21 +57,13 @@ class Runs:
     """Trainers of one precision on this rank's device.
 
     Args:
-        precision: "fp32" or "bf16".
-        device: Of this rank.
+        precision: "fp32" or "bf16", the compute dtype.
+        device: The GPU, or the CPU that it is compared with.
     """
 
     def __init__(self, precision: str, *, device: torch.device) -> None:
         self.dtype, self._device = DTYPES[precision], device
-        self._deepspeed = {
-            "train_batch_size": 1,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        self._deepspeed = store_settings(1)
         if precision != "fp32":
             self._deepspeed[precision] = {"enabled": True}
         self._mesh: Mesh | None = None
@@ -125,7 +118,7 @@ class Runs:
         return found, {name: view.clone() for name, view in views.items()}
 
     def resumed_differs(self, folder: Path) -> list[str]:
-        """What differs between a run that goes on and one resumed from its checkpoint; all dropout is on."""
+        """What differs between an uninterrupted run and one resumed from its checkpoint; all dropout is on."""
         config, rate = model_config(hidden_dropout=0.1), RESUMED["learning_rate"]
         trainer = self.trainer(config, **RESUMED)
         layout, store = trainer.parts.layout, trainer.parts.sharded_model.store

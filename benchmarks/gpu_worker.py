@@ -33,8 +33,8 @@ class StepSetting:
     """Where a step runs.
 
     Attributes:
-        device: "cuda" or "cpu".
-        rehearses: Sizes are cut until a CPU needs seconds.
+        device: Type of torch device, "cuda" or "cpu".
+        rehearses: Whether sizes are reduced so that a CPU needs seconds.
     """
 
     device: str
@@ -46,12 +46,12 @@ class StepSetting:
 
 
 class StepReport:
-    """What a step finds, printed and saved as soon as it is known.
+    """Results of a step, printed and saved as soon as they are known.
 
     Args:
-        path: The JSON.
-        record: What it starts with; has the step's name.
-        console: Where lines go.
+        path: JSON file that is rewritten with every result.
+        record: Initial contents of the file, among them the step's name.
+        console: Stream that lines are printed to.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], *, console: TextIO) -> None:
@@ -94,8 +94,8 @@ class StepReport:
         self.save()
         if is_right and quiet:
             return
-        told = ", ".join(f"{key.replace('_', ' ')} {_readable(value)}" for key, value in found.items())
-        self._say(f"{'right' if is_right else 'WRONG'}: {name}: {told}")
+        shown = ", ".join(f"{key.replace('_', ' ')} {_readable(value)}" for key, value in found.items())
+        self._say(f"{'right' if is_right else 'WRONG'}: {name}: {shown}")
 
     def _say(self, text: str) -> None:
         print(f"[{self.record['step']}] {text}", file=self._console, flush=True)
@@ -177,7 +177,7 @@ def main(folder: Path, plan: dict[str, Any]) -> None:
     try:
         function(setting, report, **plan["options"])
         report.end(DONE)
-    except Exception as error:  # the record tells it, whatever it is
+    except Exception as error:  # recorded, whatever it is
         traceback.print_exc()
         report.end(FAILED, f"{type(error).__name__}: {error}"[:1000])
     print(f"{time.monotonic() - begun:.1f} s", file=sys.stderr)

@@ -19,13 +19,13 @@ class HeadContestant:
 
     Args:
         hidden_size: Width of hidden states and embeddings.
-        vocab_size: Tokens of the vocabulary.
-        shape: Sequences and tokens.
-        device: Of all of them.
-        dtype: Of all weights.
+        vocab_size: V, rows of the word table.
+        shape: (B, S), sequences and tokens.
+        device: Where all contestants run.
+        dtype: That of weights and hidden states.
 
     Attributes:
-        num_targets: Tokens to predict.
+        num_targets: Number of tokens to predict, about 15% of all.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
     if (reason := case.no_fused_reason) is None:
         forwards[FUSED] = case.ours("fused")
     elif arguments.attention == FUSED:
-        raise ConfigError(f"--attention {FUSED} cannot be had: {reason}")
+        raise ConfigError(f"--attention {FUSED} is not available: {reason}")
     else:
         print(f"{'warning' if device.type == 'cuda' else 'note'}: {FUSED} is not measured: {reason}")
     if peers.has_disentangled_flash():
@@ -86,7 +86,7 @@ def _run_attention(arguments: argparse.Namespace, *, device: Any, dtype: Any) ->
     against = (FLOOR, peers.HUGGING_FACE, peers.PUBLISHED, peers.DISENTANGLED_FLASH)
     print(stopwatch.describe(title, figures, against=against))
     layers = attention_contestants.layer_saved_bytes(arguments.official)
-    print("whole layer of the 1.5B model, bfloat16, dropout 0.1, kept per sequence of 512 tokens:")
+    print("whole layer of the 1.5B model, bfloat16, dropout 0.1, saved per sequence of 512 tokens:")
     for name, count in layers.items():
         print(f"  {name:<28} {count / 2**20:6.1f} MiB")
     sizes = {k: v for k, v in dataclasses.asdict(case).items() if k not in ("device", "dtype")}

@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import attention_contestants, stage_memory, stopwatch
 
     torch.set_num_threads(arguments.threads)
-    # First: a checkout that is none is told at once.
-    kept = attention_contestants.layer_saved_bytes(arguments.official)
+    # First, so that a path that is not a checkout is refused at once.
+    saved = attention_contestants.layer_saved_bytes(arguments.official)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = (arguments.batch_size, arguments.length)
     kind = str(dtype).removeprefix("torch.")
     print(f"activations of a micro-batch of {shape[0]} x {shape[1]} tokens, {kind}, on {device.type}, MiB")
-    print(f"{'':45}kept for backward{'':16}peak")
+    print(f"{'':45}saved for backward{'':15}peak")
     print(f"  {'layout':<20} {'layers':<10} {'recompute':<10}" + 2 * "   predicted   measured    diff.")
     rows = []
     for preset_name, tensor, pipeline in layouts:
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 rows.append({"layout": name, "layers": layers, "recompute": mode, **found})
                 print(_line(rows[-1]), flush=True)
     print(f"  largest difference {max(_differences(rows)):.1%}")
-    print("whole layer of the 1.5B model, bfloat16, dropout 0.1, kept per sequence of 512 tokens:")
-    for name, count in kept.items():
+    print("whole layer of the 1.5B model, bfloat16, dropout 0.1, saved per sequence of 512 tokens:")
+    for name, count in saved.items():
         print(f"  {name:<30} {count / 2**20:6.1f} MiB")
     return {
         "machine": machine(),
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "shape": shape,
         "dtype": kind,
         "stages": rows,
-        "layer_saved_bytes": kept,
+        "layer_saved_bytes": saved,
     }
 
 

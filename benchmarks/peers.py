@@ -84,8 +84,8 @@ def hugging_face_masked_lm(config: DebertaConfig, state: dict[str, Tensor] | Non
     """Their masked language model; it has no enhanced mask decoder, nor its table of positions.
 
     Args:
-        config: Of the model.
-        state: Our weights; by default their own random ones.
+        config: Our configuration, translated into theirs.
+        state: Our weights by published name; None for their own random ones.
     """
     from transformers import DebertaV2ForMaskedLM
 
@@ -145,11 +145,11 @@ def published_module(checkout: Path, name: str) -> types.ModuleType:
     """A module of a checkout of microsoft/DeBERTa, which imports on current versions only with some names put in place.
 
     Args:
-        checkout: the folder that holds its package ``DeBERTa``.
-        name: within the package.
+        checkout: the folder with its package ``DeBERTa``.
+        name: dotted name of the module within that package.
 
     Raises:
-        ConfigError: the folder holds no such package, or it cannot be imported.
+        ConfigError: the folder has no such package, or it cannot be imported.
     """
     if not (checkout / "DeBERTa" / "deberta" / "disentangled_attention.py").is_file():
         raise ConfigError(

@@ -37,8 +37,8 @@ class PublishedMasking:
 
         Args:
             lines: one sample each, its pieces joined with spaces, without ``[CLS]`` and ``[SEP]``.
-            pieces: the vocabulary, by id.
-            word_starts: pieces that begin a word.
+            pieces: all pieces of the vocabulary, in the order of their ids.
+            word_starts: the pieces that begin a word; others continue one.
             max_length: tokens of a sample, ``[CLS]`` and ``[SEP]`` included.
             max_ngram: longest span, words.
         """

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deberta_dist.errors import ConfigError
 from deberta_dist.operations.measure import BenchmarkError, machine
-from deberta_dist.operations.ranks import start_ranks
+from deberta_dist.operations.ranks import start_ranks, store_settings
 
 if TYPE_CHECKING:  # torch is loaded where it is needed
     from benchmarks.scale_rank import TrafficCase
@@ -25,8 +25,8 @@ SIZES = (1, 2, 4, 8)
 KINDS = (
     "zero_gather",
     "zero_reduce",
-    "tie_lend",
-    "tie_collect",
+    "tie_broadcast",
+    "tie_reduce",
     "tensor",
     "pipeline_activations",
     "pipeline_gradients",
@@ -37,7 +37,7 @@ PEERS = {"windows hold the model": None, "windows as beside 1.5e9 parameters": 1
 COLUMNS = {
     "weights": ("zero_gather",),
     "gradients": ("zero_reduce",),
-    "ties": ("tie_lend", "tie_collect"),
+    "ties": ("tie_broadcast", "tie_reduce"),
     "tensor": ("tensor",),
     "pipeline": ("pipeline_activations", "pipeline_gradients"),
     "scalars": ("scalars",),
@@ -130,7 +130,7 @@ def parse_micro_batches(text: str) -> list[int]:
 
 def formula(case: "TrafficCase") -> list[dict[str, int]]:
     """Bytes by kind of every rank, as the dry run has them."""
-    from benchmarks.scale_rank import deepspeed_config, layout_of, run_config
+    from benchmarks.scale_rank import layout_of, run_config
     from deberta_dist.planning.communication import rank_communication
     from deberta_dist.training.build import mesh_shape
 
@@ -142,7 +142,7 @@ def formula(case: "TrafficCase") -> list[dict[str, int]]:
         found = rank_communication(
             layout,
             config=config,
-            deepspeed_config=deepspeed_config(case),
+            deepspeed_config=store_settings(case.data),
             pipeline_rank=here.pipeline,
             tensor_rank=here.tensor,
         )

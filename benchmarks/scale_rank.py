@@ -24,6 +24,7 @@ from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_batch
+from deberta_dist.operations.ranks import store_settings
 from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
 from deberta_dist.planning.memory import expected_targets
@@ -63,7 +64,7 @@ class Counted:
     """What one rank sent in one optimizer step.
 
     Attributes:
-        bytes_by_kind: See ``Traffic``.
+        bytes_by_kind: Kind of communication (``scale.KINDS``) -> bytes, counted by ``Traffic``.
         first_loss: Mean over the targets of the first step (nats): of all ranks, or (DeepSpeed's engine) of this one.
     """
 
@@ -105,19 +106,6 @@ def run_config(case: TrafficCase) -> RunConfig:
     )
 
 
-def deepspeed_config(case: TrafficCase) -> dict[str, Any]:
-    """DeepSpeed's JSON under the weight store, whose engine sees one batch per step."""
-    return {
-        "train_batch_size": case.data,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
 def layout_of(case: TrafficCase) -> Layout:
     """Who holds what.
 
@@ -143,7 +131,7 @@ def own_batch(case: TrafficCase, *, step: int, replica: int) -> Batch:
 
 def count_ours(case: TrafficCase, *, device: torch.device) -> Counted:
     """Builds a layout, as training does, and counts one step of it. Collective."""
-    config, json_config = run_config(case), deepspeed_config(case)
+    config, json_config = run_config(case), store_settings(case.data)
     mesh = make_mesh(mesh_shape(config), device=device, timeout_minutes=config.run.timeout_minutes)
     parts = build(config, layout=layout_of(case), deepspeed_config=json_config, mesh=mesh)
     trainer = Trainer(parts, mesh=mesh, seed=SEED)
@@ -166,7 +154,7 @@ def count_deepspeed(case: TrafficCase, *, parameters: float | None) -> Counted:
             to this one; None takes the defaults, which hold all of it.
     """
     assert case.tensor == case.pipeline == 1
-    settings = deepspeed_config(case)
+    settings = store_settings(case.data)
     settings["train_batch_size"] = MICRO_BATCH_SIZE * case.micro_batches * case.data
     settings["train_micro_batch_size_per_gpu"] = MICRO_BATCH_SIZE
     settings["gradient_accumulation_steps"] = case.micro_batches

@@ -19,7 +19,7 @@ from deberta_dist.models.presets import preset
 from deberta_dist.models.targets import find_targets
 from deberta_dist.parallel.layout import plan_layout
 from deberta_dist.parallel.sharded_model import DEVICES_WHOSE_PRODUCTS_ADD
-from deberta_dist.planning.activations import LiveBytes, local_config, stage_activations
+from deberta_dist.planning.activations import LiveBytes, StageCase, local_config, stage_activations
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
 
@@ -49,27 +49,29 @@ def stages(name: str, *, tensor: int, pipeline: int, shape: tuple[int, int]) -> 
 def compare(
     stage: MeasuredStage, *, shape: tuple[int, int], recompute: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Bytes predicted and measured: kept from forward to backward, and at the peak, with the difference as a share."""
+    """Bytes predicted and measured: saved from forward to backward, and at the peak, with the difference as a share."""
     targets = max(1, round(_mask_probability() * shape[1]))
     predicted = stage_activations(
         MaskedLMNetwork(config=stage.config),
-        layers=stage.layers,
-        tensor_parallel_size=stage.tensor_parallel_size,
-        batch_shape=shape,
-        targets_per_sequence=targets,
-        dtype=dtype,
-        recompute=recompute,
+        StageCase(
+            layers=stage.layers,
+            tensor_parallel_size=stage.tensor_parallel_size,
+            batch_shape=shape,
+            targets_per_sequence=targets,
+            dtype=dtype,
+            recompute=recompute,
+        ),
     )
     model = _real_model(stage, device=device, dtype=dtype)
     model.recompute = recompute
     passes = _passes(model, stage, shape=shape, targets=targets)
-    kept, peak = _allocated(passes, device) if device.type == "cuda" else _live(passes)
+    saved, peak = _allocated(passes, device) if device.type == "cuda" else _live(passes)
     predicted_saved = predicted.saved + predicted.logits
     predicted_peak = predicted_saved + predicted.working
     return {
         "predicted_kept_bytes": predicted_saved,
-        "kept_bytes": kept,
-        "kept_difference": predicted_saved / kept - 1,
+        "kept_bytes": saved,
+        "kept_difference": predicted_saved / saved - 1,
         "predicted_peak_bytes": predicted_peak,
         "peak_bytes": peak,
         "peak_difference": predicted_peak / peak - 1,
@@ -84,7 +86,7 @@ def _real_model(stage: MeasuredStage, *, device: torch.device, dtype: torch.dtyp
     model.to_empty(device=device).train()
     fill_(model.named_parameters(), std=stage.config.initializer_range)
     sum_in_float32(model, products_add=device.type in DEVICES_WHOSE_PRODUCTS_ADD)
-    model.deberta.encoder.relative_positions(device)  # kept for all micro-batches
+    model.deberta.encoder.relative_positions(device)  # saved for all micro-batches
     return model
 
 
@@ -125,9 +127,9 @@ def _live(passes: tuple[Callable[[], Tensor], Callable[[Tensor], None]]) -> tupl
     gc.collect()
     with _chunks_as_on_a_gpu(), LiveBytes() as live:
         output = forward()
-        kept = live.now
+        saved = live.now
         backward(output)
-    return kept, live.peak
+    return saved, live.peak
 
 
 def _allocated(passes: tuple[Callable[[], Tensor], Callable[[Tensor], None]], device: torch.device) -> tuple[int, int]:
@@ -137,9 +139,9 @@ def _allocated(passes: tuple[Callable[[], Tensor], Callable[[Tensor], None]], de
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     output = forward()
-    kept = torch.cuda.memory_allocated(device) - before
+    saved = torch.cuda.memory_allocated(device) - before
     backward(output)
-    return kept, torch.cuda.max_memory_allocated(device) - before
+    return saved, torch.cuda.max_memory_allocated(device) - before
 
 
 @contextmanager

@@ -25,13 +25,13 @@ COMPARED = (
 
 
 class ContestStep:
-    """One batch and the models that learn from it.
+    """One batch and the models that are trained on it.
 
     Args:
-        config: Of all of them.
-        shape: Sequences and tokens.
-        device: Of all of them.
-        dtype: Of all weights.
+        config: The configuration of all models.
+        shape: (B, S), sequences and tokens of the batch.
+        device: Where all models run.
+        dtype: That of weights and hidden states.
     """
 
     def __init__(self, config: DebertaConfig, *, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:

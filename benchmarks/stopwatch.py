@@ -88,18 +88,18 @@ def kernel_seconds(run: Callable[[], Any], device: torch.device, *, rounds: int 
 
 
 def saved_bytes(forward: Callable[[], Any], *, without: list[Tensor]) -> int:
-    """Bytes of the storages that autograd keeps from ``forward`` to backward, but for those of ``without``."""
+    """Bytes of the storages that autograd saves from ``forward`` to backward, but for those of ``without``."""
     known = {x.untyped_storage()._cdata for x in without}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
-        kept.setdefault(x.untyped_storage()._cdata, x)
+        saved.setdefault(x.untyped_storage()._cdata, x)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         result = forward()
     del result
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in known)
+    return sum(x.untyped_storage().nbytes() for key, x in saved.items() if key not in known)
 
 
 def differences(found: Mapping[str, list[Tensor]], *, oracle: str) -> dict[str, float]:
@@ -147,7 +147,7 @@ def describe(title: str, figures: Mapping[str, Mapping[str, Any]], *, against: t
         ratios = "".join(
             f"  {figures[other]['seconds'] / row['seconds']:5.2f}x {other}" for other in against if other in figures
         )
-        kept = f"  keeps {row['saved_bytes'] / 2**20:6.1f} MiB" if "saved_bytes" in row else ""
-        kept += f"  peak {row['peak_bytes'] / 2**20:7.1f} MiB" if "peak_bytes" in row else ""
-        lines.append(f"  {name:<28} {row['seconds'] * 1e3:9.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f}){ratios}{kept}")
+        saved = f"  saves {row['saved_bytes'] / 2**20:6.1f} MiB" if "saved_bytes" in row else ""
+        saved += f"  peak {row['peak_bytes'] / 2**20:7.1f} MiB" if "peak_bytes" in row else ""
+        lines.append(f"  {name:<28} {row['seconds'] * 1e3:9.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f}){ratios}{saved}")
     return "\n".join(lines)

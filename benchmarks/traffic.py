@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 COLLECTIVES = {
     "_allgather_base_": "zero_gather",
     "_reduce_scatter_base_": "zero_reduce",
-    "broadcast_": "tie_lend",
-    "reduce_": "tie_collect",
+    "broadcast_": "tie_broadcast",
+    "reduce_": "tie_reduce",
 }
 NORMS = "deepspeed_norms"
 """DeepSpeed's own all-reduces: checks, the norm of an offloaded gradient. The formula leaves them out."""

@@ -8,6 +8,7 @@ their losses without dropout are compared first. GPUs where there are any (one p
 
 import argparse
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.scale import parse_layouts
@@ -52,11 +53,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from deberta_dist.models.attention_dispatch import require_attention
     from deberta_dist.models.presets import preset
 
-    names = arguments.contestants.split(",")
-    if unknown := set(names) - TITLES.keys():
-        raise ConfigError(f"--contestants: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
-    if arguments.device_weights and names != [OURS]:
-        raise ConfigError(f"--device-weights is for --contestants {OURS}: the others would start from other weights")
+    names = _contestants(arguments)
     kind, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     wish = {"dtype": dtype, "device": torch.device(kind), "where": "--attention"}
     require_attention(arguments.attention, preset(arguments.preset), **wish)
@@ -67,47 +64,70 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "layout": layout,
         "contestants": names,
     }
-    found = start_ranks(
+    ranks = start_ranks(
         "benchmarks.train_rank",
         plan,
         processes=arguments.processes,
         timeout=arguments.timeout,
         uses_gpus=torch.cuda.is_available(),
     )
-    figures, first = {}, found[0]
-    for name in names:
-        # A step ends when its last rank does.
-        steps = [max(times) for times in zip(*(rank["seconds"][name] for rank in found), strict=True)]
-        figures[name] = {
-            "seconds": statistics.median(steps),
-            "range": [min(steps), max(steps)],
-            "loss": sum(rank["losses"][name] for rank in found) / len(found),
-            "peak_bytes": max(rank["peak_bytes"][name] for rank in found),
-        }
+    figures, first = _figures(ranks, names), ranks[0]
     if OURS in names:
         print(first["attention"])
     _require_equal_losses(figures, tolerance=TOLERANCE[first["device_type"]])
-    tokens, peak_flops = first["tokens"], first["peak_flops"]
     title = (
         f"optimizer steps of {arguments.preset} with {first['layers']} layers on {arguments.processes} x {first['device']}: "
-        f"{tokens:,} tokens in {arguments.micro_batches} micro-batches a rank, {first['dtype']}, ours "
+        f"{first['tokens']:,} tokens in {arguments.micro_batches} micro-batches a rank, {first['dtype']}, ours "
         f"{layout_name}"
     )
     print(title)
+    print(_table(figures))
+    return {"machine": machine(), "title": title, "figures": figures, "flops_per_token": first["flops_per_token"]}
+
+
+def _contestants(arguments: argparse.Namespace) -> list[str]:
+    names = arguments.contestants.split(",")
+    if unknown := set(names) - TITLES.keys():
+        raise ConfigError(f"--contestants: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
+    if arguments.device_weights and names != [OURS]:
+        raise ConfigError(f"--device-weights is for --contestants {OURS}: the others would start from other weights")
+    return names
+
+
+def _figures(ranks: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Contestant -> its figures over all ranks; ``mfu`` only where the device's peak is known."""
+    first, figures = ranks[0], {}
+    for name in names:
+        # A step ends when its last rank does.
+        steps = [max(times) for times in zip(*(rank["seconds"][name] for rank in ranks), strict=True)]
+        seconds = statistics.median(steps)
+        figures[name] = {
+            "seconds": seconds,
+            "range": [min(steps), max(steps)],
+            "loss": sum(rank["losses"][name] for rank in ranks) / len(ranks),
+            "peak_bytes": max(rank["peak_bytes"][name] for rank in ranks),
+            "tokens_per_second": first["tokens"] / seconds,
+        }
+        if first["peak_flops"] is not None:
+            figures[name]["mfu"] = first["flops_per_token"] * first["tokens"] / seconds / (first["peak_flops"] * len(ranks))
+    return figures
+
+
+def _table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line per contestant, with its speed beside the first one's."""
+    names, lines = list(figures), []
     for name, row in figures.items():
         ratio = figures[names[0]]["seconds"] / row["seconds"]
-        row["tokens_per_second"] = tokens / row["seconds"]
         line = (
             f"  {TITLES[name]:<26}{row['seconds'] * 1e3:10.1f} ms ({row['range'][0] * 1e3:.1f} to {row['range'][1] * 1e3:.1f})"
             f"{row['tokens_per_second']:12,.0f} tokens/s  {ratio:.2f}x the speed of {TITLES[names[0]]}"
         )
-        if peak_flops is not None:
-            row["mfu"] = first["flops_per_token"] * tokens / row["seconds"] / (peak_flops * arguments.processes)
+        if "mfu" in row:
             line += f"  {row['mfu']:.1%} MFU"
-            # Of several contestants on one device each counts the others.
+            # Several contestants on one device count each other's memory.
             line += f"  peak {row['peak_bytes'] / 2**30:.1f} GiB" if len(names) == 1 else ""
-        print(line)
-    return {"machine": machine(), "title": title, "figures": figures, "flops_per_token": first["flops_per_token"]}
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _require_equal_losses(figures: dict[str, Any], *, tolerance: float) -> None:

@@ -40,8 +40,8 @@ class TrainingContestant:
     """A model in training on this rank.
 
     Attributes:
-        loss: Of the first batch without dropout.
-        step: Takes a step with a number.
+        loss: Returns the mean loss of the first batch without dropout (nats).
+        step: Takes the optimizer step with the given number, from 0.
     """
 
     loss: Callable[[], float]
@@ -52,8 +52,8 @@ class ContestSetting:
     """Model, batches and settings that all contestants share.
 
     Args:
-        plan: What ``train.py`` was asked for.
-        device: Of this rank.
+        plan: Arguments of ``train.py``, from ``plan.json``.
+        device: This rank's GPU, or the CPU.
     """
 
     def __init__(self, plan: dict[str, Any], *, device: torch.device) -> None:
@@ -66,12 +66,12 @@ class ContestSetting:
 
     @property
     def tokens(self) -> int:
-        """Of a step of all ranks; the data-parallel size of ours decides how many rows that are."""
+        """Tokens of a step over all ranks; the data-parallel size of our layout decides the number of rows."""
         return self.rows_of_rank * self.replicas * self.plan["length"]
 
     @property
     def replicas(self) -> int:
-        """Of ours; the peers' ranks share the same rows."""
+        """Data-parallel size of our layout; the peers' ranks divide the same rows."""
         return self.plan["layout"][2]
 
     def json_config(self, *, batch: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def ours(setting: ContestSetting) -> TrainingContestant:
 
 
 def device_shards(layout: Layout, *, mesh: Mesh) -> list[Tensor]:
-    """This rank's part of random weights that were made on its device."""
+    """This rank's shards of random weights drawn on its device."""
     flats = own_flat_layout(layout, mesh=mesh)
     whole = [torch.zeros(size, device=mesh.device) for size in flats.sizes]
     fill_(flats.views(whole).items(), std=layout.config.initializer_range)
@@ -180,7 +180,7 @@ def deepspeed(setting: ContestSetting, *, of_hugging_face: bool) -> TrainingCont
 
 
 def flops(setting: ContestSetting) -> Any:
-    """Of the model, per token."""
+    """FLOPs of the model per token."""
     return forward_flops(
         setting.model_config,
         max_seq_length=setting.plan["length"],
@@ -196,7 +196,7 @@ def main(folder: Path) -> None:
     device = start_process_group(timeout_minutes=plan["timeout_seconds"] / 60, init_method=f"file://{folder}/meeting")
     setting = ContestSetting(plan, device=device)
     makers = {
-        # DeepSpeed first: it remembers the groups of an engine that had a grid.
+        # DeepSpeed first: its globals keep the groups of an engine that was given an ``mpu``, as ours is.
         SAME_MODEL: lambda: deepspeed(setting, of_hugging_face=False),
         HUGGING_FACE: lambda: deepspeed(setting, of_hugging_face=True),
         OURS: lambda: ours(setting),
@@ -234,7 +234,7 @@ def main(folder: Path) -> None:
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # as in ``scale_rank``: an early goodbye looks like a death
+    os._exit(0)  # as in ``scale_rank``: a rank that closes its connections early looks like a dead one to the others
 
 
 if __name__ == "__main__":

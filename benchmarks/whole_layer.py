@@ -40,11 +40,11 @@ class WholeLayer:
     """Layers of several implementations with the same weights, on one batch of hidden states.
 
     Args:
-        heads: Of 64 each.
-        shape: Sequences and tokens.
-        dropout: Of hidden states and probabilities; the table has none (the peers would draw other masks anyway).
-        device: Of all of them.
-        dtype: Of all weights.
+        heads: Number of heads, each of size 64.
+        shape: (B, S), sequences and tokens of the batch.
+        dropout: Rate for hidden states and probabilities; the table has none (the peers would draw other masks anyway).
+        device: Where all layers run.
+        dtype: That of weights and hidden states.
     """
 
     def __init__(self, *, heads: int, shape: tuple[int, int], dropout: float, device: torch.device, dtype: torch.dtype) -> None:

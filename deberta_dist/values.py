@@ -4,9 +4,9 @@ The configuration checks keys against the types, command lines offer the tuples,
 not in them. Values of a key that one room alone knows are defined there.
 """
 
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """Follows from other keys, or is the best that this machine can do."""
 Auto = Literal["auto"]
 
@@ -21,7 +21,7 @@ ATTENTION: tuple[Attention, ...] = get_args(Attention)
 PipelineSchedule = Literal["1f1b", "gpipe", "interleaved_1f1b"]
 """Order of a pipeline's passes. Only the last has several stages a rank."""
 SCHEDULES: tuple[PipelineSchedule, ...] = get_args(PipelineSchedule)
-INTERLEAVED: PipelineSchedule = "interleaved_1f1b"
+INTERLEAVED: Final = "interleaved_1f1b"
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of the passes, in DeepSpeed's words; master weights are float32."""

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv with the pinned requirements, once: demo.sh and tests/run.sh both start here.
+# Makes .venv with the pinned requirements and the command deberta-dist, once: demo.sh and tests/run.sh both start here.
 #   sh launchers/setup_env.sh [--with NAME==VERSION[,...]] [EXTRA ...]
 # EXTRA adds requirements-EXTRA.txt: huggingface, test. --with replaces pinned versions; give it a VENV of its own.
 # PYTHON=...             interpreter to build the environment with (default: the first Python >= 3.11 found)
@@ -87,6 +87,36 @@ install_torch() {
     fi
 }
 
+# The console script deberta-dist for this checkout. pip would need setuptools >= 77, which a fresh venv lacks, and a network to
+# get it. A command that "pip install" has made stays.
+install_command() {
+    "$venv/bin/python" - "$root" <<'END'
+import os, pathlib, shlex, sys
+
+path = pathlib.Path(sys.prefix, "bin", "deberta-dist")
+mark = "# Made by launchers/setup_env.sh"
+# The first line is for the shell and the rest for Python: "#!" takes neither long paths nor spaces.
+text = f"""#!/bin/sh
+'''exec' {shlex.quote(f"{sys.prefix}/bin/python")} "$0" "$@"
+'''
+{mark}
+import sys
+
+sys.path.insert(0, {sys.argv[1]!r})
+
+from deberta_dist.cli.main import run
+
+run()
+"""
+old = path.read_text() if path.exists() else mark
+if mark in old and old != text:
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(text)
+    new.chmod(0o755)
+    new.replace(path)
+END
+}
+
 if [ "${1:-}" = --with ]; then
     [ $# -ge 2 ] || die "--with needs NAME==VERSION[,NAME==VERSION...]"
     with=$2
@@ -105,6 +135,7 @@ fi
 new_enough "$venv/bin/python" ||
     die "$venv has $("$venv/bin/python" --version 2>&1), but 3.11 or newer is needed; remove it"
 
+install_command
 install "$here/requirements.txt"
 for extra in "$@"; do
     [ -f "$here/requirements-$extra.txt" ] || die "no EXTRA $extra: there is no launchers/requirements-$extra.txt"

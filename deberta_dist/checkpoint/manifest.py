@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.checkpoint.errors import CheckpointError, CheckpointVersionError, strict_json
-from deberta_dist.files.foreign import refuse_foreign
+from deberta_dist.files.foreign import read_limited
 from deberta_dist.files.strict_json import as_read
 
 FORMAT = "deberta_dist-checkpoint"
@@ -185,14 +185,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         CheckpointError: it is missing, unreadable, absurdly large, damaged, or not a manifest.
     """
     path = Path(directory) / MANIFEST_NAME
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if len(text) > MAX_BYTES:
-        raise CheckpointError(f"{path} has more than {MAX_BYTES} bytes: not a manifest")
-    refuse_foreign(text, path, error=CheckpointError)
+    too_large = f"has more than {MAX_BYTES} bytes: not a manifest"
+    text = read_limited(path, max_bytes=MAX_BYTES, too_large=too_large, error=CheckpointError)
     return from_json(text, file=path)
 
 

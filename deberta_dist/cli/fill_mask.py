@@ -9,8 +9,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deberta_dist.errors import ConfigError, DataError, with_exit_code
+
+if TYPE_CHECKING:
+    import torch
 
 MASK = "[MASK]"
 
@@ -103,7 +107,7 @@ def theirs(arguments: argparse.Namespace) -> list[list[tuple[str, float]]]:
     return [list(zip(tokenizer.convert_ids_to_tokens(ids), scores, strict=True)) for ids, scores in found]
 
 
-def best(logits, *, top: int) -> list[tuple[list[int], list[float]]]:
+def best(logits: "torch.Tensor", *, top: int) -> list[tuple[list[int], list[float]]]:
     """Ids and probabilities of the largest logits of every row."""
     scores, ids = logits.float().softmax(dim=-1).topk(top, dim=-1)
     return list(zip(ids.tolist(), scores.tolist(), strict=True))

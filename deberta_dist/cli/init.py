@@ -120,7 +120,7 @@ def run_toml(preset: str, *, name: str) -> str:
     for key, (value, comment) in values.items():
         line = f"{key} = {value}"
         line = f"{line:<33} # {comment}" if comment else line
-        text, count = re.subn(rf"^{key} = .*$", lambda _, line=line: line, text, flags=re.MULTILINE)
+        text, count = re.subn(rf"^{key} = .*$", line.replace("\\", r"\\"), text, flags=re.MULTILINE)
         assert count == 1, f"{TOML}: {key} stands there {count} times"
     return re.sub(r"^every_steps = 1_000 .*$", "every_steps = 1_000", text, flags=re.MULTILINE)
 

@@ -107,12 +107,12 @@ def prepare(ranks: "PreparationRanks") -> int:
         return arguments
     from deberta_dist.data.tokenizer import Tokenizer
     from deberta_dist.preparation.filtering import filters
-    from deberta_dist.preparation.filtering.contamination import benchmark_ngrams
+    from deberta_dist.preparation.filtering.contamination import NgramSet, benchmark_ngrams
     from deberta_dist.preparation.pipeline.prepare import prepare_corpus
     from deberta_dist.preparation.pipeline.recipe import PreparationRecipe
     from deberta_dist.preparation.reading.arguments import read_options
 
-    def check():
+    def check() -> tuple[PreparationRecipe, NgramSet | None]:
         """On one rank: an error is printed once."""
         recipe = PreparationRecipe.of(
             Tokenizer(arguments.tokenizer),

@@ -59,7 +59,7 @@ class Data(Section):
         if (self.train is None) == (not self.sources):
             given = "both are given" if self.sources else "neither is given"
             raise ValueError(f"exactly one of data.train and tables [data.sources.NAME] is needed; {given}")
-        kinds = {}
+        kinds: dict[str, str] = {}
         for name, source in self.sources.items():
             if (source.proportion is None) == (source.epochs is None):
                 given = "neither is given" if source.epochs is None else "both are given"

@@ -167,7 +167,7 @@ def read_deepspeed(path: str | os.PathLike[str], config: AnyConfig, *, examine: 
     _keys(ds, left_out, problems, inside=examined.known if examined else ())
     _offload(ds, problems)
     _raise(problems, file)
-    defaults = {} if examined is None else plain.defaults() | examined.defaults
+    defaults = {} if examined is None else {**plain.defaults(), **examined.defaults}
     return DeepSpeedJson(ds, (*notes, *_default_notes(left_out, defaults)))
 
 

@@ -3,13 +3,22 @@
 A recipe (``launchers/finetune_recipes/``) sets any of them per task; the command line comes last.
 """
 
-from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from deberta_dist.config.schema import Optimizer, Parallel, Run, Schedule
-from deberta_dist.config.section import MOST_TOKENS, Count, CountOrNone, Few, Fraction, NotNegative, Section, Sequences
+from deberta_dist.config.section import (
+    MOST_TOKENS,
+    Count,
+    CountOrNone,
+    Few,
+    Fraction,
+    NotNegative,
+    Section,
+    Sequences,
+    WholeFile,
+)
 from deberta_dist.values import AUTO, Attention, FineTuneStart, Recompute, SiftLoss
 
 
@@ -100,7 +109,7 @@ class FineTuneRun(Run):
     the size of the weights."""
 
 
-class FineTuneConfig(Section):
+class FineTuneConfig(WholeFile):
     """Everything a fine-tuning TOML says for one task. ``source`` names the file in messages."""
 
     data: TaskData = TaskData()
@@ -111,13 +120,6 @@ class FineTuneConfig(Section):
     sift: SiftSection = SiftSection()
     parallel: Parallel = Parallel()
     run: FineTuneRun
-
-    _source: Path | None = PrivateAttr(default=None)
-
-    @property
-    def source(self) -> str:
-        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
-        return str(self._source) if self._source else "configuration"
 
     @model_validator(mode="after")
     def _no_pipeline(self) -> Self:

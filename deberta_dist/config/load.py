@@ -10,13 +10,14 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, overload
 
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from deberta_dist.config.recipes import Tables, TaskRecipe, read_toml
 from deberta_dist.config.schema import RunConfig
+from deberta_dist.config.section import WholeFile
 from deberta_dist.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -30,13 +31,25 @@ Sources = dict[tuple[str, ...], str]
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
+@overload
+def load_config(
+    toml_path: str | os.PathLike[str], overrides: Sequence[str] = (), *, recipes: Sequence[TaskRecipe] = ()
+) -> RunConfig: ...
+@overload
 def load_config(
     toml_path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     *,
-    schema: type[Schema] = RunConfig,
+    schema: type[Schema],
     recipes: Sequence[TaskRecipe] = (),
-) -> Schema:
+) -> Schema: ...
+def load_config(
+    toml_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    schema: type[BaseModel] = RunConfig,
+    recipes: Sequence[TaskRecipe] = (),
+) -> BaseModel:
     """Reads a run's TOML and applies recipes, then overrides from the command line.
 
     Args:
@@ -60,7 +73,7 @@ def load_config(
         config = schema.model_validate(tables)
     except ValidationError as error:
         raise ConfigError(_report(_problems(error, schema, sources, str(path)), path)) from None
-    if "_source" in schema.__private_attributes__:
+    if isinstance(config, WholeFile):
         config._source = path
     return config
 
@@ -78,7 +91,8 @@ def load_table(toml_path: str | os.PathLike[str], overrides: Sequence[str], name
         ConfigError: As for ``load_config``.
     """
     path = Path(toml_path)
-    schema = create_model(f"Only{section.__name__}", **{name: (section, ...)})
+    fields: dict[str, Any] = {name: (section, ...)}
+    schema = create_model(f"Only{section.__name__}", **fields)
     tables, sources = read_tables(path, overrides, schema=schema)
     try:
         return getattr(schema.model_validate({name: tables.get(name, {})}), name)
@@ -188,7 +202,7 @@ def _mentions(annotation: Any, kind: type) -> bool:
 
 def _fields(schema: type[BaseModel]) -> dict[tuple[str, ...], FieldInfo]:
     """Every key, as (section, key), and as (section, key, NAME, key) in a table of tables."""
-    found = {}
+    found: dict[tuple[str, ...], FieldInfo] = {}
     for section, table in schema.model_fields.items():
         if isinstance(table.annotation, type) and issubclass(table.annotation, BaseModel):
             for key, field in table.annotation.model_fields.items():

@@ -79,8 +79,7 @@ def _data_parallel_size(config: RunConfig | FineTuneConfig, world_size: int, pro
     if parallel.data_parallel_size == AUTO:
         if world_size % model_size == 0:
             return world_size // model_size
-        below = world_size - world_size % model_size
-        fits = f"{below} or {below + model_size}" if below else str(model_size)
+        fits = _multiples_beside(world_size, model_size)
         problems.append(f"{sizes} = {model_size} does not divide {world_size} processes; start {fits} of them")
         return None
     if model_size * parallel.data_parallel_size != world_size:
@@ -97,6 +96,12 @@ def _data_parallel_size(config: RunConfig | FineTuneConfig, world_size: int, pro
     return parallel.data_parallel_size
 
 
+def _multiples_beside(number: int, unit: int) -> str:
+    """The multiples of ``unit`` on both sides of a number that is none, in words."""
+    below = number - number % unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
 def _num_micro_batches(config: RunConfig, data_parallel_size: int | None, problems: list[str]) -> int | None:
     training = config.training
     if data_parallel_size is None:
@@ -108,8 +113,7 @@ def _num_micro_batches(config: RunConfig, data_parallel_size: int | None, proble
     if training.num_micro_batches == AUTO:
         if batch % unit == 0:
             return batch // unit
-        below = batch - batch % unit
-        fits = f"{below} or {below + unit}" if below else str(unit)
+        fits = _multiples_beside(batch, unit)
         problems.append(f"{left} is not a multiple of {right} = {unit}; a global_batch_size of {fits} fits")
         return None
     product = unit * training.num_micro_batches

@@ -5,10 +5,9 @@ expected, NaN and infinity are errors (``1`` is accepted where ``1.0`` is meant)
 number of processes are in ``resolve.py``. ``[data]`` has its own file, ``data.py``.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from deberta_dist.config.data import Data
 from deberta_dist.config.section import (
@@ -25,6 +24,7 @@ from deberta_dist.config.section import (
     Rate,
     Section,
     Sequences,
+    WholeFile,
 )
 from deberta_dist.values import AUTO, Attention, Auto, OptimizerName, PipelineSchedule, Recompute, Resume
 
@@ -97,6 +97,12 @@ class Training(Section):
     """Prefix of the model's own names in ``init``; by default none, or that of a known wrapper."""
     log_every_steps: Count = 10
     """Optimizer steps between two lines of metrics."""
+
+    @property
+    def micro_batches(self) -> int:
+        """``num_micro_batches`` of a configuration that ``resolve`` has completed."""
+        assert self.num_micro_batches != AUTO, "the configuration is not resolved"
+        return self.num_micro_batches
 
     @model_validator(mode="after")
     def _how_to_read_init(self) -> Self:
@@ -173,6 +179,17 @@ class Parallel(Section):
     layers_per_stage: Auto | Layers = AUTO
     """Encoder layers of each stage, first to last; ``auto`` = balanced when the model is built."""
 
+    @property
+    def replicas(self) -> int:
+        """``data_parallel_size`` of a configuration that ``resolve`` has completed."""
+        assert self.data_parallel_size != AUTO, "the configuration is not resolved"
+        return self.data_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a configuration that ``resolve`` has completed."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.replicas
+
 
 class Run(Section):
     """``[run]``: where the run writes and how DeepSpeed runs it."""
@@ -185,7 +202,7 @@ class Run(Section):
     """Longest wait of a collective (minutes); a longer one ends the run."""
 
 
-class RunConfig(Section):
+class RunConfig(WholeFile):
     """Everything a pre-training TOML says. ``source`` names the file in messages."""
 
     model: Model
@@ -197,13 +214,6 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     parallel: Parallel = Parallel()
     run: Run
-
-    _source: Path | None = PrivateAttr(default=None)
-
-    @property
-    def source(self) -> str:
-        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
-        return str(self._source) if self._source else "configuration"
 
     @property
     def micro_batch_shapes(self) -> tuple[tuple[int, int], ...]:
@@ -233,8 +243,9 @@ class RunConfig(Section):
 
 def default_values() -> dict[str, Any]:
     """``section.key`` -> default, as JSON has it, of every key of a pre-training TOML that may be left out."""
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for section, table in RunConfig.model_fields.items():
+        assert isinstance(table.annotation, type) and issubclass(table.annotation, Section)
         for key, field in table.annotation.model_fields.items():
             if not field.is_required():
                 value = field.get_default(call_default_factory=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 # What a run of years, or of all GPUs there are, stays below by far: a number beyond it is a slip, and would end in an overflow
 # or in a plan that takes for ever.
@@ -43,3 +43,14 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+
+
+class WholeFile(Section):
+    """Base of the schemas of a whole TOML, whose tables are the fields; ``source`` names the file in messages."""
+
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> str:
+        """The TOML's path as given, or ``configuration`` for one that was made in Python."""
+        return str(self._source) if self._source else "configuration"

@@ -23,6 +23,7 @@ from deberta_dist.conversion.weights import (
 )
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.config import BOOKKEEPING_KEYS, SYNONYMS, DebertaConfig
+from deberta_dist.models.heads import MASKED_LM, REPLACED_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,19 @@ class CanonicalCheckpoint:
         if not any(name.startswith("lm_predictions.") for name in self.weights):
             return None
         return "emd" if self.config.uses_enhanced_mask_decoder else "plain"
+
+    @property
+    def model_head(self) -> str:
+        """The head of a model that is made of it, a name of `models.heads`; empty for the backbone alone.
+
+        That of fine-tuning; else the detector's, beside which a head of masked language modelling was trained on the
+        generator's encoder and not on this one; else that of masked language modelling.
+        """
+        if self.head:
+            return self.head
+        modules = {name.split(".")[0] for name in self.weights}
+        pretrained = {"mask_predictions": REPLACED_TOKENS, "lm_predictions": MASKED_LM}
+        return next((head for module, head in pretrained.items() if module in modules), "")
 
     @property
     def head_config(self) -> dict[str, Any]:
@@ -127,7 +141,7 @@ def to_canonical(source: CheckpointSource, *, decoder: str | None = None) -> Can
         num_labels=rows,
         labels=labels if head else {},
         knows_decoder=knows_decoder,
-        is_legacy=head_rules.MASKED_LM in heads
+        is_legacy=MASKED_LM in heads
         and (raw.get("legacy") is True if not is_huggingface else any("cls.predictions." in k for k in source.weights)),
         weights=weights,
         reading=reading,
@@ -226,7 +240,7 @@ def _settle_decoder(
     head was trained with, so that their files say nothing; a position table is only in those that they did not write.
     """
     config, where = reading.config, source.path
-    is_masked_lm = head_rules.MASKED_LM in heads and head_rules.REPLACED_TOKENS not in heads
+    is_masked_lm = MASKED_LM in heads and REPLACED_TOKENS not in heads
     if decoder is not None and not is_masked_lm:
         raise ConfigError(f"{where}: --decoder {decoder} is for masked language models, and this is none")
     if not is_masked_lm or config.position_biased_input:

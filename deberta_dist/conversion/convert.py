@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,9 @@ from deberta_dist.conversion.tokenizer_export import TokenizerResult, write_toke
 from deberta_dist.conversion.torch_files import write_torch_file
 from deberta_dist.conversion.weights import DTYPES, DroppedKey, Weights, in_one_dtype, shorten
 from deberta_dist.errors import ConfigError
-from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from deberta_dist.models.encoder import DebertaModel
-from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.heads import LABELLED, MASKED_LM, model_with_head
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.values import CONVERSION_FORMATS
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -105,6 +104,7 @@ def convert(
     if with_code:
         target = custom_code.with_code(target, model, where=source_path)
 
+    found = _Converted(source=source, model=model, source_dtype=source_dtype, is_rounded=is_rounded, warnings=warnings)
     with new_directory(target_path, force=force, num_bytes=target.num_bytes) as output:
         output.write_text(target.config_name, json.dumps(target.config, indent=2) + "\n")
         notes = target.write(output)
@@ -119,17 +119,54 @@ def convert(
         )
         if to == "huggingface":
             output.write_text("README.md", model_card(source, model, target=target, tokenizer=result, for_hub=for_hub))
-        warnings += [*_warnings(model, target, result, is_rounded=is_rounded), *_left_behind(source, result), *notes]
-        report = make_report(
-            source,
-            model,
-            source_dtype=source_dtype,
-            written=target.weights,
-            lost=target.lost,
-            target_format=f"{to} ({target.architecture})" if target.architecture else to,
-            details={"tokenizer": dataclasses.asdict(result), "warnings": warnings, "files": dict(output.files)},
-        )
-        output.write_text(REPORT_NAME, json.dumps(report, indent=1) + "\n")
+        return _write_report(output, found, target, result, to=to, notes=notes)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What a report says of the source.
+
+    Attributes:
+        source: What was read.
+        model: In published names, in the target's number format.
+        source_dtype: Number formats of the source.
+        is_rounded: Whether the target's is narrower than one of them.
+        warnings: What reading it gave rise to.
+    """
+
+    source: CheckpointSource
+    model: CanonicalCheckpoint
+    source_dtype: Sequence[str]
+    is_rounded: bool
+    warnings: Sequence[str]
+
+
+def _write_report(
+    output: OutputDirectory,
+    found: _Converted,
+    target: Target,
+    tokenizer: TokenizerResult,
+    *,
+    to: str,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Writes the report, after everything else, and returns it."""
+    warnings = [
+        *found.warnings,
+        *_warnings(found.model, target, tokenizer, is_rounded=found.is_rounded),
+        *_left_behind(found.source, tokenizer),
+        *notes,
+    ]
+    report = make_report(
+        found.source,
+        found.model,
+        source_dtype=found.source_dtype,
+        written=target.weights,
+        lost=target.lost,
+        target_format=f"{to} ({target.architecture})" if target.architecture else to,
+        details={"tokenizer": dataclasses.asdict(tokenizer), "warnings": warnings, "files": dict(output.files)},
+    )
+    output.write_text(REPORT_NAME, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -324,9 +361,7 @@ def _warnings(model: CanonicalCheckpoint, target: Target, tokenizer: TokenizerRe
 
 
 def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module, list[str]]:
-    """The model with its first head of: fine-tuning, replaced token detection, masked language modelling; else the backbone.
-
-    A masked language modelling head beside a detector was trained on the generator's encoder, not on this one.
+    """The model of a checkpoint, with the head that `CanonicalCheckpoint.model_head` says.
 
     Args:
         found: The checkpoint; all its weights have one number format.
@@ -338,11 +373,15 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
     Raises:
         CheckpointError: the checkpoint lacks some of them.
     """
+    head = found.model_head
     with without_memory():
-        model = _empty(found)
-    prefix = "deberta." if isinstance(model, DebertaModel) else ""
+        model: nn.Module
+        if head:
+            model, prefix = model_with_head(found.config, head, num_labels=found.num_labels), ""
+        else:
+            model, prefix = DebertaModel(found.config, seed=None), "deberta."
     names = {name: prefix + name for name, _ in model.named_parameters()}
-    if not isinstance(model, DebertaForMaskedLM):
+    if head != MASKED_LM:
         # Absolute positions of a decoder that this model does not have.
         names = {name: key for name, key in names.items() if key in found.weights or key not in found.lacking}
     if missing := [key for key in names.values() if key not in found.weights]:
@@ -351,14 +390,3 @@ def build_model(found: CanonicalCheckpoint, *, where: object) -> tuple[nn.Module
     model.load_state_dict(state, strict=len(names) == len(list(model.parameters())), assign=True)
     model.eval().requires_grad_(False)
     return model, list(names.values())
-
-
-def _empty(found: CanonicalCheckpoint) -> nn.Module:
-    if found.head:
-        return model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
-    heads = {name.split(".")[0] for name in found.weights}
-    if "mask_predictions" in heads:
-        return DebertaForReplacedTokenDetection(found.config)
-    if "lm_predictions" in heads:
-        return DebertaForMaskedLM(found.config)
-    return DebertaModel(found.config, seed=None)

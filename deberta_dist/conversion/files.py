@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deberta_dist.checkpoint.errors import CheckpointError, strict_json
-from deberta_dist.files.foreign import head_of, refuse_foreign, refuse_stand_in
+from deberta_dist.files.foreign import head_of, read_limited, refuse_stand_in
 
 MAX_JSON_BYTES = 64 * 2**20
 
@@ -50,14 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable, too large, or not an object of strict JSON.
     """
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: no configuration or index is")
-    refuse_foreign(text, path, error=CheckpointError)
+    too_large = f"is larger than {MAX_JSON_BYTES >> 20} MiB: no configuration or index is"
+    text = read_limited(path, max_bytes=MAX_JSON_BYTES, too_large=too_large, error=CheckpointError)
     return strict_json.parse(text, file=path)
 
 

@@ -12,11 +12,10 @@ from deberta_dist.conversion.weights import Weights, shorten
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import ReplacedTokenHead
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.heads import LABELLED, MASKED_LM, REPLACED_TOKENS, model_with_head
 from deberta_dist.models.initialisation import without_memory
 from deberta_dist.models.masked_lm import MaskedLMPredictions
 
-MASKED_LM, REPLACED_TOKENS = "masked language modelling", "replaced token detection"
 SUFFIXES: Mapping[str, str] = MappingProxyType(
     {
         "sequence": "ForSequenceClassification",

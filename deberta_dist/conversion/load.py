@@ -15,10 +15,9 @@ from deberta_dist.conversion.options import CheckpointReadOptions
 from deberta_dist.conversion.source import CheckpointSource, open_source
 from deberta_dist.conversion.weights import in_one_dtype, shorten
 from deberta_dist.data.tokenizer import Tokenizer
-from deberta_dist.models.classification import ModelWithBackbone
-from deberta_dist.models.heads import LABELLED, model_with_head
+from deberta_dist.models.encoder import ModelWithBackbone
+from deberta_dist.models.heads import MASKED_LM, model_with_head
 from deberta_dist.models.initialisation import without_memory
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,7 +29,7 @@ def load_masked_lm(
     allow_unmapped: Sequence[str] = (),
     prefix: str | None = None,
     decoder: str | None = None,
-) -> tuple[DebertaForMaskedLM, Tokenizer | None]:
+) -> tuple[ModelWithBackbone, Tokenizer | None]:
     """The masked language model of a checkpoint, in evaluation mode, with the decoder that it was trained with.
 
     Args:
@@ -55,7 +54,7 @@ def load_masked_lm(
     if is_discriminator(found.weights):
         warnings.warn(f"{path}: {GENERATORS_HEAD}", stacklevel=2)
     with without_memory():
-        model = DebertaForMaskedLM(found.config)
+        model = model_with_head(found.config, MASKED_LM)
     names = [name for name, _ in model.named_parameters()]
     if missing := [name for name in names if name not in found.weights]:
         raise CheckpointError(
@@ -87,7 +86,7 @@ def load_with_head(
     if not found.head:
         raise CheckpointError(f"{path} ({source.description}) has no head of fine-tuning")
     with without_memory():
-        model = model_with_head(found.config, found.head, num_labels=found.num_labels if found.head in LABELLED else None)
+        model = model_with_head(found.config, found.head, num_labels=found.num_labels)
     if not found.config.position_biased_input:
         # Only masked language modelling uses the table, and most files lack it.
         model.deberta.embeddings.position_embeddings = None

@@ -20,7 +20,6 @@ from deberta_dist.conversion.output import OutputDirectory
 from deberta_dist.errors import ConfigError, DebertaDistError
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.heads import DebertaForMultipleChoice
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 
 PROGRAM_NAME = "model.onnx"
 DATA_NAME = PROGRAM_NAME + ".data"
@@ -177,7 +176,7 @@ class _Called(nn.Module):
 
     def _call(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        if isinstance(self.model, DebertaForMaskedLM):
+        if hasattr(self.model, "token_logits"):  # its own forward returns as many rows as there are real tokens
             return _Logits(self.model.token_logits(input_ids, attention_mask, **types))
         return self.model(input_ids, attention_mask, **types)
 

@@ -17,7 +17,8 @@ from typing import Any
 from deberta_dist.conversion.tokenizer_names import CONFIG_NAME, JSON_NAME, SPECIAL_NAME
 from deberta_dist.conversion.tokenizer_settings import ROLES, AddedToken, TokenizerSettings
 from deberta_dist.data.sentencepiece_model import BYTE, CONTROL, UNIGRAM, USER_DEFINED, SentencePieceModel, parse_model
-from deberta_dist.data.tokenizer import SPECIAL_PIECES, WORD_START, Tokenizer
+from deberta_dist.data.tokenizer import SPECIAL_PIECES, Tokenizer
+from deberta_dist.data.training_words import WORD_START
 from deberta_dist.errors import DataError
 
 AS_TRAINED = TokenizerSettings()

@@ -78,7 +78,8 @@ class BucketMixture:
         if self.sources[0].epochs is None:
             return None
         pairs = zip(self.sources, self.sizes, strict=True)
-        return sum(Fraction(str(source.epochs)) * sum(size.room) for source, size in pairs) / self.lengths[-1]
+        tokens = sum((Fraction(str(source.epochs)) * sum(size.room) for source, size in pairs), Fraction(0))
+        return tokens / self.lengths[-1]
 
     def sequences_per_step(self, bucket: int) -> int:
         """Sequences of a step of a bucket."""
@@ -189,7 +190,9 @@ class BucketedDataset:
         bucket, before = self.mixture.at(step)
         rows, misfit = divmod(self.mixture.sequences_per_step(bucket) * count, self.samples_per_step)
         assert misfit == 0, "a micro-batch's tokens are a multiple of every length"
-        return self.of_bucket(bucket, before + share * rows, rows)
+        batch = self.of_bucket(bucket, before + share * rows, rows)
+        assert batch is not None, "no step is of an empty bucket"
+        return batch
 
     def of_bucket(self, bucket: int, start: int, count: int) -> Batch | None:
         """The sequences of a bucket at positions start .. start + count - 1 of it; None if it is empty.

@@ -45,7 +45,7 @@ def seed_pieces(words: Mapping[str, int], *, max_pieces: int) -> Iterator[tuple[
     starts = np.flatnonzero(codes).astype(np.int32)
     strings = codes[starts]
     first = np.zeros(len(alphabet), np.int32)
-    count = np.bincount(strings, weights=weights[starts], minlength=len(alphabet))
+    count: np.ndarray = np.bincount(strings, weights=weights[starts], minlength=len(alphabet))
     for length in range(1, MAX_CHARACTERS + 1):
         following = codes[starts + length]
         grows = (following > 0) & (count[strings] >= 2)

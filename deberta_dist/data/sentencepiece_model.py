@@ -57,24 +57,27 @@ def parse_model(content: bytes) -> SentencePieceModel:
         DataError: they are cut short or not of this format.
     """
     try:
-        pieces, trainer, normalizer = [], {}, {}
+        pieces: list[VocabularyPiece] = []
+        trainer: dict[int, int | bytes] = {}
+        normalizer: dict[int, int | bytes] = {}
         for number, value in _fields(content):
             if number == _PIECES:
-                piece = dict(_fields(value))
-                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                pieces.append(VocabularyPiece(piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+                piece = dict(_fields(_bytes(value)))
+                score = struct.unpack("<f", _bytes(piece[2]))[0] if 2 in piece else 0.0
+                pieces.append(VocabularyPiece(_bytes(piece[1]).decode("utf-8"), score, _integer(piece.get(3, NORMAL))))
             elif number == _TRAINER:
-                trainer = dict(_fields(value))
+                trainer = dict(_fields(_bytes(value)))
             elif number == _NORMALIZER:
-                normalizer = dict(_fields(value))
-    except (IndexError, KeyError, TypeError, AttributeError, struct.error, ValueError) as error:
+                normalizer = dict(_fields(_bytes(value)))
+        model_type, charsmap = _integer(trainer.get(3, UNIGRAM)), _bytes(normalizer.get(2, b""))
+    except (IndexError, KeyError, struct.error, ValueError) as error:
         raise DataError("the SentencePiece model is damaged") from error
     return SentencePieceModel(
         pieces=tuple(pieces),
-        model_type=trainer.get(3, UNIGRAM),
+        model_type=model_type,
         byte_fallback=bool(trainer.get(35, False)),
         suffix_whitespace=bool(trainer.get(24, False)),
-        charsmap=normalizer.get(2, b""),
+        charsmap=charsmap,
         add_dummy_prefix=bool(normalizer.get(3, True)),
         remove_extra_whitespaces=bool(normalizer.get(4, True)),
     )
@@ -90,7 +93,8 @@ def without_seeds_file(content: bytes) -> bytes:
         if number != _TRAINER:
             result += content[start:stop]
             continue
-        kept = b"".join(value[a:b] for a, b, inner, _ in _spans(value) if inner != _SEEDS_FILE)
+        trainer = _bytes(value)
+        kept = b"".join(trainer[a:b] for a, b, inner, _ in _spans(trainer) if inner != _SEEDS_FILE)
         result += bytes([_TRAINER << 3 | 2]) + _as_varint(len(kept)) + kept
     return bytes(result)
 
@@ -101,6 +105,18 @@ def _as_varint(number: int) -> bytes:
         result.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*result, number])
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("an integer where bytes are expected")
+    return value
+
+
+def _integer(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise ValueError("bytes where an integer is expected")
+    return value
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -122,7 +123,8 @@ class Mixture:
         """Samples of all sources at their epochs; None where proportions are given."""
         if self.sources[0].epochs is None:
             return None
-        return sum(Fraction(str(source.epochs)) * size for source, size in zip(self.sources, self.sizes, strict=True))
+        pairs = zip(self.sources, self.sizes, strict=True)
+        return sum((Fraction(str(source.epochs)) * size for source, size in pairs), Fraction(0))
 
     def positions(self, consumed: int) -> dict[str, SourcePosition]:
         """Where each source is, by name, after ``consumed`` samples of the run."""
@@ -188,18 +190,7 @@ class BlendedDataset:
         ]
 
     def batch(self, start: int, count: int) -> Batch:
-        """The samples at global positions start .. start + count - 1.
-
-        Args:
-            start: first position, from 0: the number of samples consumed before.
-            count: number of samples, at least 1.
-
-        Returns:
-            A batch of ``count`` sequences, on the CPU. Safe to call from several threads.
-
-        Raises:
-            DataError: as ``MaskedLMDataset.batch``.
-        """
+        """The samples at global positions of the blend; arguments, result and errors are `MaskedLMDataset.batch`'s."""
         if len(self._datasets) == 1:
             return self._datasets[0].batch(start, count)
         sources = torch.tensor(self.mixture.blend.sources_at(start, count))
@@ -215,8 +206,9 @@ class BlendedDataset:
 def in_order(batches: Sequence[Batch], rows: torch.Tensor) -> Batch:
     """One batch whose row ``rows[i]`` is row i of the batches one after another."""
     order = torch.argsort(rows)
-    columns = {}
-    for field in fields(Batch):
-        tensors = [getattr(batch, field.name) for batch in batches]
-        columns[field.name] = None if tensors[0] is None else torch.cat(tensors)[order]
-    return Batch(**columns)
+
+    def column(name: str) -> Any:
+        tensors = [getattr(batch, name) for batch in batches]
+        return None if tensors[0] is None else torch.cat(tensors)[order]
+
+    return Batch(**{field.name: column(field.name) for field in fields(Batch)})

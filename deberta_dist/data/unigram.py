@@ -71,7 +71,7 @@ def blended_counts(
     ]
     totals = [int(count.sum()) for count in counts]
     weights = [sum(totals) * share / total for share, total in zip(proportions, totals, strict=True)]
-    return sum(count * weight for count, weight in zip(counts, weights, strict=True))
+    return sum((count * weight for count, weight in zip(counts, weights, strict=True)), np.zeros(()))
 
 
 def unigram_loss(counts: np.ndarray, target_ids: np.ndarray, *, vocab_size: int) -> UnigramLoss:

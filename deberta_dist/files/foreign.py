@@ -50,6 +50,29 @@ def head_of(path: Path) -> bytes:
         return b""
 
 
+def read_limited(path: Path, *, max_bytes: int, too_large: str, error: type[DebertaDistError]) -> bytes:
+    """A file of limited size that is what its name says.
+
+    Args:
+        path: The file.
+        max_bytes: More are not read.
+        too_large: What to say of a larger one, behind its name.
+        error: What to raise.
+
+    Raises:
+        DebertaDistError: as ``error``; it is unreadable, too large, or another kind of file (`refuse_foreign`).
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror})") from problem
+    if len(content) > max_bytes:
+        raise error(f"{path} {too_large}")
+    refuse_foreign(content, path, error=error)
+    return content
+
+
 def stand_in(head: bytes) -> str | None:
     """What a file is that only says where the real one can be had, and what to do; None for any other.
 

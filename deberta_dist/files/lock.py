@@ -57,7 +57,7 @@ class RunLock:
                 f"{key} = {self.directory} is in use by another run ({holder or 'which has just started'}): "
                 "stop that one, or name another directory"
             )
-        holder = {
+        ours = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,7 +65,7 @@ class RunLock:
         try:
             # A process that died leaves its text behind, which may be longer than ours.
             os.ftruncate(self._file, _HOLDER_OFFSET)
-            write_at(self._file, (json.dumps(holder) + "\n").encode("utf-8"), _HOLDER_OFFSET)
+            write_at(self._file, (json.dumps(ours) + "\n").encode("utf-8"), _HOLDER_OFFSET)
         except OSError as error:
             os.close(self._file)
             raise ConfigError(

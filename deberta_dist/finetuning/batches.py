@@ -56,14 +56,18 @@ class TaskBatch:
         if device.type == "cpu":
             return self
         pinned = PinnedTensors(self._tensors())
-        return TaskBatch(*pinned.tensors, self.has_choices, pinned)
+        return self._made_of(pinned.tensors, pinned)
 
     def to(self, device: torch.device) -> "TaskBatch":
         """The same on a device, by one copy; does not wait for it."""
         if device.type == "cpu":
             return self
         tensors = to_device(self._tensors(), device) if self.pinned is None else self.pinned.to(device)
-        return TaskBatch(*tensors, self.has_choices)
+        return self._made_of(tensors)
+
+    def _made_of(self, tensors: Sequence[Tensor], pinned: PinnedTensors | None = None) -> "TaskBatch":
+        ids, mask, types, slots, is_choice, gold = tensors
+        return TaskBatch(ids, mask, types, slots, is_choice, gold, self.has_choices, pinned)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.input_ids, self.attention_mask, self.token_type_ids, self.slots, self.is_choice, self.gold

@@ -33,6 +33,7 @@ class FineTuneResult:
         sift_loss: Adversarial loss, mean over the step's decisions, unweighted; None without SiFT.
         accuracy: Share of decisions whose best label is a right one.
         grad_norm: Global norm before clipping; None when the step was skipped.
+        learning_rate: Of the step.
         num_tokens: Read by the step, over all ranks, padding left out.
     """
 
@@ -40,6 +41,7 @@ class FineTuneResult:
     sift_loss: float | None
     accuracy: float
     grad_norm: float | None
+    learning_rate: float
     num_tokens: int
 
 
@@ -91,7 +93,14 @@ class FineTuner:
             self.model, mesh=self._mesh, count=count, learning_rate=learning_rate, forward_backward=forward_backward
         )
         loss, sift_loss, correct, _ = (total / num_decisions for total in totals)
-        return FineTuneResult(loss, None if self._sift is None else sift_loss, correct, grad_norm, int(totals[3]))
+        return FineTuneResult(
+            loss=loss,
+            sift_loss=None if self._sift is None else sift_loss,
+            accuracy=correct,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            num_tokens=int(totals[3]),
+        )
 
     def _one(self, batch: TaskBatch, *, key: int, scale: Tensor, loss_scale: float) -> Tensor:
         """Gradients of one micro-batch; returns its sums of losses, adversarial losses, right answers, tokens."""

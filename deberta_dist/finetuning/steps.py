@@ -20,7 +20,6 @@ from deberta_dist.training.metrics import MetricsLog
 
 # Steps in a row that no rank could take before the run gives up.
 MAX_SKIPPED_IN_A_ROW = 20
-NETWORK = "classifier"
 
 
 @dataclass
@@ -86,7 +85,7 @@ class TaskSteps:
     def take(self, batch: StepDecisions, *, step: int, learning_rate: float) -> dict[str, FineTuneResult]:
         """Takes a step."""
         result = self._tuner.step(batch.batches, num_decisions=batch.count, step=step, learning_rate=learning_rate)
-        return {NETWORK: result}
+        return {"": result}
 
     @staticmethod
     def numbers(step: FinishedStep[StepDecisions], result: FineTuneResult) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Disentangled attention on plain tensors: the operator every model layer calls, and the choice of who computes it.
+"""Disentangled attention on plain tensors: the operator that every model layer calls, and the dispatch to an implementation.
 
 With d(i, j) the row of the relative table for query i and key j:
 
@@ -40,37 +40,40 @@ def disentangled_attention(
     return_probabilities: bool = False,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention whose scores see content and relative position apart.
+    """Attention with separate scores for content and relative position.
 
     Scores and softmax are float32 (float64 if given float64) whatever the inputs are. The implementations agree in
     values, gradients and dropout masks.
 
+    It has many parameters because it is an operator: each is one tensor or one number of the formula.
+
     Args:
-        query_BNQH: content queries.
-        key_BNSH: content keys.
-        value_BNSH: content values; their dtype is the output's.
-        positions: which row of the relative table belongs to which (query, key).
-        rel_key_NRH: projected relative table for content-to-position (c2p); absent means no such term.
-        rel_query_NRH: the same for position-to-content (p2c).
+        query_BNQH: Projected hidden states of the tokens that attend, divided into heads.
+        key_BNSH: Projected hidden states of the tokens that are attended to, divided into heads.
+        value_BNSH: What is averaged; its dtype is the output's.
+        positions: The row of the relative table for each pair of query and key.
+        rel_key_NRH: Projected relative table for content-to-position (c2p) scores; None for no such term.
+        rel_query_NRH: Projected relative table for position-to-content (p2c) scores; None for no such term.
         p2c_BNSR: `position_scores` of the keys with ``rel_query_NRH``, for callers that attend to the same keys
             more than once; replaces ``rel_query_NRH``.
-        mask: who sees whom; a query that sees no key gets exactly zero.
-        dropout_p: share of probabilities to drop, in [0, 1).
-        dropout_seed: decides which (see `kernels.dropout`); 64 bits.
-        counted_queries: what is dropped is as if there were so many queries, and those behind them padding; absent: all.
-        recompute: keep nothing of size Q x S for the backward pass, which computes the probabilities again; the fused
-            implementation never does otherwise.
-        return_probabilities: also return the probabilities, before dropout; the reference computes them.
+        mask: Which query sees which key; a query that sees no key gets exactly zero. None: all see all.
+        dropout_p: Share of probabilities to drop, in [0, 1).
+        dropout_seed: 64 bits that decide which are dropped (see `kernels.dropout`).
+        counted_queries: Queries beyond this number are padding: the others' dropout is as if they were not there. None: no
+            padding.
+        recompute: Save nothing of size Q x S for the backward pass, which recomputes the probabilities. The fused
+            implementation always does this.
+        return_probabilities: Also return the probabilities before dropout, which only the reference computes.
         implementation: "reference" (the formula, differentiable any number of times), "portable" (fast on any
             device, differentiable once) or "fused" (Triton kernels for NVIDIA GPUs, differentiable once, see
-            `kernels.fused`); absent: the fastest that can do what is asked.
+            `kernels.fused`). None: the fastest that supports the other arguments.
 
     Returns:
-        context [B, N, Q, H], and probabilities [B, N, Q, S] (float32) or None.
+        Context [B, N, Q, H], and probabilities [B, N, Q, S] (float32) or None.
 
     Raises:
-        ValueError: both ``rel_query_NRH`` and ``p2c_BNSR`` are given, ``dropout_p`` is no probability below 1, or
-            ``implementation`` is unknown or cannot do what is asked.
+        ValueError: both ``rel_query_NRH`` and ``p2c_BNSR`` are given, ``dropout_p`` is not in [0, 1), or
+            ``implementation`` is unknown or does not support the other arguments.
     """
     if rel_query_NRH is not None and p2c_BNSR is not None:
         raise ValueError("rel_query_NRH and p2c_BNSR are two forms of one term; give one of them")

@@ -1,7 +1,7 @@
-"""Who computes an attention: the one place that decides it.
+"""Which implementation computes an attention; nothing else decides it.
 
-A program that `torch.export` makes holds the formula itself: the other implementations cut their work by the sizes they
-see, and would fix them.
+`torch.export` always gets the formula: the other implementations divide their work by the sizes they see, so that the
+exported program would work for those sizes only.
 """
 
 import torch
@@ -22,14 +22,15 @@ def dispatch_implementation(
     mask: AttentionMask | None,
     return_probabilities: bool,
 ) -> str:
-    """One of ``IMPLEMENTATIONS``: the one asked for, or the fastest that can do what is asked.
+    """One of ``IMPLEMENTATIONS``: the one asked for, or the fastest that supports the arguments.
 
     Args:
-        asked: see `disentangled_attention`, like the others.
-        operands: queries, keys, values, rel_key, rel_query and p2c.
+        asked: ``implementation`` of `disentangled_attention`; None for the fastest.
+        operands: queries, keys, values, rel_key, rel_query and p2c, as given to `disentangled_attention`.
+        positions: its argument of the same name, like the following two.
 
     Raises:
-        ValueError: ``asked`` is unknown or cannot do what is asked.
+        ValueError: ``asked`` is unknown or does not support the other arguments.
     """
     if asked is not None and asked not in IMPLEMENTATIONS:
         raise ValueError(f"implementation = {asked!r} is not one of {', '.join(IMPLEMENTATIONS)}")
@@ -41,6 +42,7 @@ def dispatch_implementation(
         return asked
     *rest, p2c_BNSR = operands
     key_BNSH = rest[1]
+    assert key_BNSH is not None, "only tables may be absent"
     reason = unavailable_reason(
         key_BNSH,
         positions=positions,
@@ -50,7 +52,7 @@ def dispatch_implementation(
     )
     if asked is not None:
         if reason is not None:
-            raise ValueError(f"implementation = {asked!r} cannot be had: {reason}")
+            raise ValueError(f"implementation = {asked!r} is not available: {reason}")
         return asked
     if return_probabilities:
         return "reference"
@@ -65,9 +67,9 @@ def prefers_position_scores(
     mask: AttentionMask | None,
     implementation: str | None = None,
 ) -> bool:
-    """Whether who attends to the same keys more than once should make their `position_scores` ahead.
+    """Whether a caller that attends to the same keys more than once should compute their `position_scores` ahead.
 
-    The fused attention keeps no products of that size: it makes them for each call.
+    Not for the fused attention, which computes those products within each call and saves none.
     """
     if torch.compiler.is_exporting():
         return True

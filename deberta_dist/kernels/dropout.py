@@ -1,13 +1,12 @@
-"""Random words as a function of a seed and a place: which attention probabilities are dropped.
+"""Random words as a function of a seed and a position: they decide which attention probabilities are dropped.
 
-The word of (seed, sample b, head n, query i, key j) depends on nothing else, so the mask is the same for any chunks in
-which it is computed, when it is computed again, on any device, and in every implementation. In 32-bit two's complement
-with arithmetic shifts:
+The word of (seed, sample b, head n, query i, key j) depends on nothing else, so the mask is the same for any chunking, when
+recomputed, on any device, and in every implementation. In 32-bit two's complement with arithmetic shifts:
 
     (lo, hi) = splitmix64(seed + ((b N + n) Q + i + 1) G)     halves of one 64-bit word per row
     x = lo + j C;  x ^= x >> 16;  x = x M1 + hi;  x ^= x >> 15;  x = x M2;  dropped iff (x >> 1) < round(p 2^31) - 2^30
 
-Integer passes over the scores cost a fraction of what drawing from a generator does.
+A few integer passes over the scores cost a fraction of drawing as many numbers from a generator.
 
 Letters: B batch, N heads, Q queries, S keys.
 
@@ -35,7 +34,7 @@ def mix_key(key: int, *numbers: int) -> int:
 
 
 def keep_probability(p: float) -> float:
-    """The share that is kept where ``p`` is dropped, to the last of 31 bits: what is kept is divided by it."""
+    """Exactly the share that is kept when ``p`` is dropped, as thresholds have 31 bits; kept values are divided by it."""
     return 1.0 - round(p * 2**31) / 2**31
 
 
@@ -56,11 +55,12 @@ def row_words(
 ) -> tuple[Tensor, Tensor]:
     """The two 32-bit words of every row, int32 [n, b, Q, 1] each, for n of N ``heads`` and b samples, ``batch``.
 
-    The words are those of ``counted`` queries, absent: of all; rows of further ones, padding, repeat words of others.
+    Rows are numbered as if each head had ``counted`` queries (None: all of them). Queries beyond these are padding; their
+    rows repeat the words of others.
     """
 
-    def numbers(part: slice) -> Tensor:
-        return torch.arange(part.start, part.stop, device=device)
+    def numbers(indices: slice) -> Tensor:
+        return torch.arange(indices.start, indices.stop, device=device)
 
     rows_before = num_queries if counted is None else counted
     rows = (numbers(batch)[None, :, None] * num_heads + numbers(heads)[:, None, None]) * rows_before
@@ -82,9 +82,9 @@ def drop_words_(words: Tensor, spare: Tensor, rows: tuple[Tensor, Tensor], *, p:
     """Fills ``words``, int32 [n, b, Q, S], with numbers that are negative exactly where to drop; returns it.
 
     Args:
-        words: result.
-        spare: of the same shape and dtype; overwritten.
-        rows: `row_words`.
+        words: memory for the result.
+        spare: scratch memory of the same shape and dtype.
+        rows: the two words of each row, from `row_words`.
         p: probability of dropping, in [0, 1).
     """
     low, high = rows
@@ -101,7 +101,7 @@ def drop_words_(words: Tensor, spare: Tensor, rows: tuple[Tensor, Tensor], *, p:
 def dropped(
     seed: int, *, p: float, shape: tuple[int, int, int, int], device: torch.device, counted: int | None = None
 ) -> Tensor:
-    """Where to drop, bool [B, N, Q, S]; ``counted`` as of `row_words`."""
+    """Where to drop, bool [B, N, Q, S]; for ``counted`` see `row_words`."""
     batch, heads, queries, keys = shape
     words = torch.empty(heads, batch, queries, keys, dtype=torch.int32, device=device)
     rows = row_words(
@@ -121,7 +121,7 @@ def mark_dropped_(probabilities: Tensor, words: Tensor) -> None:
 
     Args:
         probabilities: not negative; float32 or float64.
-        words: `drop_words_`; overwritten.
+        words: from `drop_words_`, of the same shape; overwritten.
     """
     if probabilities.dtype == torch.float32:
         probabilities.view(torch.int32).bitwise_or_(words.bitwise_and_(_SIGN))

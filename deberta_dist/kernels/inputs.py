@@ -1,4 +1,4 @@
-"""What all implementations share: scale, precision of scores, products with the relative table.
+"""What all implementations share: scale, precision of scores, products with the relative table, layout of gradients.
 
 Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the relative table.
 """
@@ -11,18 +11,13 @@ from torch import Tensor
 
 from deberta_dist.kernels.masks import AttentionMask, RelativePositions
 
-# Of GPUs whose tensor cores multiply the dtype.
+# Least compute capability whose tensor cores multiply the dtype.
 _LEAST_CAPABILITY = {torch.float16: (7, 0), torch.bfloat16: (8, 0)}
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """Everything but the operands that `disentangled_attention` is called with.
-
-    Attributes:
-        scale: of all scores.
-        positions, mask, dropout_p, dropout_seed, recompute, counted_queries: see there.
-    """
+    """Arguments of `disentangled_attention` other than tensors with gradients, and the scale that follows from them."""
 
     scale: float
     positions: RelativePositions
@@ -44,14 +39,14 @@ def widened(x: Tensor) -> Tensor:
 
 
 def score_dtype(x: Tensor) -> torch.dtype:
-    """Of scores and of sums of products: float64 for float64, else float32."""
+    """Dtype of scores and of sums of products: float64 if ``x`` is, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def multiplies_halves(x: Tensor) -> bool:
-    """Whether 16-bit factors of this dtype and device are multiplied as they are, with float32 sums.
+    """Whether 16-bit factors on this device are multiplied as they are, with float32 sums.
 
-    NVIDIA GPUs with tensor cores for the dtype do. CPUs without matrix units do it more slowly than float32.
+    Only on NVIDIA GPUs with tensor cores for the dtype; on CPUs without matrix units it is slower than float32.
     """
     if x.device.type != "cuda" or torch.version.hip is not None or x.dtype not in _LEAST_CAPABILITY:
         return False
@@ -76,17 +71,17 @@ def product_into(out: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0
 
 
 def half_product_into(out: Tensor, left: Tensor, right: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """The same of two 16-bit factors on a GPU: products and sums float32, as tensor cores make them."""
+    """As `product_into`, for two 16-bit factors on a GPU: tensor cores multiply them and sum in float32."""
     return torch.baddbmm(out, left, right, torch.float32, beta=beta, alpha=alpha, out=out)
 
 
 def refuse_second_derivative(implementation: str) -> None:
-    """For backward passes that cannot be differentiated themselves.
+    """Called by backward passes that cannot be differentiated themselves.
 
-    Not `once_differentiable`: it overlooks gradients of gradients that begin with a constant.
+    torch's `once_differentiable` would not do: it raises no error if the incoming gradient is a constant.
 
     Raises:
-        RuntimeError: a derivative of this backward pass is prepared.
+        RuntimeError: autograd is recording this backward pass, to differentiate it.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -96,17 +91,17 @@ def refuse_second_derivative(implementation: str) -> None:
 
 
 def empty_token_gradients(query_BNQH: Tensor, key_BNSH: Tensor, value_BNSH: Tensor) -> list[Tensor]:
-    """Uninitialised, laid out as the projections' outputs are, so that no one has to copy them: [B, S, N, H].
+    """Uninitialised gradients laid out like the projections' outputs, [B, S, N, H], so that nothing has to copy them.
 
-    Those of one length and dtype are slices of one tensor, as the outputs of one product are.
+    Those with the keys' shape and dtype are slices of one tensor, as are the outputs of the fused QKV product.
     """
     operands = query_BNQH, key_BNSH, value_BNSH
     is_like_keys = [(x.shape, x.dtype) == (key_BNSH.shape, key_BNSH.dtype) for x in operands]
     batch, heads, length, head_size = key_BNSH.shape
-    parts = iter(key_BNSH.new_empty(batch, length, sum(is_like_keys), heads, head_size).unbind(2))
+    slices = iter(key_BNSH.new_empty(batch, length, sum(is_like_keys), heads, head_size).unbind(2))
     gradients = [
-        next(parts) if is_part else x.new_empty(x.transpose(1, 2).shape)
-        for x, is_part in zip(operands, is_like_keys, strict=True)
+        next(slices) if is_slice else x.new_empty(x.transpose(1, 2).shape)
+        for x, is_slice in zip(operands, is_like_keys, strict=True)
     ]
     return [gradient.transpose(1, 2) for gradient in gradients]
 

@@ -1,14 +1,14 @@
-"""Fast attention in plain torch, on any device: an autograd function of our own.
+"""Fast attention in plain torch, on any device, as an autograd function.
 
-Where autograd's form of the formula spends its time and memory, and what is done here instead:
+What makes it faster and smaller than the formula under autograd:
 
-- The scores of a few heads and samples are made, used and left while they are in cache; nothing larger exists, but for
-  what is kept.
+- The scores of a few heads and samples at a time (a chunk) are computed and used while they are in cache. Nothing larger
+  exists, except for the saved tensor.
 - Position terms need no index where queries and keys are 0, 1, 2, ... (see `position_terms`).
-- One tensor of size Q x S is kept, in the values' dtype: the probabilities, negative where dropped. With ``recompute``
-  none is; the backward pass makes the same chunks again, to the same bits.
-- Masks are one addend and one factor for all heads, products are scaled and added to scores as they are made.
-- GPUs multiply 16-bit operands as they are and add up in float32; on a CPU float32 is faster.
+- A single tensor of size Q x S is saved, in the values' dtype: the probabilities, negative where dropped. With ``recompute``
+  none is saved; the backward pass recomputes the same chunks, to the same bits.
+- A mask is one addend and one factor for all heads; products are scaled and added to the scores in the same call.
+- GPUs multiply 16-bit operands directly and sum in float32; on a CPU float32 is faster.
 
 It can be differentiated once.
 
@@ -34,11 +34,11 @@ from deberta_dist.kernels.inputs import (
 )
 from deberta_dist.kernels.position_terms import Chunk, position_terms
 
-# Scores of a chunk, bytes. On a CPU what fits beside its neighbours in a last-level cache; elsewhere launches cost more
-# than traffic.
+# Bytes of a chunk's scores. On a CPU they fit into the last-level cache with the tensors beside them; on a GPU launching more
+# kernels would cost more than memory traffic.
 CHUNK_BYTES = {"cpu": 4 * 2**20}
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-# Rows of a band's block: more waste more products, fewer make them less efficient.
+# Rows of a band's block: more rows waste more of each product, fewer make the products less efficient.
 BLOCK = 64
 
 
@@ -53,7 +53,7 @@ def portable_attention(
 ) -> Tensor:
     """Context; arguments as of `disentangled_attention`."""
     operands = query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH, p2c_BNSR
-    # Inside of the function nothing tells whether there will be a backward pass.
+    # Within an autograd function, grad mode is off: whether there will be a backward pass is only known here.
     needs_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     return _PortableAttention.apply(*operands, call, needs_backward)
 
@@ -68,10 +68,10 @@ class _PortableAttention(torch.autograd.Function):
         if needs_backward and not call.recompute:
             saved_NBQS = value.new_empty(heads, batch, num_queries, value.shape[2])
         context = value.new_empty(batch, num_queries, heads, value.shape[3]).transpose(1, 2)
-        work = _Work(*operands, call)
+        work = _Work(*operands, call=call)
         for chunk in work.chunks():
-            kept = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
-            context[chunk.samples, chunk.heads] = work.forward(chunk, kept=kept).transpose(0, 1)
+            saved = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
+            context[chunk.samples, chunk.heads] = work.forward(chunk, saved=saved).transpose(0, 1)
         if needs_backward:
             ctx.save_for_backward(*operands, saved_NBQS)
             ctx.call = call
@@ -81,11 +81,11 @@ class _PortableAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient_BNQH: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("portable")
         *operands, saved_NBQS = ctx.saved_tensors
-        work = _Work(*operands, ctx.call)
+        work = _Work(*operands, call=ctx.call)
         gradients = empty_token_gradients(*operands[:3])
         for chunk in work.chunks():
-            kept = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
-            results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], kept=kept)
+            saved = None if saved_NBQS is None else saved_NBQS[chunk.heads, chunk.samples]
+            results = work.backward(chunk, gradient_BNQH[chunk.samples, chunk.heads], saved=saved)
             for gradient, result in zip(gradients, results, strict=True):
                 gradient[chunk.samples, chunk.heads] = result.transpose(0, 1)
         return *gradients, *work.position_gradients(), None, None
@@ -93,7 +93,7 @@ class _PortableAttention(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class _Operands:
-    """Of one chunk, as factors, heads first: [C, B, Q or S, H]."""
+    """The inputs of one chunk as factors of products, heads first: [C, B, Q or S, H]."""
 
     query: Tensor
     key: Tensor
@@ -111,6 +111,7 @@ class _Work:
         rel_key_NRH: Tensor | None,
         rel_query_NRH: Tensor | None,
         p2c_BNSR: Tensor | None,
+        *,
         call: AttentionCall,
     ) -> None:
         self._query, self._key, self._value = query_BNQH, key_BNSH, value_BNSH
@@ -128,7 +129,7 @@ class _Work:
         return self._query.shape[2], self._key.shape[2]
 
     def chunks(self) -> Iterator[Chunk]:
-        """All heads and samples in order: several heads with all samples each, or one head with some."""
+        """All heads and samples in order: several heads with all samples each, or one head with some of the samples."""
         batch, heads = self._query.shape[:2]
         limit = CHUNK_BYTES.get(self._query.device.type, DEFAULT_CHUNK_BYTES)
         num_queries, num_keys = self._lengths
@@ -138,21 +139,21 @@ class _Work:
             for sample in range(0, batch, max(1, num_samples)):
                 yield Chunk(slice(head, min(head + num_heads, heads)), slice(sample, min(sample + num_samples, batch)))
 
-    def forward(self, chunk: Chunk, *, kept: Tensor | None) -> Tensor:
-        """Context of a chunk [C, B, Q, H]; fills ``kept`` [C, B, Q, S] for the backward pass."""
+    def forward(self, chunk: Chunk, *, saved: Tensor | None) -> Tensor:
+        """Context of a chunk [C, B, Q, H]; fills ``saved`` [C, B, Q, S] for the backward pass."""
         operands = self._operands(chunk)
-        probabilities = self._signed_probabilities(chunk, operands, kept=kept)
+        probabilities = self._signed_probabilities(chunk, operands, saved=saved)
         attended = self._attended(probabilities) if self._call.dropout_p > 0.0 else probabilities
         return _product(attended, operands.value, scale=self._inverse_keep)
 
-    def backward(self, chunk: Chunk, gradient_BCQH: Tensor, *, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value of a chunk, [C, B, Q or S, H]; adds up those of the position operands.
+    def backward(self, chunk: Chunk, gradient_BCQH: Tensor, *, saved: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value of a chunk, [C, B, Q or S, H]; adds to those of the relative tables.
 
-        With P the probabilities, D those that are not dropped (P or 0) over the kept share, G the context's gradient:
+        With P the probabilities, D = P / keep probability where not dropped and 0 elsewhere, G the context's gradient:
         dV = D^T G, T = D * (G V^T), dscores = T - P rowsum(T).
         """
         operands = self._operands(chunk)
-        signed = self._signed_probabilities(chunk, operands, kept=None) if kept is None else kept.to(score_dtype(kept))
+        signed = self._signed_probabilities(chunk, operands, saved=None) if saved is None else saved.to(score_dtype(saved))
         gradient = as_factor(gradient_BCQH.transpose(0, 1)).contiguous()
         if self._call.dropout_p > 0.0:
             attended = self._attended(signed)
@@ -161,7 +162,7 @@ class _Work:
             row_sums = d_scores.sum(-1, keepdim=True)
             d_scores.addcmul_(torch.abs(signed, out=attended), row_sums, value=-1)
         else:
-            # The same, but for P * (G V^T - rowsum): less is lost where the two are close.
+            # The same as P * (G V^T - rowsum), which loses less precision where the two are close.
             d_value = _product(signed.transpose(2, 3), gradient)
             d_scores = self._d_probabilities(gradient, operands)
             d_scores = torch.ops.aten._softmax_backward_data(d_scores, signed, -1, signed.dtype)
@@ -176,31 +177,32 @@ class _Work:
         return d_query, d_key, d_value
 
     def position_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of rel_key, rel_query and p2c, in their dtypes."""
+        """Gradients of rel_key, rel_query and p2c, in their dtypes."""
         c2p, p2c = self._terms
-        d_rel_key = None if c2p is None else c2p.operand_gradient().to(self._rel_key.dtype)
+        d_rel_key = None if c2p is None or self._rel_key is None else c2p.operand_gradient().to(self._rel_key.dtype)
         if p2c is None:
             return d_rel_key, None, None
         gradient = p2c.operand_gradient()
         if self._p2c is not None:
             return d_rel_key, None, gradient
+        assert self._rel_query is not None, "p2c is made of one of the two"
         return d_rel_key, gradient.to(self._rel_query.dtype), None
 
     def _operands(self, chunk: Chunk) -> _Operands:
         operands = (self._query, self._key, self._value)
-        # Each is in several products, which would copy it themselves.
+        # Contiguous once here: each is in several products, every one of which would copy it.
         return _Operands(*(as_factor(x[chunk.samples, chunk.heads].transpose(0, 1)).contiguous() for x in operands))
 
-    def _signed_probabilities(self, chunk: Chunk, operands: _Operands, *, kept: Tensor | None) -> Tensor:
+    def _signed_probabilities(self, chunk: Chunk, operands: _Operands, *, saved: Tensor | None) -> Tensor:
         """Probabilities [C, B, Q, S] in the scores' precision, rounded to the values' dtype, negative where dropped."""
         query, key = operands.query, operands.key
         is_exact = score_dtype(query) == self._value.dtype
         shape = (*query.shape[:3], key.shape[2])
-        # Memory that the chunk before has left in the cache; what is kept is written once, in order.
+        # The workspace is still in cache from the chunk before; the saved tensor is written once, in order.
         scores = self._workspace("scores", shape, score_dtype(query))
         matrices = scores.view(-1, *shape[2:])
         is_empty = True
-        # The costlier to add goes first: what is first is only written.
+        # The term that is costlier to add (p2c, transposed) goes first: the first is written, not added.
         for term, content in zip(reversed(self._terms), (key, query), strict=True):
             if term is not None:
                 term.add(content, scores, chunk, is_first=is_empty)
@@ -210,7 +212,7 @@ class _Work:
         addend, factor = self._mask
         if addend is not None:
             scores.add_(addend[chunk.samples if addend.shape[0] > 1 else slice(None)])
-        probabilities = kept if kept is not None and is_exact else scores
+        probabilities = saved if saved is not None and is_exact else scores
         torch.softmax(scores, dim=-1, out=probabilities)
         if factor is not None:
             probabilities.mul_(factor[chunk.samples if factor.shape[0] > 1 else slice(None)])
@@ -218,7 +220,7 @@ class _Work:
             self._mark_dropped(probabilities, chunk)
         if is_exact:
             return probabilities
-        rounded = probabilities.to(self._value.dtype) if kept is None else kept.copy_(probabilities)
+        rounded = probabilities.to(self._value.dtype) if saved is None else saved.copy_(probabilities)
         return probabilities.copy_(rounded)
 
     def _attended(self, signed: Tensor) -> Tensor:
@@ -245,7 +247,7 @@ class _Work:
         mark_dropped_(probabilities, drop_words_(words, spare, rows, p=self._call.dropout_p))
 
     def _workspace(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of this name, the same for every chunk."""
+        """Scratch memory called ``name``, reused by every chunk."""
         size = math.prod(shape)
         if name not in self._workspaces:
             self._workspaces[name] = torch.empty(size, dtype=dtype, device=self._query.device)

@@ -1,19 +1,20 @@
 """One position term of the scores, forward and backward, for a chunk of heads and samples.
 
-A term is made of rows, one per token of one side, times the relative table: queries for c2p, keys for p2c. What is
-added to score [i, j] is the product with the row of i - j, so c2p and p2c are one thing with the two sides swapped:
+A term is the product of the tokens of one side with the relative table: queries for c2p, keys for p2c. Score [i, j] gets the
+product with the row of distance i - j, so c2p and p2c are the same with the two sides swapped:
 
     c2p: term[x, y] = scale q_x . Kr[row(x - y)]    p2c: term[x, y] = scale k_x . Qr[row(y - x)], added to score [y, x]
 
-`BandTerm`: where both sides are 0, 1, 2, ... the table is laid out by distance, and a block of b rows needs a window of
-Y + b - 1 of its rows. In the product [b, Y + b - 1] the wanted elements lie on a band: a view with a stride one less
-than a row's. No element is gathered by index, and the backward pass writes the same band into a block of zeros.
-`GatherTerm`: for queries anywhere, products with all rows of the table, gathered by index.
+`BandTerm`: where both sides are 0, 1, 2, ... the table is laid out by distance, and a block of b tokens needs a window of
+Y + b - 1 of its rows. In the product [b, Y + b - 1] the wanted elements form a diagonal band, which is a view whose stride is
+one less than the row's. So no element is gathered by index, and the backward pass writes the same band into a block of zeros.
+`GatherTerm`: for queries at any positions, products with all rows of the table, gathered by index.
 
 Letters: C heads of the chunk, B its samples, X tokens of this side, Y of the other, H head size, R table rows,
 L distances.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -26,34 +27,34 @@ MIN_BLOCKED_TRANSPOSITION = 3600
 
 
 class Chunk(NamedTuple):
-    """Heads and samples that are computed together."""
+    """Heads and samples of one pass through the caches."""
 
     heads: slice
     samples: slice
 
 
 class PositionTerm(Protocol):
-    """What `BandTerm` and `GatherTerm` have in common."""
+    """The interface of `BandTerm` and `GatherTerm`."""
 
     def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
         """Adds the term to the scores; writes it if it is the first."""
 
     def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
-        """Adds the gradient of the rows to ``into_CBXH``, unless products were given; adds up that of the operand."""
+        """Adds the tokens' gradient to ``into_CBXH``, unless products were given, and the operand's to its sum over chunks."""
 
     def operand_gradient(self) -> Tensor:
-        """Gradient of the table [N, R, H], or of the products given [B, N, X, R], of all chunks so far."""
+        """Gradient of the table [N, R, H], or of the given products [B, N, X, R], summed over the chunks so far."""
 
 
 class BandTerm:
-    """Sides 0, 1, 2, ...: no index.
+    """The term where queries and keys are at positions 0, 1, 2, ...: needs no index.
 
     Args:
         table_NRH: projected table of all heads, as a factor.
         rows_L: its row for each of the X + Y - 1 distances, in the order in which y ascends; int64.
-        scale: of the products.
+        scale: factor on the products, that of all scores.
         transposed: scores are [y, x] (p2c).
-        block: rows per block.
+        block: tokens of a block, b.
     """
 
     def __init__(self, table_NRH: Tensor, *, rows_L: Tensor, scale: float, transposed: bool, block: int) -> None:
@@ -70,13 +71,13 @@ class BandTerm:
         """See `PositionTerm`."""
         scores = scores_CBQS.transpose(2, 3) if self._transposed else scores_CBQS
         workspace = None
-        for part, rows, window in self._blocks(self._cut(content_CBXH), shape=scores.shape):
+        for tokens, rows, window in self._blocks(self._cut(content_CBXH), shape=scores.shape):
             shape = (*rows.shape[:2], window.stop - window.start)
             if workspace is None:
                 workspace = scores.new_empty(shape).view(-1)
             products = workspace[: shape[0] * shape[1] * shape[2]].view(shape)
             product_into(products, rows, self._table_NLH[chunk.heads, window].transpose(1, 2), scale=self._scale)
-            target = scores[:, :, part]
+            target = scores[:, :, tokens]
             band = _band(products, target.shape)
             target.copy_(band) if is_first else target.add_(band)
 
@@ -88,13 +89,13 @@ class BandTerm:
         cut = self._cut(content_CBXH)
         d_cut = [torch.empty_like(rows, dtype=score_dtype(rows)) for rows in cut]
         blocks = self._blocks(cut, shape=gradient.shape)
-        for (part, rows, window), d_rows in zip(blocks, (block for group in d_cut for block in group), strict=True):
+        for (tokens, rows, window), d_rows in zip(blocks, (block for group in d_cut for block in group), strict=True):
             shape = (*rows.shape[:2], window.stop - window.start)
-            # The band covers the same elements in every block: what is zero beside it stays zero.
+            # The band covers the same elements in every block, so the zeros beside it need no second filling.
             if shape not in self._zeros:
                 self._zeros[shape] = rows.new_zeros(shape)
             products = self._zeros[shape]
-            source = gradient[:, :, part]
+            source = gradient[:, :, tokens]
             _band(products, source.shape).copy_(source)
             product_into(d_rows, products, self._table_NLH[chunk.heads, window], scale=self._scale)
             target = self._gradient_NLH[chunk.heads, window]
@@ -103,11 +104,12 @@ class BandTerm:
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
+        assert self._gradient_NLH is not None, "backward comes before"
         gradient = self._gradient_NLH.new_zeros(self._table_shape)
         return gradient.index_add_(1, self._rows_L, self._gradient_NLH)
 
     def _cut(self, content_CBXH: Tensor) -> list[Tensor]:
-        """Rows by blocks, [blocks, C, B * b, H]: the whole blocks, then a shorter one if there is one."""
+        """Tokens by blocks, [blocks, C, B * b, H]: the whole blocks, then a shorter one if tokens are left."""
         num_rows = content_CBXH.shape[2]
         whole = num_rows - num_rows % self._block
         groups = ((content_CBXH[:, :, :whole], self._block), (content_CBXH[:, :, whole:], num_rows - whole))
@@ -116,7 +118,7 @@ class BandTerm:
         ]
 
     def _add_cut(self, cut: list[Tensor], target_CBXH: Tensor) -> None:
-        """Adds what is laid out as `_cut` gives it."""
+        """Adds blocks laid out as by `_cut`."""
         start = 0
         for group in cut:
             rows = group.unflatten(2, (target_CBXH.shape[1], -1)).permute(1, 2, 0, 3, 4)
@@ -125,7 +127,7 @@ class BandTerm:
             start = stop
 
     def _blocks(self, cut: list[Tensor], *, shape: torch.Size) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Of each block: its rows as a slice, their content [C, B * b, H] and the window of the table."""
+        """Per block: its tokens as a slice, their content [C, B * b, H], and its window of the table."""
         _, _, num_rows, num_columns = shape
         starts = range(0, num_rows, self._block)
         for start, rows in zip(starts, (block for group in cut for block in group), strict=True):
@@ -134,11 +136,11 @@ class BandTerm:
 
 
 class GatherTerm:
-    """Queries anywhere.
+    """The term for queries at any positions.
 
     Args:
         table_NRH: projected table of all heads, as a factor; None if products are given.
-        products_BNXR: products of all rows with it, scaled, made before.
+        products_BNXR: scaled products of all tokens with it, if the caller has computed them.
         index_BXY: row of the table for every pair, int64.
         transposed: scores are [y, x] (p2c).
     """
@@ -159,10 +161,16 @@ class GatherTerm:
         self._index_BXY = index_BXY
         self._transposed = transposed
 
+    @property
+    def _operand(self) -> Tensor:
+        operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
+        assert operand is not None, "one of the two is given"
+        return operand
+
     def add(self, content_CBXH: Tensor, scores_CBQS: Tensor, chunk: Chunk, *, is_first: bool) -> None:
         """See `PositionTerm`."""
         if self._table_NRH is None:
-            products = self._products_BNXR[chunk.samples, chunk.heads].transpose(0, 1)
+            products = self._operand[chunk.samples, chunk.heads].transpose(0, 1)
         else:
             table = self._table_NRH[chunk.heads].transpose(1, 2)
             products = scores_CBQS.new_empty(*content_CBXH.shape[:3], table.shape[2])
@@ -173,7 +181,7 @@ class GatherTerm:
 
     def backward(self, content_CBXH: Tensor, gradient_CBQS: Tensor, chunk: Chunk, *, into_CBXH: Tensor) -> None:
         """See `PositionTerm`."""
-        operand = self._products_BNXR if self._table_NRH is None else self._table_NRH
+        operand = self._operand
         if self._gradient is None:
             self._gradient = torch.zeros_like(operand, dtype=score_dtype(operand))
         gradient = _transposed_copy(gradient_CBQS) if self._transposed else gradient_CBQS
@@ -191,6 +199,7 @@ class GatherTerm:
 
     def operand_gradient(self) -> Tensor:
         """See `PositionTerm`."""
+        assert self._gradient is not None, "backward comes before"
         return self._gradient
 
     def _index(self, chunk: Chunk, *, num_heads: int) -> Tensor:
@@ -207,17 +216,17 @@ def position_terms(
     lengths: tuple[int, int],
     block: int,
 ) -> tuple[PositionTerm | None, PositionTerm | None]:
-    """The terms c2p and p2c."""
+    """The terms (c2p, p2c) of a call, None for an absent one; ``lengths`` are (Q, S)."""
     num_queries, num_keys = lengths
     positions, scale = call.positions, call.scale
     rel_key, rel_query = (None if table is None else as_factor(table) for table in (rel_key_NRH, rel_query_NRH))
     if positions.query_positions_BQ is None and p2c_BNSR is None:
         distances = torch.arange(1 - num_keys, num_queries, device=positions.row_of_distance.device)
         rows = positions.rows(distances)
-        shared = {"scale": scale, "block": block}
+        band = functools.partial(BandTerm, scale=scale, block=block)
         return (
-            None if rel_key is None else BandTerm(rel_key, rows_L=rows.flip(0), transposed=False, **shared),
-            None if rel_query is None else BandTerm(rel_query, rows_L=rows, transposed=True, **shared),
+            None if rel_key is None else band(rel_key, rows_L=rows.flip(0), transposed=False),
+            None if rel_query is None else band(rel_query, rows_L=rows, transposed=True),
         )
     index = positions.index(num_queries, num_keys).expand(batch, num_queries, num_keys)
     c2p = None if rel_key is None else GatherTerm(rel_key, index_BXY=index, scale=scale, transposed=False)
@@ -237,7 +246,7 @@ def _band(products: Tensor, shape: torch.Size) -> Tensor:
 def _transposed_copy(x_CBQS: Tensor) -> Tensor:
     """The last two dimensions exchanged, contiguous."""
     result = torch.empty_like(x_CBQS.transpose(2, 3), memory_format=torch.contiguous_format)
-    # A CPU transposes single matrices by blocks that stay in cache, from some size on; batches element by element.
+    # torch's CPU kernel transposes a single large matrix in blocks that fit the cache, but a batch element by element.
     if x_CBQS.device.type == "cpu" and x_CBQS.shape[2] * x_CBQS.shape[3] >= MIN_BLOCKED_TRANSPOSITION:
         for target, source in zip(result.flatten(0, 1), x_CBQS.flatten(0, 1), strict=True):
             target.copy_(source.t())

@@ -1,4 +1,4 @@
-"""The formula itself, with autograd's own backward: what every other implementation is held to.
+"""The formula itself, with autograd's own backward pass: what every other implementation is compared with.
 
 Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the relative table.
 """
@@ -19,14 +19,15 @@ def reference_attention(
     p2c_BNSR: Tensor | None,
     call: AttentionCall,
 ) -> tuple[Tensor, Tensor]:
-    """Context and probabilities; arguments as of `disentangled_attention`."""
+    """Context and probabilities; for the arguments see `disentangled_attention`."""
     batch, heads, num_queries, _ = query_BNQH.shape
     num_keys = key_BNSH.shape[-2]
     shape = (batch, heads, num_queries, num_keys)
     index = call.positions.index(num_queries, num_keys)
     index_BNQS = (index if index.dim() == 2 else index.unsqueeze(1)).expand(shape)
 
-    # The scale goes into an operand: unscaled products would leave half precision's range in a fused form.
+    # The scale is applied to the query, not to the product: the fused kernels do the same, as unscaled products would exceed
+    # the range of fp16.
     query, key = widened(query_BNQH), widened(key_BNSH)
     scores = torch.matmul(query * call.scale, key.transpose(-1, -2))
     if rel_key_NRH is not None:

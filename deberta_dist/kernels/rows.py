@@ -1,8 +1,8 @@
 """Dropout, residual sum and LayerNorm of rows of activations on a GPU, where dropout's mask is a function of a key.
 
-On a CPU masks are drawn from a generator (`models.dropout`) and torch's own operators do the rest; runs go on to the same
-bits. A GPU has no such runs, so there the mask is made where it is used, of seed, row number and column, as the attention's
-is: nothing is drawn, written or kept, and one kernel takes the place of seven operators.
+On a CPU masks are drawn from a generator (`models.dropout`) and torch's own operators do the rest: runs begun by earlier
+versions have to resume bit-equal. A GPU has no such runs. There the mask is computed where it is used, from seed, row number
+and column, like the attention's: nothing is drawn or saved, and one kernel replaces seven operators.
 
 Letters: R rows, D columns.
 """
@@ -21,13 +21,13 @@ MOST_COLUMNS = 16384
 class RowNumbers(NamedTuple):
     """Numbers of the rows of a flattened activation: (r // length) stride + r % length + offset.
 
-    Rows have the numbers that they have in a whole of which the activation is a part: where a sequence is split, or where
-    samples are padded to more rows than are counted.
+    A rank with a shard of each sequence, or with samples padded to more rows, numbers its rows as one process without
+    padding would, and so drops the same elements.
 
     Attributes:
-        length: rows here of a sample; 1 with stride 1: row r has number r.
-        stride: rows of the whole of a sample.
-        offset: number of a sample's first row here.
+        length: rows of a sample here; 1 with stride 1 numbers row r by r.
+        stride: rows of a whole sample, without padding.
+        offset: number of a sample's first row here, within the sample.
     """
 
     length: int = 1
@@ -41,7 +41,7 @@ class RowNumbers(NamedTuple):
 
 
 def row_dropout(x: Tensor, *, p: float, seed: int, numbers: RowNumbers) -> Tensor:
-    """x where kept, over the kept share, by seed, row number and column; [..., D]."""
+    """x / keep probability where kept, 0 elsewhere; seed, row number and column decide. [..., D]."""
     return _RowDropout.apply(x, p, seed, numbers)
 
 
@@ -59,19 +59,19 @@ def residual_norm(
 ) -> Tensor:
     """LayerNorm(dropout(x + bias) + residual) in one kernel, its backward pass in another.
 
-    Where `fuses_rows` says so. Everything but the output and the kept sum is float32; gradients of the three vectors are
-    float32, summed in the same order in every run. There is no second derivative.
+    For rows that `fuses_rows` accepts. Everything is computed in float32; the output and the saved sum have the dtype of
+    ``x``. Gradients of the three vectors are float32, summed in the same order in every run. There is no second derivative.
 
     Args:
-        x: [..., D].
-        bias: [D].
-        residual: like ``x``.
-        weight: of the LayerNorm, [D].
-        norm_bias: of the LayerNorm, [D].
-        eps: of the LayerNorm.
+        x: a product without its bias, [..., D].
+        bias: that product's, [D].
+        residual: of the shape and dtype of ``x``.
+        weight: the LayerNorm's, [D].
+        norm_bias: the LayerNorm's, [D].
+        eps: added to the variance.
         p: probability of dropping, 0 for none.
-        seed: 64 bits.
-        numbers: of the rows.
+        seed: 64 bits that decide, with a row's number and the column, what is dropped.
+        numbers: of the rows of ``x``, flattened to [R, D].
     """
     return _ResidualNorm.apply(x, bias, residual, weight, norm_bias, eps, p, seed, numbers)
 
@@ -134,10 +134,10 @@ class _ResidualNorm(torch.autograd.Function):
         from deberta_dist.kernels.fused import rows
 
         ctx.dropping = {"dropping": rows.Dropping(p, seed, *numbers), "inverse_keep": 1 / keep_probability(p)}
-        output, *kept = rows.residual_norm(
+        output, *saved = rows.residual_norm(
             x.contiguous(), bias, residual.contiguous(), weight, norm_bias, eps=eps, **ctx.dropping
         )
-        ctx.save_for_backward(weight, *kept)
+        ctx.save_for_backward(weight, *saved)
         return output
 
     @staticmethod
@@ -146,9 +146,9 @@ class _ResidualNorm(torch.autograd.Function):
             raise RuntimeError("residual_norm was differentiated with create_graph=True; it has no second derivative")
         from deberta_dist.kernels.fused import rows
 
-        weight, *kept = ctx.saved_tensors
+        weight, sums, *statistics = ctx.saved_tensors
         of_x, of_residual, of_vectors = rows.residual_norm_backward(
-            gradient.contiguous(), kept[0], weight, *kept[1:], **ctx.dropping
+            gradient.contiguous(), sums, weight, *statistics, **ctx.dropping
         )
         of_weight, of_norm_bias, of_bias = of_vectors
         return of_x, of_bias, of_residual, of_weight, of_norm_bias, None, None, None, None

@@ -1,4 +1,4 @@
-"""Which attention a model runs with: what a user asks for, checked before anything starts, and the log's line on it."""
+"""The user's choice of attention implementation: checked before a run starts, set in a model, described in the log."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from deberta_dist.values import AUTO
 
 
 def set_attention(model: nn.Module, wish: str) -> None:
-    """Makes every layer of ``model`` attend by ``wish``: "auto" or one of `kernels.IMPLEMENTATIONS`."""
+    """Sets the implementation of every layer of ``model`` to ``wish``: "auto" or one of `kernels.IMPLEMENTATIONS`."""
     assert wish in (AUTO, *IMPLEMENTATIONS), wish
     for module in model.modules():
         if isinstance(module, DisentangledSelfAttention):
@@ -20,27 +20,27 @@ def set_attention(model: nn.Module, wish: str) -> None:
 
 
 def require_attention(wish: str, config: DebertaConfig, *, dtype: torch.dtype, device: torch.device, where: str) -> None:
-    """Refuses a wish that cannot be had, before a process group exists.
+    """Refuses an implementation that is not available, before a process group exists.
 
     Args:
         wish: "auto" or one of `kernels.IMPLEMENTATIONS`.
-        config: of the model.
-        dtype: of its weights.
-        device: that it will run on.
-        where: what the wish is called in the message, e.g. the file and key.
+        config: the model's, for its head size and position buckets.
+        dtype: compute dtype of the model.
+        device: the device that the model will run on.
+        where: what ``wish`` is called in the message, e.g. file and key.
 
     Raises:
-        ConfigError: the fused attention is asked for and cannot be had.
+        ConfigError: ``wish`` is "fused" and the fused attention is not available.
     """
     if wish == "fused" and (reason := _unavailable_reason(config, dtype=dtype, device=device)) is not None:
-        raise ConfigError(f'{where} = "fused" cannot be had: {reason}. "auto" takes the fastest that can run')
+        raise ConfigError(f'{where} = "fused" is not available: {reason}. "auto" takes the fastest that can run')
 
 
 def describe_attention(wish: str, config: DebertaConfig, *, dtype: torch.dtype, device: torch.device) -> str:
     """One line for a log: the implementation, and why it is not the fused one.
 
-    A warning where a GPU is there, nobody asked for another one, and the fused attention is not used: that costs a
-    multiple of the time and memory, and nothing else would tell.
+    A warning if there is a GPU and "auto" cannot use the fused attention: that costs a multiple of time and memory, and
+    nothing else would show it.
     """
     if wish != AUTO:
         return f"attention: {wish}, as asked for"

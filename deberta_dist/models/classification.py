@@ -10,14 +10,12 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.dropout import Dropout, child_key
-from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import classification_loss, require_token_labels
 from deberta_dist.models.layers import ACTIVATIONS
-from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.positions import visibility
-from deberta_dist.models.published_state import accept_published_weights
 
 
 class Pooler(nn.Module):
@@ -38,8 +36,8 @@ class ClassificationOutput:
     """What a model with a small head returns.
 
     Attributes:
-        loss: mean over labelled samples or tokens, float32 (float64 of float64); None without labels.
-        logits: [B, num_labels], or [B, S] of the detector.
+        loss: mean over labelled samples or tokens, float32 (float64 if the logits are); None without labels.
+        logits: [B, num_labels]; from the detector, [B, S].
         hidden_BD: pooled state [B, D]; None from the detector.
     """
 
@@ -51,49 +49,8 @@ class ClassificationOutput:
 torch.export.register_dataclass(ClassificationOutput)
 
 
-class ModelWithBackbone(ExplainsNumberFormats):
-    """The part that models with a small head share."""
-
-    def __init__(self, config: DebertaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.deberta = DebertaModel(config, seed=None)
-        accept_published_weights(self, head_size=config.head_size)
-
-    @property
-    def recompute(self) -> str:
-        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
-        return self.deberta.recompute
-
-    @recompute.setter
-    def recompute(self, mode: str) -> None:
-        self.deberta.recompute = mode
-
-
-class DebertaForSequenceClassification(ModelWithBackbone):
-    """Classifier, or regressor with one label, on the first token.
-
-    Args:
-        config: sizes and switches.
-        num_labels: classes; 1 means regression.
-        seed: start of the parameters; without effect on the meta device.
-
-    Raises:
-        ConfigError: ``config.problem_type`` asks for one of several classes where there is one.
-    """
-
-    def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
-        super().__init__(config)
-        if config.problem_type == "single_label_classification" and num_labels == 1:
-            raise ConfigError(
-                'model configuration: problem_type = "single_label_classification" needs at least 2 labels, 1 given; '
-                'one number is "regression"'
-            )
-        self.pooler = Pooler(config)
-        rate = config.hidden_dropout_prob if config.cls_drop_out is None else config.cls_drop_out
-        self.dropout = Dropout(rate, site=sites.CLASSIFIER_SITE)
-        self.classifier = Linear(config.hidden_size, num_labels)
-        initialise_(self, seed=seed, std=config.initializer_range)
+class LabelledModel(ModelWithBackbone):
+    """A backbone with a head whose logits are compared with labels; a head says what both are."""
 
     def forward(
         self,
@@ -109,21 +66,69 @@ class DebertaForSequenceClassification(ModelWithBackbone):
         Args:
             input_ids: int64 [B, S].
             attention_mask: see `DebertaModel.forward`.
-            labels: what ``config.problem_type`` asks for, see `classification_loss`.
+            labels: what the head's ``loss`` takes.
             token_type_ids: see `DebertaModel.forward`.
             dropout_key: see `DebertaModel.forward`.
 
         Raises:
             ValueError: labels of another shape or kind of number.
         """
-        backbone = self.deberta(input_ids, attention_mask, token_type_ids=token_type_ids, dropout_key=dropout_key)
+        hidden_BSD = self.encode(input_ids, attention_mask, token_type_ids, dropout_key=dropout_key)
         head_key = child_key(dropout_key, self.config.num_hidden_layers + 1)
-        pooled_BD = self.pooler(backbone.last_hidden_state, dropout_key=head_key)
-        logits = linear(self.dropout(pooled_BD, head_key), self.classifier)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, problem_type=self.config.problem_type)
+        logits, pooled_BD = self.head(hidden_BSD, dropout_key=head_key)
+        loss = None if labels is None else self.loss(logits, labels)
         return ClassificationOutput(loss=loss, logits=logits, hidden_BD=pooled_BD)
+
+    def encode(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, *, dropout_key: int | None) -> Tensor:
+        """Last hidden states [B, S, D]."""
+        return self.deberta(ids, mask, token_type_ids=types, dropout_key=dropout_key).last_hidden_state
+
+    def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor | None]:
+        """Logits, and the pooled state [B, D] where there is one."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over what is labelled.
+
+        Raises:
+            ValueError: labels of another shape or kind of number.
+        """
+        raise NotImplementedError
+
+
+class DebertaForSequenceClassification(LabelledModel):
+    """Classifier, or regressor with one label, on the first token.
+
+    Args:
+        config: sizes and switches of encoder and pooler; ``problem_type`` chooses the loss.
+        num_labels: classes; 1 means regression.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
+
+    Raises:
+        ConfigError: ``config.problem_type`` is "single_label_classification" with one label.
+    """
+
+    def __init__(self, config: DebertaConfig, *, num_labels: int = 2, seed: int = 0) -> None:
+        super().__init__(config)
+        if config.problem_type == "single_label_classification" and num_labels == 1:
+            raise ConfigError(
+                'model configuration: problem_type = "single_label_classification" needs at least 2 labels, 1 given; '
+                'one number is "regression"'
+            )
+        self.pooler = Pooler(config)
+        rate = config.hidden_dropout_prob if config.cls_drop_out is None else config.cls_drop_out
+        self.dropout = Dropout(rate, site=sites.CLASSIFIER_SITE)
+        self.classifier = Linear(config.hidden_size, num_labels)
+        initialise_(self, seed=seed, std=config.initializer_range)
+
+    def head(self, hidden_BSD: Tensor, *, dropout_key: int | None) -> tuple[Tensor, Tensor]:
+        """Logits [B, num_labels] of the pooled first token."""
+        pooled_BD = self.pooler(hidden_BSD, dropout_key=dropout_key)
+        return linear(self.dropout(pooled_BD, dropout_key), self.classifier), pooled_BD
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What ``config.problem_type`` asks for; see `classification_loss`."""
+        return classification_loss(logits, labels, problem_type=self.config.problem_type)
 
 
 class ReplacedTokenHead(nn.Module):
@@ -145,8 +150,8 @@ class DebertaForReplacedTokenDetection(ModelWithBackbone):
     """The discriminator of v3: which tokens did the generator replace?
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the discriminator's encoder.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Source: microsoft/DeBERTa DeBERTa/apps/models/replaced_token_detection_model.py@4d7fe0bd.
     """

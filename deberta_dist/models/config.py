@@ -1,8 +1,7 @@
 """The shape of a DeBERTa: every field of the published configurations, declared and checked.
 
-Published code reads a third of these through ``getattr`` with a default, so a misspelt or forgotten field
-builds another model without a word. Here all are declared, absent ones mean what the published code takes
-them to mean, and unknown ones are refused. Read by the models and by whatever builds, cuts or converts them.
+The published code reads a third of these through ``getattr`` with a default, so that a misspelt or forgotten field silently
+builds another model. Here all are declared, absent ones get the published code's defaults, and unknown ones are refused.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ DECODERS = ("emd", "plain")
 ACTIVATION_NAMES = ("gelu", "relu", "silu", "swish", "tanh", "sigmoid", "linear")
 POSITION_TERMS = ("c2p", "p2c")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Far beyond any DeBERTa: a larger number is a slip, which would end in an overflow or in a plan that takes for ever.
+# Far beyond any DeBERTa: a larger number is a slip that would end in an overflow, or in a plan that takes for ever.
 LARGEST = {
     "vocab_size": 2**24,
     "hidden_size": 2**16,
@@ -101,7 +100,7 @@ class DebertaConfig:
     relative_attention: bool = False
     """Must be true; without it the model is a BERT."""
     max_relative_positions: int = -1
-    """Largest distance told apart, tokens; below 1 means max_position_embeddings."""
+    """Largest distance with a row of its own, tokens; below 1 means max_position_embeddings."""
     position_buckets: int = -1
     """Logarithmic buckets per direction; below 1 means one row per distance (v1)."""
     pos_att_type: tuple[str, ...] = ("c2p",)

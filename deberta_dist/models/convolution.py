@@ -21,11 +21,10 @@ class ConvLayer(nn.Module):
     """Local n-gram convolution of the embeddings, added after layer 0 (nGiE of v2).
 
     y = LayerNorm(x_1 + act(dropout(m conv(x_0)))) m, x_0 the embeddings, x_1 the output of layer 0, m the token mask.
-    Where tokens do not all see each other, a neighbour that a token does not see counts as zero, like one beyond the
-    ends of the sequence.
+    A neighbour that a token does not see counts as zero, like one beyond the ends of the sequence.
 
-    Where the sequence is split, ``halo`` is replaced by what puts (taps - 1) / 2 tokens of the neighbours beside the own
-    ones, zeros at the ends, and ``own_tokens`` by what takes the own ones of a whole sequence.
+    Sequence parallelism replaces ``halo`` by a module that adds (taps - 1) / 2 tokens from each neighbouring rank, zeros at
+    the ends, and ``own_tokens`` by one that takes this rank's tokens of a whole sequence.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -50,14 +49,14 @@ class ConvLayer(nn.Module):
         """Output of layer 0 with the convolution added.
 
         Args:
-            embeddings_BSD: x_0.
-            layer_BSD: x_1.
-            mask: m, and which token sees which, of the whole sequence.
-            dropout_key: key of layer 0.
+            embeddings_BSD: x_0, the input of layer 0; zero where there is padding.
+            layer_BSD: x_1, the output of layer 0.
+            mask: m, and which token sees which, for the whole sequence even if this rank has a shard of it.
+            dropout_key: that of layer 0; the dropout's site distinguishes it. None for torch's random state.
         """
         is_token_BS, length = self.own_tokens(mask.seen()), embeddings_BSD.shape[1]
         x_BDS = self.halo(embeddings_BSD).transpose(1, 2)
-        if mask.is_of_padding:  # and that is zero already
+        if mask.is_of_padding:  # padding is zero already, so an ordinary convolution is right
             local = self.conv(x_BDS).narrow(-1, (x_BDS.shape[-1] - length) // 2, length)
         else:
             local = self._conv_of_seen(x_BDS, mask, length=length)
@@ -66,9 +65,9 @@ class ConvLayer(nn.Module):
         return self.LayerNorm(layer_BSD + local) * is_token_BS.unsqueeze(-1).to(layer_BSD.dtype)
 
     def _conv_of_seen(self, x_BDS: Tensor, mask: AttentionMask, *, length: int) -> Tensor:
-        """bias + sum over taps o of W_o x[s + o] where s sees s + o; what is not seen is dropped after the product.
+        """bias + sum over taps o of W_o x[s + o] where s sees s + o.
 
-        So the backward pass keeps ``x_BDS`` once and not a masked copy per tap.
+        Masked after each product, not before, so that ``x_BDS`` is saved once and not as a masked copy per tap.
         """
         if not is_plain(self.conv) or self.conv.bias is None:
             return self._conv_of_windows(x_BDS, mask, length=length)
@@ -76,7 +75,7 @@ class ConvLayer(nn.Module):
         local = self.conv.bias[:, None]
         for tap in range(taps):
             offset = tap - (taps - 1) // 2
-            # A program of any length cannot ask; it is made for as many tokens as taps at least.
+            # An exported program's length is symbolic and cannot be compared; it needs at least as many tokens as taps.
             if not torch.compiler.is_exporting() and abs(offset) >= mask.seen().shape[-1]:
                 continue
             product = F.conv1d(x_BDS, self.conv.weight[:, :, tap : tap + 1], groups=self.conv.groups)
@@ -89,7 +88,7 @@ class ConvLayer(nn.Module):
         return local
 
     def _conv_of_windows(self, x_BDS: Tensor, mask: AttentionMask, *, length: int) -> Tensor:
-        """The same by calls of ``conv`` alone: it gets every token with its neighbours as a sequence, unseen ones zero."""
+        """The same by calling ``conv``, which may be adapted: each token with its neighbours is a sequence, unseen ones zero."""
         half = (self.taps - 1) // 2
         beyond = half - (x_BDS.shape[-1] - length) // 2
         windows_BDST = F.pad(x_BDS, (beyond, beyond)).unfold(-1, self.taps, 1)
@@ -107,5 +106,5 @@ class ConvLayer(nn.Module):
         return middle.view(*windows_BSDT.shape[:3]).transpose(1, 2)
 
     def _sees(self, mask: AttentionMask, offset: int) -> Tensor:
-        """Whether each token here sees the one ``offset`` behind it; padded around the ends: nothing is seen there."""
+        """Whether each of this rank's tokens sees the one ``offset`` after it; False beyond the ends of the sequence."""
         return self.own_tokens(F.pad(mask.seen_at(offset), (max(-offset, 0), max(offset, 0))))

@@ -1,11 +1,11 @@
-"""Cross entropy of the targets, the last step of the head, with as little memory of the size of the logits as asked for.
+"""Cross entropy of the targets, the last step of the head, in little memory.
 
 For logits x and label y of one target: loss = log sum_j exp(x_j - max) - (x_y - max), gradient softmax(x) - onehot(y).
-Sums and exponentials are float32 (float64 if given float64), a few rows at a time. Of a product, what is kept from
-forward to backward is the logits, over which the gradient is written, or in chunks of the vocabulary not even those.
+Sums and exponentials are float32 (float64 if given float64), a few rows at a time. `CrossEntropy.of_product` saves only the
+logits for the backward pass, and writes their gradient over them; in chunks of the vocabulary it saves not even those.
 
-Where the vocabulary is split over processes each has a slice of the logits, and a `Join` makes three numbers of every
-target (largest logit, sum of exponentials, the label's logit) those of the whole.
+Where the vocabulary is divided over tensor ranks, each has a slice of the logits, and a `Join` combines three numbers of
+every target over the ranks: largest logit, sum of exponentials, the label's logit.
 
 Letters: T targets, V rows of the vocabulary here, W width of the embeddings, C a chunk of V.
 """
@@ -24,15 +24,15 @@ from deberta_dist.models.labels import WHOLE, require_below, require_tensor
 ELEMENTS_AT_ONCE_ON_CPU = 2**19
 """Logits whose float32 copies stay in a core's cache."""
 ELEMENTS_AT_ONCE = 2**23
-"""Elsewhere: 32 MiB of float32."""
+"""On a GPU: 32 MiB of float32."""
 COLUMNS_AT_ONCE_ON_CPU, ROWS_AT_ONCE_ON_CPU = 1024, 8192
-"""Of the logits and of the table's gradient: a quarter faster so than in one product (MKL, 151 x 768 x 128,100)."""
+"""Size of the products for logits and the table's gradient: 25% faster than one product (MKL, 151 x 768 x 128,100)."""
 ALIGNED_ELEMENTS = 64
 """Rows of logits start at multiples of this: 128 bytes of 16-bit numbers."""
 
 
 class Join:
-    """Numbers of every target over the processes that share the vocabulary; here there is one."""
+    """Combines numbers of every target over the ranks that divide the vocabulary; this one is for a single rank."""
 
     def largest(self, values_T: Tensor) -> Tensor:
         """Elementwise maximum."""
@@ -48,12 +48,13 @@ class Join:
 
 
 class CrossEntropy(nn.Module):
-    """Loss and hit per target; a module of its own so that one of a slice of the vocabulary can take its place.
+    """Loss and hit per target. A module, so that tensor parallelism can replace it by one for a slice of the vocabulary.
 
     Args:
-        first_row: First row of the vocabulary here.
-        num_real_rows: Rows here that are of the vocabulary; what follows is padding, whose logits never matter. Absent: all.
-        join: What has the methods of `Join`.
+        first_row: Number of this slice's first row within the vocabulary.
+        num_real_rows: Rows of this slice that belong to the vocabulary; the rest is padding, whose logits do not count.
+            None: all rows.
+        join: An object with the methods of `Join`.
     """
 
     def __init__(self, *, first_row: int = 0, num_real_rows: int | None = None, join: Any = None) -> None:
@@ -63,17 +64,17 @@ class CrossEntropy(nn.Module):
         self.join = Join() if join is None else join
 
     def forward(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Of logits that others may read.
+        """Loss and hit from logits, which are not overwritten.
 
         Args:
-            logits_TV: Of the rows here.
-            labels_T: whole numbers, ids of the whole vocabulary.
+            logits_TV: Logits of this slice of the vocabulary.
+            labels_T: Ids of the whole vocabulary, of any integer dtype.
 
         Returns:
             Cross entropy, float32 [T], and whether the first of the largest logits is the label's, bool [T].
 
         Raises:
-            ValueError: labels that are not whole numbers [T], or, on a CPU, ids beyond the vocabulary where it is not split.
+            ValueError: labels that are not whole numbers [T], or, on a CPU with a single rank, ids beyond the vocabulary.
         """
         labels_T = self._checked(labels_T, num_targets=logits_TV.shape[0], num_rows=logits_TV.shape[1])
         return _OfLogits.apply(logits_TV, labels_T, self)
@@ -88,19 +89,19 @@ class CrossEntropy(nn.Module):
         num_chunks: int = 1,
         main_grad: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Of the logits ``hidden_TW @ weight_VW.T + bias_V``, which nobody else sees.
+        """Loss and hit from the logits ``hidden_TW @ weight_VW.T + bias_V``, which are overwritten by their gradient.
 
         Args:
-            hidden_TW: In.
-            weight_VW: Word embeddings.
-            bias_V: Of the logits.
-            labels_T: As in `forward`.
-            num_chunks: With more than one the logits are made for a chunk of V at a time, and again in the backward
-                pass: a third more products for 1 / num_chunks of the memory.
-            main_grad: Where the gradient of ``weight_VW``, a parameter, is added up, if not by autograd.
+            hidden_TW: Output of the head's transform.
+            weight_VW: Rows of the word embeddings, those of this slice of the vocabulary.
+            bias_V: Added to the logits.
+            labels_T: Ids of the whole vocabulary, see `forward`.
+            num_chunks: With more than one, the logits are computed for a chunk of V at a time, and recomputed in the
+                backward pass: a third more products for 1 / num_chunks of the memory.
+            main_grad: The sum that the gradient of ``weight_VW``, a parameter, is added to. None: autograd has it.
 
         Returns:
-            As `forward`. The backward pass can be run once.
+            What `forward` returns. The backward pass can be run once.
 
         Raises:
             ValueError: see `forward`.
@@ -118,7 +119,7 @@ class CrossEntropy(nn.Module):
 
 
 class _Running:
-    """Largest logit, its id, sum of exponentials, and the label's logit of every target, of the columns seen so far."""
+    """Per target, over the columns added so far: largest logit, its id, sum of exponentials, and the label's logit."""
 
     def __init__(self, labels_T: Tensor, module: CrossEntropy, *, dtype: torch.dtype) -> None:
         self._module, self._labels = module, labels_T
@@ -128,14 +129,14 @@ class _Running:
         self.of_label_T = torch.zeros_like(self.largest_T)
 
     def add(self, logits_TC: Tensor, *, first_row: int) -> None:
-        """Columns of the vocabulary's rows ``first_row`` and on, all real; chunks in ascending order."""
+        """Adds columns: the logits of the vocabulary's rows from ``first_row`` on, without padding, in ascending order."""
         if logits_TC.shape[1] == 0:
             return
         for rows in _rows_at_once(logits_TC):
             block = _wide(logits_TC[rows])
             largest, best = block.max(dim=-1)
             before = self.largest_T[rows]
-            wins = largest > before  # of equal ones the first
+            wins = largest > before  # of equal logits the first wins, as in argmax
             best = torch.where(wins, best + first_row, self.best_T[rows])
             largest = torch.maximum(largest, before)
             sums = torch.sub(block, largest[:, None]).exp_().sum(dim=-1)
@@ -145,7 +146,7 @@ class _Running:
             self.of_label_T[rows] += block.gather(-1, column_T1).masked_fill(~is_here_T1, 0.0)[:, 0]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, hit, largest logit and sum of exponentials less it, of the whole vocabulary."""
+        """Over the whole vocabulary: loss, hit, largest logit, and sum of exponentials of logits minus the largest."""
         join = self._module.join
         largest_T = join.largest(self.largest_T)
         shrink_T = torch.exp(self.largest_T - largest_T)
@@ -159,7 +160,7 @@ class _Running:
 
 class _OfLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, module: CrossEntropy):
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, module: CrossEntropy) -> tuple[Tensor, Tensor]:
         num_real = _num_real(module, logits_TV.shape[1])
         running = _Running(labels_T, module, dtype=_wide_dtype(logits_TV.dtype))
         running.add(logits_TV[:, :num_real], first_row=module.first_row)
@@ -171,7 +172,7 @@ class _OfLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor, _):
+    def backward(ctx: Any, gradient_T: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_TV, labels_T, *softmax = ctx.saved_tensors
         num_real = _num_real(ctx.module, logits_TV.shape[1])
         d_logits_TV = torch.zeros_like(logits_TV)
@@ -197,7 +198,7 @@ class _OfProduct(torch.autograd.Function):
         module: CrossEntropy,
         num_chunks: int,
         total_VW: Tensor | None,
-    ):
+    ) -> tuple[Tensor, Tensor]:
         running = _Running(labels_T, module, dtype=_wide_dtype(hidden_TW.dtype))
         chunks = _chunks(_num_real(module, weight_VW.shape[0]), num_chunks)
         for rows in chunks:
@@ -212,7 +213,7 @@ class _OfProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor, _):
+    def backward(ctx: Any, gradient_T: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.chunks is None:
             raise RuntimeError("the gradient was written over the logits: this backward pass can be run once")
         hidden_TW, weight_VW, bias_V, labels_T, *softmax = ctx.saved_tensors
@@ -250,7 +251,7 @@ class _OfProduct(torch.autograd.Function):
 
 
 def _logits(hidden_TW: Tensor, weight_CW: Tensor, bias_C: Tensor) -> Tensor:
-    """[T, C], every row at an address that matrix units can read: 128,100 numbers of 16 bits are no whole of 16 bytes."""
+    """[T, C], each row at an aligned address: tensor cores read 16 bytes, and 128,100 16-bit numbers are no multiple of that."""
     num_targets, num_columns = hidden_TW.shape[0], weight_CW.shape[0]
     aligned = -(-num_columns // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
     logits_TC = hidden_TW.new_empty(num_targets, aligned)[:, :num_columns]
@@ -269,7 +270,7 @@ def _write_gradient(
     first_row: int,
     into_TC: Tensor,
 ) -> None:
-    """(softmax - onehot) times the gradient of every loss, from largest logits and sums; ``into_TC`` may be the logits."""
+    """Writes (softmax - onehot) times each loss's gradient, from largest logits and sums; ``into_TC`` may be the logits."""
     if logits_TC.shape[1] == 0:
         return
     largest_T, sum_T = softmax
@@ -282,7 +283,7 @@ def _write_gradient(
 
 
 def _columns(labels_T: Tensor, first_row: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Column of every label [T, 1], 0 where it is not among these; and whether it is."""
+    """Column of every label [T, 1], 0 if it is in another slice or chunk; and whether it is in this one."""
     column_T1 = (labels_T - first_row)[:, None]
     is_here_T1 = (column_T1 >= 0) & (column_T1 < num_columns)
     return column_T1.masked_fill(~is_here_T1, 0), is_here_T1

@@ -1,7 +1,7 @@
-"""What a field means that a configuration file lacks: what the library that reads the file takes it to mean.
+"""Defaults for fields that a configuration file lacks: those of the library that the file was written for.
 
-The published code and Hugging Face's two pairs of classes read DeBERTa's files, and their defaults differ.
-`DebertaConfig` has the published code's; whoever reads a file of Hugging Face's fills in theirs by `filled_in` first.
+The published code and Hugging Face's v1 and v2 classes read DeBERTa's files with different defaults. `DebertaConfig` has the
+published code's; readers of Hugging Face's files fill in theirs with `filled_in` first.
 
 Source: microsoft/DeBERTa DeBERTa/deberta/config.py and the ``getattr`` of bert.py, disentangled_attention.py and
 pooling.py@4d7fe0bd; huggingface/transformers v5.23.0 configuration_deberta.py, configuration_deberta_v2.py and the
@@ -63,11 +63,11 @@ TABLE: Mapping[str, tuple[Any, Any, Any]] = MappingProxyType(
 
 IGNORED: Mapping[str, str] = MappingProxyType(
     {
-        "architectures": "names the head, whose keys tell",
-        "id2label": "names of classes, carried along; absent, the rows of the head tell how many",
+        "architectures": "names the head, which its keys show",
+        "id2label": "names of classes, carried along; without them the rows of the head say how many",
         "label2id": "likewise",
         "num_labels": "likewise",
-        "legacy": "which names the masked language modelling head has: its keys tell",
+        "legacy": "which names the masked language modelling head has: its keys show",
         "tie_word_embeddings": "the head of every class is tied; a matrix of its own is refused",
         "bos_token_id": "of the tokenizer",
         "eos_token_id": "of the tokenizer",
@@ -85,17 +85,17 @@ IGNORED: Mapping[str, str] = MappingProxyType(
 
 
 def filled_in(raw: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """A configuration as Hugging Face's classes understand it, and the fields in it at which they do not look.
+    """A configuration as Hugging Face's classes understand it, and the names of its fields that they ignore.
 
     Args:
-        raw: As it stands in the file.
-        kind: Pair of classes, `V1` or `V2`.
+        raw: The parsed config.json.
+        kind: Which classes read it, `V1` or `V2`.
 
     Returns:
-        For `DebertaConfig.from_dict`; and names of fields that are left out.
+        Fields for `DebertaConfig.from_dict`, and names of ignored fields.
 
     Raises:
-        ConfigError: it is of another kind of model, or of one that is not built here.
+        ConfigError: ``kind`` is not a DeBERTa, or the model has talking heads, which are not implemented.
     """
     if kind not in (V1, V2):
         raise ConfigError(f"config.json has model_type {str(kind)[:50]!r}: only deberta and deberta-v2 are DeBERTa")
@@ -103,12 +103,12 @@ def filled_in(raw: Mapping[str, Any], *, kind: str) -> tuple[dict[str, Any], lis
         raise ConfigError("config.json has talking_head = true: attention that mixes heads is not built here")
     defaults = column(kind)
     unread = [key for key in raw if key == "talking_head" or defaults.get(key) == UNREAD]
-    # A field that takes its value from others is absent here, and null means the same to them.
+    # Fields whose default depends on other fields are left out, as are null ones, which mean the same to these classes.
     found = {key: value for key, value in defaults.items() if value is not None and value != UNREAD}
     found |= {key: value for key, value in raw.items() if value is not None and key not in unread}
     found.pop("talking_head", None)
     found.setdefault("pos_att_type", [])
-    # Widths that say what absent ones mean are written for other readers.
+    # Widths equal to their defaults are left out, so that equal models have equal configurations.
     width, heads = found["hidden_size"], found["num_attention_heads"]
     if type(width) is type(heads) is int and found.get("attention_head_size", 0) * heads == width:
         found.pop("attention_head_size", None)

@@ -1,4 +1,4 @@
-"""The backbone: embeddings, layers, relative table, and the model that runs them all.
+"""The backbone: embeddings, layers, relative table, the model that runs them all, and what models with a head share.
 
 Letters: B batch, S sequence, D hidden, R rows of the relative table.
 """
@@ -26,10 +26,10 @@ from deberta_dist.models.shared_table import SharedTable, look_up
 
 
 class Embeddings(nn.Module):
-    """dropout(m LayerNorm(proj(word + type + position))), m the token mask; absent parts left out.
+    """dropout(m LayerNorm(proj(word + type + position))), m the token mask; what a generation lacks is left out.
 
-    ``position_embeddings`` is made where positions are added here or in the enhanced mask decoder. Where the
-    sequence is split, ``word_embeddings`` gives this process's tokens and ``own_tokens`` takes them of the rest.
+    ``position_embeddings`` exists where positions are added here or in the enhanced mask decoder. With sequence parallelism
+    ``word_embeddings`` returns this rank's tokens, and ``own_tokens`` selects the same tokens of everything else.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -41,7 +41,7 @@ class Embeddings(nn.Module):
             nn.Embedding(config.max_position_embeddings, width) if config.has_absolute_positions else None
         )
         if config.type_vocab_size > 0:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+            self.token_type_embeddings: nn.Embedding | None = nn.Embedding(config.type_vocab_size, width)
         else:
             self.token_type_embeddings = None
         self.embed_proj = Linear(width, config.hidden_size, bias=False) if width != config.hidden_size else None
@@ -73,7 +73,8 @@ class Embeddings(nn.Module):
         return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), dropout_key)
 
     def absolute_positions(self, positions: Tensor) -> Tensor:
-        """Rows of the absolute position table."""
+        """Rows of the absolute position table for int64 positions of any shape."""
+        assert self.position_embeddings is not None, "neither the input nor the decoder has positions"
         return self.position_embeddings(positions)
 
 
@@ -118,12 +119,12 @@ class Encoder(nn.Module):
 
         Args:
             hidden_BSD: input of the first of them; the embeddings if that is layer 0.
-            layers: contiguous.
-            rel_RD: `relative_table`.
-            mask: who sees whom.
-            dropout_key: key of the model's call.
-            hidden_states: receives every output.
-            attentions: receives the attention probabilities of every layer.
+            layers: consecutive numbers of layers that this model has.
+            rel_RD: from `relative_table`, before dropout.
+            mask: which token sees which.
+            dropout_key: of the model's call; each layer derives its own. None for torch's random state.
+            hidden_states: a list to append every layer's output to.
+            attentions: a list to append every layer's attention probabilities to, [B, N, S, S] before dropout.
         """
         if not layers:
             return hidden_BSD
@@ -178,11 +179,11 @@ torch.export.register_dataclass(DebertaOutput)
 
 
 class DebertaModel(ExplainsNumberFormats):
-    """The backbone of every generation.
+    """The backbone of every generation: embeddings and encoder.
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters (see `initialisation`); None leaves them to the caller.
+        config: sizes and switches; which modules there are.
+        seed: decides the initial parameters (see `initialisation`); None leaves that to the caller.
     """
 
     def __init__(self, config: DebertaConfig, *, seed: int | None = 0) -> None:
@@ -218,12 +219,13 @@ class DebertaModel(ExplainsNumberFormats):
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
-            token_type_ids: int64 [B, S]; absent: all 0. Ignored by models without type embeddings.
-            position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1. Used with position_biased_input only.
+            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying which tokens token i sees. None: all
+                tokens are real.
+            token_type_ids: int64 [B, S]; None: all 0. Ignored by models without type embeddings.
+            position_ids: absolute positions, int64 [B, S]; None: 0 .. S-1. Used with position_biased_input only.
             output_hidden_states: also return the embeddings and every layer's output.
-            output_attentions: also return the attention probabilities.
-            dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+            output_attentions: also return every layer's attention probabilities, which only the reference attention has.
+            dropout_key: determines all dropout masks of the call. None: torch's random state does.
         """
         mask = visibility(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
         embedded_BSD = self.embed(
@@ -260,9 +262,9 @@ class DebertaModel(ExplainsNumberFormats):
         dropout_key: int | None,
         table: SharedTable | None = None,
     ) -> Tensor:
-        """Input of layer 0, [B, S, D], zero where ``mask`` has padding; the others as in `forward`.
+        """Input of layer 0, [B, S, D], zero where ``mask`` has padding. For the other parameters see `forward`.
 
-        ``table`` is the word embeddings where others use them too.
+        ``table`` are the word embeddings, where the head uses them too.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
@@ -278,9 +280,9 @@ class DebertaModel(ExplainsNumberFormats):
         )
 
     def require_positions(self, length: int, *, added: bool) -> None:
-        """Refuses a sequence for which absolute positions are added but missing; on a GPU the look-up would abort.
+        """Refuses a sequence with fewer absolute positions than tokens, if they are ``added``: on a GPU the look-up aborts.
 
-        A program that is exported does not: the comparison would narrow the lengths it may be exported for.
+        Not while a program is exported: the comparison would restrict the lengths that the program accepts.
         """
         if torch.compiler.is_exporting():
             return
@@ -291,15 +293,42 @@ class DebertaModel(ExplainsNumberFormats):
             )
 
     def keep_layers(self, layers: Collection[int]) -> None:
-        """Sets to None what ``layers`` do not use; `DebertaForMaskedLM.keep_layers` says what that is."""
+        """Sets the modules to None that ``layers`` do not use; see `DebertaForMaskedLM.keep_layers`."""
         last = self.encoder.num_layers - 1
         for number in range(self.encoder.num_layers):
             if number not in layers:
-                self.encoder.layer[number] = None
+                self.encoder.layer[number] = None  # type: ignore[assignment]  # torch takes None as well
         if 0 not in layers:
-            self.embeddings.LayerNorm = self.embeddings.embed_proj = self.embeddings.token_type_embeddings = None
+            self.embeddings.LayerNorm = None  # type: ignore[assignment]  # of the first stage alone
+            self.embeddings.embed_proj = self.embeddings.token_type_embeddings = None
             self.encoder.conv = None
         if 0 not in layers and last not in layers:
-            self.embeddings.word_embeddings = None
+            self.embeddings.word_embeddings = None  # type: ignore[assignment]  # of the first and the last stage
         if (0 if self.config.position_biased_input else last) not in layers:
             self.embeddings.position_embeddings = None
+
+
+class ModelWithBackbone(ExplainsNumberFormats):
+    """The part that models with a head share.
+
+    Args:
+        config: sizes and switches.
+
+    Attributes:
+        deberta: the backbone; its parameters have no start yet, which is the head's class to give to the whole.
+    """
+
+    def __init__(self, config: DebertaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.deberta = DebertaModel(config, seed=None)
+        accept_published_weights(self, head_size=config.head_size)
+
+    @property
+    def recompute(self) -> str:
+        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
+        return self.deberta.recompute
+
+    @recompute.setter
+    def recompute(self, mode: str) -> None:
+        self.deberta.recompute = mode

@@ -1,7 +1,7 @@
 """FLOPs of the model, for stage balance, for model FLOPs utilisation and for the dry run.
 
-A multiply-add counts 2. What recomputation repeats is not counted: these are the model's FLOPs, not the
-hardware's. B sequences of S tokens in a micro-batch, D hidden, F feed-forward, A all heads together, R rows
+A multiply-add counts 2. Recomputation is not counted: these are the model's FLOPs, not the hardware's. B sequences of S
+tokens in a micro-batch, D hidden, F feed-forward, A all heads together, R rows
 of the relative table, V vocabulary, W width of the embeddings, m share of masked tokens:
 
     layer       8 D A + 4 D F + 4 S A + 2 R A per position term + projections of the table / (B S)
@@ -32,12 +32,12 @@ class ForwardFlops:
 
     @property
     def forward(self) -> float:
-        """Of the whole model, forward."""
+        """FLOPs per token of the whole forward pass."""
         return sum(self.units)
 
     @property
     def training(self) -> float:
-        """Of the whole model, forward and backward (the backward pass does every product twice)."""
+        """FLOPs per token of forward and backward pass; the backward pass has two products for each."""
         return 3.0 * self.forward
 
 
@@ -47,8 +47,8 @@ def forward_flops(
     """Counts the forward FLOPs of masked language modelling per token.
 
     Args:
-        config: The model.
-        max_seq_length: S, tokens.
+        config: Sizes and switches of the encoder and the decoder.
+        max_seq_length: S, tokens per sequence, all of them real.
         micro_batch_size: B, sequences: the table's projections are shared by the tokens of a micro-batch.
         mask_probability: m, the share of tokens that are predicted.
     """

@@ -1,14 +1,14 @@
-"""Linear layers: several of one input as one product, and gradients that their own product adds up.
+"""Linear layers: query, key and value as one product, and products that add their weight's gradient to a float32 sum.
 
-Several as one, where their weights are slices of one tensor, one behind the other: nothing is concatenated, and the weights
-stay parameters of their own under their published names. They are such slices because `join_` has made them so or because a
-flat buffer of weights keeps the order of the modules. That is asked in every call, beside whether each layer is as it was
-built (`models.plain`): a layer that has been replaced, hooked, adapted or given another weight makes its own product, and its
-sisters theirs.
+Layers with the same input share one product if their weights are consecutive slices of one tensor: nothing is concatenated,
+and the weights stay separate parameters under their published names. They are such slices because `join_` laid them so, or
+because flat parameters keep the order of the modules. Every call checks this, and that each layer is as it was built
+(`models.plain`): if one has been replaced, hooked, adapted or given another weight, each layer computes its own product.
 
-A layer with an entry in ``main_grads``, float32 of its weight's shape, has its weight's gradient added there by the product
-that makes it (beta = 1), in float32, and none left to autograd: 8 bytes a weight move, where a 16-bit gradient that is made,
-converted and added moves 20. ``main_grad`` is Megatron's word. Biases are left to autograd, their sums in float32.
+If a layer has an entry in ``main_grads``, a float32 tensor of its weight's shape, the product that computes the weight's
+gradient adds it there (beta = 1) in float32, and autograd gets none. That moves 8 bytes per weight; computing a 16-bit
+gradient, converting and adding it moves 20. ``main_grad`` is Megatron's word. Autograd has the biases' gradients, summed in
+float32.
 
 An input that can be recomputed is not saved for the backward pass, see `Entered`.
 
@@ -32,9 +32,9 @@ class Entered(NamedTuple):
     """An activation that has passed an ``enter`` module.
 
     Attributes:
-        x: [..., D].
-        saved: What products save for their backward pass: ``x``, or what it can be recomputed from.
-        start: Begins to recompute ``x`` from ``saved``; returns something whose ``wait()`` gives it. None: ``saved`` is ``x``.
+        x: Input of the products, [..., D].
+        saved: What products save for their backward pass: ``x``, or a tensor from which it can be recomputed.
+        start: Starts to recompute ``x`` from ``saved``; returns an object whose ``wait()`` returns it. None: ``saved`` is ``x``.
     """
 
     x: Tensor
@@ -43,7 +43,7 @@ class Entered(NamedTuple):
 
 
 def entered(enter: nn.Module, x: Tensor) -> Entered:
-    """What ``enter`` makes of ``x``. Products recompute it where the module, unchanged, has a method ``start_recompute``."""
+    """``enter(x)``, which products recompute in the backward pass if ``enter``, unchanged, has ``start_recompute``."""
     output = enter(x)
     start = getattr(enter, "start_recompute", None)
     if start is None or not is_unchanged(enter):
@@ -52,47 +52,51 @@ def entered(enter: nn.Module, x: Tensor) -> Entered:
 
 
 def Linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
-    """A layer y = x W^T + b: torch's own class, which other libraries know by its exact type, with our product beside it.
+    """A layer y = x W^T + b of torch's own class, since other libraries check for that exact type.
 
-    Its attribute ``multiply`` is for layers that take its place and have a part of its weight.
+    Its attribute ``multiply`` is our product, for tensor-parallel layers that replace it with a slice of its weight.
     """
     layer = nn.Linear(in_features, out_features, bias=bias)
-    layer.multiply = multiply
+    layer.multiply = multiply  # type: ignore[assignment]  # nn.Module's attributes are declared as tensors and modules
     return layer
 
 
 def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b of ``x`` [..., D] and the weight of ``layer``; adds up the weight's gradient where there is a ``main_grad``."""
+    """x W^T + b of ``x`` [..., D] and the weight of ``layer``; adds the weight's gradient to its ``main_grad``, if any."""
     total = main_grad(layer)
     if total is None:
-        return F.linear(x, layer.weight, bias)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return F.linear(x, weight, bias)
     (y,) = _Product.apply(x, x, None, [total], layer.weight, bias)
     return y
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """What ``layer`` makes of ``x`` [..., D]: by a call, unless torch's own layer would leave a ``main_grad`` to autograd."""
+    """``layer(x)`` of ``x`` [..., D], but by `multiply` where torch's own layer would ignore a ``main_grad``."""
     if type(layer) is nn.Linear and main_grad(layer) is not None and is_plain(layer):
         return multiply(x, layer, layer.bias)
     return layer(x)
 
 
 def without_bias(x: Tensor, layer: nn.Linear) -> Tensor:
-    """What a plain ``layer`` makes of ``x`` [..., D] but for its bias, for who adds that in a pass of their own."""
-    return multiply(x, layer) if type(layer) is nn.Linear else layer.without_bias(x)
+    """A plain ``layer`` without its bias, for a caller that fuses the bias into its own next pass over the output."""
+    if type(layer) is nn.Linear:
+        return multiply(x, layer)
+    return layer.without_bias(x)  # type: ignore[operator]  # layers of our own have it: `is_plain` has looked
 
 
 def main_grad(module: nn.Module) -> Tensor | None:
-    """Where products add the gradient of the module's weight; None where autograd has it."""
+    """The sum that products add the gradient of the module's weight to; None where autograd has it."""
     return module.__dict__.get(MAIN_GRADS, {}).get("weight")
 
 
 def set_main_grads(model: nn.Module, totals: Mapping[str, Tensor] | None) -> None:
-    """Says where gradients are added from now on.
+    """Sets the sums that products add weight gradients to.
 
     Args:
         model: Its modules get an attribute ``main_grads``, parameter name -> sum.
-        totals: A sum, of float32 or wider, for every parameter by its full name; None: autograd has all gradients again.
+        totals: A sum, float32 or wider, for every parameter by its full name. None: autograd has all gradients again.
     """
     for module in model.modules():
         module.__dict__.pop(MAIN_GRADS, None)
@@ -103,38 +107,38 @@ def set_main_grads(model: nn.Module, totals: Mapping[str, Tensor] | None) -> Non
 
 @torch.no_grad()
 def add_gradients_(model: nn.Module) -> None:
-    """Adds what a backward pass has left to autograd, in ``.grad``, to the sums of `set_main_grads`, all of one dtype at once."""
+    """Adds the gradients that autograd left in ``.grad`` to the sums of `set_main_grads`, in one call per dtype."""
     left: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for module in model.modules():
         for name, total in module.__dict__.get(MAIN_GRADS, {}).items():
             parameter = module._parameters[name]
-            if parameter.grad is not None:
+            if parameter is not None and parameter.grad is not None:
                 left[parameter.grad.dtype].append((total, parameter))
     for some in left.values():
-        torch._foreach_add_([total for total, _ in some], [parameter.grad for _, parameter in some])
-        for _, parameter in some:
-            parameter.grad = None
+        torch._foreach_add_([total for total, _ in some], [one.grad for _, one in some if one.grad is not None])
+        for _, one in some:
+            one.grad = None
 
 
 def is_asked_for(parameter: Tensor) -> bool:
-    """Whether the backward pass that runs leads to the parameter: not where others' gradients alone are asked for."""
+    """Whether the running backward pass computes the parameter's gradient; `torch.autograd.grad` may ask for others only."""
     return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, of matrices; the sums and ``total`` are float32 (float64), the factors of 16 bits or as wide."""
+    """total += left right, of matrices. ``total`` and the sums are float32 or float64, the factors 16 bits or as wide."""
     if left.dtype == total.dtype:
         torch.addmm(total, left, right, out=total)
-    elif left.device.type == "cpu":  # has no such product
+    elif left.device.type == "cpu":  # torch has no product of 16-bit factors with a float32 result there
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
     else:
         torch.addmm(total, left, right, total.dtype, out=total)
 
 
 def joint_linear(x: Tensor | Entered, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """What each of ``layers`` makes of ``x`` [..., D]: [..., E] each, slices of one tensor where there was one product."""
+    """Output of each of ``layers`` for ``x`` [..., D], [..., E] each; slices of one tensor if they share a product."""
     x, saved, start = x if isinstance(x, Entered) else (x, x, None)
-    # A compiler cannot see where memory lies, and joins what it likes.
+    # A compiler traces tensors without memory, so adjacency means nothing to it; it fuses products itself.
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or not all(map(is_plain, layers)):
         return tuple(linear(x, layer) for layer in layers)
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
@@ -143,7 +147,7 @@ def joint_linear(x: Tensor | Entered, layers: Sequence[nn.Linear]) -> tuple[Tens
     totals = [main_grad(layer) for layer in layers]
     if start is not None or totals[0] is not None:
         return _Product.apply(x, saved, start, totals, *weights, *biases)
-    # Under autocast a product chooses its own precision.
+    # Under autocast each product chooses its own precision: leave it to torch.
     kind = x.device.type
     is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if is_cast or len(layers) == 1 or biases[0] is None or adjacent(weights) is None or adjacent(biases) is None:
@@ -154,7 +158,10 @@ def joint_linear(x: Tensor | Entered, layers: Sequence[nn.Linear]) -> tuple[Tens
 
 @torch.no_grad()
 def join_(layers: Sequence[nn.Linear]) -> None:
-    """Lays the weights of ``layers`` one behind the other, and their biases; values stay. Not of what has replaced a layer."""
+    """Lays the weights of ``layers`` side by side in one tensor, and their biases, without changing values.
+
+    Does nothing if a layer has been replaced, or its weight is not an ordinary parameter (pruned, parametrised).
+    """
     if not all(is_of_plain_class(layer) and has_own_weight(layer) for layer in layers):
         return
     for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
@@ -162,13 +169,13 @@ def join_(layers: Sequence[nn.Linear]) -> None:
             continue
         if adjacent(parameters) is None:
             whole = torch.cat([parameter.detach() for parameter in parameters])
-            parts = whole.split([parameter.shape[0] for parameter in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.data = part
+            slices = whole.split([parameter.shape[0] for parameter in parameters])
+            for parameter, values in zip(parameters, slices, strict=True):
+                parameter.data = values
 
 
 def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:
-    """The tensor of which ``tensors`` are slices that follow each other along ``dim``; None if they are not."""
+    """The tensor of which ``tensors`` are consecutive slices along ``dim``; None if they are not."""
     first = tensors[0]
     storage, offset = first.untyped_storage(), first.storage_offset()
     for tensor in tensors:
@@ -189,22 +196,24 @@ def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
     view = adjacent(tensors)
-    return torch.cat(tensors) if view is None else view
+    return torch.cat(tuple(tensors)) if view is None else view
 
 
 def _side_by_side(gradients: Sequence[Tensor]) -> Tensor:
-    # A view of memory has no history: what is differentiated again is copied.
+    # `adjacent` returns a view without autograd history; if the backward pass is itself differentiated, copy instead.
     view = None if torch.is_grad_enabled() else adjacent(gradients, dim=-1)
-    return torch.cat(gradients, dim=-1) if view is None else view
+    return torch.cat(tuple(gradients), dim=-1) if view is None else view
 
 
 class _Together(torch.autograd.Function):
-    """Adjacent parameters as one; torch's own product then knows which gradients are asked for."""
+    """Adjacent parameters as one tensor. Its backward splits the gradient, and autograd skips what is not asked for."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
         ctx.sizes = [parameter.shape[0] for parameter in parameters]
-        return adjacent(parameters)
+        view = adjacent(parameters)
+        assert view is not None, "whoever joins them has looked"
+        return view
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -212,7 +221,7 @@ class _Together(torch.autograd.Function):
 
 
 class _Apart(torch.autograd.Function):
-    """One output as several; gradients that lie side by side are not copied."""
+    """One output as several; if their gradients come back side by side in one tensor, they are not copied."""
 
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -224,7 +233,7 @@ class _Apart(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """One product, of an input that is recomputed or of weights whose gradients it adds up."""
+    """One product whose input is recomputed in the backward pass, or whose weights have a ``main_grad``."""
 
     @staticmethod
     def forward(
@@ -281,7 +290,7 @@ def _add_gradients(rows: Tensor, x: Tensor, totals: Sequence[Tensor], *, has_bia
     """Adds the gradients of weights to their sums; returns those of biases."""
     sizes = [total.shape[0] for total in totals]
     whole = adjacent(totals)
-    parts = [(whole, rows)] if whole is not None else zip(totals, rows.split(sizes, dim=-1), strict=True)
-    for total, part in parts:
-        add_product_(total, part.T, x)
+    pairs = [(whole, rows)] if whole is not None else zip(totals, rows.split(sizes, dim=-1), strict=True)
+    for total, gradient in pairs:
+        add_product_(total, gradient.T, x)
     return rows.sum(dim=0, dtype=totals[0].dtype).split(sizes) if has_bias else [None] * len(totals)

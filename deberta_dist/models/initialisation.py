@@ -1,7 +1,7 @@
-"""The same start everywhere: an initial value is a function of the seed and the published parameter name.
+"""The same initial weights for every layout: a function of the seed and the published parameter name.
 
-The full tensor is drawn on the CPU and cut afterwards, so every layout, and a model built on the meta device
-and filled later, begins with the same numbers.
+The full tensor is drawn on the CPU and cut afterwards. So every layout, and a model built on the meta device and filled
+later, starts with the same numbers.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) ->
 
     Args:
         name: published parameter name, e.g. ``deberta.encoder.layer.0.output.dense.weight``.
-        shape: full (unsplit) shape.
-        seed: seed of the run.
+        shape: of the full tensor, before tensor parallelism divides it.
+        seed: ``training.seed``; mixed with the name.
         std: ``initializer_range`` of the model.
     """
     if name.endswith("bias"):
@@ -36,13 +36,13 @@ def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) ->
 
 @torch.no_grad()
 def initialise_(model: nn.Module, *, seed: int, std: float, prefix: str = "") -> None:
-    """Fills a whole, materialised model; parameters on the meta device are left to whoever fills them.
+    """Sets the initial weights of a whole model. Parameters on the meta device are left alone.
 
     Args:
         model: a model with published parameter names.
-        seed: seed of the run.
+        seed: mixed with each name; see `initial_tensor`.
         std: ``initializer_range`` of the model.
-        prefix: what the published names have in front of this model's own.
+        prefix: put before the model's own names to get the published ones.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
@@ -51,10 +51,10 @@ def initialise_(model: nn.Module, *, seed: int, std: float, prefix: str = "") ->
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made inside are on the meta device: names and shapes, no numbers.
+    """Modules created inside are on the meta device: names and shapes, no numbers.
 
-    What torch's modules do to initialise themselves is left out. Without memory it has no effect, but it imports
-    torch's compiler, which takes longer than all the rest of a short command.
+    The modules' own initialisation is skipped. On the meta device it has no effect, but it imports torch's compiler, which
+    takes longer than the rest of a short command.
     """
     with torch.device("meta"), _NoInitialisation():
         yield

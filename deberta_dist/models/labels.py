@@ -1,6 +1,6 @@
-"""Labels are looked at before a loss is made of them: another shape would be broadcast, another kind of number rounded.
+"""Checks of labels before a loss is computed from them: a wrong shape would be broadcast, a wrong dtype converted.
 
-Values are looked at on a CPU alone; elsewhere the host would wait for them.
+Values are checked on a CPU only; for a GPU the host would have to wait.
 
 Letters: B batch, C labels of a sample, S sequence.
 """
@@ -15,17 +15,17 @@ WHOLE, REAL, BOOL = "whole numbers", "floating point", "bool"
 
 
 def require_tensor(tensor: Tensor, *, name: str, shapes: Sequence[Sequence[int]], kinds: Sequence[str], user: str) -> None:
-    """Refuses a tensor of another shape or kind of number.
+    """Refuses a tensor whose shape or kind of number does not fit.
 
     Args:
-        tensor: what is given.
+        tensor: the labels as the caller got them.
         name: what messages call it.
-        shapes: those that fit.
-        kinds: of ``WHOLE``, ``REAL`` and ``BOOL`` those that fit.
-        user: who wants them, for messages.
+        shapes: accepted shapes.
+        kinds: accepted kinds, of ``WHOLE``, ``REAL`` and ``BOOL``.
+        user: what the labels are for, in messages.
 
     Raises:
-        ValueError: it is another.
+        ValueError: its shape or kind is not among these.
     """
     if tuple(tensor.shape) in map(tuple, shapes) and kind_of(tensor) in kinds:
         return
@@ -37,7 +37,7 @@ def require_tensor(tensor: Tensor, *, name: str, shapes: Sequence[Sequence[int]]
 
 
 def kind_of(tensor: Tensor) -> str:
-    """``WHOLE``, ``REAL`` or ``BOOL``; "complex" else."""
+    """``WHOLE``, ``REAL``, ``BOOL`` or "complex"."""
     if tensor.dtype == torch.bool:
         return BOOL
     if tensor.is_complex():
@@ -46,17 +46,17 @@ def kind_of(tensor: Tensor) -> str:
 
 
 def require_token_labels(labels: Tensor, *, shape: torch.Size, vocab_size: int) -> None:
-    """Refuses labels that are no token ids for every token of ``input_ids``, [B, S] of ``shape``; 0 and less mean no target.
+    """Refuses labels that are not token ids, one for every token of ``input_ids``, [B, S] of ``shape``; 0 or less: no target.
 
     Raises:
-        ValueError: they are not.
+        ValueError: their shape or dtype does not fit, or, on a CPU, an id is beyond the vocabulary.
     """
     require_tensor(labels, name="labels", shapes=[shape], kinds=[WHOLE], user="one for every token of input_ids")
     require_below(labels, vocab_size, what="a token of a vocabulary")
 
 
 def classification_loss(logits_BC: Tensor, labels: Tensor, *, problem_type: str | None) -> Tensor:
-    """Mean loss of a classifier or regressor, float32 (float64 of float64), as Hugging Face's DeBERTa classes define it.
+    """Mean loss of a classifier or regressor, float32 (float64 if given that), as Hugging Face's DeBERTa classes define it.
 
     ============================== ============================= ======================================================
     ``problem_type``               labels                        loss
@@ -69,15 +69,15 @@ def classification_loss(logits_BC: Tensor, labels: Tensor, *, problem_type: str 
     None                           floating point [B, C]         cross entropy with probabilities of classes
     ============================== ============================= ======================================================
 
-    Without a label that is known the loss is 0, where theirs is not a number.
+    If no label is known the loss is 0, where theirs is NaN.
 
     Args:
-        logits_BC: of the classifier.
-        labels: see above.
-        problem_type: what the configuration says.
+        logits_BC: the classifier's output.
+        labels: of one of the forms in the table.
+        problem_type: the configuration's field of that name; None leaves it to the labels.
 
     Raises:
-        ValueError: labels of another shape or kind, or, on a CPU, values that no label has.
+        ValueError: labels whose shape or kind does not fit, or, on a CPU, values out of range.
 
     Source: huggingface/transformers models/deberta_v2/modeling_deberta_v2.py, 5.23.0.
     """
@@ -106,7 +106,7 @@ def classification_loss(logits_BC: Tensor, labels: Tensor, *, problem_type: str 
 
 
 def known_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of ``logits`` [N, C] over the labels, int64 [N], that are not negative; 0 where none is."""
+    """Mean cross entropy of ``logits`` [N, C] over the labels, int64 [N], that are not negative; 0 if all are."""
     is_known = labels >= 0
     # Sum over count, not mean: a batch without a label has loss 0, not NaN.
     return F.cross_entropy(logits, labels.where(is_known, -100), reduction="sum") / is_known.sum().clamp(min=1)
@@ -131,10 +131,10 @@ def _require(labels: Tensor, shapes: Sequence[Sequence[int]], kinds: Sequence[st
 
 
 def require_below(labels: Tensor, limit: int, *, what: str) -> None:
-    """Refuses labels of ``limit`` and more where they can be looked at; ``what`` they are is for the message.
+    """Refuses labels that are not below ``limit``, on a CPU; ``what`` names them in the message.
 
     Raises:
-        ValueError: there are some.
+        ValueError: the largest label is not below it.
     """
     if _can_be_looked_at(labels) and labels.numel() and (largest := int(labels.max())) >= limit:
         raise ValueError(f"labels: {largest} is not {what} {limit}, which are counted from 0")

@@ -1,9 +1,9 @@
-"""One transformer layer with disentangled attention, part by part, under the published parameter names.
+"""One transformer layer with disentangled attention, under the published parameter names.
 
-The modules named ``enter`` compute nothing: they mark where an activation enters computation that is split over
-tensor-parallel ranks, and are replaced there. Heads are counted from the projections'
-outputs, never from the configuration, because a projection may have been split. nn.LayerNorm keeps its
-statistics and the published epsilon, 1e-7, in float32 for half-precision inputs.
+The modules named ``enter`` compute nothing: they mark where an activation enters a tensor-parallel region, and are replaced
+there. The number of heads is read from the projections' outputs, never from the configuration, because tensor parallelism may
+have divided a projection. nn.LayerNorm computes its statistics in float32 for 16-bit inputs, and adds the published epsilon,
+1e-7, there: fp16 would round it to 1.2e-7.
 
 Letters: B batch, S sequence, Q queries, D hidden, N heads here, H head size, R rows of the relative table.
 
@@ -46,7 +46,11 @@ class AttentionMemory(NamedTuple):
     """What queries attend to: content and, per position term, the projected relative table.
 
     Attributes:
-        p2c_BNSR: products of the keys with ``rel_query_NRH``; set instead of it where attended to twice.
+        key_BNSH: projected hidden states, by heads.
+        value_BNSH: projected hidden states, by heads.
+        rel_key_NRH: for c2p; None without the term.
+        rel_query_NRH: for p2c; None without the term, or with ``p2c_BNSR``.
+        p2c_BNSR: products of the keys with ``rel_query_NRH``, in its place if several passes attend to this memory.
     """
 
     key_BNSH: Tensor
@@ -60,7 +64,7 @@ class DisentangledSelfAttention(nn.Module):
     """Projections around `kernels.disentangled_attention`.
 
     Attributes:
-        implementation: who computes it, one of `kernels.IMPLEMENTATIONS`; None: the fastest that can.
+        implementation: one of `kernels.IMPLEMENTATIONS`; None for the fastest that is available.
     """
 
     def __init__(self, config: DebertaConfig) -> None:
@@ -84,7 +88,7 @@ class DisentangledSelfAttention(nn.Module):
         self._join_weights()
 
     def queries(self, hidden_BQD: Tensor) -> Tensor:
-        """Of hidden states, [B, N, Q, H]."""
+        """Queries of hidden states, [B, N, Q, H]."""
         return self._heads(linear(self.enter(hidden_BQD), self.query_proj))
 
     def memory(self, hidden_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
@@ -95,15 +99,15 @@ class DisentangledSelfAttention(nn.Module):
     def queries_and_memory(
         self, hidden_BSD: Tensor, *, rel_RD: Tensor, dropout_key: int | None
     ) -> tuple[Tensor, AttentionMemory]:
-        """`queries` and `memory` of the same states."""
+        """`queries` and `memory` of the same hidden states, by one product."""
         projections = [self.query_proj, self.key_proj, self.value_proj]
         query, key, value = joint_linear(entered(self.enter, hidden_BSD), projections)
         return self._heads(query), self._memory(key, value, rel_RD=rel_RD, dropout_key=dropout_key)
 
     def _memory(self, key: Tensor, value: Tensor, *, rel_RD: Tensor, dropout_key: int | None) -> AttentionMemory:
         rel_RD = self.pos_dropout(rel_RD, dropout_key)
-        # The table does not pass ``enter``: split over heads, its gradient is a partial sum that is completed once
-        # per optimizer step instead of once per layer.
+        # The table does not pass ``enter``: with tensor parallelism its gradient is a summand on each rank, and the sum is
+        # taken once per optimizer step (a ``partial`` weight), not once per layer.
         projections = self._table_projections()
         tables = joint_linear(rel_RD, list(projections.values())) if projections else ()
         rel = {name: self._heads(table) for name, table in zip(projections, tables, strict=True)}
@@ -112,7 +116,7 @@ class DisentangledSelfAttention(nn.Module):
     def with_position_scores(
         self, memory: AttentionMemory, *, positions: RelativePositions, mask: AttentionMask | None
     ) -> AttentionMemory:
-        """``memory`` for repeated `attend`: where it helps, the products of keys and relative table are made once."""
+        """``memory`` for several `attend`: where it helps, with the products of keys and relative table computed once."""
         if memory.rel_query_NRH is None:
             return memory
         asked = self.implementation
@@ -134,7 +138,7 @@ class DisentangledSelfAttention(nn.Module):
         return_probabilities: bool = False,
         width: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Context [B, Q, N * H] of `queries`, of which ``width`` count; probabilities if asked for."""
+        """Context [B, Q, N * H] of `queries`, of which the first ``width`` are real; and probabilities if asked for."""
         drops = self.training and self.dropout.p > 0.0
         context, probabilities = disentangled_attention(
             query_BNQH,
@@ -159,9 +163,9 @@ class DisentangledSelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_size)).transpose(-3, -2)
 
     def _table_projections(self) -> dict[str, nn.Linear]:
-        """What makes "query" and "key" of the relative table, in the order of their weights."""
+        """The layers that project the relative table, "query" and "key", in the order in which their weights lie in memory."""
         if self.share_att_key:
-            projections = {"query": self.query_proj, "key": self.key_proj}
+            projections: dict[str, Any] = {"query": self.query_proj, "key": self.key_proj}
         else:
             projections = {name: getattr(self, f"pos_{name}_proj", None) for name in ("key", "query")}
         is_used = {"query": self.has_p2c, "key": self.has_c2p}
@@ -173,14 +177,14 @@ class DisentangledSelfAttention(nn.Module):
             join_(list(tables.values()))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # nn.Module's conversions move every parameter to memory of its own.
+        # model.to(), .half() and the like give every parameter memory of its own: lay them side by side again.
         super()._apply(*args, **kwargs)
         self._join_weights()
         return self
 
 
 class Attention(nn.Module):
-    """Self-attention and its output; a holder of published names."""
+    """Self-attention and its output. It only holds published names: `Layer` calls both itself."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
@@ -222,16 +226,16 @@ class Layer(nn.Module):
         recompute_mode: str = "none",
         return_probabilities: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The ordinary pass: every position attends to every position.
+        """The ordinary pass: every token attends to every token that the mask lets it see.
 
         Args:
-            hidden_BSD: input.
+            hidden_BSD: output of the layer before, or the embeddings.
             rel_RD: relative table, normalised, before dropout.
-            positions: see `kernels.disentangled_attention`.
-            mask: likewise.
-            dropout_key: key of this layer, micro-batch and step, or None.
-            recompute_mode: only "selective" matters here.
-            return_probabilities: also return the attention probabilities.
+            positions: row of the relative table for each pair of query and key.
+            mask: which query sees which key; None: all see all.
+            dropout_key: key of this layer, micro-batch and step; None for torch's random state.
+            recompute_mode: only "selective" matters here; "full" is done around the layer.
+            return_probabilities: also return the attention probabilities [B, N, S, S], before dropout.
         """
         attention = self.attention.self
         query_BNSH, memory = attention.queries_and_memory(hidden_BSD, rel_RD=rel_RD, dropout_key=dropout_key)
@@ -259,12 +263,13 @@ class Layer(nn.Module):
         recompute_mode: str = "none",
         width: int | None = None,
     ) -> Tensor:
-        """Passes of this layer over queries of their own, each the next one's queries, all attending to ``hidden_BSD``.
+        """``num_passes`` passes of this layer: each pass's output is the next one's queries; all attend to ``hidden_BSD``.
 
-        Keys, values, projected table and the products of keys with it are made once. So all passes share one dropout
+        Keys, values, projected table and the products of keys with it are computed once. So all passes share one dropout
         mask on the table, where the published code draws one each; all other masks differ between passes.
 
-        ``width`` queries of each sample count; masks are as if there were no others behind them.
+        The first ``width`` queries of each sample are real; dropout is as if the others, padding, were not there. For the
+        other parameters see `forward`.
         """
         attention = self.attention.self
         memory = attention.memory(hidden_BSD, rel_RD=rel_RD, dropout_key=dropout_key)

@@ -15,15 +15,13 @@ from deberta_dist.kernels import AttentionMask
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
-from deberta_dist.models.encoder import DebertaModel
+from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.fused_qkv import main_grad
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
-from deberta_dist.models.number_formats import ExplainsNumberFormats
 from deberta_dist.models.plain import is_own_table, whole_table
 from deberta_dist.models.positions import within_documents
-from deberta_dist.models.published_state import accept_published_weights
 from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
 from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
@@ -48,45 +46,34 @@ class MaskedLMOutput:
 torch.export.register_dataclass(MaskedLMOutput)
 
 
-class DebertaForMaskedLM(ExplainsNumberFormats):
+class DebertaForMaskedLM(ModelWithBackbone):
     """Masked language model of every generation.
 
     With the enhanced mask decoder (``DebertaConfig.decoder``) the last layer decodes: two passes over queries = hidden
-    state + absolute position, attending to the input of the last layer. Only target positions are queries, gathered first, and the
-    last layer's ordinary pass, of which the loss sees nothing, is not run. Both are exact.
+    state + absolute position, attending to the input of the last layer. Two savings, both exact: only targets are queries,
+    gathered first; and the last layer's ordinary pass, on which the loss does not depend, is not run.
 
     Args:
-        config: sizes and switches.
-        seed: start of the parameters; without effect on the meta device.
+        config: sizes and switches of the encoder and the decoder.
+        seed: decides the initial parameters (see `initialisation`); without effect on the meta device.
 
     Attributes:
-        vocabulary_chunks: `forward_stage` makes the logits in this many parts; see `CrossEntropy.of_product`.
+        vocabulary_chunks: `forward_stage` computes the logits in this many chunks of the vocabulary; see
+            `CrossEntropy.of_product`.
 
     Raises:
         ConfigError: the enhanced mask decoder cannot be built (`DebertaConfig.require_masked_lm`).
     """
 
     def __init__(self, config: DebertaConfig, *, seed: int = 0) -> None:
-        super().__init__()
         config.require_masked_lm()
-        self.config = config
-        self.deberta = DebertaModel(config, seed=None)
+        super().__init__(config)
         self.lm_predictions = MaskedLMPredictions(config)
-        # Where hidden states are split along the sequence, this is replaced by what joins them.
+        # With sequence parallelism this is replaced by a module that joins the shards of the sequence.
         self.whole_sequence = nn.Identity()
         self.cross_entropy = CrossEntropy()
         self.vocabulary_chunks = 1
-        accept_published_weights(self, head_size=config.head_size)
         initialise_(self, seed=seed, std=config.initializer_range)
-
-    @property
-    def recompute(self) -> str:
-        """Which activations the backward pass recomputes: one of `values.RECOMPUTE`."""
-        return self.deberta.recompute
-
-    @recompute.setter
-    def recompute(self, mode: str) -> None:
-        self.deberta.recompute = mode
 
     def forward(
         self,
@@ -101,21 +88,22 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
     ) -> MaskedLMOutput:
         """Loss and logits of the targets; without labels, logits of every real token.
 
-        A program that is exported decodes every place and chooses rows at its end; it has no loss.
+        An exported program decodes every token and selects rows at its end; it has no loss.
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees. Absent: all.
+            attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying which tokens token i sees. None: all
+                tokens are real.
             labels: int64 [B, S], 0 where nothing is to be predicted.
             token_type_ids: see `DebertaModel.forward`.
-            position_ids: absolute positions, int64 [B, S]; absent: 0 .. S-1, or what ``document_ids`` say.
+            position_ids: absolute positions, int64 [B, S]. None: 0 .. S-1, or within each document of ``document_ids``.
             document_ids: int [B, S], number of the document that each token belongs to, ascending from 1, and 0 for
                 padding. Documents do not see each other, and each has the absolute positions 0, 1, ...
-            dropout_key: determines all dropout masks of the call; absent: torch's random state does.
+            dropout_key: determines all dropout masks of the call. None: torch's random state does.
 
         Raises:
-            ValueError: more tokens than absolute positions, ``document_ids`` and ``attention_mask`` of two shapes, or
-                ``labels`` that are not token ids [B, S] or belong to a program that is exported.
+            ValueError: more tokens than absolute positions; ``document_ids`` and ``attention_mask`` of different shapes;
+                ``labels`` that are not token ids [B, S]; or labels while a program is exported.
         """
         if labels is not None:
             require_token_labels(labels, shape=input_ids.shape, vocab_size=self.config.vocab_size)
@@ -148,9 +136,9 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
     def token_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits of every place, padding included, [B, S, V]: their shape follows from the inputs' shapes alone.
+        """Logits of every token, padding included, [B, S, V], so that the shape depends on the inputs' shapes alone.
 
-        Arguments and errors as of `forward`.
+        For arguments and errors see `forward`.
         """
         mask, _ = within_documents(torch.ones_like(input_ids) if attention_mask is None else attention_mask, None)
         table = self._shared_table(input_ids.device)
@@ -175,18 +163,18 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         layers: range,
         dropout_key: int | None,
     ) -> Tensor:
-        """A contiguous part of the model; the parts in order compute what `forward` computes.
+        """One stage of the model; all stages in order compute what `forward` computes.
 
         Args:
-            hidden_BSD: output of the layer before; None, or ignored, if ``layers`` begins with 0.
-            input_ids: as in `forward`; None where ``layers`` does not begin with 0.
-            attention_mask: as in `forward`.
-            labels: as in `forward`; the last layer alone looks at them, and waits for their device.
-            targets: found in the labels before, which are not looked at then.
-            document_ids: as in `forward`.
-            layers: contiguous. Layer 0 brings embeddings and convolution with it, the last layer the head. An empty
-                range returns ``hidden_BSD``.
-            dropout_key: as in `forward`; the same for all parts of one micro-batch.
+            hidden_BSD: output of the layer before; ignored if ``layers`` begins with 0.
+            input_ids: int64 [B, S]; None where ``layers`` does not begin with 0.
+            attention_mask: [B, S] or [B, S, S], see `forward`; every stage needs it.
+            labels: int64 [B, S]. Only a stage with the last layer reads them, and then waits for their device.
+            targets: the labels' `find_targets`, found on the host beforehand; ``labels`` are then not read.
+            document_ids: int [B, S], see `forward`; every stage needs them.
+            layers: consecutive. Layer 0 includes embeddings and convolution, the last layer the head. An empty range
+                returns ``hidden_BSD``.
+            dropout_key: see `forward`; the same for all stages of a micro-batch.
 
         Returns:
             Without the last layer: hidden states [B, S, D]. With it: float32 [1, 3], the sum of the targets' losses,
@@ -239,12 +227,12 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         return torch.stack([loss_P.sum(), is_correct_P.sum().to(loss_P.dtype), count])[None]
 
     def keep_layers(self, layers: Collection[int]) -> None:
-        """Sets to None what a stage of these layers does not use; what stays keeps its published name.
+        """Sets the modules to None that a stage of these layers does not use; the others keep their published names.
 
-        Kept: ``encoder.layer.N`` of ``layers``; rel_embeddings and encoder.LayerNorm always; the embeddings' LayerNorm,
-        embed_proj and type embeddings, and the convolution, with layer 0; word_embeddings with layer 0 or the last;
-        position_embeddings, if there are any, with layer 0 if position_biased_input, else with the last; lm_predictions
-        with the last.
+        These stay: ``encoder.layer.N`` of ``layers``; rel_embeddings and encoder.LayerNorm always; the embeddings'
+        LayerNorm, embed_proj and type embeddings, and the convolution, with layer 0; word_embeddings with layer 0 or the
+        last; position_embeddings, if there are any, with layer 0 if position_biased_input, else with the last;
+        lm_predictions with the last.
         """
         self.deberta.keep_layers(layers)
         if self.config.num_hidden_layers - 1 not in layers:
@@ -263,7 +251,10 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         layers: range | None = None,
         dropout_key: int | None = None,
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``, by default all; of ``targets`` alone, [P, D], if the last is among them."""
+        """Hidden states [B, S, D] after ``layers``, by default all; only those of ``targets``, [P, D], after the last layer.
+
+        Its parameters are those of `forward` and `forward_stage`, which differ in what they pass.
+        """
         layers = range(self.config.num_hidden_layers) if layers is None else layers
         if layers.start == 0:
             hidden_BSD = self.deberta.embed(
@@ -311,15 +302,14 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
     ) -> Tensor:
         """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h).
 
-        Targets only, [P, D]; without them every place, [B, S, D].
+        Of the targets, [P, D]; without targets of every token, [B, S, D].
         """
         length = hidden_BSD.shape[1]
         self.deberta.require_positions(length, added=True)
         encoder = self.deberta.encoder
         relative = encoder.relative_positions(hidden_BSD.device)
         if targets is None:
-            places = torch.arange(length, device=hidden_BSD.device)[None]
-            absolute_BT = places if position_ids is None else position_ids
+            absolute_BT = torch.arange(length, device=hidden_BSD.device)[None] if position_ids is None else position_ids
         else:
             positions_BT = targets.positions_BT
             absolute_BT = positions_BT if position_ids is None else position_ids.gather(1, positions_BT)
@@ -356,12 +346,12 @@ class DebertaForMaskedLM(ExplainsNumberFormats):
         return SharedTable(self._word_table(device), main_grad=self._word_main_grad())
 
     def _word_main_grad(self) -> Tensor | None:
-        """Where the word embeddings' gradient is added up, if their weight is the table."""
+        """The sum that the word embeddings' gradient is added to; None where autograd has it."""
         words = self.deberta.embeddings.word_embeddings
         return main_grad(words) if is_own_table(words) else None
 
     def _shares_table(self, layers: range) -> bool:
-        """Whether the look-up's gradient goes where another's does: the head's, or the parameter's own sum."""
+        """Whether the look-up's gradient is added to an existing one: the head's, or the parameter's ``main_grad``."""
         if layers.start > 0:
             return False
         is_whole = layers.stop == self.config.num_hidden_layers

@@ -29,12 +29,12 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.transform(hidden_TD), word_embeddings_VW, self.bias)
 
     def transform(self, hidden_TD: Tensor) -> Tensor:
-        """What is multiplied with the word embeddings, [T, W]."""
+        """LayerNorm(act(dense(x))), the factor of the word embeddings, [T, W]."""
         return self.enter(self.LayerNorm(self.activation(linear(hidden_TD, self.dense))))
 
 
 class MaskedLMPredictions(nn.Module):
-    """A holder of published names."""
+    """Holds the head under its published name, ``lm_predictions.lm_head``."""
 
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""A model whose parts are of several number formats, told in words instead of by the operation that fails of it.
+"""A clear error where a model mixes number formats in an operation that does not support it.
 
-Such a model can be right: under autocast, with adapters that convert for themselves, with normalisations in float32. So
-nothing is refused beforehand, and nothing is looked at while all goes well.
+A model with several formats can be right: under autocast, with adapters that convert, with normalisations in float32. So
+nothing is refused beforehand, and nothing is checked unless an operation has failed.
 """
 
 import re
@@ -13,10 +13,10 @@ _ABOUT_FORMATS = re.compile(r"dtype|scalar type|data type|same type", re.IGNOREC
 
 
 class ExplainsNumberFormats(nn.Module):
-    """A model whose call says which of its parameters have which number format, where an operation could not have both."""
+    """A model that, when an operation fails over number formats, says which of its parameters have which."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As of nn.Module.
+        """Calls ``forward`` as nn.Module does.
 
         Raises:
             ValueError: parameters of several number formats meet in one operation.
@@ -36,7 +36,7 @@ class ExplainsNumberFormats(nn.Module):
 
 
 def number_formats(model: nn.Module) -> dict[str, list[str]]:
-    """Floating point formats of a model's parameters, each with the names of the modules that hold such, most first."""
+    """Floating point formats of a model's parameters -> names of the modules with such parameters; the most common first."""
     found: dict[str, dict[str, None]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():

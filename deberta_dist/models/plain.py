@@ -1,12 +1,14 @@
-"""Which modules do just what their weights say, so that a faster way to the same numbers may read these past them.
+"""Which modules compute exactly what their weights say, so that an optimisation may read the weights instead of calling them.
 
-Several products of one input as one, a table that is used whole, a kernel that joins a sum and its LayerNorm: they read
-weights instead of calling modules. That is right while the modules are those that were built. One that somebody has put in
-their place (an adapter, a quantised layer, a subclass), or changed (hooks, a parametrisation, pruning, another ``forward``),
-or whose weight is no ordinary tensor, is called instead. Readers ask in every pass, because modules change later.
+The fused QKV product, the shared word embeddings and the fused residual kernel read weights. That is right while the modules
+are as they were built. A module that has been replaced (an adapter, a quantised layer, a subclass) or changed (hooks, a
+parametrisation, pruning, another ``forward``), or whose weight is not an ordinary tensor, is called instead. This is checked
+in every pass, because modules may change at any time.
 """
 
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +17,31 @@ from torch.nn.modules import module as torch_module
 from deberta_dist.errors import ConfigError
 
 _FORWARDS = MappingProxyType({kind: kind.forward for kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d)})
-"""Taken when this file is imported: whoever replaces a class's ``forward`` later has changed what its modules do."""
+"""As they are when this file is imported, so that a later replacement of a class's ``forward`` is noticed."""
 _NUMBERS = (nn.Parameter, Tensor)
 _WITHOUT_WEIGHTS = (nn.Identity, nn.ModuleList, nn.ModuleDict)
 _SHOWN = 4
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a call of a module computes what its class does of its own weight and bias, and nothing else happens.
+    """Whether calling a module computes its class's function of its own weight and bias, and does nothing else.
 
-    Gradient hooks of its parameters do not matter.
+    Gradient hooks on its parameters do not matter: autograd runs them whoever reads the parameter.
     """
     return is_unchanged(module) and has_own_weight(module)
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Whether a call of a module runs its class's own ``forward`` and nothing else.
+    """Whether calling a module runs its class's own ``forward`` and nothing else.
 
-    The classes are torch's, and those of our own that say so: they have ``plain_forward``, which is their ``forward``. A
-    subclass does not say so by inheriting it.
+    The classes are torch's, and our own that define ``plain_forward`` as an alias of ``forward``. A subclass that inherits the
+    alias does not count.
     """
     kind = type(module)
+    forwards: Mapping[type[nn.Module], Any] = _FORWARDS
     return (
         is_of_plain_class(module)
-        and kind.forward is (_FORWARDS.get(kind) or kind.__dict__["plain_forward"])
+        and kind.forward is (forwards.get(kind) or kind.__dict__["plain_forward"])
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
         and not _has_global_hooks()
         and module._compiled_call_impl is None
@@ -46,39 +49,39 @@ def is_unchanged(module: nn.Module) -> bool:
 
 
 def is_of_plain_class(module: nn.Module) -> bool:
-    """Whether a module is of a class of which models are built, and has no ``forward`` of its own; hooked or not."""
+    """Whether a module's class is one of those, without a ``forward`` set on the instance; it may have hooks."""
     kind = type(module)
     return (kind in _FORWARDS or "plain_forward" in kind.__dict__) and "forward" not in module.__dict__
 
 
 def has_own_weight(module: nn.Module) -> bool:
-    """Whether a module itself holds its weight and its bias, if any, and they are ordinary tensors."""
+    """Whether a module's weight, and its bias, if any, are its own and ordinary tensors."""
     parameters = module._parameters
     bias = parameters.get("bias", module.__dict__.get("bias"))  # pruning leaves its result in the latter
     return type(parameters.get("weight")) in _NUMBERS and (bias is None or type(bias) in _NUMBERS)
 
 
 def is_own_table(module: nn.Module) -> bool:
-    """Whether the weight of an embedding, hooked or not, is what it gives for every row."""
+    """Whether an embedding's weight holds what it returns for every row; it may have hooks."""
     return is_of_plain_class(module) and has_own_weight(module)
 
 
 def whole_table(module: nn.Module, num_rows: int, *, device: torch.device) -> Tensor:
     """All rows of an embedding that is also used as a matrix, [num_rows, width].
 
-    Its weight, which hooks do not change: they are for what is looked up. Of a module in its place, what it gives for every
-    row.
+    That is its weight: hooks apply to look-ups only. A module that has replaced it is called for every row.
     """
     if is_own_table(module):
+        assert isinstance(module.weight, Tensor)
         return module.weight
     return module(torch.arange(num_rows, device=device))
 
 
 def require_unchanged(model: nn.Module) -> None:
-    """Refuses a model with modules that are not as they were built, where they are cut and their weights kept elsewhere.
+    """Refuses a model with changed modules, where layers are replaced and their weights moved to a weight store.
 
     Raises:
-        ConfigError: it has some.
+        ConfigError: a module is not as it was built; the message names the first few.
     """
     changed = [
         f"{name} ({type(module).__module__}.{type(module).__qualname__})"
@@ -89,12 +92,12 @@ def require_unchanged(model: nn.Module) -> None:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise ConfigError(
             f"the model has modules that are not as deberta_dist builds them: {', '.join(changed[:_SHOWN])}{more}; the trainer "
-            "cuts and shards its own layers alone: merge adapters into the weights, and remove hooks and parametrisations"
+            "divides and shards only its own layers: merge adapters into the weights, and remove hooks and parametrisations"
         )
 
 
 def _is_ours(module: nn.Module, *, is_whole: bool) -> bool:
-    """``is_whole``: the model itself, whose class is its network's affair; what it holds is cut, not what it does."""
+    """Whether a module is as it was built. ``is_whole``: it is the model itself, which may be of a class of the user's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooks or "forward" in module.__dict__:
         return False

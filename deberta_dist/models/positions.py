@@ -1,4 +1,4 @@
-"""Who may look at whom, and at which distance: what the attention is told of positions and masks.
+"""Rows of the relative table by distance, and attention masks, from the arguments of a model's call.
 
 Letters: B batch, Q queries, S keys.
 """
@@ -20,11 +20,11 @@ def position_row_of_distance(num_buckets: int, max_distance: int) -> tuple[int, 
     row(d) = d + max_distance, at most 2 max_distance - 1, without buckets; with them, m = num_buckets / 2,
     d first clamped to +-(max_distance - 1):
     row(d) = num_buckets + (d if |d| <= m else sign(d) (ceil(ln(|d|/m) / ln((max_distance-1)/m) (m-1)) + m)).
-    Clamping comes first: buckets of larger distances would leave the table or hit rows never trained.
+    Clamping comes first: buckets of larger distances would be beyond the table, or rows that were never trained.
 
     Args:
         num_buckets: buckets per direction; below 1 means none.
-        max_distance: tokens.
+        max_distance: tokens; the distance from which on all share a row.
 
     Source: microsoft/DeBERTa DeBERTa/deberta/da_utils.py@4d7fe0bd.
     """
@@ -44,14 +44,14 @@ def position_row_of_distance(num_buckets: int, max_distance: int) -> tuple[int, 
 
 def relative_positions(*, num_buckets: int, max_distance: int, device: torch.device) -> RelativePositions:
     """Rows of the relative table for queries and keys that are both counted from 0."""
-    # What is made while a program is exported stands for a number of that program, and serves nobody else.
+    # Tensors made during an export are symbols of that program: they must not enter the cache.
     make = _relative_positions.__wrapped__ if torch.compiler.is_exporting() else _relative_positions
     return make(num_buckets, max_distance, device)
 
 
 @functools.lru_cache(maxsize=32)
 def _relative_positions(num_buckets: int, max_distance: int, device: torch.device) -> RelativePositions:
-    # Made in inference mode it could not serve the training step that finds it here.
+    # A tensor made in inference mode could not be used by the training step that finds it in the cache.
     with torch.inference_mode(False):
         rows = position_row_of_distance(num_buckets, max_distance)
         return RelativePositions(torch.tensor(rows, device=device), known_rows=rows)
@@ -61,7 +61,7 @@ def visibility(attention_mask: Tensor) -> AttentionMask:
     """Which token sees which; padding neither sees nor is seen.
 
     Args:
-        attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying what token i sees.
+        attention_mask: 1 for real tokens, [B, S]; or [B, S, S] with row i saying which tokens token i sees.
 
     Raises:
         ValueError: the mask has neither two nor three dimensions.
@@ -78,19 +78,19 @@ def document_positions(document_ids: Tensor) -> Tensor:
     """Absolute position of every token within its document, int64 [B, S]: 0 at each one's first token.
 
     Args:
-        document_ids: int [B, S], the tokens of a document next to each other. Padding is counted like a document.
+        document_ids: int [B, S], tokens of a document next to each other. Padding is counted like a document.
     """
-    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    in_sequence = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     continues = F.pad(document_ids[:, 1:] == document_ids[:, :-1], (1, 0))
-    return places - places.masked_fill(continues, 0).cummax(dim=1).values
+    return in_sequence - in_sequence.masked_fill(continues, 0).cummax(dim=1).values
 
 
 def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tuple[AttentionMask, Tensor | None]:
-    """Who sees whom, and absolute positions, in sequences of several documents, which do not see each other.
+    """Mask and absolute positions for sequences of several documents, which do not see each other.
 
     Args:
         attention_mask: 1 for real tokens, [B, S]; without ``document_ids`` anything that `visibility` takes.
-        document_ids: int [B, S]: 0 for padding, else the number of the document; a token is real where both say so.
+        document_ids: int [B, S]: 0 for padding, otherwise the document's number. A token is real if both arguments say so.
 
     Returns:
         The mask, and the positions [B, S]; None without ``document_ids``.
@@ -103,7 +103,7 @@ def within_documents(attention_mask: Tensor, document_ids: Tensor | None) -> tup
     if document_ids.dim() != 2 or document_ids.shape != attention_mask.shape:
         raise ValueError(
             f"document_ids has shape {tuple(document_ids.shape)} and attention_mask {tuple(attention_mask.shape)}; "
-            "expected [batch, tokens] of both: the documents decide who sees whom"
+            "expected [batch, tokens] of both: the documents decide which token sees which"
         )
     segments = document_ids.masked_fill(~attention_mask.bool(), 0)
     return AttentionMask(key_segments_BS=segments), document_positions(document_ids)

@@ -62,7 +62,7 @@ PRESETS: Mapping[str, DebertaConfig] = MappingProxyType(
 
 
 def preset_name(name: str) -> str:
-    """The key of `PRESETS` that a published name means: ``xxlarge-v2``, ``microsoft/deberta-v3-base``, ``large`` (of v1).
+    """The key of `PRESETS` for a published name: ``xxlarge-v2``, ``microsoft/deberta-v3-base``, ``large`` (v1).
 
     Raises:
         ConfigError: there is none.
@@ -78,8 +78,8 @@ def preset(name: str, /, **overrides: Any) -> DebertaConfig:
     """A published configuration with some fields replaced.
 
     Args:
-        name: a key of `PRESETS`.
-        overrides: fields of `DebertaConfig` to replace.
+        name: a key of `PRESETS`; `preset_name` finds it from other spellings.
+        **overrides: fields of `DebertaConfig` to replace.
 
     Raises:
         ConfigError: no preset has this name, a field does not exist, or the result is refused.

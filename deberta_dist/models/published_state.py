@@ -1,6 +1,6 @@
-"""Loads weights under any of the names they were published with.
+"""Loads weights under any of the names that they were published with.
 
-Registered as a hook of every model here, so that ``load_state_dict(published, strict=True)`` works.
+Every model registers it as a hook, so that ``load_state_dict(published, strict=True)`` works.
 """
 
 from typing import Any
@@ -22,13 +22,13 @@ def accept_published_weights(model: nn.Module, *, head_size: int, backbone: str 
     """Makes ``model.load_state_dict`` accept the published spellings when called on ``model`` itself.
 
     Args:
-        model: the model that is loaded.
+        model: a model with or without the backbone as a submodule; it gets a pre-hook.
         head_size: width of one attention head; the fused projections are interleaved by head.
-        backbone: what this model calls the backbone; empty if it is the backbone.
+        backbone: prefix of the backbone's names in this model; empty if the model is the backbone.
     """
 
     def before_load(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        # As part of another model, the outer one's hook has been here already. ``state`` is torch's own copy.
+        # With a prefix this is a submodule, and the outer model's hook has run. ``state`` is torch's copy: changing it is safe.
         if prefix:
             return
         renamed = {_present_name(name, backbone): value for name, value in state.items()}
@@ -47,7 +47,7 @@ def separate_projections(state: dict[str, Tensor], *, head_size: int) -> dict[st
 
     Args:
         state: published names to tensors, fused or not; left as it is.
-        head_size: width of one head.
+        head_size: width of one head; ``in_proj`` has 3 x head_size rows for each.
 
     Source: microsoft/DeBERTa DeBERTa/deberta/disentangled_attention.py@4d7fe0bd, ``_pre_load_hook``.
     """

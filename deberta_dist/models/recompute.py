@@ -1,4 +1,4 @@
-"""Activations kept or computed again in the backward pass."""
+"""Activations are saved for the backward pass, or recomputed in it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +25,13 @@ def require_recompute_mode(mode: str) -> str:
 def call_with_recompute(
     function: Callable[..., Any], *args: Any, recompute: bool, dropout_key: int | None, owner: nn.Module
 ) -> Any:
-    """``function(*args)``, keeping only its inputs for the backward pass if ``recompute``.
+    """``function(*args)``; with ``recompute`` only its arguments are saved for the backward pass.
 
     Args:
-        function: computes from its arguments, parameters and keys alone.
-        args: its arguments.
-        recompute: whether to compute again in the backward pass.
-        dropout_key: with a key the masks come out the same by themselves; without, torch's random state is kept.
+        function: depends on its arguments, parameters and dropout keys only.
+        *args: tensors that ``function`` is called with.
+        recompute: whether the backward pass calls ``function`` again.
+        dropout_key: with a key, recomputed masks are the same; without one, torch's random state is saved and restored.
         owner: the module whose training mode decides; nothing is recomputed outside training.
     """
     if not (recompute and owner.training and torch.is_grad_enabled()):

@@ -1,8 +1,7 @@
-"""LayerNorm(dropout(dense(x)) + residual): behind the product five passes over memory, or one where a kernel joins them.
+"""LayerNorm(dropout(dense(x)) + residual): after the product five passes over memory, or one in a fused kernel.
 
-On a GPU by a kernel of our own (`kernels.rows`), or by `torch.compile` where that is asked for, once for all layers: a second
-shape makes the number of rows a variable, so no batch is compiled for again. Which elements are dropped does not depend on
-who computes.
+The kernel is our own on a GPU (`kernels.rows`), or `torch.compile`'s with ``training.compile``: compiled once for all layers,
+and a second time with a variable number of rows when a second shape comes. All of them drop the same elements.
 """
 
 import functools
@@ -10,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class ResidualOutput(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): the end of the attention and of the feed-forward.
 
     Attributes:
-        joined: What follows the product is compiled into one kernel; rounding apart the numbers are the same.
+        joined: Whether what follows the product is compiled into one kernel; results differ by rounding only.
     """
 
     def __init__(self, config: DebertaConfig, *, input_size: int, site: int) -> None:
@@ -40,9 +40,9 @@ class ResidualOutput(nn.Module):
         self.joined = False
 
     def forward(self, x: Tensor, residual: Tensor, *, dropout_key: int | None, width: int | None = None) -> Tensor:
-        """[B, T, D]; ``width`` as of `Dropout.forward`."""
+        """[B, T, D]; for ``width`` see `Dropout.forward`."""
         norm, dropout = self.LayerNorm, self.dropout
-        # Else they are called, each for itself.
+        # A module that has been replaced or hooked has to be called; only plain ones can be fused.
         is_joined = is_plain(norm) and norm.bias is not None and is_unchanged(dropout)
         if self.joined and is_joined and not torch.compiler.is_exporting():
             return self._compiled(linear(x, self.dense), residual, dropout_key=dropout_key, width=width)
@@ -76,27 +76,27 @@ class ResidualOutput(nn.Module):
             rows = dropout(rows, None)
         elif dropout.drops:
             drawn = dropout.numbers(x, dropout_key, width=width).flatten(0, -2)
-        joined, limit = _joined(_residual_norm), (drawn, dropout.limit, dropout.scale)
-        return joined(rows, of_residual, *limit, weight, bias, norm.eps).view(residual.shape)
+        joined = _joined(_residual_norm)
+        return joined(rows, of_residual, drawn, dropout.limit, dropout.scale, weight, bias, norm.eps).view(residual.shape)
 
 
 class _NoLeaf(torch.autograd.Function):
-    """The same numbers: the compiler cannot take a leaf, or a view of one, whose gradient has another dtype than it."""
+    """Identity. torch.compile rejects a leaf, or a view of one, whose gradient has another dtype (float32) than itself."""
 
     @staticmethod
-    def forward(ctx, parameter: Tensor) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
         return parameter.detach()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
 def require_compiler(device_type: str) -> None:
-    """Says at once what torch.compile would say in the middle of the first step.
+    """Checks beforehand what would otherwise fail within torch.compile in the first step.
 
     Raises:
-        ConfigError: there is nothing that it could compile with on this kind of device.
+        ConfigError: torch.compile finds no compiler for this kind of device.
     """
     if device_type == "cpu":
         compilers = os.environ.get("CXX", "g++"), "c++", "clang++"
@@ -105,7 +105,7 @@ def require_compiler(device_type: str) -> None:
     elif importlib.util.find_spec("triton") is None:
         raise ConfigError("training.compile = true needs Triton on this device: pip install triton")
     elif (reason := compiler_reason()) is not None:
-        raise ConfigError(f"training.compile = true cannot be had: {reason}")
+        raise ConfigError(f"training.compile = true is not available: {reason}")
 
 
 def _residual_norm(
@@ -118,7 +118,7 @@ def _residual_norm(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """With numbers that were drawn."""
+    """With numbers drawn from a generator, int16 like ``x``; None if nothing is dropped here."""
     if numbers is not None:
         x = (x * scale).masked_fill(numbers < limit, 0.0)
     return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
@@ -130,16 +130,16 @@ def _hashed_residual_norm(
     low: Tensor,
     high: Tensor,
     limit: int,
-    kept: float,
+    kept_share: float,
     weight: Tensor,
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    """With numbers that follow from the words of each row, [R, 1], and the column (`kernels.dropout`)."""
+    """With numbers computed from the words of each row, [R, 1], and the column (`kernels.dropout`)."""
     words = low + torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * signed(COLUMN, bits=32)
     words = (words ^ (words >> 16)) * FIRST + high
     words = (words ^ (words >> 15)) * signed(SECOND, bits=32)
-    x = (x / kept).masked_fill((words >> 1) < limit, 0.0)
+    x = (x / kept_share).masked_fill((words >> 1) < limit, 0.0)
     return F.layer_norm(x + residual, (x.shape[-1],), weight, bias, eps)
 
 
@@ -147,6 +147,6 @@ def _hashed_residual_norm(
 def _joined(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     from torch._inductor import config
 
-    # A pool of compiling processes outlives a killed run; one kernel needs none.
+    # Inductor's pool of compiling processes would outlive a killed run, and a single kernel does not need it.
     config.compile_threads = 1
     return torch.compile(function, fullgraph=True)

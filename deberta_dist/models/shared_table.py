@@ -1,12 +1,14 @@
-"""The word embeddings as both their users see them: the look-up of the input, and the product that makes logits.
+"""The word embeddings as both their users see them: the look-up of the input, and the product that computes the logits.
 
-The product's gradient is as large as the table. A look-up's gradient is a few rows of it; torch makes a second table of
-zeros for them and a third one for the sum. Here the rows wait and are added in place to the product's, which saves two
-tables of memory and, on a CPU, more time than the product takes. Where the table has a ``main_grad``
-(`models.joint_linear`), both users add to that and there is no other table.
+The product's gradient is as large as the table. The look-up's gradient is a few rows of it, but torch allocates a second
+table of zeros for them and a third for the sum. Here the rows wait and are added in place to the product's gradient, which
+saves two tables of memory and, on a CPU, more time than the product takes. If the table has a ``main_grad``
+(`models.fused_qkv`), both users add to that, and there is no other table.
 
 Letters: B batch, S sequence, V vocabulary, W width of the embeddings.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,12 @@ class SharedTable:
     """A table for one forward pass.
 
     Args:
-        weight_VW: The parameter.
-        main_grad: Where its gradient is added up, if not by autograd.
+        weight_VW: The word embeddings' parameter.
+        main_grad: The sum that its gradient is added to. None: autograd has it.
 
     Attributes:
-        weight_VW: The same numbers, for any use that gives a gradient of the whole table which it alone holds.
+        weight_VW: The same values, for one use whose gradient is a whole table that nothing else refers to: the waiting
+            rows are added to that table in place.
     """
 
     def __init__(self, weight_VW: Tensor, *, main_grad: Tensor | None = None) -> None:
@@ -44,9 +47,9 @@ class SharedTable:
 
 
 def look_up(ids_BS: Tensor, words: nn.Module, table: SharedTable | None) -> Tensor:
-    """What the word embeddings ``words`` give for ids, [B, S, W]: out of ``table``, their weight, where they are plain.
+    """Word embeddings of ids, [B, S, W]: from ``table``, their weight, if ``words`` is a plain module.
 
-    A part of them that our own class holds takes the table along.
+    A vocabulary-parallel embedding takes the table as an argument.
     """
     if table is None or not is_plain(words):
         return words(ids_BS)
@@ -58,7 +61,7 @@ def look_up(ids_BS: Tensor, words: nn.Module, table: SharedTable | None) -> Tens
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, waiting: WaitingRows) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, waiting: WaitingRows) -> Tensor:
         ctx.waiting = waiting
         ctx.like = weight_VW.new_empty(0)
         ctx.shape = weight_VW.shape
@@ -67,25 +70,26 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_VW: Tensor | None):
+    def backward(ctx: Any, gradient_VW: Tensor | None) -> tuple[Tensor | None, ...]:
         waiting, ctx.waiting[:] = list(ctx.waiting), []
         if gradient_VW is None and waiting:
             gradient_VW = ctx.like.new_zeros(ctx.shape)
         for ids, rows in waiting:
+            assert gradient_VW is not None
             _add_rows_(gradient_VW, ids, rows)
         return gradient_VW, None
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, waiting: WaitingRows) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, waiting: WaitingRows) -> Tensor:
         ctx.save_for_backward(ids_BS)
         ctx.padding_idx, ctx.waiting = padding_idx, waiting
         return F.embedding(ids_BS, weight_VW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BSW: Tensor):
+    def backward(ctx: Any, gradient_BSW: Tensor) -> tuple[Tensor | None, ...]:
         (ids_BS,) = ctx.saved_tensors
         rows_BSW = _without_padding(gradient_BSW, ids_BS, ctx.padding_idx)
         ctx.waiting.append((ids_BS.flatten(), rows_BSW.flatten(0, -2)))
@@ -96,14 +100,14 @@ class _AddedRows(torch.autograd.Function):
     """A look-up that adds its gradient to the table's ``main_grad``."""
 
     @staticmethod
-    def forward(ctx, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, total_VW: Tensor) -> Tensor:
+    def forward(ctx: Any, weight_VW: Tensor, ids_BS: Tensor, padding_idx: int | None, total_VW: Tensor) -> Tensor:
         ctx.save_for_backward(ids_BS)
         ctx.parameter, ctx.padding_idx, ctx.total = weight_VW, padding_idx, total_VW
         return F.embedding(ids_BS, weight_VW)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BSW: Tensor):
+    def backward(ctx: Any, gradient_BSW: Tensor) -> tuple[Tensor | None, ...]:
         (ids_BS,) = ctx.saved_tensors
         if is_asked_for(ctx.parameter):
             total_VW = ctx.total

@@ -1,12 +1,13 @@
 """Where the targets of a batch are, in the forms that the decoder and the head take.
 
-All of it follows from the labels. Whoever has them on the host finds the targets there and sends the result along with
-the batch: on a GPU the model would have to wait for its own numbers of targets.
+All of it follows from the labels, but the shapes depend on their values: on a GPU the host would have to wait for them. So the
+targets are found on the host, where the labels come from, and sent with the batch.
 
 Letters: B batch, S sequence, T targets of a sample (padded), P targets of the batch (padded).
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,15 +19,15 @@ NOT_A_TARGET = 0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """Targets of a batch, in row-major order, and unused places behind them that repeat the first.
+    """Targets of a batch in row-major order, padded by repeating the first.
 
     Attributes:
-        ids_P: int64, what is to be predicted; ``NOT_A_TARGET`` in unused places.
-        tokens_P: int64, place of each among the tokens of the batch, [B * S].
-        positions_BT: int64, positions of the targets of each sample, then of others of its tokens.
-        slots_P: int64, where each lies in the flattened ``positions_BT``.
-        num_targets: how many there are; P or less.
-        width: targets of the sample that has most, at least 1; T or less.
+        ids_P: int64, what is to be predicted; ``NOT_A_TARGET`` in the padding.
+        tokens_P: int64, index of each target into the flattened tokens of the batch, [B * S].
+        positions_BT: int64, positions of each sample's targets, then of other tokens of it as padding.
+        slots_P: int64, index of each target into the flattened ``positions_BT``.
+        num_targets: number of targets without padding, at most P.
+        width: most targets of a sample, at least 1 and at most T.
     """
 
     ids_P: Tensor
@@ -38,30 +39,33 @@ class Targets:
 
     @property
     def is_padded(self) -> bool:
-        """Whether there are unused places."""
+        """Whether P is more than the number of targets."""
         return self.num_targets < len(self.ids_P)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What has to be where the model is."""
+        """The tensors that have to be on the model's device."""
         return self.ids_P, self.tokens_P, self.positions_BT, self.slots_P
 
     def to(self, device: torch.device) -> "Targets":
-        """The same on a device."""
-        tensors = (tensor.to(device) for tensor in self.tensors())
-        return Targets(*tensors, num_targets=self.num_targets, width=self.width)
+        """A copy on ``device``."""
+        return self.made_of([tensor.to(device) for tensor in self.tensors()])
+
+    def made_of(self, tensors: Sequence[Tensor]) -> "Targets":
+        """The same numbers with other tensors, in the order of `tensors`."""
+        ids, tokens, positions, slots = tensors
+        return dataclasses.replace(self, ids_P=ids, tokens_P=tokens, positions_BT=positions, slots_P=slots)
 
 
 def find_targets(is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size: tuple[int, int] | None = None) -> Targets:
-    """Targets as they lie in a batch. Waits for the device of ``is_target_BS``: give it tensors of the host.
+    """Finds the targets of a batch. It waits for the device of ``is_target_BS``, so give it tensors on the host.
 
     Args:
-        is_target_BS: bool.
-        labels_BS: their ids, int64; absent: none are known, and ``ids_P`` is ``NOT_A_TARGET`` throughout.
-        size: (T, P) of the result; absent: as few as there are.
+        is_target_BS: whether each token is to be predicted, bool.
+        labels_BS: ids to predict, int64; None if not known: ``ids_P`` is then ``NOT_A_TARGET`` throughout.
+        size: (T, P) to pad to; None for no padding.
 
     Raises:
-        ValueError: there are more targets than ``size`` has room for, T is more than S, or the labels are not whole numbers
-            for every token.
+        ValueError: ``size`` is too small for the targets, T is more than S, or the labels are not whole numbers [B, S].
     """
     if labels_BS is not None:
         require_tensor(labels_BS, name="labels", shapes=[is_target_BS.shape], kinds=[WHOLE], user="one for every token")
@@ -72,7 +76,7 @@ def find_targets(is_target_BS: Tensor, labels_BS: Tensor | None = None, *, size:
         raise ValueError(
             f"{num_targets} targets, {width} of one sample of {is_target_BS.shape[1]} tokens, do not fit in {size}"
         )
-    # Stable sort: targets first, in their order.
+    # A stable sort puts the targets first and keeps their order.
     positions = torch.argsort(is_target_BS.to(torch.int8), dim=1, descending=True, stable=True)[:, :padded_width].contiguous()
     is_used = torch.arange(padded_width, device=counts.device)[None, :] < counts[:, None]
     slots = is_used.flatten().nonzero().squeeze(1)

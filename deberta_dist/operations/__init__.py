@@ -1,1 +1,1 @@
-"""What looks after runs and machines from outside."""
+"""Tools around runs and machines: calibration for the planner, and what benchmarks share."""

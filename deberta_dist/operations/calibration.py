@@ -1,9 +1,9 @@
-"""Numbers of this machine for the planner, from primitives measured here: ``deberta-dist calibrate``.
+"""Numbers of this machine for the planner, from primitives measured on it: ``deberta-dist calibrate``.
 
-Measured with as many processes at once as the layouts will have: passes of single stages (from which seconds per FLOP, per
-byte through memory and per operation follow), and messages of two sizes of every kind. The layout 1x1x1, alone, gives what a
-step costs once, in processor time; no other layout is measured. ``benchmarks/layouts.py`` compares predictions from these
-numbers with measured steps. Gloo on the CPU.
+For each number of processes that a layout may have, that many run at once and measure passes of single stages, from which
+seconds per FLOP, per byte through memory and per operation follow, and messages of two sizes of every kind. Of layouts only
+1x1x1 is measured: its processor time gives what a step costs whatever the model. ``benchmarks/layouts.py`` compares predictions
+from these numbers with measured steps. Gloo on the CPU.
 """
 
 import os
@@ -21,7 +21,8 @@ from deberta_dist.planning.machine import GPUS, Machine, calibrated
 from deberta_dist.planning.pass_work import Work, stage_work
 from deberta_dist.planning.step_cost import step_cost
 
-# (tensor, first layer, layer behind the last, sequences): ends and middles, whole and cut, few and many tokens.
+# (tensor parallel size, first layer, layer after the last, sequences): first, inner and last stages, undivided and divided,
+# with few and many tokens, so that the three rates can be told apart.
 STAGES = ((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 8), (2, 1, 3, 2), (2, 1, 2, 8), (1, 0, 2, 2), (1, 6, 8, 2), (2, 6, 8, 2))
 
 
@@ -36,9 +37,9 @@ def measure(
     Args:
         cases: Layouts whose steps are timed; ``counts`` has their numbers of processes.
         counts: Numbers of processes whose primitives are measured.
-        rounds: Of everything.
-        steps: Timed steps of a layout and round.
-        timeout: Seconds for everything.
+        rounds: How often every measurement is repeated; results are one dict per round.
+        steps: Timed steps per layout and round.
+        timeout: Seconds after which the whole call fails.
 
     Raises:
         BenchmarkError: a rank failed or hung.
@@ -58,14 +59,14 @@ def measure(
 
 
 def calibrated_table(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str, Any]:
-    """The whole table, with what a step costs once: ``plan --calibration`` reads it."""
+    """The calibration that ``deberta-dist plan --calibration`` reads, with the constant cost of a step."""
     table = calibration(rounds, cores=cores)
     processor = statistics.median(seconds for one in rounds for seconds in one["processor"][CALIBRATES.name])
     return table | {"processes": with_step_seconds(table, processor)}
 
 
 def one_round(worlds: Mapping[int, World], cases: Sequence[LayoutCase], *, steps: int) -> dict[str, Any]:
-    """Primitives and layouts once; of several ranks the mean, of a collective step rank 0."""
+    """Measures primitives and layouts once: the mean over ranks, or rank 0 for steps, which all ranks end together."""
     found: dict[str, Any] = {
         "load": os.getloadavg()[0],
         "products": {},
@@ -99,7 +100,7 @@ def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str,
     works = []
     for tensor, start, stop, size in STAGES:
         plan = plan_of(LayoutCase(tensor, 1, 1, size))
-        forward, backward = stage_work(plan, range(start, stop), has_fused_attention=False)
+        forward, backward = stage_work(plan.main, range(start, stop), has_fused_attention=False)
         works.append(forward + backward)
     processes: dict[str, Any] = {}
     for count in rounds[0]["stages"]:
@@ -125,12 +126,12 @@ def calibration(rounds: Sequence[Mapping[str, Any]], *, cores: int) -> dict[str,
 
 
 def _fit(works: Sequence[Work], seconds: Sequence[float], *, per_product: float) -> tuple[float, float]:
-    """(seconds per byte, seconds per call) of least squared relative error; neither is less than next to nothing.
+    """(seconds per byte, seconds per call) with the least squared relative error; both are positive.
 
-    Products have been measured by themselves: they grow with the tokens as bytes do, and stages alone could not tell
-    one from the other.
+    Seconds per FLOP are measured separately: FLOPs and bytes both grow with the tokens, so a fit of stages alone could not
+    separate them.
     """
-    # One unknown after the other in closed form: the best of both, or of one alone where the other would be negative.
+    # Closed form of the fit with two unknowns; if one would be negative, the fit with the other alone.
     rest = [max(time - work.products * per_product, 0.0) / time for work, time in zip(works, seconds, strict=True)]
     by_byte = [work.bytes / time for work, time in zip(works, seconds, strict=True)]
     by_call = [work.calls / time for work, time in zip(works, seconds, strict=True)]
@@ -149,12 +150,12 @@ def _fit(works: Sequence[Work], seconds: Sequence[float], *, per_product: float)
 
 
 def with_step_seconds(table: Mapping[str, Any], measured: float) -> dict[str, Any]:
-    """The tables by number of processes with what the layout of one process leaves over of its processor time for a step."""
+    """The tables by number of processes, with ``step_seconds``: what a step of one process took beyond the prediction."""
     cost = step_cost(plan_of(LayoutCase(1, 1, 1)), machine_of(table, 1))
     once = max(measured - (cost.seconds - cost.once), 1e-6)
     return {count: {**one, "step_seconds": once} for count, one in table["processes"].items()}
 
 
 def machine_of(table: Mapping[str, Any], processes: int) -> Machine:
-    """What a table says of a machine that runs so many processes."""
+    """The machine that a calibration describes, running ``processes`` processes."""
     return calibrated(GPUS["h100"], table, processes=processes, source="this machine")

@@ -1,8 +1,8 @@
-"""One rank of the layouts benchmark: does what it is told, with its peers, and says how long it took.
+"""One rank of a calibration or of the layouts benchmark: executes commands with its peers and answers with the times.
 
-Started by ``layouts.py`` as ``python -m deberta_dist.operations.calibration_rank FOLDER`` with a launcher's variables. Commands
-come as JSON, one a line, the same to all ranks of a world; each answers with one line. Ranks that wait for a command
-take no processor time.
+Started by ``calibration_world.py`` as ``python -m deberta_dist.operations.calibration_rank FOLDER`` with a launcher's variables.
+Commands come as JSON, one per line, the same for all ranks of a world; each rank answers with one line. Ranks that wait for a
+command use no processor time.
 """
 
 import dataclasses
@@ -23,15 +23,16 @@ import torch.distributed as dist
 from deberta_dist.config import Data, Model, Optimizer, Parallel, Run, RunConfig, Training
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.config import DebertaConfig
-from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
 from deberta_dist.operations.random_batch import masked_batch
-from deberta_dist.parallel.layout import plan_layout
+from deberta_dist.operations.ranks import store_settings
 from deberta_dist.parallel.mesh import make_mesh, start_process_group
+from deberta_dist.planning.activations import local_config
 from deberta_dist.planning.memory import expected_targets
-from deberta_dist.planning.plan import Plan, network_flops
+from deberta_dist.planning.plan import Plan, plan_networks
 from deberta_dist.training.build import build, mesh_shape
 from deberta_dist.training.objectives.masked_lm import masked_lm
+from deberta_dist.training.step_batch import pack
 from deberta_dist.training.trainer import Trainer
 
 SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
@@ -39,7 +40,7 @@ SEED, LENGTH, GLOBAL_BATCH, MICRO_BATCH, LEARNING_RATE = 7, 64, 16, 2, 1e-3
 WARM_UP_STEPS = 2
 # All-reduces between two readings of the clock.
 REDUCES = 8
-# Bytes of the messages that latency and bandwidth are found with, by kind.
+# Kind of message -> bytes of the two messages from which latency and bandwidth follow.
 MESSAGES = {
     "all_reduce": (1024, 1 << 18),
     "send": (1024, 1 << 18),
@@ -61,17 +62,17 @@ class LayoutCase:
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """The three sizes as on the command line, e.g. 2x1x2."""
         return f"{self.tensor}x{self.pipeline}x{self.data}"
 
     @property
     def processes(self) -> int:
-        """Of the layout."""
+        """World size of the layout."""
         return self.tensor * self.pipeline * self.data
 
 
 def model_config() -> DebertaConfig:
-    """Large enough that products, and not Python, take most of a step; eight layers of four heads."""
+    """A model of eight layers with four heads each, large enough that products and not Python take most of a step."""
     return dataclasses.replace(
         preset("tiny-v2"),
         hidden_size=192,
@@ -82,15 +83,15 @@ def model_config() -> DebertaConfig:
 
 
 def plan_of(case: LayoutCase) -> Plan:
-    """Who holds what, as a run would plan it.
+    """The plan of a run with this layout.
 
     Raises:
-        ConfigError: the model cannot be cut like this.
+        ConfigError: the model cannot be divided like this.
     """
     model = model_config()
     config = RunConfig(
         model=Model(preset="tiny-v2"),
-        data=Data(train="unused", validation="unused", tokenizer="unused", max_seq_length=LENGTH),
+        data=Data(train=Path("unused"), validation=Path("unused"), tokenizer=Path("unused"), max_seq_length=LENGTH),
         training=Training(
             global_batch_size=GLOBAL_BATCH,
             micro_batch_size=case.micro_batch,
@@ -100,22 +101,10 @@ def plan_of(case: LayoutCase) -> Plan:
         ),
         optimizer=Optimizer(learning_rate=LEARNING_RATE),
         parallel=Parallel(tensor_parallel_size=case.tensor, pipeline_parallel_size=case.pipeline, data_parallel_size=case.data),
-        run=Run(directory="unused", deepspeed="unused"),
+        run=Run(directory=Path("unused"), deepspeed=Path("unused")),
     )
-    deepspeed = {
-        "train_batch_size": case.data,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10_000_000},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    objective = masked_lm(config, model)
-    (network,) = objective.networks
-    flops = network_flops(config, network)
-    layout = plan_layout(network, parallel=config.parallel, flops=flops)
-    return Plan(config, deepspeed, model, objective, (layout,), (flops,))
+    deepspeed = store_settings(case.data, reduce_bucket_size=10_000_000)
+    return plan_networks(config, deepspeed, model_config=model, objective=masked_lm(config, model))
 
 
 def batch_of(plan: Plan, sequences: int) -> Batch:
@@ -132,15 +121,16 @@ def time_layout(tensor: int, pipeline: int, data: int, steps: int, device: torch
     """(seconds, processor seconds of this process) of each step of a layout, built as training builds it. Collective."""
     plan = plan_of(LayoutCase(tensor, pipeline, data))
     mesh = make_mesh(mesh_shape(plan.config), device=device, timeout_minutes=plan.config.run.timeout_minutes)
-    parts = build(plan.config, layout=plan.layout, deepspeed_config=plan.deepspeed, mesh=mesh)
-    trainer = Trainer(parts, mesh=mesh, seed=SEED)
+    parts = [build(plan.config, layout=layout, deepspeed_config=plan.deepspeed, mesh=mesh) for layout in plan.layouts]
+    trainer = Trainer(*parts, mesh=mesh, seed=SEED, objective=plan.objective)
     batch, times = batch_of(plan, GLOBAL_BATCH // data), []
     for step in range(WARM_UP_STEPS + steps):
         dist.barrier()
         begun = time.perf_counter(), time.process_time()
         trainer.step(batch, step=step, learning_rate=LEARNING_RATE)
         times.append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    parts.sharded_model.store.close()
+    for one in parts:
+        one.sharded_model.store.close()
     return times[WARM_UP_STEPS:]
 
 
@@ -153,30 +143,21 @@ def time_stage(tensor: int, start: int, stop: int, micro_batch: int, repeats: in
     plan = plan_of(LayoutCase(tensor, 1, 1, micro_batch))
     model, layers = plan.model_config, range(start, stop)
     # What one tensor-parallel rank has, without its all-reduces.
-    local = DebertaForMaskedLM(
-        dataclasses.replace(
-            model,
-            num_attention_heads=model.num_attention_heads // tensor,
-            attention_head_size=model.head_size,
-            intermediate_size=model.intermediate_size // tensor,
-            vocab_size=model.vocab_size // tensor,
-        )
-    )
+    network = dataclasses.replace(plan.main.network, config=local_config(model, tensor_parallel_size=tensor))
+    local = network.make()
     local.keep_layers(layers)
     for parameter in local.parameters():
         parameter.grad = torch.zeros_like(parameter)
     batch = batch_of(plan, micro_batch)
-    inputs = {
-        "attention_mask": batch.attention_mask,
-        "labels": batch.labels // tensor,
-        "input_ids": batch.input_ids // tensor if start == 0 else None,
-        "layers": layers,
-    }
+    batch = dataclasses.replace(batch, input_ids=batch.input_ids // tensor, labels=batch.labels // tensor)
+    packed = pack(batch, num_micro_batches=1, device=torch.device("cpu"))
     gradient = torch.randn(micro_batch, LENGTH, model.hidden_size)
 
     def once(key: int) -> None:
         hidden = torch.randn(micro_batch, LENGTH, model.hidden_size, requires_grad=True) if start else None
-        output = local.forward_stage(hidden, **inputs, dropout_key=key)
+        made = network.micro_batches(packed, dropout_keys=[key], handed=None)
+        ids = None if start else made.input_ids
+        output = local.forward_stage(hidden, input_ids=ids, layers=layers, **made.fields[0])
         if stop == model.num_hidden_layers:
             output[0, 0].backward()
         else:

@@ -1,4 +1,4 @@
-"""The processes of the layouts benchmark, as the one that asks them sees them: see ``layouts.py``."""
+"""The processes of a calibration or of the layouts benchmark, seen from the process that commands them."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from deberta_dist.operations.ranks import launcher_environment
 
 
 class World:
-    """The processes of one world size, waiting for commands.
+    """The processes of one world size, waiting for commands (``calibration_rank``).
 
     Args:
-        count: How many.
-        folder: Where they meet and leave what they print.
-        deadline: On the monotonic clock.
+        count: World size.
+        folder: Their file rendezvous and logs are written here.
+        deadline: Time on the monotonic clock after which `ask` fails.
     """
 
     def __init__(self, count: int, *, folder: Path, deadline: float) -> None:
@@ -27,7 +27,7 @@ class World:
         self._logs = [folder / f"world-{count}-rank-{rank}.log" for rank in range(count)]
         self._processes = [self._start(rank, count, folder) for rank in range(count)]
 
-    def _start(self, rank: int, count: int, folder: Path) -> subprocess.Popen:
+    def _start(self, rank: int, count: int, folder: Path) -> subprocess.Popen[str]:
         environment = launcher_environment(rank, processes=count) | STEADY_ALLOCATOR
         command = [sys.executable, "-m", "deberta_dist.operations.calibration_rank", str(folder)]
         with open(self._logs[rank], "wb") as log:
@@ -36,12 +36,13 @@ class World:
             )
 
     def ask(self, do: str, **options: Any) -> list[Any]:
-        """What every rank answers, by rank.
+        """Sends a command to all ranks; returns their answers, by rank.
 
         Raises:
-            BenchmarkError: a rank ended, or gave no answer in time.
+            BenchmarkError: a rank ended, or did not answer before the deadline.
         """
         for rank, process in enumerate(self._processes):
+            assert process.stdin is not None, "a pipe"
             try:
                 process.stdin.write(json.dumps({"do": do, **options}) + "\n")
                 process.stdin.flush()
@@ -49,7 +50,7 @@ class World:
                 raise BenchmarkError(f"rank {rank} has ended: {self._last_words(rank)}") from None
         answers: dict[int, Any] = {}
         while len(answers) < len(self._processes):
-            waiting = {p.stdout: rank for rank, p in enumerate(self._processes) if rank not in answers}
+            waiting = {p.stdout: rank for rank, p in enumerate(self._processes) if rank not in answers and p.stdout is not None}
             ready, _, _ = select.select(list(waiting), [], [], max(0.0, self._deadline - time.monotonic()))
             if not ready:
                 late = min(waiting.values())
@@ -62,7 +63,7 @@ class World:
         return [answers[rank] for rank in range(len(answers))]
 
     def end(self) -> None:
-        """Kills the processes, whatever they do."""
+        """Kills the processes and waits for them."""
         for process in self._processes:
             process.kill()
         for process in self._processes:

@@ -1,6 +1,6 @@
-"""Commands and functions timed side by side: interleaved rounds, medians, spread and ratios.
+"""Times commands and functions side by side: interleaved rounds, medians, spread and ratios.
 
-Imports nothing heavy: a process that is measured counts what its parent held when it was started.
+Imports nothing heavy: the peak memory of a measured process includes what its parent held when it was forked.
 """
 
 import argparse
@@ -23,16 +23,17 @@ TRAINER_NEEDS = ("deepspeed", "pydantic", "sentencepiece")
 """Packages, by the names they are imported by, that the trainer needs and kernels and models do not."""
 PAGE_CACHE_CHUNK = 64 * 2**20
 STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-"""Environment without which glibc gives large temporaries back at once, and whoever makes more of them pays page faults."""
+"""Environment that keeps glibc from returning large temporaries to the system at once, which would charge page faults to
+whichever contestant allocates more of them."""
 
 
 def add_attention_argument(parser: argparse.ArgumentParser) -> None:
-    """Who computes our attention, as ``training.attention`` of a run says it."""
+    """Adds ``--attention``, with the values of ``training.attention``."""
     parser.add_argument(
         "--attention",
         choices=ATTENTION,
         default=AUTO,
-        help="who computes ours; any but auto is a must (default: %(default)s)",
+        help="implementation of our attention; an error if it is not available (default: %(default)s)",
     )
 
 
@@ -47,9 +48,9 @@ class Sample:
     """One run of a contestant.
 
     Attributes:
-        wall_seconds: By the clock.
-        cpu_seconds: User and system time of the process and its children.
-        peak_bytes: Most resident memory that one of its processes had.
+        wall_seconds: Elapsed time, seconds.
+        cpu_seconds: User and system time of the process and its children, seconds.
+        peak_bytes: Peak resident memory of any of its processes, bytes.
     """
 
     wall_seconds: float
@@ -64,7 +65,7 @@ def run_command(command: Sequence[str]) -> Sample:
     """Runs a command to its end.
 
     Raises:
-        BenchmarkError: it ended with an error; the message has the end of what it printed.
+        BenchmarkError: its exit code was not 0; the message has the end of its output.
     """
     started = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -82,7 +83,7 @@ def run_command(command: Sequence[str]) -> Sample:
 
 
 def interleaved(contestants: Mapping[str, Contestant], *, rounds: int) -> dict[str, list[Sample]]:
-    """Runs every contestant once per round, so that what disturbs the machine disturbs all."""
+    """Runs every contestant once per round, so that disturbances of the machine affect all of them."""
     samples: dict[str, list[Sample]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
@@ -104,8 +105,8 @@ def summary(samples: Mapping[str, Sequence[Sample]], *, against: Sequence[str] =
     """Medians, spread and ratios, as JSON.
 
     Args:
-        samples: By contestant.
-        against: Contestants whose median wall time every other is divided by.
+        samples: Name of a contestant -> its samples, one per round.
+        against: Contestants whose median wall times the others' are divided by.
     """
     found: dict[str, dict[str, Any]] = {}
     medians = {name: statistics.median(s.wall_seconds for s in values) for name, values in samples.items()}
@@ -122,7 +123,7 @@ def summary(samples: Mapping[str, Sequence[Sample]], *, against: Sequence[str] =
 
 
 def machine() -> dict[str, Any]:
-    """What a number is worth nothing without: processor, cores, memory, system, date, load."""
+    """What has to be recorded with every measurement: processor, cores, memory, system, date, load."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -141,7 +142,7 @@ def machine() -> dict[str, Any]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int, official: bool = True) -> None:
-    """Flags of the verbs that run a model or a part of it in this process."""
+    """Adds the flags of verbs that run a model, or part of one, in this process."""
     parser.add_argument("--batch-size", type=int, default=batch_size, help="sequences")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
@@ -150,7 +151,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, batch_size: int, off
 
 
 def describe(title: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """One contestant a line: median, spread, processor time, memory, ratios."""
+    """One line per contestant: median, spread, processor time, memory, ratios."""
     lines = [title]
     for name, row in found.items():
         low, high = row["wall_seconds_range"]

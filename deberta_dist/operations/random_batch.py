@@ -1,4 +1,4 @@
-"""Batches of random tokens with masks, for benchmarks that train models on nothing in particular."""
+"""Batches of random tokens with masks, for benchmarks whose text does not matter."""
 
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:  # the loader needs a tokenizer's library, plain tensors do no
 
 
 def masked_tokens(shape: tuple[int, int], *, vocab_size: int, num_targets: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Input ids and labels [B, S]; every sequence has the same number of targets, in the place of which is the last token.
+    """Input ids and labels, int64 [B, S]; every sequence has the same number of targets, masked by the last id.
 
     Args:
-        shape: Sequences and tokens.
-        vocab_size: Tokens are 5 to the last but one.
-        num_targets: Of each sequence.
-        seed: Decides tokens and targets.
+        shape: (B, S), sequences and tokens.
+        vocab_size: Ids are drawn from 5 to ``vocab_size - 2``; ``vocab_size - 1`` is the mask.
+        num_targets: Number of targets in each sequence.
+        seed: Decides ids and targets.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, vocab_size - 1, shape, generator=generator)
@@ -28,9 +28,11 @@ def masked_batch(shape: tuple[int, int], *, vocab_size: int, num_targets: int, s
     """Rows of `masked_tokens` as a batch.
 
     Args:
-        shape: Of the whole batch, which decides the numbers.
-        vocab_size, num_targets, seed: See there.
-        rows: Which of the sequences.
+        shape: (B, S) of the whole batch, which decides the ids of every row.
+        vocab_size: See `masked_tokens`.
+        num_targets: See `masked_tokens`.
+        seed: See `masked_tokens`.
+        rows: The sequences to return, e.g. those of one rank.
     """
     from deberta_dist.data.loader import Batch
 

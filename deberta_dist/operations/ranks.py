@@ -1,4 +1,4 @@
-"""Starts the processes of a benchmark that needs several, waits for all of them, and collects what they found."""
+"""Starts the processes of a benchmark, waits for all of them, and collects their results."""
 
 import json
 import os
@@ -14,18 +14,36 @@ from deberta_dist.files.shipped import find_package
 from deberta_dist.operations.measure import BenchmarkError
 
 
+def store_settings(data_parallel_size: int, **zero_optimization: Any) -> dict[str, Any]:
+    """DeepSpeed's JSON under a weight store, in float32: its engine sees one batch per step, and clips at norm 1.
+
+    Args:
+        data_parallel_size: Ranks that share the weights.
+        zero_optimization: Further keys of that section.
+    """
+    return {
+        "train_batch_size": data_parallel_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero_optimization},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout: float, uses_gpus: bool = False) -> list[Any]:
     """Runs ``python -m module FOLDER`` in every process; returns what each left as ``FOLDER/rank-N.json``.
 
     Args:
-        module: Its main program, which reads a launcher's variables; the ranks meet in FOLDER.
-        plan: Written to ``FOLDER/plan.json`` with ``timeout_seconds``.
-        processes: How many.
-        timeout: Seconds for everything.
-        uses_gpus: Whether they may see the GPUs.
+        module: Its main program, which reads a launcher's variables; FOLDER also has the ranks' file rendezvous.
+        plan: Settings for the ranks, written to ``FOLDER/plan.json`` with ``timeout_seconds``.
+        processes: World size.
+        timeout: Seconds after which all are killed and the call fails.
+        uses_gpus: Whether GPUs are visible to them.
 
     Raises:
-        BenchmarkError: a rank ended with an error, or there was no end in time.
+        BenchmarkError: a rank ended with an error, or had not ended in time.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-ranks-") as name:
         folder = Path(name)
@@ -45,7 +63,7 @@ def start_ranks(module: str, plan: Mapping[str, Any], *, processes: int, timeout
 
 
 def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) -> dict[str, str]:
-    """What a launcher on this machine would set for a rank that runs modules of this package."""
+    """Environment that a launcher on this machine would set for a rank that runs modules of this package."""
     hidden = {} if uses_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     found = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
     find_package(found)
@@ -61,19 +79,19 @@ def launcher_environment(rank: int, *, processes: int, uses_gpus: bool = False) 
     }
 
 
-def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen:
+def _start(module: str, rank: int, environment: Mapping[str, str], *, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", module, str(folder)]
     with open(folder / f"rank-{rank}.log", "wb") as log:
         return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _wait(ranks: Sequence[subprocess.Popen], *, folder: Path, deadline: float) -> None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], *, folder: Path, deadline: float) -> None:
     while any(process.poll() is None for process in ranks):
         if any(process.poll() for process in ranks):
             break
         if time.monotonic() > deadline:
             late = next(rank for rank, process in enumerate(ranks) if process.poll() is None)
-            raise BenchmarkError(f"rank {late} had not ended when --timeout was over: {_last_words(folder, late)}")
+            raise BenchmarkError(f"rank {late} had not ended after --timeout: {_last_words(folder, late)}")
         time.sleep(0.1)
     for rank, process in enumerate(ranks):
         if process.poll():

@@ -1,7 +1,7 @@
-"""Where the tensors that a rank owns lie in its flat parameters, and what a rank keeps of each.
+"""Where the tensors that a rank owns lie in its flat parameters, and the shard of them that a rank stores.
 
-Pure arithmetic: the weight store shards flat parameters without knowing what is in them, and a checkpoint
-finds every slice in them by this table.
+Arithmetic only: the weight store shards flat parameters without knowing their contents, and a checkpoint finds every tensor
+slice in them by this table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ class FlatLayout:
     """Where each owned tensor lies in the flat parameters.
 
     Attributes:
-        sizes: Elements of each flat parameter (padded to a multiple of the data-parallel size).
+        sizes: Elements of each flat parameter, padded to a multiple of ``ALIGNMENT`` x data-parallel size.
         places: name -> (index of the flat parameter, offset, shape).
     """
 
@@ -36,13 +36,7 @@ class FlatLayout:
 
 @dataclass(frozen=True)
 class ShardState:
-    """This rank's part of one flat parameter, float32 [size / data_parallel_size] each.
-
-    Attributes:
-        weight: Master weights.
-        exp_avg: Adam's first moment.
-        exp_avg_sq: Adam's second moment.
-    """
+    """This rank's shard of one flat parameter and of Adam's two moments, float32 [size / data_parallel_size] each."""
 
     weight: Tensor
     exp_avg: Tensor
@@ -60,7 +54,7 @@ def lay_out(
     Args:
         shapes: Local shape of every owned tensor by name.
         groups: Predicates on the name; exactly one holds for each.
-        data_parallel_size: Number of shards.
+        data_parallel_size: Number of shards; every flat parameter is padded so that they are equal and aligned.
     """
     lengths = [0] * len(groups)
     places: dict[str, tuple[int, int, tuple[int, ...]]] = {}

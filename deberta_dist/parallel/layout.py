@@ -1,6 +1,6 @@
-"""Who runs, holds, owns and borrows what: the whole layout of a run as values, without a process.
+"""The layout of a network: who runs, holds, owns and borrows what, as plain values that need no process group.
 
-``build.py`` makes the real thing from it on every rank, the dry run prints it, the tests compare it.
+``training/build.py`` builds each rank's model from it, the planner costs it, the dry run prints it.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from deberta_dist.config import Parallel
-from deberta_dist.models.classification import ModelWithBackbone
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.heads import model_with_head
 from deberta_dist.parallel.flat_layout import FlatLayout, lay_out
@@ -32,13 +32,13 @@ LAYER_PREFIX = "deberta.encoder.layer."
 
 @dataclass(frozen=True)
 class TieSize:
-    """What a tie sends.
+    """What a tie communicates.
 
     Attributes:
-        elements: Of all its weights, as one user holds them.
-        users: How many ranks use them.
-        pipeline_ranks: Over how many pipeline ranks.
-        is_sum: Whether gradients go back to the owner.
+        elements: Number of elements of its weights on one of its ranks: the length of a message.
+        users: Number of ranks that use them, the owner included.
+        pipeline_ranks: Number of pipeline ranks among the users; more than 1 crosses stages, and so perhaps nodes.
+        is_sum: Whether gradients are reduced to the owner; otherwise every user has the same.
     """
 
     elements: int
@@ -49,12 +49,12 @@ class TieSize:
 
 @dataclass(frozen=True)
 class RankWeights:
-    """Elements of one pipeline rank's first tensor-parallel rank, which owns what all of them hold.
+    """Number of elements on tensor rank 0 of one pipeline rank: the most of its tensor ranks, since it owns what all hold.
 
     Attributes:
-        owned: Without the padding of flat parameters.
-        used: Owned and borrowed.
-        ties: Those that it is in.
+        owned: Elements that its weight store has, without the padding of flat parameters.
+        used: Elements of its gathered model: owned and borrowed.
+        ties: Ties of which it is the owner or a borrower.
     """
 
     owned: int
@@ -67,13 +67,13 @@ class Layout:
     """One layout of one network.
 
     Attributes:
-        network: The model.
-        tensor_parallel_size: Ranks that share every layer.
-        stages: Layers of every pipeline stage.
-        stages_by_rank: Stage indices of every pipeline rank.
+        network: The model's configuration, sharding rules and flat groups.
+        tensor_parallel_size: Number of ranks that every layer is divided over.
+        stages: Consecutive layers of every pipeline stage, in pipeline order.
+        stages_by_rank: Indices into ``stages`` of what every pipeline rank runs; several with an interleaved schedule.
         names_by_rank: Published parameter names used by every pipeline rank, in model order.
         full_shapes: Full (unsplit) shape of every published parameter, in model order.
-        sequence_parallel: Whether activations between the split computations are split along the sequence.
+        sequence_parallel: Whether activations outside of tensor-parallel regions are divided along the sequence.
     """
 
     network: Network
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def config(self) -> DebertaConfig:
-        """Of the network."""
+        """The network's configuration."""
         return self.network.config
 
     @cached_property
@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def sequence_shards(self) -> int:
-        """Parts of the sequence, of which a rank's hidden states hold one."""
+        """Number of shards of a sequence; a rank's hidden states hold one of them."""
         return self.tensor_parallel_size if self.sequence_parallel else 1
 
     def _tie_kind(self, name: str) -> str:
@@ -113,7 +113,7 @@ class Layout:
 
     @cached_property
     def rank_weights(self) -> tuple[RankWeights, ...]:
-        """What every pipeline rank owns and uses: what a cost model needs, at a hundredth of the time of flat layouts."""
+        """What every pipeline rank owns and uses. The planner asks for thousands of layouts, and flat layouts are slower."""
         sizes = {name: torch.Size(self.local_shape(name)).numel() for name in self.full_shapes}
         found = []
         for pipeline_rank, names in enumerate(self.names_by_rank):
@@ -128,7 +128,7 @@ class Layout:
                         TieSize(
                             elements=sum(sizes[name] for name in tie.names),
                             users=len(tie.users),
-                            pipeline_ranks=len({place[0] for place in tie.users}),
+                            pipeline_ranks=len({pipeline for pipeline, _ in tie.users}),
                             is_sum=tie.is_sum,
                         )
                         for tie in ties
@@ -138,30 +138,30 @@ class Layout:
         return tuple(found)
 
     def layers_of_rank(self, pipeline_rank: int) -> list[int]:
-        """Every layer that a pipeline rank runs."""
+        """Numbers of the layers that a pipeline rank runs, over all its stages."""
         return [layer for index in self.stages_by_rank[pipeline_rank] for layer in self.stages[index]]
 
     def owned(self, pipeline_rank: int, tensor_rank: int) -> list[str]:
-        """Names that the rank at this place owns."""
-        return owned_names(self.names_by_rank[pipeline_rank], ties=self.ties, place=(pipeline_rank, tensor_rank))
+        """Names that a model-parallel rank owns, in model order."""
+        return owned_names(self.names_by_rank[pipeline_rank], ties=self.ties, rank=(pipeline_rank, tensor_rank))
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the slice of ``name`` on any tensor-parallel rank."""
+        """Shape of the slice of ``name`` on a tensor rank; all ranks' are alike, as vocabularies are padded."""
         full = torch.empty(self.full_shapes[name], device="meta")
         cut = cut_tensor(full, name, rank=0, size=self.tensor_parallel_size, rules=self.network.rules)
         return tuple(cut.shape)
 
 
 def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) -> Layout:
-    """Lays a network out.
+    """Divides a network over tensor and pipeline ranks.
 
     Args:
-        network: The model.
-        parallel: Resolved sizes.
-        flops: Cost of every layer, by which stages are balanced.
+        network: What is divided; its layers are the units of stages.
+        parallel: ``[parallel]`` with "auto" resolved, except for ``layers_per_stage``.
+        flops: FLOPs of every layer, by which "auto" stages are balanced.
 
     Raises:
-        ConfigError: heads or features do not divide, or stages do not fit the layers.
+        ConfigError: heads or FFN columns do not divide by the tensor-parallel size, or stages do not fit the layers.
     """
     config = network.config
     check_tensor_parallel_sizes(
@@ -208,34 +208,34 @@ def full_shapes(network: Network) -> Mapping[str, tuple[int, ...]]:
 def names_of_layers(network: Network, layers: tuple[int, ...]) -> tuple[str, ...]:
     """Published names of the parameters that a pipeline rank with these layers uses, in model order.
 
-    Layers between the first and the last keep the same beside their own weights, so one of them is asked for all: a
+    All layers between the first and the last use the same weights beside their own, so layer 1 stands for them: building a
     model for every rank of every layout would take seconds.
     """
     last = network.config.num_hidden_layers - 1
-    kinds = {min(layer, 1) if layer < last else last for layer in layers}
-    kept = frozenset[str]().union(*(_names_beside_layers(network, kind) for kind in kinds))
+    representatives = {min(layer, 1) if layer < last else last for layer in layers}
+    beside = frozenset[str]().union(*(_names_beside_layers(network, layer) for layer in representatives))
     prefixes = tuple(f"{LAYER_PREFIX}{layer}." for layer in layers)
-    return tuple(name for name in full_shapes(network) if name in kept or name.startswith(prefixes))
+    return tuple(name for name in full_shapes(network) if name in beside or name.startswith(prefixes))
 
 
 @lru_cache(maxsize=64)
 def _names_beside_layers(network: Network, layer: int) -> frozenset[str]:
     model = network.meta_model()
-    model.keep_layers([layer])
+    model.keep_layers([layer])  # type: ignore[operator]  # every network's model has it
     return frozenset(name for name, _ in model.named_parameters() if not name.startswith(LAYER_PREFIX))
 
 
 def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_parallel_size: int, head: str = "sequence") -> Layout:
-    """Lays a classifier out: one stage, cut over tensor-parallel ranks.
+    """The layout of a classifier: one stage, divided over tensor ranks.
 
     Args:
-        config: The model.
-        num_outputs: Rows of the classifier, where its head has as many as there are labels.
-        head: A key of `models.heads.HEADS`; every rank has the whole of it.
-        tensor_parallel_size: Ranks that share every layer.
+        config: The encoder's sizes and switches.
+        num_outputs: Rows of the classifier, if its head has one per label.
+        head: A key of `models.heads.HEADS`; every rank holds the whole head.
+        tensor_parallel_size: Number of ranks that every layer is divided over.
 
     Raises:
-        ConfigError: heads or features do not divide.
+        ConfigError: attention heads or FFN columns do not divide by the tensor-parallel size.
     """
     check_tensor_parallel_sizes(
         num_attention_heads=config.num_attention_heads,
@@ -256,10 +256,10 @@ def classifier_layout(config: DebertaConfig, *, num_outputs: int, tensor_paralle
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierNetwork(Network):
-    """An encoder with a head of fine-tuning, without the positions that only a mask decoder adds.
+    """An encoder with a head of fine-tuning. Position embeddings that only an enhanced mask decoder would add are absent.
 
     Attributes:
-        num_outputs: Rows of the classifier, where its head has as many as there are labels.
+        num_outputs: Rows of the classifier, if its head has one per label.
         head: A key of `models.heads.HEADS`.
     """
 
@@ -267,7 +267,7 @@ class ClassifierNetwork(Network):
     head: str = "sequence"
 
     def make(self) -> ModelWithBackbone:
-        """The classifier."""
+        """The whole classifier on one device."""
         model = model_with_head(self.config, self.head, num_labels=self.num_outputs)
         if not self.config.position_biased_input:
             model.deberta.embeddings.position_embeddings = None
@@ -275,7 +275,7 @@ class ClassifierNetwork(Network):
 
 
 def meta_classifier(config: DebertaConfig, *, num_outputs: int, head: str = "sequence") -> nn.Module:
-    """The whole classifier without any memory."""
+    """The whole classifier on the meta device."""
     return ClassifierNetwork(config=config, num_outputs=num_outputs, head=head).meta_model()
 
 

@@ -1,9 +1,9 @@
-"""The grid of ranks: who shares tensors, stages and data with whom.
+"""The mesh of ranks: who shares tensors, stages and data with whom.
 
-One object, made once by ``training/build.py`` and passed to whoever communicates; nothing here is global.
-The grid is ``[pipeline, data, tensor]`` with tensor innermost, so that the ranks which talk in every layer
-are neighbours on one node. Starting the process group is here too, because this file and the launchers are
-the only places that read environment variables.
+A run makes one mesh (``training/pretrain.py``, ``finetuning/finetune.py``) and passes it to everything that communicates; nothing
+here is global. Its axes are ``[pipeline, data, tensor]``, tensor innermost: ranks that communicate in every layer are then
+neighbours on one node. The process group starts here too, because only this file and the launchers read environment
+variables.
 """
 
 import os
@@ -22,7 +22,7 @@ AXES = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class MeshRank:
-    """Where a rank stands on the grid."""
+    """A rank's three numbers on the mesh, each from 0."""
 
     pipeline: int
     data: int
@@ -31,7 +31,7 @@ class MeshRank:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the grid. A pure value: no process group is needed to reason about a layout."""
+    """Number of ranks along each axis. A plain value: reasoning about a layout needs no process group."""
 
     pipeline: int = 1
     data: int = 1
@@ -47,7 +47,7 @@ class MeshShape:
         return (mesh_rank.pipeline * self.data + mesh_rank.data) * self.tensor + mesh_rank.tensor
 
     def mesh_rank(self, rank: int) -> MeshRank:
-        """Coordinate of global ``rank``."""
+        """Mesh rank of global ``rank``."""
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
         return MeshRank(pipeline=pipeline, data=data, tensor=tensor)
@@ -55,7 +55,7 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process: its rank among how many, and where they meet."""
+    """What the launcher exported to this process: its global rank, the world size, its rank on its node."""
 
     rank: int
     world_size: int
@@ -65,11 +65,11 @@ class Launch:
 def discover_launch() -> Launch:
     """Reads this process's rank from what the launcher exported.
 
-    Understands the DeepSpeed launcher and torchrun (RANK ...), Open MPI, MPICH and Slurm; with none of them
-    this is a world of one. MASTER_ADDR is filled in for Slurm and for one node.
+    Understands the DeepSpeed launcher and torchrun (RANK ...), Open MPI, MPICH and Slurm; without any of them the world size
+    is 1. MASTER_ADDR is filled in under Slurm and on a single node.
 
     Raises:
-        ConfigError: under MPI over several nodes when MASTER_ADDR is not exported.
+        ConfigError: under MPI on several nodes without MASTER_ADDR, or without a local rank.
     """
     names = (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -80,7 +80,7 @@ def discover_launch() -> Launch:
         ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     )
     env = os.environ
-    # Under srun with PMI2 there is a PMI_RANK without a local rank: then Slurm's own variables know it.
+    # srun with PMI2 sets PMI_RANK but no local rank; Slurm's own variables have it.
     present = [n for n in names if env.get(n[0]) and env.get(n[1])]
     found = next((n for n in present if n[0] == "RANK" or env.get(n[2])), next(iter(present), None))
     if found is None or (found[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in env):
@@ -91,7 +91,7 @@ def discover_launch() -> Launch:
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _master_address(found[0], launch)
     if launch.world_size > 1 and found[0] != "RANK" and not env.get(found[2]):
-        raise ConfigError(f"{found[0]} is there and {found[2]} is not: a rank must know its number on its node")
+        raise ConfigError(f"{found[0]} is set and {found[2]} is not: export each rank's number on its node as {found[2]}")
     env.setdefault("MASTER_PORT", "29500")
     env.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
     return launch
@@ -105,7 +105,7 @@ def _master_address(rank_variable: str, launch: Launch) -> str:
             return listing.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise ConfigError(
-                "MASTER_ADDR is not exported and scontrol does not tell the first host of SLURM_STEP_NODELIST: export "
+                "MASTER_ADDR is not exported and scontrol cannot list the hosts of SLURM_STEP_NODELIST: export "
                 "MASTER_ADDR=<host> before srun"
             ) from None
     local_size = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or os.environ.get("MPI_LOCALNRANKS")
@@ -120,15 +120,15 @@ def _master_address(rank_variable: str, launch: Launch) -> str:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The grid of ranks with its process groups, seen from one of them.
+    """The ranks of a run and their process groups, seen from one of them.
 
     Attributes:
-        shape: Sizes of the grid.
-        rank: Global rank of this process.
-        device: Where this rank computes.
-        groups: Process group of this rank along each axis, and ``"model"``: all ranks that hold the same data.
-        timeout: What a message of a further group may take.
-        subgroups: Further groups by their global ranks (see ``new_subgroups``).
+        shape: Number of ranks along each axis; their product is the world size.
+        rank: Global rank of this process, from 0.
+        device: This rank's GPU, or the CPU.
+        groups: This rank's process group along each axis, and ``"model"``: all ranks that read the same data.
+        timeout: How long a collective of a further group may take.
+        subgroups: Groups of ties and networks, by their global ranks in ascending order (see ``new_subgroups``).
     """
 
     shape: MeshShape
@@ -141,7 +141,7 @@ class Mesh:
 
     @property
     def mesh_rank(self) -> MeshRank:
-        """Where this rank stands."""
+        """This rank's three numbers."""
         return self.shape.mesh_rank(self.rank)
 
     def new_subgroups(self, rank_sets: Sequence[tuple[int, ...]]) -> None:
@@ -151,22 +151,22 @@ class Mesh:
         self.subgroups.update(_make_groups(new, rank=self.rank, device=self.device, timeout=self.timeout))
 
     def broadcast_number(self, number: int) -> int:
-        """Rank 0's number, 64 bits, on every rank. Collective; the host waits for the device."""
+        """Rank 0's number (int64) on every rank. Collective; the host waits for the device."""
         value = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.broadcast(value, src=0)
         return int(value)
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """A message over every group, in one order on all ranks. Collective; after the last group is made.
+        """Sends a first message over every group, in the same order on all ranks. Collective; call it after the last group.
 
-        A library makes a communicator at its first message. In the middle of a step the first messages of two groups could
-        come in two orders on two ranks, and each wait for the other; here they come one after the other.
+        NCCL creates a communicator at its first message, and that is itself collective. Within a step, two ranks could reach
+        the first messages of two groups in different orders and wait for each other for ever; here the order is fixed.
         """
         number = torch.zeros(1, device=self.device)
         for group in (dist.group.WORLD, *self.groups.values(), *self.subgroups.values()):
             dist.all_reduce(number, group=group)
-        # Down the pipeline and up: a message that goes one way alone may have a communicator of its two ranks.
+        # Sends between two ranks may get a communicator of their own, apart from the group's: exchange one each way.
         pipeline, ranks = self.groups["pipeline"], dist.get_process_group_ranks(self.groups["pipeline"])
         here = ranks.index(self.rank)
         for source, target in ((here - 1, here + 1), (here + 1, here - 1)):
@@ -179,7 +179,7 @@ class Mesh:
 
 
 def disjoint_rounds(rank_sets: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Sets of ranks in as few rounds as they fit in one after the other, no rank twice in a round."""
+    """Packs sets of ranks greedily into rounds such that no rank is twice in a round."""
     rounds: list[list[tuple[int, ...]]] = []
     for ranks in rank_sets:
         fitting = (one for one in rounds if not set(ranks) & {rank for other in one for rank in other})
@@ -193,18 +193,18 @@ def disjoint_rounds(rank_sets: Sequence[tuple[int, ...]]) -> list[list[tuple[int
 def _make_groups(
     rank_sets: Sequence[tuple[int, ...]], *, rank: int, device: torch.device, timeout: timedelta
 ) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """The groups that ``rank`` is in, of those of all sets, whose ranks ascend. Collective over the world.
+    """Makes a group for each set (ranks ascending) and returns those that ``rank`` is in. Collective over the world.
 
-    NCCL splits the world once for all sets that have no rank in common; a group of its own for each would be a split of
-    the whole world for each. gloo, on which torch 2.11 to 2.14 cannot split, makes them one by one.
-    Each needs a timeout: the world's is not passed on.
+    With NCCL one split of the world serves all sets that have no rank in common; a new group for each set would cost a split
+    of the whole world each time. torch 2.11 to 2.14 cannot split gloo groups, so on a CPU they are made one by one. Every
+    group gets the timeout explicitly: it does not inherit the world's.
     """
     assert all(list(ranks) == sorted(ranks) for ranks in rank_sets)
     found: dict[tuple[int, ...], dist.ProcessGroup] = {}
     if device.type == "cuda":
         for disjoint in disjoint_rounds(rank_sets):
             group = dist.split_group(split_ranks=[list(ranks) for ranks in disjoint], timeout=timeout)
-            found.update((ranks, group) for ranks in disjoint if rank in ranks)
+            found.update((ranks, group) for ranks in disjoint if rank in ranks and group is not None)
         return found
     for ranks in rank_sets:
         group = dist.new_group(list(ranks), timeout=timeout)
@@ -214,7 +214,7 @@ def _make_groups(
 
 
 def local_device(launch: Launch) -> torch.device:
-    """Where this rank computes: a GPU of its own, or the CPU where the node has none.
+    """The device of this rank: a GPU of its own, or the CPU on a node without GPUs.
 
     Raises:
         ConfigError: when this node has fewer GPUs than ranks.
@@ -242,13 +242,13 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
     device = local_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # A run that goes on is bit-equal: the convolution's weight gradient is with these algorithms alone.
+        # A resumed run has to be bit-equal; cuDNN's other algorithms sum the convolution's weight gradient in varying order.
         torch.backends.cudnn.deterministic = True
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            # DeepSpeed's launcher leaves every rank all cores: many times more threads than there are.
+            # DeepSpeed's launcher lets every rank use all cores: with n ranks, n times more threads than cores.
             ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     dist.init_process_group(
@@ -263,29 +263,31 @@ def start_process_group(*, timeout_minutes: float, init_method: str | None = Non
 
 
 def make_mesh(shape: MeshShape, *, device: torch.device, timeout_minutes: float) -> Mesh:
-    """Makes the groups of every axis. Collective over the world, whose size is ``shape.world_size``.
+    """Makes the groups of every axis. Collective over the world.
 
     Args:
-        shape: Sizes of the grid.
-        device: Of this rank.
-        timeout_minutes: What a message of a group may take; the world's is that of `start_process_group`.
+        shape: Number of ranks along each axis; ``shape.world_size`` is that of the process group.
+        device: From `start_process_group`.
+        timeout_minutes: How long a collective of these groups may take; the world's own is that of `start_process_group`.
     """
     assert dist.get_world_size() == shape.world_size, "sizes are checked against the world before this"
     rank, timeout = dist.get_rank(), timedelta(minutes=timeout_minutes)
-    groups = {}
+    groups: dict[str, dist.ProcessGroup] = {}
     for name, varying in [*((axis, (axis,)) for axis in AXES), ("model", ("pipeline", "tensor"))]:
         sets = _rank_sets(shape, varying)
         if name in AXES and len(sets) == 1:
-            groups[name] = dist.group.WORLD  # a second communicator of everyone would be a waste
+            world = dist.group.WORLD  # a second communicator over all ranks would only cost device memory
+            assert world is not None, "initialised above"
+            groups[name] = world
         else:
             (groups[name],) = _make_groups(sets, rank=rank, device=device, timeout=timeout).values()
     return Mesh(shape=shape, rank=rank, device=device, groups=groups, timeout=timeout)
 
 
 def _rank_sets(shape: MeshShape, varying: tuple[str, ...]) -> list[tuple[int, ...]]:
-    """The ranks that differ in the ``varying`` axes alone, a set for each place on the others."""
+    """Sets of global ranks that differ along the ``varying`` axes alone; ascending, as tensor is the innermost axis."""
     sets: dict[tuple[int, ...], list[int]] = {}
     for rank in range(shape.world_size):
-        place = shape.mesh_rank(rank)
-        sets.setdefault(tuple(getattr(place, axis) for axis in AXES if axis not in varying), []).append(rank)
+        mesh_rank = shape.mesh_rank(rank)
+        sets.setdefault(tuple(getattr(mesh_rank, axis) for axis in AXES if axis not in varying), []).append(rank)
     return [tuple(ranks) for ranks in sets.values()]

@@ -1,10 +1,11 @@
-"""What parallelism needs to know of a model that it trains: how it is made, cut, kept and sharded.
+"""What parallelism needs to know of a model: how it is made, divided into stages and sharded.
 
-A layout is a network's, and so are the weight store, the checkpoint's slices and the export that follow from it. They
-ask a network and never name a model. What a *run* needs beside that (fields of a batch, a loss, what stands between two
-networks) is the objective's, one floor up: a classifier that is fine-tuned is a network, and has no objective.
+Layout, weight store, checkpoint slices and export ask a `Network` and never name a model. What a pre-training run needs
+beyond that (fields of a batch, a loss, what one network passes to another) belongs to the objective, in
+``training/objectives``. A classifier being fine-tuned is a network without an objective.
 """
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -40,19 +41,23 @@ def is_not_decayed(name: str) -> bool:
     return not is_decayed(name)
 
 
+def _is_in(group: Callable[[str], bool], apart: frozenset[str], name: str) -> bool:
+    return name not in apart and group(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Network(ABC):
     """A model with published parameter names and `keep_layers`.
 
-    Equal networks have equal layouts: what follows from one is remembered by its value, so fields are hashable.
+    Equal networks have equal layouts. Layouts are cached by a network's value, so its fields have to be hashable.
 
     Attributes:
-        config: Sizes and switches.
-        name: Stands before the names of its parameters where a run has several networks. The network whose weights are
-            published under their own names has none.
+        config: Sizes and switches of its encoder.
+        name: Prefix of its parameter names in a checkpoint of several networks. Empty for the network whose weights are
+            published, which keep their published names.
         tables_apart: Parameters with a flat parameter of their own, so that their shards coincide with those of another
             network (see `training.objectives.base.Fold`).
-        tables_added: Those of them that are read as the sum with another network's, and start at zero.
+        tables_added: Those of ``tables_apart`` that are used as the sum with another network's table, and start at zero.
     """
 
     config: DebertaConfig
@@ -66,34 +71,34 @@ class Network(ABC):
 
     @property
     def rules(self) -> Rules:
-        """How its modules are split over tensor-parallel ranks."""
+        """How its modules are divided over tensor ranks, by module name."""
         return SHARDING_RULES
 
     @property
     def decoder_layer(self) -> int | None:
-        """Number of the layer whose rows are targets and not a sequence's tokens; None without one."""
+        """Number of the layer that runs on targets instead of all tokens of a sequence; None without one."""
         return None
 
     @property
     def flat_groups(self) -> tuple[FlatGroup, ...]:
-        """The flat parameters of its weight store, in order; each parameter lies in one."""
+        """The flat parameters of its weight store, in order; every parameter lies in exactly one."""
         shared = (FlatGroup(is_decayed, True), FlatGroup(is_not_decayed, False))
         if not self.tables_apart:
             return shared
         apart = frozenset(self.tables_apart)
         return (
-            *(FlatGroup(lambda name, own=own: name not in apart and own(name), decays) for own, decays in shared),
+            *(FlatGroup(functools.partial(_is_in, own, apart), decays) for own, decays in shared),
             *(FlatGroup(table.__eq__, is_decayed(table)) for table in self.tables_apart),
         )
 
     def meta_model(self) -> nn.Module:
-        """The whole model without any memory."""
+        """The whole model on the meta device."""
         with without_memory():
             return self.make()
 
     @property
     def own_key(self) -> tuple[int, ...]:
-        """What tells its dropout from that of the run's other networks."""
+        """A number mixed into its dropout keys, so that networks of one run drop different elements; empty without a name."""
         return (int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "little"),) if self.name else ()
 
     def saved_name(self, name: str) -> str:

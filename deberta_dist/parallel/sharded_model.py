@@ -1,13 +1,13 @@
 """A rank's model whose parameters exist only while a step needs them.
 
-Between steps the parameters are empty and the weight store holds 1/dp of what this rank owns. ``gather``
-makes every parameter a view of gathered or borrowed weights and gives it a float32 view to sum its gradients over
-micro-batches in; ``reduce`` completes the owners' sums, reduce-scatters them and frees both; ``apply`` moves the weights.
+Between steps the parameters are empty and the weight store holds 1 / data_parallel_size of what this rank owns. ``gather``
+makes every parameter a view of gathered or borrowed weights, with a float32 view that sums its gradients over micro-batches;
+``reduce`` adds the borrowers' gradients to the owners', reduce-scatters them and frees both; ``apply`` updates the weights.
 
-On a GPU the view is a ``main_grad``: products add weights' gradients to it themselves (see
-`models.joint_linear`), and what the backward pass of a micro-batch leaves in ``.grad`` is added by ``accumulate``, all of it
-at once. On a CPU the view is ``.grad`` itself and autograd adds, product by product: a product that adds would sum in
-another order, and runs go on to the same bits.
+On a GPU the gradient view is a ``main_grad``: matrix products add weight gradients to it directly (see `models.fused_qkv`),
+and ``accumulate`` adds whatever else the backward pass of a micro-batch left in ``.grad``. On a CPU the view is ``.grad``
+itself and autograd adds to it. Adding within the product would sum in another order there, and runs begun by earlier
+versions have to resume bit-equal.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ DEVICES_WHOSE_PRODUCTS_ADD = ("cuda",)
 
 
 class ShardedModel:
-    """Joins a cut model, the weight store and the ties.
+    """Connects the parameters of a rank's model to its weight store and its ties.
 
     Args:
-        model: The rank's model, cut by layers and split by the plan, on the meta device.
-        store: What this rank owns.
-        ties: What it lends and borrows.
-        device: Where it computes.
+        model: This rank's layers, divided by the sharding rules, on the meta device.
+        store: The weights that this rank owns.
+        ties: The weights that this rank broadcasts to borrowers, and those that it borrows.
+        device: The mesh's device, where gathered weights are.
     """
 
     def __init__(self, model: nn.Module, *, store: WeightStore, ties: TiedWeights, device: torch.device) -> None:
@@ -41,16 +41,17 @@ class ShardedModel:
         for name, parameter in list(model.named_parameters()):
             module_name, _, leaf = name.rpartition(".")
             empty = nn.Parameter(torch.empty(0, dtype=store.dtype, device=device))
-            # Gradients of low-precision weights are summed over micro-batches in float32; some come in it.
+            # autograd insists that .grad has the weight's dtype unless told otherwise, and sums over micro-batches need
+            # float32. None admits any dtype: with main_grad, some gradients arrive in 16 bits and some in float32.
             empty.grad_dtype = None if self._products_add else torch.float32
             setattr(model.get_submodule(module_name), leaf, empty)
             del parameter
         self._parameters = dict(model.named_parameters())
 
     def gather(self, *, with_gradients: bool) -> None:
-        """Fills the parameters: one all-gather of what the stage owns, one broadcast per tie."""
+        """Fills the parameters: one all-gather of the owned weights, then one broadcast per tie. Collective."""
         weights, gradients = self.store.gather(with_gradients=with_gradients)
-        weights |= self._ties.lend(weights)
+        weights |= self._ties.broadcast_weights(weights)
         if with_gradients:
             self._owned_gradients = gradients
             gradients = gradients | self._ties.gradient_views()
@@ -62,26 +63,28 @@ class ShardedModel:
             set_main_grads(self.model, {name: gradients[name] for name in self._parameters})
 
     def accumulate(self) -> None:
-        """Adds what a backward pass has left in ``.grad`` to the sums of micro-batches; after each."""
+        """Adds what a backward pass left in ``.grad`` to the sums over micro-batches. Call it after each backward pass."""
         if self._products_add:
             add_gradients_(self.model)
 
-    def collect_gradients(self) -> None:
-        """Adds what borrowers accumulated to the owners' gradients."""
-        self._ties.collect(self._owned_gradients)
+    def reduce_ties(self) -> None:
+        """Adds the borrowers' gradients to the owners'. Collective."""
+        self._ties.reduce_gradients(self._owned_gradients)
 
     def reduce(self, *, loss_scale: float) -> Tensor:
         """Reduce-scatters the gradients; returns their norms on the device, see `WeightStore.reduce`."""
-        self.collect_gradients()
+        # Ties first: an owner's gradient has to be complete before its shards leave for the other data ranks.
+        self.reduce_ties()
+        # The parameters let go of the gathered weights before the store frees them, or the memory would stay referenced.
         self._empty()
         return self.store.reduce(loss_scale=loss_scale)
 
     def apply(self, norms: Sequence[float], *, learning_rate: float, joint_norm: float | None = None) -> None:
-        """One optimizer step, or none where the norm is not finite; see `WeightStore.apply`."""
+        """One optimizer step, or none if the norm is not finite; see `WeightStore.apply`."""
         self.store.apply(norms, learning_rate=learning_rate, joint_norm=joint_norm)
 
     def release(self) -> None:
-        """Gives the gathered weights up (after an evaluation)."""
+        """Frees the gathered weights without a step (after an evaluation)."""
         self._empty()
         self.store.release()
 

@@ -1,7 +1,7 @@
-"""What one micro-batch on one stage keeps for its backward pass: measured, not guessed.
+"""Bytes that one micro-batch on one stage saves for its backward pass, measured rather than estimated.
 
-Every stage runs forward and backward once on the meta device, with one tensor-parallel rank's share of heads,
-feed-forward and vocabulary, while the bytes of live storages are counted. Called by ``memory.py``.
+Every stage runs forward and backward once on the meta device, with one tensor rank's share of heads, FFN and vocabulary, while
+the bytes of live storages are counted. Called by ``memory.py``.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ from deberta_dist.training.step_batch import StepBatch
 
 @dataclass(frozen=True)
 class StageActivations:
-    """One micro-batch on one stage, bytes.
+    """Bytes of one micro-batch on one stage.
 
     Attributes:
-        saved: Kept from forward to backward (without the received input and without ``logits``).
-        logits: Kept by the head on the last stage; 0 on the others.
-        working: On top of what is kept, at the highest moment of the forward and backward passes: temporaries,
-            gradients of activations, what recomputation makes again.
+        saved: Saved from forward to backward, without the received input and without ``logits``.
+        logits: Saved by the head on the last stage; 0 on the others.
+        working: Beyond the saved bytes, at the peak of the forward and backward passes: temporaries, gradients of
+            activations, recomputed activations.
     """
 
     saved: int
@@ -44,58 +44,51 @@ class StageActivations:
     working: int
 
 
-def stage_activations(
-    network: TrainedNetwork,
-    *,
-    layers: range,
-    tensor_parallel_size: int,
-    batch_shape: tuple[int, int],
-    targets_per_sequence: int,
-    dtype: torch.dtype,
-    recompute: str,
-    document_boundaries: bool = False,
-    vocabulary_chunks: int = 1,
-    sequence_parallel: bool = False,
-) -> StageActivations:
-    """Measures one micro-batch on one stage.
+@dataclass(frozen=True, kw_only=True)
+class StageCase:
+    """What is measured: one micro-batch on one stage.
 
-    Where a stage sits among others does not matter, only whether it is the first or the last; and all its layers
-    but those at the ends are alike. So of a long stage 3 and 4 layers are measured and the others are as the fourth.
-    The backward pass is highest at its start, however many layers there are, or at its end in the embeddings, when
-    the layers above hold nothing any more; then a stage that is not the first tells what its start takes.
-
-    Args:
-        network: The model.
-        layers: Of the stage.
-        tensor_parallel_size: Ranks that share them.
-        batch_shape: (B, S), sequences and tokens.
-        targets_per_sequence: Tokens to predict.
-        dtype: Compute dtype.
-        recompute: ``training.recompute``.
-        document_boundaries: Whether batches carry document ids.
-        vocabulary_chunks: ``training.vocabulary_chunks``.
-        sequence_parallel: Whether those ranks split the sequence.
+    Attributes:
+        layers: Numbers of the stage's layers.
+        tensor_parallel_size: Number of ranks that every layer is divided over.
+        batch_shape: (B, S), sequences and tokens of a micro-batch.
+        targets_per_sequence: Number of tokens to predict in each sequence.
+        dtype: Compute dtype, of weights and hidden states.
+        recompute: ``training.recompute``: "none", "selective" or "full".
+        document_boundaries: Whether batches have document ids.
+        vocabulary_chunks: Chunks that the logits are computed in, ``training.vocabulary_chunks``.
+        sequence_parallel: Whether the tensor ranks divide sequences as well.
     """
-    config = network.config
+
+    layers: range
+    tensor_parallel_size: int
+    batch_shape: tuple[int, int]
+    targets_per_sequence: int
+    dtype: torch.dtype
+    recompute: str
+    document_boundaries: bool = False
+    vocabulary_chunks: int = 1
+    sequence_parallel: bool = False
+
+
+def stage_activations(network: TrainedNetwork, case: StageCase) -> StageActivations:
+    """Measures one micro-batch on one stage of a network.
+
+    The position of a stage in the pipeline does not matter, except for being first or last, and all its inner layers are
+    alike. So a long stage is measured with 3 and 4 layers, and each further layer counts as the fourth. A backward pass peaks
+    either at its start, whatever the number of layers, or at its end in the embeddings, when the layers above hold nothing any
+    more; in the second case a stage that is not the first shows the peak at the start.
+    """
+    config, layers = network.config, case.layers
     is_first, is_last = layers.start == 0, layers.stop == config.num_hidden_layers
 
     def measure(count: int, *, is_first: bool = is_first) -> StageActivations:
         start = 0 if is_first else 1
         shorter = dataclasses.replace(config, num_hidden_layers=start + count + (0 if is_last else 1))
-        return _measure(
-            dataclasses.replace(network, config=shorter),
-            layers=range(start, start + count),
-            tensor_parallel_size=tensor_parallel_size,
-            batch_shape=batch_shape,
-            targets_per_sequence=targets_per_sequence,
-            dtype=dtype,
-            recompute=recompute,
-            document_boundaries=document_boundaries,
-            vocabulary_chunks=vocabulary_chunks,
-            sequence_parallel=sequence_parallel,
-        )
+        here = dataclasses.replace(case, layers=range(start, start + count))
+        return _measure(dataclasses.replace(network, config=shorter), here)
 
-    # The whole model is more than its parts: the head's gradient of the shared table waits for the embeddings'.
+    # A whole model on one stage holds more than its parts: the head's gradient of the shared table waits for the embeddings'.
     if len(layers) <= 4 or (is_first and is_last):
         return measure(len(layers))
     three, four = measure(3), measure(4)
@@ -105,46 +98,34 @@ def stage_activations(
 
 
 @lru_cache(maxsize=1024)
-def _measure(
-    network: TrainedNetwork,
-    *,
-    layers: range,
-    tensor_parallel_size: int,
-    batch_shape: tuple[int, int],
-    targets_per_sequence: int,
-    dtype: torch.dtype,
-    recompute: str,
-    document_boundaries: bool = False,
-    vocabulary_chunks: int = 1,
-    sequence_parallel: bool = False,
-) -> StageActivations:
-    config, (batch, length) = network.config, batch_shape
+def _measure(network: TrainedNetwork, case: StageCase) -> StageActivations:
+    config, layers, (batch, length) = network.config, case.layers, case.batch_shape
     model = local_model(
-        network, layers=layers, tensor_parallel_size=tensor_parallel_size, dtype=dtype, recompute=recompute,
-        sequence_parallel=sequence_parallel,
+        network, layers=layers, tensor_parallel_size=case.tensor_parallel_size, dtype=case.dtype, recompute=case.recompute,
+        sequence_parallel=case.sequence_parallel,
     )  # fmt: skip
     if hasattr(model, "vocabulary_chunks"):
-        model.vocabulary_chunks = vocabulary_chunks
-    own_length = length // tensor_parallel_size if sequence_parallel else length
+        model.vocabulary_chunks = case.vocabulary_chunks
+    own_length = length // case.tensor_parallel_size if case.sequence_parallel else length
     is_last = layers.stop == config.num_hidden_layers
-    # Which tokens are targets decides shapes, so they are found on the host.
+    # Targets are found on the host: their values decide shapes, and meta tensors have no values.
     labels = torch.zeros(batch, length, dtype=torch.int64)
-    labels[:, :targets_per_sequence] = 1
+    labels[:, : case.targets_per_sequence] = 1
     targets = find_targets(labels > 0, labels).to(torch.device("meta"))
-    model.deberta.encoder.relative_positions(torch.device("meta"))  # kept for all micro-batches
+    model.deberta.encoder.relative_positions(torch.device("meta"))  # cached for all micro-batches, so not counted in one
     with torch.device("meta"):
         tokens = [torch.empty(batch, length, dtype=torch.int64) for _ in range(4)]
         made = StepBatch(
             input_ids=tokens[0],
             attention_mask=tokens[1],
-            document_ids=tokens[2] if document_boundaries else None,
+            document_ids=tokens[2] if case.document_boundaries else None,
             targets=(targets,),
             counts=torch.empty(2, dtype=torch.int64),
         )
         micro_batches = network.micro_batches(made, dropout_keys=[1], handed=tokens[3] if network.is_handed else None)
         inputs = {"input_ids": micro_batches.input_ids if layers.start == 0 else None, **micro_batches.fields[0]}
-        hidden = None if layers.start == 0 else _hidden(batch, own_length, config.hidden_size, dtype=dtype)
-    gradient = _hidden(batch, own_length, config.hidden_size, dtype=dtype).detach()  # arrives in a receive buffer
+        hidden = None if layers.start == 0 else _hidden(batch, own_length, config.hidden_size, dtype=case.dtype)
+    gradient = _hidden(batch, own_length, config.hidden_size, dtype=case.dtype).detach()  # arrives in a receive buffer
     with LiveBytes() as live:
         output = model.forward_stage(hidden, **inputs, layers=layers)
         saved = live.now
@@ -154,13 +135,13 @@ def _measure(
             output.backward(gradient)
     logits = 0
     if is_last:
-        rows = batch * targets_per_sequence
+        rows = batch * case.targets_per_sequence
         with LiveBytes() as head:
             result = network.head_loss(
                 model,
-                hidden=_hidden(rows, config.hidden_size, dtype=dtype),
+                hidden=_hidden(rows, config.hidden_size, dtype=case.dtype),
                 targets=targets.ids_P,
-                num_chunks=vocabulary_chunks,
+                num_chunks=case.vocabulary_chunks,
             )
             logits = 0 if result is None else head.now
             del result
@@ -168,7 +149,7 @@ def _measure(
 
 
 def local_config(config: DebertaConfig, *, tensor_parallel_size: int) -> DebertaConfig:
-    """The shapes that one tensor-parallel rank has, as those of a whole model."""
+    """A configuration whose whole model has the shapes of one tensor rank's slices."""
     size = tensor_parallel_size
     return dataclasses.replace(
         config,
@@ -188,9 +169,9 @@ def local_model(
     recompute: str = "none",
     sequence_parallel: bool = False,
 ) -> Any:
-    """A model on the meta device with the shapes of one tensor-parallel rank, ready to run backward.
+    """A model on the meta device with the shapes of one tensor rank, ready to run forward and backward.
 
-    It lacks the copies that all-reduces work on; they are gone at once. Sequence parallelism is the real one, but that
+    It lacks the copies made for all-reduces, which live only for a moment. Sequence parallelism is the real code, except that
     nothing is sent.
     """
     local = local_config(network.config, tensor_parallel_size=tensor_parallel_size)
@@ -223,7 +204,7 @@ def _hidden(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made while it is entered: bytes that live ``now`` and at the ``peak``."""
+    """Counts bytes of the storages created while it is entered: those alive ``now``, and the ``peak`` of that."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +235,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested containers: a planner measures hundreds of thousands of operations, so no general tree."""
+    """The tensors in nested containers. Not torch's pytree: a search dispatches hundreds of thousands of operations here."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -266,7 +247,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class _DropoutOnMeta(Dropout):
-    """Makes and keeps what the real one does; the meta device has no random generator."""
+    """Allocates and saves what Dropout does, without drawing: the meta device has no random generator."""
 
     plain_forward = Dropout.forward
 
@@ -275,20 +256,20 @@ class _DropoutOnMeta(Dropout):
 
 
 class _RanksOnMeta(SequenceRanks):
-    """Tensor-parallel ranks that make the buffers of their messages and send nothing; this is the second of them."""
+    """Tensor ranks that allocate the buffers of their messages and send nothing; seen from rank 1."""
 
     def __init__(self, size: int) -> None:
         self.rank, self.size = 1, size
 
-    def all_gather(self, parts: Tensor, part: Tensor) -> None:
+    def all_gather(self, shards: Tensor, shard: Tensor) -> None:
         pass
 
-    def reduce_scatter(self, part: Tensor, parts: Tensor) -> None:
+    def reduce_scatter(self, shard: Tensor, shards: Tensor) -> None:
         pass
 
 
 class _ReducedEmbedding(nn.Embedding):
-    """A slice of the vocabulary, as large as a rank's; ``reduce`` is set by ``split_sequence``."""
+    """An embedding with as many rows as a tensor rank has; ``split_sequence`` sets ``reduce``."""
 
     def forward(self, input_ids: Tensor, table: SharedTable | None = None) -> Tensor:
         found = super().forward(input_ids) if table is None else table.rows(input_ids, padding_idx=self.padding_idx)

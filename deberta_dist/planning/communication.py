@@ -1,8 +1,8 @@
-"""Bytes that every rank communicates per optimizer step, by kind, found without a process.
+"""Bytes that every rank communicates per optimizer step, by kind, computed without starting a process.
 
-Convention: bytes of the message buffer that the rank hands to the collective (the larger one where input and
-output differ, as in all-gather and reduce-scatter); for the pipeline what the rank sends. Factors of the
-algorithm, such as 2 (n - 1) / n of a ring all-reduce, are not applied. A group of one rank communicates nothing.
+Convention: bytes of the buffer passed to the collective (the larger one where input and output differ, as in all-gather and
+reduce-scatter); for the pipeline, what the rank sends. Factors of the algorithm, such as 2 (n - 1) / n of a ring all-reduce,
+are not applied. A group of one rank communicates nothing.
 
 Every message is a hidden state, or rows of one for the targets: [B, S, D] unless said otherwise.
 
@@ -12,8 +12,8 @@ Every message is a hidden state, or rows of one for the targets: [B, S, D] unles
                     hidden states that all passes attend to
     head            1 backward over the targets; its cross entropy float32 [T] and [2, T] and int64 [T] forward
 
-Under sequence parallelism over t ranks an all-gather and a reduce-scatter take an all-reduce's place. They have half
-of its factor each, and are counted as [B, S, D] each; what is sent between stages is [B, S / t, D].
+With sequence parallelism over t ranks an all-gather and a reduce-scatter replace each all-reduce. Each has half of its factor
+and is counted as [B, S, D]; stages send [B, S / t, D].
 
     per layer       2 all-gathers and 2 reduce-scatters forward (again if layers are recomputed), 2 and 2 backward;
                     2 all-gathers more in the backward pass unless layers are recomputed
@@ -36,11 +36,11 @@ from deberta_dist.planning.memory import FLOAT32, INT64, expected_targets, reduc
 
 @dataclass(frozen=True)
 class MicroBatchTargets:
-    """Tokens to predict in one micro-batch.
+    """Number of tokens to predict in one micro-batch.
 
     Attributes:
-        total: Of all its sequences.
-        widest: Of the sequence with most.
+        total: Over all its sequences.
+        widest: In the sequence with the most; the decoder pads the others to it.
     """
 
     total: int
@@ -54,8 +54,8 @@ class RankCommunication:
     Attributes:
         zero_gather: Weights all-gathered over the data axis, once per step.
         zero_reduce: Gradients reduce-scattered over the data axis, once per step.
-        tie_lend: Tied weights broadcast from their owners, once per step.
-        tie_collect: Their gradients reduced to their owners, once per step.
+        tie_broadcast: Tied weights broadcast from their owners, once per step.
+        tie_reduce: Their gradients reduced to their owners, once per step.
         tensor_layers: Of the ordinary layers, the convolution included.
         tensor_embedding: Of the word embedding.
         tensor_decoder: Of the enhanced mask decoder.
@@ -68,8 +68,8 @@ class RankCommunication:
 
     zero_gather: int
     zero_reduce: int
-    tie_lend: int
-    tie_collect: int
+    tie_broadcast: int
+    tie_reduce: int
     tensor_layers: int
     tensor_embedding: int
     tensor_decoder: int
@@ -81,17 +81,17 @@ class RankCommunication:
 
     @property
     def tensor(self) -> int:
-        """Everything over the tensor axis."""
+        """All bytes over the tensor axis."""
         return self.tensor_layers + self.tensor_embedding + self.tensor_decoder + self.tensor_head
 
     @property
     def once_per_step(self) -> int:
         """What does not depend on the number of micro-batches."""
-        return self.zero_gather + self.zero_reduce + self.tie_lend + self.tie_collect + self.scalars
+        return self.zero_gather + self.zero_reduce + self.tie_broadcast + self.tie_reduce + self.scalars
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """All bytes of a step."""
         return self.once_per_step + self.tensor + self.pipeline_activations + self.pipeline_gradients
 
 
@@ -104,14 +104,15 @@ def rank_communication(
     tensor_rank: int,
     targets: Sequence[MicroBatchTargets] | None = None,
 ) -> RankCommunication:
-    """Adds up one rank.
+    """What one rank communicates in a step.
 
     Args:
-        layout: From ``plan_layout``.
-        config: Resolved configuration.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        pipeline_rank, tensor_rank: The rank's place.
-        targets: Of every micro-batch; by default the expected number.
+        layout: Says what the rank runs, owns and borrows.
+        config: Resolved; its batch sizes and recompute mode count.
+        deepspeed_config: DeepSpeed JSON without "auto"; its precision and communication dtype count.
+        pipeline_rank: With ``tensor_rank``, which rank; all data ranks are alike.
+        tensor_rank: See ``pipeline_rank``.
+        targets: Targets of every micro-batch; None for the expected numbers.
     """
     training, parallel = config.training, config.parallel
     if targets is None:
@@ -148,26 +149,26 @@ def rank_communication(
     return RankCommunication(
         zero_gather=flat * width,
         zero_reduce=flat * reduced_width(deepspeed_config),
-        tie_lend=lent * width,
-        tie_collect=collected * FLOAT32,
+        tie_broadcast=lent * width,
+        tie_reduce=collected * FLOAT32,
         tensor_layers=in_layers,
         tensor_embedding=in_embedding,
         tensor_decoder=is_split * decodes * (hidden + in_decoder + joined),
         tensor_head=is_split * (has_last * in_head + (not decodes) * joined),
         tensor_halves=is_sequence * (in_layers + in_embedding + joined),
-        pipeline_activations=sum(index < last for index in stages) * hidden // shards + _handed_bytes(layout, config),
+        pipeline_activations=sum(index < last for index in stages) * hidden // shards + handed_bytes(layout, config),
         pipeline_gradients=sum(index > 0 for index in stages) * hidden // shards,
         scalars=_scalars(layout, config, deepspeed_config),
     )
 
 
 def layer_all_reduces(config: RunConfig) -> int:
-    """All-reduces over the tensor axis that a layer makes in one micro-batch without sequence parallelism."""
+    """Number of all-reduces over the tensor axis in one layer and micro-batch without sequence parallelism."""
     return 4 + 2 * (config.training.recompute == "full")
 
 
 def layer_messages(config: RunConfig) -> int:
-    """Messages over the tensor axis that one layer makes in one micro-batch, each of a whole hidden state."""
+    """Number of messages over the tensor axis in one layer and micro-batch, each of a whole hidden state."""
     if not config.parallel.sequence_parallel:
         return layer_all_reduces(config)
     # Two halves of every all-reduce, and the inputs of attention and feed-forward gathered again.
@@ -188,10 +189,10 @@ def _target_bytes(layout: Layout, *, config: RunConfig, width: int, targets: Seq
     rows = sum(sequences * max(one.widest, 1) for one in targets)
     decoder = NUM_DECODER_PASSES * layer_all_reduces(config) * rows * layout.config.hidden_size * width
     total = sum(one.total for one in targets)
-    return decoder, total * layout.network.head_message_bytes(width=width)
+    return decoder, total * sum(map(sum, layout.network.head_messages(width=width)))
 
 
-def _handed_bytes(layout: Layout, config: RunConfig) -> int:
+def handed_bytes(layout: Layout, config: RunConfig) -> int:
     """Ids for the next network, broadcast over the pipeline axis, int64."""
     training, is_cut = config.training, config.parallel.pipeline_parallel_size > 1
     tokens = training.num_micro_batches * training.micro_batch_size * config.data.max_seq_length
@@ -199,8 +200,8 @@ def _handed_bytes(layout: Layout, config: RunConfig) -> int:
 
 
 def _scalars(layout: Layout, config: RunConfig, deepspeed_config: dict[str, Any]) -> int:
-    """Int64 targets and tokens over the data axis, the network's float64 results over the world, a float64 norm of every flat gradient over the
-    data axis and over the ranks that share the data.
+    """Bytes of scalars: int64 targets and tokens over the data axis; the network's float64 results over the world; a float64
+    norm of every flat gradient, over the data axis and over the model-parallel ranks.
     """
     parallel = config.parallel
     replicas, model = parallel.data_parallel_size, parallel.tensor_parallel_size * parallel.pipeline_parallel_size

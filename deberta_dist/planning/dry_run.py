@@ -1,4 +1,4 @@
-"""What a run would be, as text: who holds and sends what, and what it costs. Needs no GPU and no processes.
+"""A description of a run before it starts: what each rank holds, sends and computes. Needs no GPU and no processes.
 
 ``describe`` is what ``--dry-run`` prints; ``rank_reports`` are its numbers.
 """
@@ -18,7 +18,7 @@ from deberta_dist.planning.memory import RankMemory, expected_targets, rank_memo
 from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import reading_block, training_paths
 
-# The step time is an orientation: this device, at this share of its peak.
+# The step time shown is a rough guide: this device, at this share of its peak.
 REFERENCE_GPU, REFERENCE_UTILISATION = "H100", 0.4
 
 COLUMN_WIDTH, LABEL_WIDTH, COLUMNS_PER_TABLE = 9, 26, 8
@@ -26,15 +26,15 @@ COLUMN_WIDTH, LABEL_WIDTH, COLUMNS_PER_TABLE = 9, 26, 8
 
 @dataclass(frozen=True)
 class RankReport:
-    """One pipeline rank, each number the largest over its tensor-parallel ranks.
+    """One pipeline rank; each number is the largest over its tensor ranks.
 
     Attributes:
         flops: Forward FLOPs per token of its stages.
-        owned: Parameters (elements).
-        borrowed: Parameters (elements).
-        memory: Of the tensor-parallel rank with the highest peak.
-        peak_of_first: Peak memory of tensor-parallel rank 0, which owns what all hold (bytes).
-        communication: Of the one that communicates most.
+        owned: Number of parameters it owns.
+        borrowed: Number of parameters it uses and another rank owns.
+        memory: Memory of the tensor rank with the highest peak.
+        peak_of_first: Peak memory (bytes) of tensor rank 0, which owns the replicated weights.
+        communication: Communication of the tensor rank that communicates most.
     """
 
     flops: float
@@ -49,14 +49,14 @@ def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
     """The numbers of every pipeline rank, first to last, while one network runs.
 
     Args:
-        plan: The run.
-        number: Index of the network; by default of the one whose weights are the run's result.
+        plan: A checked run.
+        number: Index of the network; None for the one whose weights are the run's result.
     """
     number = plan.objective.main if number is None else number
     layout, flops, reports = plan.layouts[number], plan.network_flops[number], []
     others = [*plan.layouts[:number], *plan.layouts[number + 1 :]]
     for pipeline_rank in range(len(layout.stages_by_rank)):
-        # The first tensor-parallel rank owns what is replicated, the second borrows it, and so do all others.
+        # Tensor rank 0 owns the replicated weights and rank 1 borrows them; all further ranks are like rank 1.
         tensor_ranks = range(min(layout.tensor_parallel_size, 2))
         options = {"config": plan.config, "deepspeed_config": plan.deepspeed, "pipeline_rank": pipeline_rank}
         memories = [rank_memory(layout, **options, tensor_rank=rank, others=others) for rank in tensor_ranks]
@@ -92,7 +92,7 @@ def bubble_fraction(plan: Plan) -> float:
 
 def step_seconds(plan: Plan) -> float:
     """Seconds per optimizer step on the reference GPU, everything else included in its utilisation."""
-    world = _world_size(plan)
+    world = plan.world_size
     return plan.training_flops * _tokens_per_step(plan) / (world * REFERENCE_UTILISATION * PEAK_FLOPS[REFERENCE_GPU])
 
 
@@ -130,7 +130,7 @@ def _headline(plan: Plan) -> str:
         ("", "(without position table and head)" if model.uses_enhanced_mask_decoder else "(without head)"),
         *([("decoder", "plain: the head reads the last hidden states")] if model.decoder == "plain" else []),
         ("precision", f"{precision(plan.deepspeed)}, recompute {training.recompute}"),
-        ("processes", f"{_world_size(plan)} = tensor {parallel.tensor_parallel_size} x pipeline "
+        ("processes", f"{plan.world_size} = tensor {parallel.tensor_parallel_size} x pipeline "
                       f"{parallel.pipeline_parallel_size} x data {parallel.data_parallel_size}"
                       f"{', sequence parallel' if parallel.sequence_parallel else ''}"),
         ("schedule", f"{parallel.schedule}{loops}, {training.num_micro_batches} micro-batches per step"),
@@ -215,8 +215,8 @@ def _communication(plan: Plan, reports: Sequence[RankReport]) -> str:
     table = _table("COMMUNICATION of a rank", [
         ("ZeRO all-gather weights *", [m.zero_gather for m in messages]),
         ("ZeRO reduce-scatter *", [m.zero_reduce for m in messages]),
-        ("ties: broadcast weights *", [m.tie_lend for m in messages]),
-        ("ties: reduce gradients *", [m.tie_collect for m in messages]),
+        ("ties: broadcast weights *", [m.tie_broadcast for m in messages]),
+        ("ties: reduce gradients *", [m.tie_reduce for m in messages]),
         ("tensor: layers", [m.tensor_layers for m in messages]),
         ("tensor: embedding", [m.tensor_embedding for m in messages]),
         ("tensor: mask decoder", [m.tensor_decoder for m in messages]),
@@ -296,11 +296,6 @@ def _scaled(number: float) -> str:
 
 def _tokens_per_step(plan: Plan) -> int:
     return plan.config.training.global_batch_size * plan.config.data.max_seq_length
-
-
-def _world_size(plan: Plan) -> int:
-    parallel = plan.config.parallel
-    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What a search has found, as text: the table of ``tools/plan_layout.py``, the terms of its best line, its TOML."""
+"""The result of a search as text: the table of ``deberta-dist plan``, the terms of its best line, its TOML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from deberta_dist.planning.machine import Machine
 from deberta_dist.planning.pipeline_timeline import ZERO_BUBBLE
 from deberta_dist.planning.search import SearchResult
 from deberta_dist.planning.search_memory import RankedLayout
-from deberta_dist.planning.step_cost import play_step, stage_passes, world_size
+from deberta_dist.planning.step_cost import play_step
 
 HEAD = "tensor pipeline  data  micro-batch  schedule          recompute  offload   s/step    MFU  peak GB  sent GB  bubble     days"
 SIMULATION = "A simulation, not a measurement: nothing here has been run on these GPUs."
@@ -18,22 +18,22 @@ SIMULATION = "A simulation, not a measurement: nothing here has been run on thes
 
 @dataclass(frozen=True)
 class Prices:
-    """What a run is told to take: optimizer steps, and the price of one GPU for an hour, None for no cost."""
+    """Length and price of a run: optimizer steps, and the price of one GPU for an hour (None: no costs are shown)."""
 
     steps: int
     per_hour: float | None
 
     def days(self, choice: RankedLayout) -> float:
-        """Of all steps."""
+        """Days that all steps take."""
         return choice.cost.seconds * self.steps / 86400
 
     def cost(self, choice: RankedLayout) -> float:
         """Of all GPUs for these days."""
-        return self.days(choice) * 24 * world_size(choice.plan) * (self.per_hour or 0.0)
+        return self.days(choice) * 24 * choice.plan.world_size * (self.per_hour or 0.0)
 
 
 def describe(found: SearchResult, *, machine: Machine, limit: float, prices: Prices) -> str:
-    """The table, the terms of the first line and what the numbers are."""
+    """The table, the terms of its first line, and notes on the numbers."""
     blocks = [
         "\n".join([_head(prices), *(_row(choice, prices) for choice in found.choices)]),
         _terms(found.choices[0], machine),
@@ -43,7 +43,7 @@ def describe(found: SearchResult, *, machine: Machine, limit: float, prices: Pri
 
 
 def scaling(config: RunConfig, rows: Sequence[tuple[int, SearchResult]], *, machine: Machine, prices: Prices) -> str:
-    """The best layout of each number of GPUs, and how well it uses them beside the first."""
+    """The best layout for each number of GPUs, and its speed-up over the first."""
     lines = [f"  GPUs  {_head(prices)}  tokens/s  speed-up/ideal"]
     first = rows[0][1].choices[0].cost.seconds * rows[0][0]
     tokens = config.training.global_batch_size * config.data.max_seq_length
@@ -55,22 +55,22 @@ def scaling(config: RunConfig, rows: Sequence[tuple[int, SearchResult]], *, mach
 
 
 def nothing_fits(found: SearchResult, *, processes: int, limit: float) -> str:
-    """The message where no layout has room."""
+    """The message if no layout fits."""
     least = "" if found.smallest is None else f"; the smallest that was measured needs {found.smallest / 1e9:.2f} GB"
     return (
-        f"none of {found.candidates} layouts of {processes} processes keeps to {limit / 1e9:.2f} GB per GPU{least}: give more "
+        f"none of {found.candidates} layouts of {processes} processes fits into {limit / 1e9:.2f} GB per GPU{least}: use more "
         "GPUs, less --memory-margin, a smaller training.global_batch_size, or allow what --recompute, --offload, --micro-batch, "
         "--tensor and --pipeline exclude"
     )
 
 
 def toml_of(choice: RankedLayout, *, machine: Machine, folder: Path) -> str:
-    """The run with this layout, to be written to ``folder``."""
+    """TOML of the run with this layout; relative paths are written for a file in ``folder``."""
     config, cost = choice.plan.config, choice.cost
     head = (
-        f"Written by tools/plan_layout.py for {world_size(choice.plan)} x {machine.name}: {cost.seconds:.3f} s per step, "
+        f"Written by tools/plan_layout.py for {choice.plan.world_size} x {machine.name}: {cost.seconds:.3f} s per step, "
         f"{choice.peak / 1e9:.1f} GB at the peak.",
-        "These numbers are a model's. Model, data and recipe are those of " + config.source + ".",
+        "These numbers are estimates. Model, data and recipe are those of " + config.source + ".",
         "Every key is explained in deberta_dist/config/schema.py. Relative paths start from this folder.",
     )
     return to_toml(config, head=head, deepspeed=config.run.deepspeed, folder=folder)
@@ -109,7 +109,7 @@ def _terms(choice: RankedLayout, machine: Machine) -> str:
     if choice.host:
         lines.append(f"  the optimizer takes {choice.host / 1e9:.2f} GB of the host for the rank with most")
     if plan.config.parallel.pipeline_parallel_size > 1 and plan.config.parallel.stages_per_rank == 1:
-        other = play_step(plan, machine, stage_passes(plan, machine), schedule=ZERO_BUBBLE)
+        other = play_step(plan, machine, schedule=ZERO_BUBBLE)
         seconds = cost.seconds - cost.pipeline + other.seconds
         lines.append(f"  with a zero-bubble schedule (not offered): {seconds:.3f} s per step, bubble {other.bubble:.1%}")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What a layout runs on, as numbers: how fast a part computes, how fast parts talk, who shares what.
+"""The machine that a layout runs on, as numbers: rates of devices and links, and which ranks share them.
 
-``GPUS`` are nominal numbers of data sheets, each with the share of it that programs reach; every one can be replaced
-(flags of ``tools/plan_layout.py``), and ``calibrated`` puts measured ones in their place. Read by ``step_cost.py``.
-Pure values: nothing here looks at the machine it runs on.
+``GPUS`` has the numbers of data sheets, each times the share of it that programs reach. Flags of ``deberta-dist plan`` replace
+single numbers, ``calibrated`` replaces them by measured ones. Read by ``step_cost.py``. Plain values: nothing here looks at
+the machine that the planner itself runs on.
 
 **Source** of ``GPUS``: NVIDIA's data sheets of the SXM parts (H200, H100, A100 of 80 and of 40 GB, V100 of 32 GB): dense
 bf16 tensor-core FLOP/s (V100: fp16), memory, memory bandwidth, NVLink and PCIe, of which a direction is half; NIC of
@@ -10,8 +10,8 @@ a GPU by NVIDIA's system of eight: DGX H200 and H100 400 Gb/s each, DGX A100 200
 Host memory: channels of the processors of these systems, an eighth of both.
 
 **Assumed**, not measured by us: the shares reached (``PRODUCTS_REACH``, ``MEMORY_REACHES``, ``LINKS_REACH``), latencies, and
-``SECONDS_PER_CALL`` of the host. With them 64 H100 come to a third of their peak in the best step of the 1.5B model, which is
-the order of what is published of such trainers, and no more is claimed. ``--calibration`` is there to replace them.
+``SECONDS_PER_CALL`` of the host. With them 64 H100 reach a third of their peak in the best step of the 1.5B model, the order of
+magnitude that is published for such trainers; no more is claimed. ``--calibration`` replaces them.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ from typing import Any
 from deberta_dist.errors import ConfigError
 from deberta_dist.files.strict_json import loads, read_configuration
 
-# Matrix products of 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns) of the peak; passes over memory and
-# messages of megabytes of the nominal bandwidth.
+# Share of the peak reached by matrix products of the 1.5B's sizes (thousands of rows, 1,536 to 6,144 columns); share of the
+# nominal bandwidth reached by passes over memory and by messages of megabytes.
 PRODUCTS_REACH, MEMORY_REACHES, LINKS_REACH, HOST_REACHES = 0.6, 0.8, 0.75, 0.5
-# PyTorch without a compiler: from one operation's start to the next one's, autograd included, on one core of the host.
+# PyTorch without a compiler: from the start of one operation to that of the next, autograd included, on one host core.
 SECONDS_PER_CALL = 6e-6
 NODE_LATENCY, NETWORK_LATENCY = 5e-6, 12e-6
-# Engine, optimizer and scheduler calls of a step, all that does not grow with the model.
+# Calls of engine, optimizer and schedule in a step: everything that does not grow with the model.
 SECONDS_PER_STEP = 20e-3
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send")
@@ -39,11 +39,11 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "s
 
 @dataclass(frozen=True)
 class Link:
-    """A way for messages.
+    """A connection between ranks.
 
     Attributes:
-        latency: Seconds of one message without content.
-        bandwidth: Bytes per second that one rank sends while it receives as many.
+        latency: Seconds of an empty message.
+        bandwidth: Bytes per second that a rank sends while it receives as many.
     """
 
     latency: float
@@ -52,25 +52,26 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """What one rank has, and what it shares.
+    """Resources of one rank, its own and shared.
 
     Attributes:
-        name: For people.
-        peak: FLOP/s of the data sheet, of which utilisation is told; 0 where there is no such number.
+        name: Shown in reports.
+        peak: FLOP/s of the data sheet, the base of MFU; 0 if unknown.
         product_rate: FLOP/s that matrix products reach.
-        memory: Bytes of one device.
+        memory: Bytes of memory of one device.
         memory_bandwidth: Bytes/s that passes over its memory reach, reads and writes together.
-        seconds_per_call: Of the host, per operation.
-        calls_overlap: Whether the host runs ahead of the device (a GPU), so that the slower of the two counts.
-        has_fused_attention: Whether attention keeps nothing of the size queries x keys in memory (``kernels/fused``).
-        node_size: Devices of one node.
-        node, network: Messages inside a node, and between nodes (of one device's share of the network).
-        host_bandwidth: Bytes/s between a device and its host, of one device.
-        host_memory_bandwidth: Bytes/s of the host's memory for one device's optimizer under offload.
-        step_seconds: Once per step, whatever the model.
-        cores: 0 where every rank has a device of its own; else cores that the processes of all ranks share: with more
-            processes than cores whatever they compute takes so many times as long.
-        kinds: Kind of message (``KINDS``) -> measured link that takes the place of ``node`` and ``network``.
+        seconds_per_call: Seconds that the host takes to start one operation.
+        calls_overlap: Whether the host runs ahead of the device (a GPU), so that only the slower of the two counts.
+        has_fused_attention: Whether attention holds nothing of the size queries x keys in memory (``kernels/fused``).
+        node_size: Number of devices in a node.
+        node: Link within a node.
+        network: Link between nodes: one device's share of the node's network.
+        host_bandwidth: Bytes/s between one device and its host.
+        host_memory_bandwidth: Bytes/s of the host's memory for one device's optimizer, with offload.
+        step_seconds: Seconds per step that do not depend on the model.
+        cores: 0 if every rank has a device of its own. Otherwise the number of cores that all processes share: with k times
+            more processes than cores, computing takes k times as long.
+        kinds: Kind of message (``KINDS``) -> measured link, in place of ``node`` and ``network``.
     """
 
     name: str
@@ -91,14 +92,14 @@ class Machine:
     kinds: Mapping[str, Link] = field(default_factory=dict)
 
     def busy(self, processes: int) -> float:
-        """How many times as long computing takes when ``processes`` of them compute at the same time."""
+        """Factor on the time of computing when ``processes`` compute at the same time, 1 or more."""
         return max(1.0, processes / self.cores) if self.cores else 1.0
 
     def link(self, kind: str, *, size: int, stride: int) -> Link:
-        """The way between ``size`` ranks whose numbers are ``stride`` apart.
+        """The link between ``size`` ranks whose numbers are ``stride`` apart.
 
-        A ring over nodes enters and leaves each of them once, so the ranks that a node has in it share the work of
-        their network cards.
+        A ring over nodes enters and leaves each node once, so the network cards of all its ranks in a node work for it
+        together.
         """
         if kind in self.kinds:
             return self.kinds[kind]
@@ -143,7 +144,19 @@ def _gpu(
     *,
     has_fused_attention: bool = True,
 ) -> Machine:
-    """A part in the units of its data sheet: TFLOP/s, GB, GB/s of memory, of NVLink and PCIe both ways, Gb/s, GB/s."""
+    """A GPU in the units of its data sheet, one column of the table below each.
+
+    Args:
+        name: Shown in reports.
+        tera_flops: Dense 16-bit tensor-core peak, TFLOP/s.
+        gigabytes: Memory, GB.
+        memory: Memory bandwidth, GB/s.
+        nvlink: Bandwidth of NVLink, both directions together, GB/s.
+        nic_gigabits: One GPU's network card, Gb/s.
+        pcie: Bandwidth of PCIe, both directions together, GB/s.
+        host: Host memory bandwidth per GPU, GB/s.
+        has_fused_attention: Whether the compute capability is enough for the fused kernels.
+    """
     return Machine(
         name=name,
         peak=tera_flops * 1e12,
@@ -167,7 +180,7 @@ GPUS: Mapping[str, Machine] = MappingProxyType(
         "h100": _gpu("H100", 989, 80, 3350, 900, 400, 128, 77),
         "a100-80": _gpu("A100 80 GB", 312, 80, 2039, 600, 200, 64, 51),
         "a100-40": _gpu("A100 40 GB", 312, 40, 1555, 600, 200, 64, 51),
-        # Compute capability 7.0; the kernels need 8.0.
+        # Compute capability 7.0; the fused kernels need 8.0.
         "v100-32": _gpu("V100 32 GB", 125, 32, 900, 300, 50, 32, 19, has_fused_attention=False),
     }
 )
@@ -188,25 +201,25 @@ SWITCHES = ("calls_overlap", "has_fused_attention")
 
 
 def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int, source: str) -> Machine:
-    """Puts measured numbers in the place of a machine's.
+    """Replaces a machine's numbers by measured ones.
 
     Args:
-        machine: What stands where nothing was measured.
-        measured: From ``read_calibration``. Keys are fields of ``Machine``, ``kinds`` has links by kind, a link is
-            ``{"latency": seconds, "bandwidth": bytes/s}``. Under ``processes`` are tables of the same, by number of
-            processes: that of the smallest measured number that is not less, or of the largest, comes on top.
-        processes: Ranks of the run.
-        source: The file, for messages.
+        machine: Has the numbers that were not measured.
+        measured: From ``read_calibration``. Keys are fields of ``Machine``; ``kinds`` has links by kind of message; a link is
+            ``{"latency": seconds, "bandwidth": bytes/s}``. Under ``processes`` are such tables by number of processes: that
+            of the smallest measured number not below ``processes``, or else of the largest, overrides the rest.
+        processes: Number of ranks of the run.
+        source: Path of the calibration, for messages.
 
     Raises:
-        ConfigError: an unknown key, or a value that is none.
+        ConfigError: an unknown key, or a value of the wrong type or range.
     """
     table = {key: value for key, value in measured.items() if key not in ("processes", "about")}
     by_number = measured.get("processes", {})
     if by_number:
         numbers = sorted(map(int, by_number))
         table |= by_number[str(next((number for number in numbers if number >= processes), numbers[-1]))]
-    # A machine without GPUs has no peak of a data sheet.
+    # A machine whose processes share cores has no data sheet's peak.
     changed: dict[str, Any] = {"peak": 0.0} if "cores" in table else {}
     for key, value in table.items():
         if key == "name" and isinstance(value, str):
@@ -216,7 +229,7 @@ def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int,
         elif key == "kinds":
             unknown = sorted(set(value) - set(KINDS))
             if unknown:
-                raise ConfigError(f"{source}: kinds.{unknown[0]} is no kind of message; there are {', '.join(KINDS)}")
+                raise ConfigError(f"{source}: kinds.{unknown[0]} is not a kind of message; known are {', '.join(KINDS)}")
             changed[key] = {kind: _link(one, key=f"kinds.{kind}", source=source) for kind, one in value.items()}
         elif key in NUMBERS:
             changed[key] = _positive(value, key=key, source=source)
@@ -234,10 +247,10 @@ def calibrated(machine: Machine, measured: Mapping[str, Any], *, processes: int,
 
 
 def read_calibration(path: Path) -> dict[str, Any]:
-    """A calibration that ``tools/benchmark.py layouts --calibration FILE`` has written, or that somebody has.
+    """Reads a calibration, written by ``deberta-dist calibrate`` or by hand.
 
     Raises:
-        ConfigError: it cannot be read, or is no table of tables by number of processes.
+        ConfigError: it cannot be read, is not JSON, or its "processes" are not objects by number of processes.
     """
     try:
         found = loads(read_configuration(path, shown=f"--calibration {path}"))

@@ -1,11 +1,11 @@
-"""Bytes that every rank of a run holds, found without a device and without a process.
+"""Bytes that every rank of a run holds, computed without a device or a process.
 
-What follows from the layout is added up from the same functions that ``build.py`` calls; what the backward pass
-keeps is measured (``activations.py``). Not in the numbers: the allocator's fragmentation, communication
-libraries, the framework itself. ``dry_run.py`` prints them; tests hold them to what a real run holds.
+Sizes that follow from the layout come from the functions that ``training/build.py`` calls; activations are measured
+(``activations.py``). Not included: fragmentation of the allocator, communication libraries, torch itself. ``dry_run.py``
+prints the numbers; tests compare them with a real run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from deberta_dist.config import RunConfig, offload_device, precision
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
-from deberta_dist.planning.activations import StageActivations, stage_activations
+from deberta_dist.planning.activations import StageActivations, StageCase, stage_activations
 from deberta_dist.values import INTERLEAVED
 
 FLOAT32, INT64 = 4, 8  # bytes
@@ -35,19 +35,18 @@ class RankMemory:
         gradient_shard: DeepSpeed's buffer for the reduced gradient, 1/dp, compute dtype.
         reduce_bucket: DeepSpeed's bucket, reserved from start to end.
         gathered: All owned weights while a step runs, compute dtype; 0 with one replica, where nothing is gathered.
-        borrowed_weights: What other ranks lend, compute dtype.
+        borrowed_weights: Weights received from their owners, compute dtype.
         gradients: Float32 sums over the micro-batches, of owned weights.
-        borrowed_gradients: The same of borrowed weights.
+        borrowed_gradients: Float32 sums over the micro-batches, of borrowed weights.
         receive_buffers: For every micro-batch one received activation and one received gradient, the same for all shapes.
         batch: Ids, masks and targets of all micro-batches.
-        activations: Kept for backward by all micro-batches in flight; of the bucket with most.
-        logits: Of these, the head's.
-        working: Temporaries of the micro-batch that is being computed, and a message that is still being sent.
-        reduction: When all micro-batches are done, the larger of what one after the other needs: a tie's message beside
-            what is borrowed, and the gradient rounded to the compute dtype.
-        offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, else ``"cpu"`` or
-            ``"nvme"``.
-        others_at_rest: What the run's other networks hold on the device between their parts of a step.
+        activations: Saved for backward by all micro-batches in flight, without logits; for the bucket with the most.
+        logits: Saved by the head in the same micro-batches.
+        working: Temporaries of the micro-batch being computed, and a message that is still being sent.
+        reduction: After the micro-batches, the larger of two temporaries: a tie's message beside what is borrowed, or the
+            gradient rounded to the compute dtype.
+        offload: Where master weights, moments and gradient shard are: ``"none"`` is the device, otherwise ``"cpu"``.
+        others_at_rest: Bytes of the run's other networks on the device while this one runs.
     """
 
     owned: int
@@ -72,29 +71,29 @@ class RankMemory:
 
     @property
     def optimizer(self) -> int:
-        """Master weights, moments and gradient shard, wherever they are."""
+        """Bytes of master weights, moments and gradient shard, on the device or the host."""
         return self.master_weights + self.moments + self.gradient_shard
 
     @property
     def at_rest(self) -> int:
-        """On the device between steps."""
+        """Bytes on the device between steps."""
         optimizer = self.optimizer if self.offload == "none" else 0
         return self.weights + optimizer + self.reduce_bucket + self.receive_buffers + self.others_at_rest
 
     @property
     def in_micro_batches(self) -> int:
-        """On the device at the highest moment of the micro-batches."""
+        """Peak bytes on the device during the micro-batches."""
         step = self.batch + self.gathered + self.borrowed_weights + self.gradients + self.borrowed_gradients
         return self.at_rest + step + self.activations + self.logits + self.working
 
     @property
     def in_reduction(self) -> int:
-        """On the device at the highest moment after the micro-batches."""
+        """Peak bytes on the device after the micro-batches."""
         return self.at_rest + self.batch + self.gathered + self.gradients + self.reduction
 
     @property
     def peak(self) -> int:
-        """On the device at the highest moment of a step."""
+        """Peak bytes on the device in a step."""
         return max(self.in_micro_batches, self.in_reduction)
 
 
@@ -116,27 +115,15 @@ def rank_memory(
         pipeline_rank, tensor_rank: The rank's place.
         others: Of the run's other networks, which are at rest meanwhile.
     """
-    parallel, training = config.parallel, config.training
     place = {
         "config": config,
         "deepspeed_config": deepspeed_config,
         "pipeline_rank": pipeline_rank,
         "tensor_rank": tensor_rank,
     }
-    dtype, replicas = DTYPES[precision(deepspeed_config)], parallel.data_parallel_size
-    zero = deepspeed_config.get("zero_optimization", {})
-    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
-    flat, share = sum(flats.sizes), sum(flats.sizes) // replicas
-    used = sum(torch.Size(layout.local_shape(name)).numel() for name in layout.names_by_rank[pipeline_rank])
-    owned = sum(torch.Size(shape).numel() for _, _, shape in flats.places.values())
-    borrowed = used - owned
-    tie_sizes = [
-        sum(torch.Size(layout.local_shape(name)).numel() for name in tie.names)
-        for tie in layout.ties
-        if tie.is_sum and tie.users[0] == (pipeline_rank, tensor_rank)
-    ]
-    largest_tie = max(tie_sizes, default=0)
-
+    replicas, dtype = config.parallel.data_parallel_size, DTYPES[precision(deepspeed_config)]
+    width, held = dtype.itemsize, _elements(layout, (pipeline_rank, tensor_rank), replicas=replicas)
+    share, borrowed = held.flat // replicas, held.used - held.owned
     activations = max(
         (
             _in_flight(layout, config=config, dtype=dtype, pipeline_rank=pipeline_rank, batch_shape=shape)
@@ -146,34 +133,72 @@ def rank_memory(
     )
     last = len(layout.stages) - 1
     received = sum((index > 0) + (index < last) for index in layout.stages_by_rank[pipeline_rank])
-    tokens = training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
-    hidden = tokens * layout.config.hidden_size * dtype.itemsize
-    offload = offload_device(deepspeed_config, "optimizer")
-    bucket = zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)
+    tokens = config.training.micro_batch_size * config.data.max_seq_length // layout.sequence_shards
+    hidden = tokens * layout.config.hidden_size * width
     return RankMemory(
-        owned=owned,
+        owned=held.owned,
         borrowed=borrowed,
-        weights=share * dtype.itemsize,
+        weights=share * width,
         master_weights=share * FLOAT32,
         moments=2 * share * FLOAT32,
-        gradient_shard=share * dtype.itemsize,
-        reduce_bucket=bucket * reduced_width(deepspeed_config) if zero.get("contiguous_gradients", True) else 0,
-        gathered=flat * dtype.itemsize if replicas > 1 else 0,
-        borrowed_weights=borrowed * dtype.itemsize,
-        gradients=flat * FLOAT32,
+        gradient_shard=share * width,
+        reduce_bucket=_reduce_bucket_bytes(deepspeed_config),
+        gathered=held.flat * width if replicas > 1 else 0,
+        borrowed_weights=borrowed * width,
+        gradients=held.flat * FLOAT32,
         borrowed_gradients=borrowed * FLOAT32,
-        receive_buffers=received * training.num_micro_batches * hidden,
+        receive_buffers=received * config.training.num_micro_batches * hidden,
         batch=_batch_bytes(config),
         activations=activations.saved,
         logits=activations.logits,
         working=activations.working + (hidden if len(layout.stages) > 1 else 0),
         reduction=max(
-            borrowed * (dtype.itemsize + FLOAT32) + largest_tie * FLOAT32,
-            flat * dtype.itemsize if dtype.itemsize < FLOAT32 else 0,
+            borrowed * (width + FLOAT32) + held.largest_tie * FLOAT32,
+            held.flat * width if width < FLOAT32 else 0,
         ),
-        offload=offload,
+        offload=offload_device(deepspeed_config, "optimizer"),
         others_at_rest=sum(rank_memory(other, **place).at_rest for other in others),
     )
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """Parameters of one rank.
+
+    Attributes:
+        flat: Of its flat parameters, padding included.
+        owned: Without the padding.
+        used: Owned and borrowed.
+        largest_tie: Of the tie whose gradients it collects and that has most; 0 without one.
+    """
+
+    flat: int
+    owned: int
+    used: int
+    largest_tie: int
+
+
+def _elements(layout: Layout, place: tuple[int, int], *, replicas: int) -> _Elements:
+    """Of the rank at ``place``, (pipeline rank, tensor rank)."""
+    pipeline_rank, tensor_rank = place
+
+    def count(names: Iterable[str]) -> int:
+        return sum(torch.Size(layout.local_shape(name)).numel() for name in names)
+
+    flats = flat_layout(layout, pipeline_rank=pipeline_rank, tensor_rank=tensor_rank, data_parallel_size=replicas)
+    return _Elements(
+        flat=sum(flats.sizes),
+        owned=sum(torch.Size(shape).numel() for _, _, shape in flats.places.values()),
+        used=count(layout.names_by_rank[pipeline_rank]),
+        largest_tie=max((count(tie.names) for tie in layout.ties if tie.is_sum and tie.users[0] == place), default=0),
+    )
+
+
+def _reduce_bucket_bytes(deepspeed_config: dict[str, Any]) -> int:
+    zero = deepspeed_config.get("zero_optimization", {})
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    return zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET) * reduced_width(deepspeed_config)
 
 
 def _in_flight(
@@ -184,19 +209,21 @@ def _in_flight(
     stages = [
         stage_activations(
             layout.network,
-            layers=layout.stages[index],
-            tensor_parallel_size=layout.tensor_parallel_size,
-            sequence_parallel=layout.sequence_parallel,
-            batch_shape=batch_shape,
-            targets_per_sequence=expected_targets(config, length=batch_shape[1]),
-            dtype=dtype,
-            recompute=training.recompute,
-            document_boundaries=config.data.document_boundaries,
-            vocabulary_chunks=training.vocabulary_chunks,
+            StageCase(
+                layers=layout.stages[index],
+                tensor_parallel_size=layout.tensor_parallel_size,
+                sequence_parallel=layout.sequence_parallel,
+                batch_shape=batch_shape,
+                targets_per_sequence=expected_targets(config, length=batch_shape[1]),
+                dtype=dtype,
+                recompute=training.recompute,
+                document_boundaries=config.data.document_boundaries,
+                vocabulary_chunks=training.vocabulary_chunks,
+            ),
         )
         for index in layout.stages_by_rank[pipeline_rank]
     ]
-    # Many kept micro-batches and a stage with large temporaries need not meet.
+    # The moment with the most saved micro-batches need not be that of the stage with the largest temporaries.
     counts, computing = max(
         micro_batches_in_flight(
             parallel.schedule,
@@ -227,25 +254,25 @@ def _batch_bytes(config: RunConfig) -> int:
 
 
 def reduced_width(deepspeed_config: dict[str, Any]) -> int:
-    """Bytes of a gradient element on its way through DeepSpeed's reduce-scatter."""
+    """Bytes of a gradient element in DeepSpeed's reduce-scatter."""
     name = str(deepspeed_config.get("communication_data_type") or precision(deepspeed_config)).lower()
     return FLOAT32 if name == "fp32" else 2
 
 
 def expected_targets(config: RunConfig, *, length: int | None = None) -> int:
-    """Tokens to predict in a full sequence of ``length`` tokens, by default ``data.max_seq_length``; rounded."""
+    """Number of tokens to predict in a full sequence of ``length`` tokens, by default ``data.max_seq_length``; rounded."""
     return max(1, round(config.data.mask_probability * (length or config.data.max_seq_length)))
 
 
 def micro_batches_in_flight(
     schedule: str, *, pipeline_rank: int, pipeline_parallel_size: int, stages_per_rank: int, num_micro_batches: int
 ) -> list[tuple[tuple[int, ...], int]]:
-    """What a rank keeps while it computes: how many micro-batches of each of its stages, and the stage at work.
+    """Micro-batches in flight on a rank during a step: (number saved by each of its stages, the stage that computes).
 
-    One entry per forward (with its own micro-batch) and per backward, in order. 1F1B warms up with as many forwards as
-    there are stages from here to the end; GPipe (and 1F1B with fewer micro-batches than stages, which is run as GPipe)
-    runs all forwards first: of these the highest moment alone is told. The interleaved schedule goes round its stages
-    as ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` does (a test compares).
+    For the interleaved schedule there is one entry per forward pass, its own micro-batch included, and per backward pass, in
+    the order of ``torch.distributed.pipelining.schedules.ScheduleInterleaved1F1B`` (a test compares). For the others there is
+    one entry, the maximum: 1F1B warms up with one forward pass per stage from here to the last; GPipe, and 1F1B with fewer
+    micro-batches than stages, which runs as GPipe, does all forward passes first.
     """
     ranks, loops, micro_batches = pipeline_parallel_size, stages_per_rank, num_micro_batches
     if schedule != INTERLEAVED:

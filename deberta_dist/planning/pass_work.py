@@ -1,8 +1,8 @@
-"""What one micro-batch on one stage asks of a device: products, bytes through memory, operations started.
+"""The work of one micro-batch on one stage: products, bytes through memory, operations started.
 
-The products are those of ``flops.py``; the backward pass makes each twice, and recomputation some once more. Everything
-else is passes over tensors, counted as bytes read and written by every operation that is no product and no view:
-with B sequences of S tokens, t tensor-parallel ranks, dropout and the letters of ``flops.py``, per layer::
+The products are those of ``models/flops.py``; the backward pass computes two for each, and recomputation repeats some.
+Everything else is passes over tensors: bytes read and written by every operation that is neither a product nor a view. With B
+sequences of S tokens, t tensor ranks, dropout and the letters of ``flops.py``, per layer::
 
     forward    w B S (24 D +  7 A / t + 2.5 F / t) + w R ( 9 A / t +   7 D) + 41 * 4 B N / t S S
     backward   w B S (28 D + 31 A / t +   4 F / t) + w R (43 A / t + 8.5 D) + 23 * 4 B N / t S S + g (4 D A + 2 D F) / t
@@ -21,7 +21,7 @@ from deberta_dist.config import precision
 from deberta_dist.models.masked_lm import NUM_DECODER_PASSES
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.planning.memory import expected_targets
-from deberta_dist.planning.plan import Plan
+from deberta_dist.planning.plan import NetworkPlan
 
 # Passes over [B, S, D] (on every tensor-parallel rank), [B, S, A / t], [B, S, F / t], [R, A / t], [R, D], float32 [B, N / t, S, S]:
 # forward, backward; then what dropout of hidden states, and of attention, adds.
@@ -43,12 +43,12 @@ LOGIT_PASSES = (7.5, 11.0)
 
 @dataclass(frozen=True)
 class Work:
-    """One pass.
+    """The work of one pass.
 
     Attributes:
-        products: FLOPs of matrix products.
-        bytes: Read and written by all else.
-        calls: Operations that the host starts.
+        products: FLOPs in matrix products.
+        bytes: Bytes read and written by all other operations.
+        calls: Number of operations that the host starts.
     """
 
     products: float = 0.0
@@ -64,7 +64,7 @@ class Work:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the formulas count with: elements of a micro-batch on one tensor-parallel rank."""
+    """Numbers of elements of a micro-batch's tensors on one tensor rank, in the formulas' terms."""
 
     hidden: float
     heads: float
@@ -81,17 +81,17 @@ class _Sizes:
         return moved + (0.0 if fused else passes[5] * 4 * self.scores)
 
 
-def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple[Work, Work]:
-    """(forward, backward) of one micro-batch on the stage of ``layers``, on each of its tensor-parallel ranks."""
-    config, model, fused = plan.config, plan.model_config, has_fused_attention
+def stage_work(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -> tuple[Work, Work]:
+    """(forward, backward) of one micro-batch on a network's stage of ``layers``, on each of its tensor-parallel ranks."""
+    config, model, fused = part.config, part.model_config, has_fused_attention
     training, tensor = config.training, config.parallel.tensor_parallel_size
     sequences, length = training.micro_batch_size, config.data.max_seq_length
     tokens, recompute = sequences * length, training.recompute
-    sizes = _sizes(plan)
+    sizes = _sizes(part)
     is_last = layers.stop == model.num_hidden_layers
-    decodes = is_last and model.uses_enhanced_mask_decoder
+    decodes = is_last and part.network.decoder_layer is not None
 
-    forward, backward = (_layer(plan, sizes, number, fused=fused) for number in range(2))
+    forward, backward = (_layer(part, sizes, number, fused=fused) for number in range(2))
     again, drops = Work(), model.attention_probs_dropout_prob > 0
     if recompute == "full":
         again = forward
@@ -102,7 +102,7 @@ def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple
     ordinary = len(layers) - decodes
     total_forward, total_backward = forward * ordinary, (backward + again + sums) * ordinary
     if decodes:
-        # Two passes over the targets instead of one over the tokens; keys and values are made once.
+        # Two passes over the targets instead of one over all tokens; keys and values are computed once.
         rows = NUM_DECODER_PASSES * expected_targets(config) / length
 
         def decoding(part: Work, share: float) -> Work:
@@ -117,18 +117,19 @@ def stage_work(plan: Plan, layers: range, *, has_fused_attention: bool) -> tuple
             bytes=EMBEDDING_PASSES[1] * sizes.width * sizes.hidden + SUMMED[sizes.width] * words, calls=EMBEDDING_CALLS[1]
         )
     if is_last:
-        logits = 4 * sequences * expected_targets(config) * model.vocab_size / tensor
+        logits = 4 * sequences * expected_targets(config) * part.network.head_rows / tensor
+        read = SUMMED[sizes.width] * words if part.network.head_rows else 0.0
         total_forward += Work(bytes=LOGIT_PASSES[0] * logits, calls=EMBEDDING_CALLS[0])
-        total_backward += Work(bytes=LOGIT_PASSES[1] * logits + SUMMED[sizes.width] * words, calls=EMBEDDING_CALLS[1])
+        total_backward += Work(bytes=LOGIT_PASSES[1] * logits + read, calls=EMBEDDING_CALLS[1])
 
-    products = sum(plan.flops.units[layer] for layer in layers) * tokens / tensor
-    repeated = _repeated_products(plan, layers, has_fused_attention=fused) * tokens / tensor
+    products = sum(part.flops.units[layer] for layer in layers) * tokens / tensor
+    repeated = _repeated_products(part, layers, has_fused_attention=fused) * tokens / tensor
     return total_forward + Work(products=products), total_backward + Work(products=2 * products + repeated)
 
 
-def _layer(plan: Plan, sizes: _Sizes, number: int, *, fused: bool) -> Work:
+def _layer(part: NetworkPlan, sizes: _Sizes, number: int, *, fused: bool) -> Work:
     """Passes and operations of an ordinary layer: ``number`` 0 is forward, 1 backward."""
-    model = plan.model_config
+    model = part.model_config
     tables = [(PASSES, CALLS)]
     if model.hidden_dropout_prob > 0:
         tables.append((HIDDEN_DROPOUT_PASSES, HIDDEN_DROPOUT_CALLS))
@@ -138,16 +139,18 @@ def _layer(plan: Plan, sizes: _Sizes, number: int, *, fused: bool) -> Work:
     return Work(bytes=moved, calls=sum(calls[number] for _, calls in tables) - fused * PORTABLE_CALLS[number])
 
 
-def _repeated_products(plan: Plan, layers: range, *, has_fused_attention: bool) -> float:
+def _repeated_products(part: NetworkPlan, layers: range, *, has_fused_attention: bool) -> float:
     """FLOPs per token that the backward pass makes once more: recomputation, and the scores of a fused attention."""
-    config, model = plan.config, plan.model_config
-    head = config.data.mask_probability * 2 * model.embedding_width * (model.hidden_size + model.vocab_size)
+    config, model = part.config, part.model_config
+    head = 0.0
+    if part.network.head_rows:
+        head = config.data.mask_probability * 2 * model.embedding_width * (model.hidden_size + part.network.head_rows)
     is_last = layers.stop == model.num_hidden_layers
     all_heads, terms = model.all_head_size, len(model.pos_att_type)
     positions = terms * 2 * model.num_position_rows * all_heads
     again = 0.0
     if config.training.recompute == "full":
-        again = sum(plan.flops.units[layer] for layer in layers) - is_last * head
+        again = sum(part.flops.units[layer] for layer in layers) - is_last * head
     elif config.training.recompute == "selective" and not has_fused_attention:
         again = len(layers) * (4 * config.data.max_seq_length * all_heads + positions)
     if has_fused_attention:
@@ -155,8 +158,8 @@ def _repeated_products(plan: Plan, layers: range, *, has_fused_attention: bool) 
     return again
 
 
-def _sizes(plan: Plan) -> _Sizes:
-    config, model = plan.config, plan.model_config
+def _sizes(part: NetworkPlan) -> _Sizes:
+    config, model = part.config, part.model_config
     tensor, length = config.parallel.tensor_parallel_size, config.data.max_seq_length
     tokens, all_heads = config.training.micro_batch_size * length, model.all_head_size
     return _Sizes(
@@ -166,6 +169,6 @@ def _sizes(plan: Plan) -> _Sizes:
         table_heads=model.num_position_rows * all_heads / tensor,
         table=model.num_position_rows * model.hidden_size,
         scores=tokens * length * model.num_attention_heads / tensor,
-        width=DTYPES[precision(plan.deepspeed)].itemsize,
+        width=DTYPES[precision(part.deepspeed)].itemsize,
         layer_weights=(4 * model.hidden_size * all_heads + 2 * model.hidden_size * model.intermediate_size) / tensor,
     )

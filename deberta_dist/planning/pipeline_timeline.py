@@ -1,13 +1,13 @@
-"""When every stage of a pipeline works on which micro-batch: a step played through, pass by pass.
+"""When each pipeline rank works on which micro-batch: a step simulated pass by pass.
 
-``orders`` says what each pipeline rank does in which order, as torch's schedules do (tests compare); ``play`` lets time
-run: a pass starts when its rank is free and what it needs has arrived. Nothing here is a formula of the bubble.
-Called by ``step_cost.py``.
+``orders`` lists the passes of each pipeline rank in the order of torch's schedules (tests compare); ``play`` simulates time: a
+pass starts when its rank is free and its inputs have arrived. There is no formula for the bubble: it follows. Called by
+``step_cost.py``.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deberta_dist.values import INTERLEAVED
@@ -36,6 +36,11 @@ class Timeline:
     def bubble(self) -> float:
         """Share of the time in which a pipeline rank waits, the mean over the ranks."""
         return 1 - sum(self.worked) / (len(self.worked) * self.seconds) if self.seconds else 0.0
+
+    def __add__(self, other: "Timeline") -> "Timeline":
+        """The one, then the other, on the same ranks."""
+        worked = tuple(one + more for one, more in zip(self.worked, other.worked, strict=True))
+        return Timeline(seconds=self.seconds + other.seconds, worked=worked)
 
 
 def orders(schedule: str, *, ranks: int, stages_per_rank: int, micro_batches: int) -> list[list[Pass]]:
@@ -111,72 +116,103 @@ def play(
         processes: That run each pass together.
         cores: 0 where every process has its own.
     """
-    ranks, num_stages = len(passes_by_rank), len(forward)
-    seconds = {FORWARD: forward, BACKWARD: backward}
-    here: set[Pass] = {(FORWARD, 0, number) for kind, stage, number in passes_by_rank[0] if (kind, stage) == (FORWARD, 0)}
-    at, busy, worked = [0] * ranks, [False] * ranks, [0.0] * ranks
-    put_off: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
-    kept = [0] * ranks
-    now, progress, at_work = 0.0, 0.0, 0
-    working: list[tuple[float, int, Pass, float]] = []
-    travelling: list[tuple[float, Pass]] = []
+    seconds = {FORWARD: forward, BACKWARD: backward} | ({} if weights is None else {WEIGHTS: weights})
+    return _Play(passes_by_rank, seconds=seconds, transfer=transfer, processes=processes, cores=cores).run()
 
-    def start(rank: int) -> None:
-        nonlocal at_work
-        if busy[rank]:
+
+class _Play:
+    """The state of a step that is played: what each rank does, what has arrived, what travels."""
+
+    def __init__(
+        self,
+        passes_by_rank: Sequence[Sequence[Pass]],
+        *,
+        seconds: Mapping[str, Sequence[float]],
+        transfer: float,
+        processes: int,
+        cores: int,
+    ) -> None:
+        self._passes, self._seconds, self._transfer = passes_by_rank, seconds, transfer
+        self._processes, self._cores = processes, cores
+        self._ranks, self._num_stages = len(passes_by_rank), len(seconds[FORWARD])
+        self._puts_off = WEIGHTS in seconds
+        self._here: set[Pass] = {one for one in passes_by_rank[0] if one[:2] == (FORWARD, 0)}
+        self._at, self._busy, self._worked = [0] * self._ranks, [False] * self._ranks, [0.0] * self._ranks
+        # Of a schedule that puts gradients of weights off: which, and how many micro-batches are begun and not done.
+        self._put_off: list[deque[tuple[int, int]]] = [deque() for _ in range(self._ranks)]
+        self._kept = [0] * self._ranks
+        # The clock, and the common progress of all who work.
+        self._now = self._progress = 0.0
+        # (progress at its end, rank, pass, when it began), (arrival, pass): heaps.
+        self._working: list[tuple[float, int, Pass, float]] = []
+        self._travelling: list[tuple[float, Pass]] = []
+
+    def run(self) -> Timeline:
+        """Plays to the end."""
+        for rank in range(self._ranks):
+            self._start(rank)
+        while self._working or self._travelling:
+            at_work = len(self._working)
+            rate = min(1.0, self._cores / (at_work * self._processes)) if self._cores and at_work else 1.0
+            ends = self._now + (self._working[0][0] - self._progress) / rate if at_work else float("inf")
+            if self._travelling and self._travelling[0][0] < ends:
+                arrival, needed = heapq.heappop(self._travelling)
+                self._progress += (arrival - self._now) * rate
+                self._now = arrival
+                self._here.add(needed)
+                self._start(needed[1] % self._ranks)
+            else:
+                self._now = ends
+                self._end()
+        is_done = [done == len(passes) for done, passes in zip(self._at, self._passes, strict=True)]
+        assert all(is_done), "a pass waits for ever"
+        return Timeline(seconds=self._now, worked=tuple(self._worked))
+
+    def _start(self, rank: int) -> None:
+        """Starts the next pass of a rank, if it is free and has one that can run."""
+        if self._busy[rank]:
             return
-        passes, chosen = passes_by_rank[rank], None
-        if at[rank] < len(passes) and passes[at[rank]] in here:
-            following = passes[at[rank]]
-            if weights is None or following[0] == BACKWARD or kept[rank] < ranks:
-                chosen = following
-                at[rank] += 1
-                here.discard(chosen)
-                kept[rank] += chosen[0] == FORWARD
-        if chosen is None and put_off[rank]:
-            chosen = (WEIGHTS, *put_off[rank].popleft())
+        chosen = self._next(rank)
         if chosen is None:
             return
-        kind, stage, _ = chosen
-        length = weights[stage] if kind == WEIGHTS else seconds[kind][stage]
-        busy[rank] = True
-        at_work += 1
-        heapq.heappush(working, (progress + length, rank, chosen, now))
+        self._busy[rank] = True
+        length = self._seconds[chosen[0]][chosen[1]]
+        heapq.heappush(self._working, (self._progress + length, rank, chosen, self._now))
 
-    def arrive(needed: Pass, *, rank: int) -> None:
-        if needed[1] % ranks == rank or transfer == 0:
-            here.add(needed)
-            if needed[1] % ranks != rank:
-                start(needed[1] % ranks)
-        else:
-            heapq.heappush(travelling, (now + transfer, needed))
+    def _next(self, rank: int) -> Pass | None:
+        passes, number = self._passes[rank], self._at[rank]
+        if number < len(passes) and passes[number] in self._here:
+            following = passes[number]
+            if not self._puts_off or following[0] == BACKWARD or self._kept[rank] < self._ranks:
+                self._at[rank] += 1
+                self._here.discard(following)
+                self._kept[rank] += following[0] == FORWARD
+                return following
+        return (WEIGHTS, *self._put_off[rank].popleft()) if self._put_off[rank] else None
 
-    for rank in range(ranks):
-        start(rank)
-    while working or travelling:
-        rate = min(1.0, cores / (at_work * processes)) if cores and at_work else 1.0
-        ends = now + (working[0][0] - progress) / rate if working else float("inf")
-        if travelling and travelling[0][0] < ends:
-            arrival, needed = heapq.heappop(travelling)
-            progress += (arrival - now) * rate
-            now = arrival
-            here.add(needed)
-            start(needed[1] % ranks)
-            continue
-        now, (progress, rank, (kind, stage, number), began) = ends, heapq.heappop(working)
-        busy[rank] = False
-        at_work -= 1
-        worked[rank] += now - began
+    def _end(self) -> None:
+        """Ends the pass that is done first, and starts what waited for it."""
+        self._progress, rank, (kind, stage, number), began = heapq.heappop(self._working)
+        self._busy[rank] = False
+        self._worked[rank] += self._now - began
         if kind == FORWARD:
-            following = (FORWARD, stage + 1, number) if stage + 1 < num_stages else (BACKWARD, stage, number)
-            arrive(following, rank=rank)
+            following = (FORWARD, stage + 1, number) if stage + 1 < self._num_stages else (BACKWARD, stage, number)
+            self._send(following, rank=rank)
         elif kind == BACKWARD:
             if stage > 0:
-                arrive((BACKWARD, stage - 1, number), rank=rank)
-            if weights is not None:
-                put_off[rank].append((stage, number))
-        if kind == WEIGHTS:
-            kept[rank] -= 1
-        start(rank)
-    assert all(done == len(passes) for done, passes in zip(at, passes_by_rank, strict=True)), "a pass waits for ever"
-    return Timeline(seconds=now, worked=tuple(worked))
+                self._send((BACKWARD, stage - 1, number), rank=rank)
+            if self._puts_off:
+                self._put_off[rank].append((stage, number))
+        else:
+            self._kept[rank] -= 1
+        self._start(rank)
+
+    def _send(self, needed: Pass, *, rank: int) -> None:
+        """Lets a pass have what it needed of ``rank``, at once or by a message."""
+        to = needed[1] % self._ranks
+        if to != rank and self._transfer > 0:
+            heapq.heappush(self._travelling, (self._now + self._transfer, needed))
+            return
+        self._here.add(needed)
+        if to != rank:
+            self._start(to)

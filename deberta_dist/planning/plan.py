@@ -1,9 +1,10 @@
-"""A checked run: configuration, model, cost and layout, found wrong or right before any process group exists.
+"""A checked run: configuration, model, cost and layout, checked before any process group exists.
 
-Every rank checks the same things from the same files, so either all go on or all stop, each by itself. Nothing of
-a run's data is read here.
+Every rank makes the same checks on the same files, so without communication all continue or all stop. A run's data is not
+read here.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,51 @@ from deberta_dist.training.objectives.masked_lm import masked_lm
 
 
 @dataclass(frozen=True)
+class NetworkPlan:
+    """One network of a plan.
+
+    Attributes:
+        config: Resolved, of the run.
+        deepspeed: Filled-in DeepSpeed JSON.
+        layout: Who holds what.
+        flops: Cost per token in sequences of ``data.max_seq_length``.
+    """
+
+    config: RunConfig
+    deepspeed: dict[str, Any]
+    layout: Layout
+    flops: ForwardFlops
+
+    @property
+    def network(self) -> TrainedNetwork:
+        """What is laid out."""
+        assert isinstance(self.layout.network, TrainedNetwork)
+        return self.layout.network
+
+    @property
+    def model_config(self) -> DebertaConfig:
+        """Of the network."""
+        return self.layout.config
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        parallel = self.config.parallel
+        return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked configuration with what follows from it.
 
     Attributes:
-        config: Resolved.
-        deepspeed: Filled-in DeepSpeed JSON.
-        model_config: The model of ``[model]``.
-        objective: What is trained.
-        layouts: Who holds what of each of its networks.
-        network_flops: Their cost per token in sequences of ``data.max_seq_length``.
-        deepspeed_notes: What the JSON leaves to DeepSpeed, one line each.
+        config: The TOML with overrides, every "auto" resolved.
+        deepspeed: The DeepSpeed JSON, every "auto" filled in.
+        model_config: ``[model]`` resolved: preset or file, with overrides.
+        objective: The networks to train.
+        layouts: Layout of each network.
+        network_flops: FLOPs of each network per token, in sequences of ``data.max_seq_length``.
+        deepspeed_notes: One line for each value that is left to DeepSpeed.
     """
 
     config: RunConfig
@@ -45,18 +80,34 @@ class Plan:
     deepspeed_notes: tuple[str, ...] = ()
 
     @property
+    def networks(self) -> tuple[NetworkPlan, ...]:
+        """In the order in which a step takes them."""
+        parts = zip(self.layouts, self.network_flops, strict=True)
+        return tuple(NetworkPlan(self.config, self.deepspeed, layout, flops) for layout, flops in parts)
+
+    @property
+    def main(self) -> NetworkPlan:
+        """The network whose weights are the run's result."""
+        return self.networks[self.objective.main]
+
+    @property
     def layout(self) -> Layout:
-        """Of the network whose weights are the run's result."""
+        """Layout of the network whose weights are the run's result."""
         return self.layouts[self.objective.main]
 
     @property
     def flops(self) -> ForwardFlops:
-        """Of the network whose weights are the run's result."""
+        """FLOPs of the network whose weights are the run's result."""
         return self.network_flops[self.objective.main]
 
     @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.networks[0].world_size
+
+    @property
     def training_flops(self) -> float:
-        """Of all networks, forward and backward, per token."""
+        """FLOPs per token of all networks, forward and backward."""
         return sum(flops.training for flops in self.network_flops)
 
     @property
@@ -70,18 +121,17 @@ class Plan:
         return ForwardFlops(units=tuple(unit for flops in found for unit in flops.units))
 
 
-def check_plan(
-    config: RunConfig,
-    *,
-    world_size: int,
-    make_objective: Callable[[RunConfig, DebertaConfig], Objective] = masked_lm,
-) -> Plan:
+MakeObjective = Callable[[RunConfig, DebertaConfig], Objective]
+"""What is trained, from the resolved configuration and the model of ``[model]``."""
+
+
+def check_plan(config: RunConfig, *, world_size: int, make_objective: MakeObjective = masked_lm) -> Plan:
     """Checks sizes, model and DeepSpeed JSON. Reads no data file.
 
     Args:
         config: As loaded.
         world_size: Processes.
-        make_objective: What is trained, from the resolved configuration and the model of ``[model]``.
+        make_objective: What is trained.
 
     Raises:
         ConfigError: with file, key and value.
@@ -98,27 +148,33 @@ def check_plan(
         objective = make_objective(config, model_config)
         for network in objective.networks:
             _check_convolution(config, network.config)
-        flops = tuple(network_flops(config, network) for network in objective.networks)
-        layouts = tuple(
-            plan_layout(network, parallel=config.parallel, flops=cost)
-            for network, cost in zip(objective.networks, flops, strict=True)
-        )
-        check_folds(objective, layouts)
+        plan = plan_networks(config, ds.values, model_config=model_config, objective=objective)
     except ConfigError as error:
         raise ConfigError(f"{config.source}: {error}") from None
-    return Plan(
-        config=config,
-        deepspeed=ds.values,
-        deepspeed_notes=ds.notes,
-        model_config=model_config,
-        objective=objective,
-        layouts=layouts,
-        network_flops=flops,
-    )
+    return dataclasses.replace(plan, deepspeed_notes=ds.notes)
+
+
+def plan_networks(config: RunConfig, deepspeed: dict[str, Any], *, model_config: DebertaConfig, objective: Objective) -> Plan:
+    """What follows from a checked configuration: cost and layout of every network.
+
+    Args:
+        config: Resolved.
+        deepspeed: Filled-in DeepSpeed JSON.
+        model_config: The model of ``[model]``.
+        objective: What is trained.
+
+    Raises:
+        ConfigError: a network cannot be cut like this, or tables of two do not fit (`check_folds`).
+    """
+    costs = tuple(network_flops(config, network) for network in objective.networks)
+    found = zip(objective.networks, costs, strict=True)
+    layouts = tuple(plan_layout(network, parallel=config.parallel, flops=cost) for network, cost in found)
+    check_folds(objective, layouts)
+    return Plan(config, deepspeed, model_config, objective, layouts, costs)
 
 
 def _check_convolution(config: RunConfig, model_config: DebertaConfig) -> None:
-    """Under sequence parallelism the convolution looks at neighbouring parts alone."""
+    """With sequence parallelism the convolution reaches only the neighbouring ranks' tokens."""
     if not config.parallel.sequence_parallel:
         return
     size, taps = config.parallel.tensor_parallel_size, model_config.conv_kernel_size
@@ -142,7 +198,7 @@ def read_model_config(config: RunConfig) -> DebertaConfig:
     """The model that ``[model]`` describes.
 
     Raises:
-        ConfigError: an unknown preset or field, a missing or invalid file.
+        ConfigError: an unknown preset or field, or a missing or invalid file.
     """
     section = config.model
     try:

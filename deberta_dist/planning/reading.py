@@ -11,7 +11,6 @@ from deberta_dist.data.bucketed_dataset import BucketMixture
 from deberta_dist.data.chunks import count_chunks
 from deberta_dist.data.sources import CorpusSource, Mixture
 from deberta_dist.data.token_corpus import open_corpus
-from deberta_dist.planning.buckets import describe_buckets, describe_shapes
 
 # Of the only source of a run that names one corpus, data.train.
 UNNAMED = "train"
@@ -41,14 +40,14 @@ def training_paths(config: RunConfig) -> dict[str, Path]:
 
 
 def reading_block(config: RunConfig) -> list[str]:
-    """``describe_reading`` where all of the training text is there already, else nothing or shapes of micro-batches.
+    """``describe_reading`` if all of the training text exists; otherwise nothing, or shapes of micro-batches.
 
     Raises:
-        DataError: what is there is no corpus, or too short.
+        DataError: a text is not a corpus, or too short.
     """
     data = config.data
     if not all(path.exists() for path in training_paths(config).values()):
-        return [] if data.bucket_lengths is None else [describe_shapes(config)]
+        return [] if data.bucket_lengths is None else [_describe_shapes(config)]
     if data.bucket_lengths is not None:
         sources = open_sources(config)
         sizes = [count_chunks(source.corpus, data.bucket_lengths) for source in sources]
@@ -61,7 +60,7 @@ def reading_block(config: RunConfig) -> list[str]:
 def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str:
     """One line per source (and bucket): its share, its size, and the epochs that ``training.max_steps`` makes of it."""
     if isinstance(mixture, BucketMixture):
-        return "\n".join([describe_buckets(config, mixture), *_other_length(config, mixture.num_samples)])
+        return "\n".join([_describe_buckets(config, mixture), *_other_length(config, mixture.num_samples)])
     training = config.training
     consumed = training.max_steps * training.global_batch_size
     width = max(len(name) for name in (*(source.name for source in mixture.sources), "source"))
@@ -74,6 +73,46 @@ def describe_reading(config: RunConfig, mixture: Mixture | BucketMixture) -> str
         name = f"{source.name or UNNAMED:<{width}}"
         lines.append(f"  {name} {float(share):9.3%} {place.num_samples:>15,} {place.epochs:>11,.3f}{asked}")
     return "\n".join([*lines, *_other_length(config, mixture.num_samples)])
+
+
+def _describe_buckets(config: RunConfig, mixture: BucketMixture) -> str:
+    """One line per source and bucket, with the epochs that ``training.max_steps`` makes of it."""
+    training = config.training
+    consumed = training.max_steps * training.global_batch_size
+    positions = mixture.positions(consumed)
+    width = max(len("bucket"), *map(len, positions))
+    lines = [
+        f"DATA        {training.max_steps:,} steps of {training.global_batch_size * config.data.max_seq_length:,} tokens, "
+        "padding included, each of one bucket",
+        f"  {'bucket':<{width}}   in a micro-batch   sequences/epoch   padding      epochs",
+    ]
+    real = 0.0
+    for bucket, (rows, _) in enumerate(config.micro_batch_shapes):
+        for number, sizes in enumerate(mixture.sizes):
+            if (place := positions.get(mixture.name(number, bucket))) is not None:
+                lines.append(
+                    f"  {mixture.name(number, bucket):<{width}} {rows:>18,} {place.num_samples:>17,} "
+                    f"{sizes.padding(bucket):>9.1%} {place.epochs:>11,.3f}"
+                )
+                real += float(mixture.shares[number]) * sizes.room[bucket] / sum(sizes.room) * (1 - sizes.padding(bucket))
+    steps = ", ".join(
+        f"{length}: {float(share):.1%}" for length, share in zip(mixture.lengths, mixture.bucket_shares, strict=True)
+    )
+    lines.append(f"  steps of each length: {steps}; padding in all: {1 - real:.1%}")
+    for bucket, length in enumerate(mixture.lengths):
+        count, wanted = sum(sizes.num_chunks[bucket] for sizes in mixture.sizes), mixture.sequences_per_step(bucket)
+        if 0 < count < wanted:
+            lines.append(
+                f"  {length}: a step takes {wanted:,} sequences, an epoch has {count:,}, so some come several times in one "
+                "step;\n    leave this length out of data.bucket_lengths"
+            )
+    return "\n".join(lines)
+
+
+def _describe_shapes(config: RunConfig) -> str:
+    """The buckets of a text that is not there yet."""
+    shapes = ", ".join(f"{rows:,} x {length:,}" for rows, length in config.micro_batch_shapes)
+    return f"DATA        micro-batches (sequences x tokens), each step of one of them: {shapes}"
 
 
 def _other_length(config: RunConfig, wanted: Fraction | None) -> list[str]:

@@ -148,7 +148,7 @@ class ScoreReport:
 
     def _score_rows(self, tasks: Sequence[TaskScores]) -> list[tuple[str, ...]]:
         """A row for every metric, and of several one for their mean, which is what the constant is compared with."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for found in tasks:
             task = found.split.task
             constant = f"{found.constant[1]:.1f} ({found.constant[0]})" if found.constant else "-"

@@ -18,9 +18,9 @@ class RunArguments:
     """What every launcher understands.
 
     Attributes:
-        rest: All other words, in order: those of the TOML's keys, and a launcher's own flags.
+        rest: All other words, in order: ``--section.key value``, and a launcher's own flags.
         dry_run: Check everything, print the plan, start nothing.
-        world_size: Processes that a dry run assumes; None: as few as the TOML asks for.
+        world_size: Number of processes that a dry run assumes; None for the fewest that the TOML allows.
     """
 
     rest: list[str]
@@ -32,7 +32,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunArguments:
     """Takes a run's own flags and DeepSpeed's ``--local_rank`` out of a command line.
 
     Raises:
-        ConfigError: --world-size without --dry-run, or no number of processes.
+        ConfigError: --world-size without --dry-run, or with a value that is not a number of processes.
     """
     rest: list[str] = []
     dry_run, world_size = False, None
@@ -41,7 +41,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunArguments:
         name, equals, value = words.pop(0).partition("=")
         if name in ("--local_rank", "--local-rank"):
             if not equals:
-                del words[:1]  # the launcher's environment says it as well
+                del words[:1]  # the environment variable LOCAL_RANK has it, too
         elif name == DRY_RUN:
             dry_run = True
         elif name == "--world-size":
@@ -54,5 +54,5 @@ def parse_arguments(arguments: Sequence[str]) -> RunArguments:
         else:
             rest.append(name + equals + value)
     if world_size is not None and not dry_run:
-        raise ConfigError("command line: --world-size belongs to --dry-run; a real run has the processes it has")
+        raise ConfigError("command line: --world-size is for --dry-run only; a real run counts its processes")
     return RunArguments(rest=rest, dry_run=dry_run, world_size=world_size)

@@ -1,9 +1,8 @@
-"""The architecture on one page: how a run's parts are made and joined, in this order.
+"""The architecture on one page: how the parts of a run are built and connected, in this order.
 
-    model on meta -> keep this rank's layers -> tensor-parallel plan -> weight store -> pipeline runner
+    model on the meta device -> this rank's layers -> sharding rules -> weight store -> pipeline runner
 
-With tensor and pipeline size 1 the middle steps are identities and what remains is a plain torch model
-under ZeRO-3.
+With tensor and pipeline parallel size 1 the middle steps change nothing, and the result is a plain torch model under ZeRO-3.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +34,12 @@ from deberta_dist.training.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class TrainingComponents:
-    """What a training loop drives of one network.
+    """What the trainer drives of one network on this rank.
 
     Attributes:
-        layout: Who holds what.
-        sharded_model: This rank's weights.
-        runner: Its micro-batches.
+        layout: Which rank runs, holds, owns and borrows what.
+        sharded_model: This rank's weights, gathered and reduced once per step.
+        runner: Runs this rank's stages for all micro-batches of a step.
     """
 
     layout: Layout
@@ -49,7 +48,7 @@ class TrainingComponents:
 
 
 def mesh_shape(config: RunConfig | FineTuneConfig) -> MeshShape:
-    """The grid that a resolved configuration asks for."""
+    """The mesh's sizes in a resolved configuration."""
     parallel = config.parallel
     return MeshShape(
         pipeline=parallel.pipeline_parallel_size,
@@ -66,15 +65,15 @@ def build(
     mesh: Mesh,
     shards: Sequence[Tensor] | None = None,
 ) -> TrainingComponents:
-    """Makes this rank's part of one network of a run. Collective.
+    """Builds this rank's part of one network of a run. Collective.
 
     Args:
-        config: Resolved configuration.
+        config: The run's TOML, with every "auto" resolved.
         layout: From ``plan_layout`` for the same configuration and a network of the objective.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        mesh: The grid.
-        shards: This rank's part of every flat parameter to start with; by default initial values, which are a
-            function of (seed, name) alone.
+        deepspeed_config: DeepSpeed JSON without "auto"; it says the precision.
+        mesh: Has the sizes of ``config``; groups for the ties are added to it.
+        shards: This rank's initial shard of every flat parameter, float32 on the host. None: random initial weights, which
+            depend only on (seed, name).
     """
     network = layout.network
     assert isinstance(network, TrainedNetwork), network
@@ -122,15 +121,15 @@ def build_sharded_model(
     mesh: Mesh,
     shards: Sequence[Tensor],
 ) -> ShardedModel:
-    """Splits a model by the tensor-parallel plan and puts its weights into a store. Collective.
+    """Divides a model by the sharding rules and moves its weights into a weight store. Collective.
 
     Args:
-        model: This rank's layers, on the meta device.
-        layout: Who holds what.
-        optimizer: ``[optimizer]`` of the run.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        mesh: The grid.
-        shards: This rank's part of every flat parameter to start with.
+        model: This rank's layers, on the meta device; changed in place.
+        layout: Says what this rank owns and borrows.
+        optimizer: ``[optimizer]`` of the configuration.
+        deepspeed_config: DeepSpeed JSON without "auto"; it says the precision.
+        mesh: Groups for the ties are added to it.
+        shards: This rank's initial shard of every flat parameter, float32 on the host.
 
     Raises:
         ConfigError: modules of the model were replaced, hooked or parametrised.
@@ -165,6 +164,7 @@ def build_sharded_model(
         dtype=dtype,
     )
     make_tie_groups(layout.ties, mesh=mesh)
+    # After the last group, before the first step: first messages in a fixed order (see `Mesh.warm_up`).
     mesh.warm_up()
     ties = TiedWeights(layout.ties, mesh=mesh, shapes=shapes, dtype=dtype)
     return ShardedModel(model, store=store, ties=ties, device=mesh.device)
@@ -177,7 +177,7 @@ def own_flat_layout(layout: Layout, *, mesh: Mesh) -> FlatLayout:
 
 
 def initial_value(name: str, *, layout: Layout, seed: int) -> Tensor:
-    """Where a published parameter starts: full, float32, a function of (seed, name)."""
+    """Initial value of a published parameter: the full tensor, float32, a function of (seed, name)."""
     network, shape = layout.network, layout.full_shapes[name]
     if name in network.tables_added:
         return torch.zeros(shape)
@@ -185,20 +185,22 @@ def initial_value(name: str, *, layout: Layout, seed: int) -> Tensor:
 
 
 def shards_of(layout: Layout, *, mesh: Mesh, load: Callable[[str], Tensor]) -> list[Tensor]:
-    """This rank's part of every flat parameter, out of full tensors.
+    """This rank's shard of every flat parameter, cut from full tensors.
 
     Args:
-        layout: Who holds what.
-        mesh: The grid.
-        load: Full float32 value of a published parameter; asked for those alone that this rank has a part of.
+        layout: Says which tensor slices this rank owns.
+        mesh: Says which rank this is.
+        load: Returns the full float32 tensor of a published name. Called only for tensors that this rank's shards contain.
     """
     here, shape = mesh.mesh_rank, mesh.shape
     flat = own_flat_layout(layout, mesh=mesh)
     shards = [torch.zeros(size // shape.data) for size in flat.sizes]
     rules = layout.network.rules
     own = shard_slices(flat, shape=shape, mesh_rank=here, full_shapes=layout.full_shapes, rules=rules)
-    for shard, parts in zip(shards, own, strict=True):
-        for part in parts:
-            values = cut_tensor(load(part.name), part.name, rank=here.tensor, size=shape.tensor, rules=rules).flatten()
-            shard[part.offset : part.offset + part.count] = values[part.begin : part.begin + part.count]
+    for shard, ranges in zip(shards, own, strict=True):
+        for flat_range in ranges:
+            full = load(flat_range.name)
+            values = cut_tensor(full, flat_range.name, rank=here.tensor, size=shape.tensor, rules=rules).flatten()
+            stop, end = flat_range.offset + flat_range.count, flat_range.begin + flat_range.count
+            shard[flat_range.offset : stop] = values[flat_range.begin : end]
     return shards

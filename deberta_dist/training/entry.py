@@ -1,4 +1,4 @@
-"""How a launcher's Python half begins and ends: what the machine must have, one line and an exit code for what goes wrong."""
+"""Start and end of a launcher's Python half: checks of the machine, and one line and an exit code for every error."""
 
 import errno
 import os
@@ -33,10 +33,10 @@ def require_machine(
     """Refuses what this machine cannot compute, before any process group exists.
 
     Args:
-        config: Resolved; its ``training.attention`` is checked, and its ``run.deepspeed`` named.
-        deepspeed: Filled-in DeepSpeed JSON, which says the precision.
-        model_config: Decides which kernels can compute it.
-        device: Where this rank will compute.
+        config: Resolved; ``training.attention`` is checked, and messages name ``run.deepspeed``.
+        deepspeed: DeepSpeed JSON without "auto"; it says the precision.
+        model_config: Its head size and position buckets decide which kernels support it.
+        device: The device that this rank will use.
 
     Raises:
         ConfigError: fp16 without a GPU, or an attention that does not run here.
@@ -61,14 +61,14 @@ def start(
     help_text: str,
     goes_on: str,
 ) -> None:
-    """Runs a launcher and ends the process where something goes wrong.
+    """Runs a launcher's program, and turns every error into one line and an exit code.
 
     Args:
-        run: Takes the launcher's path and the command line.
-        launcher: Its path; the TOML beside it has the same stem.
-        arguments: Command line; ``sys.argv[1:]`` by default.
-        help_text: What ``--help`` prints.
-        goes_on: From where the same command goes on after an interrupt.
+        run: The program; takes the launcher's path and the command line.
+        launcher: Path of the launcher; the TOML beside it has the same stem.
+        arguments: Command line; None for ``sys.argv[1:]``.
+        help_text: Printed for ``--help`` instead of running the program.
+        goes_on: Ends the line after an interrupt: where the same command resumes, e.g. "from the last checkpoint".
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     is_speaker = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -80,7 +80,7 @@ def start(
         check_front(FLAGS_WITH_VALUE)
         run(launcher, arguments)
     except DebertaDistError as error:
-        # Ranks of one node fail alike: one of them says it.
+        # Before the process group exists all ranks of a node fail with the same error: one of them prints it.
         if is_speaker or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         _leave(error.exit_code)
@@ -91,7 +91,7 @@ def start(
         _leave(74)
     except KeyboardInterrupt:
         if is_speaker:
-            print(f"interrupted; the same command goes on {goes_on}", file=sys.stderr, flush=True)
+            print(f"interrupted; the same command resumes {goes_on}", file=sys.stderr, flush=True)
         _leave(130)
     except Exception:
         traceback.print_exc()
@@ -99,7 +99,7 @@ def start(
 
 
 def _leave(code: int) -> None:
-    """Ends the process; with peers, at once: an orderly shutdown would wait for them."""
+    """Ends the process. With a process group, at once: an orderly exit would wait in its destructors for the other ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     if dist.is_initialized():

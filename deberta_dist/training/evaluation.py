@@ -1,6 +1,5 @@
 """Held-out text: which rows, what loss, and what a predictor without context would reach."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from deberta_dist.data.bucketed_dataset import BucketedDataset
@@ -15,29 +14,32 @@ from deberta_dist.training.length import write_numbers
 from deberta_dist.training.target_sizes import TargetSizes
 from deberta_dist.training.trainer import EvaluationResult, Trainer
 
-# Tokens of the training text that the unigram yardstick is fitted on at most.
+# Most tokens of the training text that the unigram model is fitted on.
 UNIGRAM_TOKENS = 100_000_000
 
 
 def evaluate(
     trainer: Trainer, *, plan: Plan, validation: MaskedLMDataset, mesh: Mesh, sizes: TargetSizes | None = None
-) -> EvaluationResult:
-    """Loss and accuracy on ``evaluation.num_sequences`` held-out sequences, always the same, targets padded to ``sizes``."""
+) -> dict[str, EvaluationResult]:
+    """Loss and accuracy of every network on ``evaluation.num_sequences`` held-out sequences, always the same.
+
+    Targets are padded to ``sizes``.
+    """
     size = plan.config.training.global_batch_size
     count = num_evaluation_sequences(plan, validation)
     rows = (rank_batch(validation, plan=plan, mesh=mesh, start=start, stop=count) for start in range(0, count, size))
-    return trainer.evaluate(trainer.pack(batch, sizes=sizes) for batch in rows)
+    return trainer.evaluate_networks(trainer.pack(batch, sizes=sizes) for batch in rows)
 
 
 def num_evaluation_sequences(plan: Plan, validation: MaskedLMDataset) -> int:
-    """What is asked for, or all there are."""
+    """``evaluation.num_sequences``, or all sequences if there are fewer."""
     return min(plan.config.evaluation.num_sequences, validation.num_samples)
 
 
 def rank_batch(
     data: MaskedLMDataset | BlendedDataset | BucketedDataset, *, plan: Plan, mesh: Mesh, start: int, stop: int | None = None
 ) -> Batch:
-    """This data-parallel rank's rows of the global batch at ``start``; rows from ``stop`` on have no targets."""
+    """This data rank's rows of the global batch that starts at sample ``start``; rows from ``stop`` on have no targets."""
     rows = plan.config.training.global_batch_size // mesh.shape.data
     first = start + mesh.mesh_rank.data * rows
     batch = data.batch(first, rows)
@@ -63,7 +65,9 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         vocab_size=vocab_size,
     )
     numbers = {
-        **asdict(result),
+        "loss": result.loss,
+        "accuracy": result.accuracy,
+        "num_targets": result.num_targets,
         "unigram_loss": unigram.loss,
         "unigram_entropy_of_targets": unigram.entropy,
         "beats_unigram": result.loss < unigram.entropy,
@@ -74,7 +78,7 @@ def write_result(result: EvaluationResult, *, plan: Plan, data: RunData, directo
         f"entropy of these targets (best without any context)     loss {unigram.entropy:.4f}\n"
         f"run directory            {directory}\n"
         "  metrics.jsonl          one JSON object per step\n"
-        "  checkpoints/           what an interrupted run continues from\n"
+        "  checkpoints/           an interrupted run resumes from the newest\n"
         "  weights/               config.json and model.safetensors, published names, float32\n"
         "  run_config.toml, deepspeed.json   everything this run was started with"
     )

@@ -1,6 +1,6 @@
 """The weights of a run as one file with published names.
 
-Every slice is asked of its owner by name, joined by the plan and stripped of vocabulary padding.
+Each tensor slice comes from its owner; the sharding rules say how slices are joined, and vocabulary padding is removed.
 """
 
 import json
@@ -29,28 +29,28 @@ from deberta_dist.training.objectives.base import Objective, add_folds
 def gather_full_weights(
     model: ShardedModel, *, layout: Layout, mesh: Mesh, owned: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Full float32 tensors by published name on rank 0, nothing elsewhere. Collective.
+    """Full float32 tensors by published name on rank 0; an empty dict elsewhere. Collective.
 
     Args:
-        model: This rank's weights.
-        layout: Who holds what.
-        mesh: The grid.
-        owned: This rank's owned tensors by name; by default its float32 master weights.
+        model: This rank's weights, not gathered.
+        layout: Says which rank owns which slice.
+        mesh: Slices are sent to its rank 0 from the ranks with data rank 0.
+        owned: This rank's owned slices by name; None for its float32 master weights.
     """
     owned = model.store.master_weights() if owned is None else owned
-    places = [(p, t) for p in range(mesh.shape.pipeline) for t in range(mesh.shape.tensor)]
-    owned_by_place = {place: set(layout.owned(*place)) for place in places}
+    model_parallel_ranks = [(p, t) for p in range(mesh.shape.pipeline) for t in range(mesh.shape.tensor)]
+    owned_by_rank = {rank: set(layout.owned(*rank)) for rank in model_parallel_ranks}
     full: dict[str, Tensor] = {}
     for name, shape in layout.full_shapes.items():
         slices = []
-        for pipeline, tensor in places:
-            if name not in owned_by_place[pipeline, tensor]:
+        for pipeline, tensor in model_parallel_ranks:
+            if name not in owned_by_rank[pipeline, tensor]:
                 continue
             source = mesh.shape.rank(MeshRank(pipeline=pipeline, data=0, tensor=tensor))
             if mesh.rank == source == 0:
                 slices.append(owned[name].to(torch.float32).cpu())
             elif mesh.rank == source:
-                # From host to host, where they are wanted: gloo carries them.
+                # Between hosts' memories, over gloo: a GPU's memory need not hold the full tensors.
                 dist.send(owned[name].to("cpu", torch.float32).contiguous(), dst=0)
             elif mesh.rank == 0:
                 received = torch.empty(layout.local_shape(name), dtype=torch.float32)
@@ -67,12 +67,12 @@ def gather_full_weights(
 def gather_networks(
     networks: Sequence[TrainingComponents], *, objective: Objective, mesh: Mesh
 ) -> dict[str, dict[str, Tensor]]:
-    """Full float32 tensors by published name, by network, as each network reads them; on rank 0 alone. Collective.
+    """Network name -> published name -> full float32 tensor as the network uses it; on rank 0 only. Collective.
 
     Args:
-        networks: This rank's parts of every network.
-        objective: What stands between them.
-        mesh: The grid.
+        networks: This rank's parts of every network, in the objective's order.
+        objective: Its folds are added to the tables that read them.
+        mesh: Tensors are sent to its rank 0.
     """
     found = {
         parts.layout.network.name: gather_full_weights(parts.sharded_model, layout=parts.layout, mesh=mesh)
@@ -83,32 +83,31 @@ def gather_networks(
 
 
 def keep_tokenizer(tokenizer: Path, directory: Path) -> None:
-    """Copies a run's tokenizer into its directory, where conversion finds it; atomic, for rank 0."""
-    kept = directory / SPM_NAME
-    if not kept.exists():
-        replace_file(kept, tokenizer.read_bytes())
+    """Copies a run's tokenizer into its directory, where conversion finds it. Atomic; for rank 0."""
+    copy = directory / SPM_NAME
+    if not copy.exists():
+        replace_file(copy, tokenizer.read_bytes())
 
 
 def write_weights(full: Mapping[str, Tensor], *, config: Mapping[str, object], tokenizer: Path, directory: Path) -> Path:
-    """Writes ``config.json``, ``model.safetensors`` (float32, published names) and ``spm.model`` into a new
-    directory, atomically.
+    """Writes ``config.json``, ``model.safetensors`` (float32, published names) and ``spm.model`` into a directory, atomically.
 
     Returns:
-        The directory.
+        ``directory``, complete and synced to disk.
 
     Raises:
-        CheckpointWriteError: it cannot be written; nothing of it is left.
+        CheckpointWriteError: it cannot be written; no file of it remains.
     """
     temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed here; only one run uses the directory
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a start that was killed here: the lock excludes another run
     try:
         _write(full, config=config, tokenizer=tokenizer, temporary=temporary)
         sync_files(temporary)
-        # One that is there is of a start that ended between its weights and its result.
+        # An existing directory is from a start that ended between writing weights and result.
         replace_directory(temporary, directory, aside=directory.with_name(f".{directory.name}.old"))
     except (OSError, SafetensorError) as error:
         raise CheckpointWriteError(
-            f"{directory} is not written ({error}): make room and start the same command again, which repeats what is lost"
+            f"{directory} is not written ({error}): make room and run the same command again; it resumes from the last checkpoint"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

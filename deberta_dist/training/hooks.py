@@ -5,7 +5,7 @@ from typing import Any
 
 from deberta_dist.errors import DivergedError
 from deberta_dist.training.loop import FinishedStep, Hook, Place, Request, StepOutcome
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.metrics import MetricsLog, NetworkMetrics, StepMetrics
 from deberta_dist.training.saving import Checkpointing
 
 
@@ -13,8 +13,8 @@ class FiniteGuard(Hook):
     """Ends a run whose weights are beyond repair: too many steps in a row had a non-finite gradient.
 
     Args:
-        most_skipped: Steps in a row that no rank could take before the run gives up.
-        run: What its message calls the run; "" where there is one alone.
+        most_skipped: Number of skipped steps in a row at which the run ends.
+        run: Name of the run in the message, if there are several.
     """
 
     place = Place.GUARD
@@ -24,7 +24,7 @@ class FiniteGuard(Hook):
         self._skipped_in_a_row = 0
 
     def after_step(self, step: FinishedStep) -> Request:
-        """Counts the steps in a row that no rank took; a step that was left out neither counts nor ends the row."""
+        """Counts skipped steps in a row; a step that was left out neither counts nor ends the row."""
         if step.results:
             is_skipped = any(result.grad_norm is None for result in step.results.values())
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
@@ -40,11 +40,12 @@ class FiniteGuard(Hook):
 
 
 class MetricsHook(Hook):
-    """Records every step: a record of each network's.
+    """Records every step with what it was for every network.
 
     Args:
         log: The run's; on ranks other than 0 it does nothing.
-        more: Further numbers of a step and a network; ``mfu`` among them is the model FLOPs utilisation.
+        more: Further numbers of a step and the network whose weights are the run's result; ``mfu`` among them is the model
+            FLOPs utilisation.
     """
 
     place = Place.METRICS
@@ -53,37 +54,40 @@ class MetricsHook(Hook):
         self._log, self._more = log, more
 
     def after_step(self, step: FinishedStep) -> Request:
-        """Records at once, so that the record is there whatever the hooks do about the step."""
+        """Records the step here, not in ``act``, so that the record exists whatever the hooks do next."""
         if not step.results:
             self._log.left_out(step=step.number, consumed_samples=step.consumed_samples)
-        for name, result in step.results.items():
-            self._record(step, result, {"network": name} if len(step.results) > 1 else {})
-        return Request.NOTHING
-
-    def _record(self, step: FinishedStep, result: StepOutcome, more: dict[str, Any]) -> None:
-        more |= self._more(step, result)
+            return Request.NOTHING
+        others = dict(step.results)
+        result = others.pop("")
+        more = dict(self._more(step, result))
         self._log.step(
             StepMetrics(
                 step=step.number,
-                loss=result.loss,
-                grad_norm=result.grad_norm,
-                lr=step.learning_rate,
+                **_numbers(result),
                 tokens_per_second=result.num_tokens / step.seconds,
                 mfu=more.pop("mfu", None),
                 consumed_samples=step.consumed_samples,
                 data_seconds=step.waited_seconds,
                 skipped=result.grad_norm is None,
             ),
+            networks={name: NetworkMetrics(**_numbers(other)) for name, other in others.items()},
             **more,
         )
+        return Request.NOTHING
+
+
+def _numbers(result: StepOutcome) -> dict[str, Any]:
+    """What is recorded of every network."""
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.learning_rate}
 
 
 class EvaluationHook(Hook):
-    """Evaluates after every so many steps, and whenever a hook asks for it.
+    """Evaluates every ``every`` steps, and whenever a hook asks for it.
 
     Args:
-        evaluate: Evaluates after a number of steps, and records it. Collective.
-        every: Steps from one evaluation to the next; 0: only where another hook asks.
+        evaluate: Evaluates and records the result; its argument is the number of steps done. Collective.
+        every: Steps from one evaluation to the next; 0: only when another hook asks.
     """
 
     place = Place.EVALUATION
@@ -97,13 +101,13 @@ class EvaluationHook(Hook):
         return Request.EVALUATE if self._every and step.number % self._every == 0 else Request.NOTHING
 
     def act(self, step: FinishedStep, requests: Request) -> None:
-        """Evaluates where it is due or asked for."""
+        """Evaluates if an evaluation is due or asked for."""
         if Request.EVALUATE in requests:
             self._evaluate(step.number)
 
 
 class CheckpointHook(Hook):
-    """Saves when a checkpoint is due, and whenever a hook asks for it; completes what is written in the background."""
+    """Saves when a checkpoint is due, and whenever a hook asks for it; finishes checkpoints written in the background."""
 
     place = Place.CHECKPOINT
     answers = Request.SAVE
@@ -116,7 +120,7 @@ class CheckpointHook(Hook):
         return Request.SAVE if self._checkpointing.is_due(step.number) else Request.NOTHING
 
     def act(self, step: FinishedStep, requests: Request) -> None:
-        """Saves; after the evaluation, so that the log tells of the two in the order of the steps they are of."""
+        """Saves after the evaluation, so that the log has both in the order of their steps."""
         self._checkpointing.poll()
         if Request.SAVE in requests:
             self._checkpointing.save(step=step.number, consumed_samples=step.consumed_samples)
@@ -130,8 +134,8 @@ class StopHook(Hook):
     """Ends the run after its last step.
 
     Args:
-        max_steps: Steps of the run.
-        with_it: What the last step is followed by whether or not it is due.
+        max_steps: Number of the last step.
+        with_it: Requests after the last step, whether or not they are due.
     """
 
     place = Place.STOP

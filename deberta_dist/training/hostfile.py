@@ -1,9 +1,9 @@
-"""Which machines a start means: the hostfile and DeepSpeed's placement flags, checked before anything starts.
+"""Checks the hostfile and DeepSpeed's placement flags before anything starts.
 
-DeepSpeed trains on the local machine alone where the hostfile does not exist, takes fewer nodes than ``--num_nodes`` asks
-for where there are fewer, and ends in a traceback for most other mistakes. ``launch.py`` calls ``check_placement`` before it
-becomes DeepSpeed's launcher; where the user has called that launcher himself, ``check_front`` finds it among the processes
-above a rank. Imports neither torch nor DeepSpeed.
+DeepSpeed silently trains on the local machine alone if the hostfile does not exist, silently uses fewer nodes than
+``--num_nodes`` if there are fewer, and ends in a traceback for most other mistakes. ``launch.py`` calls ``check_placement``
+before it execs DeepSpeed's launcher; if the user has called that launcher directly, ``check_front`` finds it among a rank's
+parent processes. Imports neither torch nor DeepSpeed.
 """
 
 import base64
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from deberta_dist.errors import ConfigError, printable
 
-DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed reads it without being told
+DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's default for --hostfile
 LOCAL = "localhost"
 FORM = 'one line "NAME slots=NUMBER" for each machine'
 MAX_BYTES = 1 << 22
-# DeepSpeed's launcher by its file's name or its module.
+# DeepSpeed's launcher, by file name or module.
 FRONTS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})(\s.*)?")
-_ABOVE = 8  # processes
+_ABOVE = 8  # parent processes to look at
 
 Value = Callable[..., str | None]
 """(names of a flag) -> its last value, None where it is absent."""
@@ -32,7 +32,7 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
     """Machines and their slots (processes), in the order of the file.
 
     Raises:
-        ConfigError: no such file, not a file of this form, a machine twice or without slots.
+        ConfigError: there is no such file, a line has another form, or a machine is listed twice or has no slots.
     """
     where = f"--hostfile {path}"
     if not os.path.isfile(path):
@@ -58,7 +58,7 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
             raise ConfigError(f'{where}, line {number}: "{printable(line)}"; expected NAME slots=NUMBER, e.g. node1 slots=8')
         host, slots = found[1], int(found[2])
         if host in hosts:
-            raise ConfigError(f"{where}, line {number}: {printable(host)} stands there twice")
+            raise ConfigError(f"{where}, line {number}: {printable(host)} is listed twice; remove one of the lines")
         if slots == 0:
             raise ConfigError(f"{where}, line {number}: {printable(host)} has slots=0; give it 1 or more, or take the line out")
         hosts[host] = slots
@@ -71,11 +71,11 @@ def check_placement(value: Value, flags: Set[str]) -> None:
     """Checks the hostfile and the flags that choose among its machines.
 
     Args:
-        value: Looks up DeepSpeed's flags.
-        flags: Those that are present.
+        value: Looks up values of DeepSpeed's flags.
+        flags: Names of DeepSpeed's flags on the command line.
 
     Raises:
-        ConfigError: what DeepSpeed would stop at, or pass over without a word.
+        ConfigError: a mistake that DeepSpeed would fail on, or silently ignore.
     """
     path = value("-H", "--hostfile")
     if path is None and os.path.isfile(DEFAULT_HOSTFILE):
@@ -112,21 +112,20 @@ def check_placement(value: Value, flags: Set[str]) -> None:
         rank = value("--node_rank")
         if rank is None or not rank.isdecimal() or int(rank) >= len(names):
             raise ConfigError(
-                f"command line: --no_ssh needs --node_rank, the place of this machine: 0 to {len(names) - 1}, got {rank}"
+                f"command line: --no_ssh needs --node_rank, the number of this machine, 0 to {len(names) - 1}; got {rank}"
             )
 
 
 def check_front(with_value: Set[str]) -> None:
-    """Finds DeepSpeed's launcher above this process and checks the hostfile it was given.
+    """Finds DeepSpeed's launcher among the parent processes and checks the hostfile it was given.
 
-    Nothing is checked where it does not run here (nodes that were reached from another one), or where the system has no
-    /proc.
+    Checks nothing on nodes where the launcher does not run, or on systems without /proc.
 
     Args:
         with_value: DeepSpeed's flags that take a value.
 
     Raises:
-        ConfigError: It found no hostfile and started the local machine alone instead.
+        ConfigError: the launcher found no hostfile and started on the local machine alone.
     """
     is_local = False
     for words in _commands_above():
@@ -194,7 +193,7 @@ def _hostfile_of(words: Sequence[str], with_value: Set[str]) -> str | None:
     found, rest = None, list(words)
     while rest and rest[0].startswith("-"):
         name, equals, text = rest.pop(0).partition("=")
-        # argparse takes what a name begins with as well
+        # argparse accepts unique prefixes of a flag, too
         is_hostfile = name == "-H" or (len(name) > 3 and "--hostfile".startswith(name))
         if not equals and rest and (is_hostfile or name in with_value):
             text = rest.pop(0)

@@ -1,4 +1,4 @@
-"""What a run reads: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
+"""A run's inputs: corpora, tokenizer and initial weights, opened and checked before any process group exists."""
 
 from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from deberta_dist.planning.plan import Plan
 from deberta_dist.planning.reading import UNNAMED, open_sources
 from deberta_dist.training.target_sizes import TargetSizes, count_targets, num_sampled
 
-# Order and masks of the held-out text never depend on the run's seed: losses of different runs are comparable.
+# Order and masks of held-out text do not depend on the run's seed, so that losses of different runs are comparable.
 EVALUATION_SEED = 20061
 
 
@@ -37,8 +37,8 @@ class RunData:
     """The texts of a run, opened and checked against model and tokenizer.
 
     Attributes:
-        tokenizer: The run's tokenizer.
-        train: Samples to train on.
+        tokenizer: ``data.tokenizer``; all corpora were encoded with it.
+        train: Samples of ``data.train`` or ``data.sources``, packed or in buckets.
         validation: Held-out samples, in an order that is the same for every run: the first of them are a sample of all.
             Never in buckets, so that losses of runs with and without are of the same targets.
     """
@@ -74,9 +74,9 @@ class RunData:
         return {name or UNNAMED: asdict(place) for name, place in positions.items()}
 
     def resume_at(self, consumed_samples: int) -> int:
-        """Where a run goes on that has consumed so many samples: with buckets, between two of its steps.
+        """The number of samples at which a run continues that has consumed ``consumed_samples``.
 
-        A run whose batch has become larger may have begun a step; the rest of it is left out.
+        With buckets it is rounded up to a whole step, as a larger batch than before may end within one.
         """
         if isinstance(self.train, BlendedDataset):
             return consumed_samples
@@ -90,11 +90,11 @@ class RunData:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """What a run starts from.
+    """The weights that a run starts from.
 
     Attributes:
-        read: Full float32 tensor of a published name.
-        notes: What it is, and what a user has to know as ``warning: ...``; one line each.
+        read: Returns the full float32 tensor of a published name.
+        notes: Lines for the log: what the weights are, and ``warning: ...`` for what the user should know.
     """
 
     read: Callable[[str], Tensor]
@@ -135,28 +135,29 @@ def open_data(plan: Plan) -> RunData:
 
 
 def _require_targets(validation: MaskedLMDataset, *, count: int) -> None:
-    """Refuses held-out text whose first ``count`` sequences have nothing to predict: a run's end would be without result."""
+    """Refuses held-out text whose first ``count`` sequences have nothing to predict: the run would end without a result."""
     count = min(count, validation.num_samples)
     for start in range(0, count, 64):
         if (validation.batch(start, min(64, count - start)).labels > 0).any():
             return
     raise DataError(
         f"data.validation = {validation.corpus.path}: {count:,} of its sequences are read (evaluation.num_sequences), and all "
-        "their tokens are [UNK]: give text of the tokenizer's language, or another tokenizer"
+        "their tokens are [UNK]: use text in the tokenizer's language, or another tokenizer"
     )
 
 
 def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bool) -> InitialWeights | None:
-    """Opens ``training.init``; None where a run starts from random weights.
+    """Opens ``training.init``; None if a run starts from random weights.
 
     Args:
-        plan: The run.
-        tokenizer_sha256: Of its tokenizer; None, in a dry run, where that is not there yet.
-        verify: For a run's own checkpoint, compare every byte with its checksums; one rank is enough.
+        plan: The checked run, whose model the weights have to fit.
+        tokenizer_sha256: SHA-256 of ``data.tokenizer``; None in a dry run before the file exists.
+        verify: Compare every byte of a native checkpoint with its checksums; one rank of a run is enough.
 
     Raises:
-        ConfigError: it is of another model or tokenizer, or a run directory, whose newest checkpoint may change.
-        CheckpointError: no checkpoint, or tensors are unexplained, missing or of another shape.
+        ConfigError: the weights belong to another model or tokenizer, or the path is a run directory, whose newest
+            checkpoint may change.
+        CheckpointError: there is no checkpoint, or tensors are unexplained, missing or of another shape.
     """
     path, config = plan.config.training.init, plan.model_config
     if path is None:
@@ -164,7 +165,7 @@ def open_initial_weights(plan: Plan, *, tokenizer_sha256: str | None, verify: bo
     where = f"{plan.config.source}: training.init = {path}"
     if is_run(path) and not files.has(path, MANIFEST_NAME):
         raise ConfigError(
-            f"{where} is a run, whose newest checkpoint may change while ranks look: name one of its checkpoints, "
+            f"{where} is a run, whose newest checkpoint may change while ranks read it: name one of its checkpoints, "
             f"{path / CHECKPOINTS_NAME}/step-..., or its weights/"
         )
     training = plan.config.training
@@ -208,13 +209,13 @@ def _require_all(model: CanonicalCheckpoint, *, shapes: Collection[str], where: 
         cure = (
             f"the masked language model of a v3 release is its generator, {GENERATOR_NAME}"
             if is_discriminator(model.weights)
-            else "pre-training goes on from a masked language model, not from a backbone or a classifier"
+            else "pre-training continues from a masked language model, not from a backbone or a classifier"
         )
         raise CheckpointError(f"{where} lacks {shorten(missing)}: {cure}")
 
 
 def _warnings(model: CanonicalCheckpoint, *, shapes: Container[str]) -> list[str]:
-    """What a masked language model that starts from these weights does not take from them, or takes from elsewhere."""
+    """Warnings about weights that a masked language model does not use, or lacks."""
     found = [text for text in model.reading.warnings if text != GENERATORS_HEAD]
     if is_discriminator(model.weights):
         found.append(
@@ -233,5 +234,5 @@ def _warnings(model: CanonicalCheckpoint, *, shapes: Container[str]) -> list[str
 
 
 def _in_toml(message: str) -> str:
-    """A message about a checkpoint with the keys of a run instead of the tools' options."""
+    """A conversion's message with the TOML's keys in place of the command's flags."""
     return message.replace("--allow-unmapped", "training.init_allow_unmapped").replace("--prefix", "training.init_prefix")

@@ -1,8 +1,8 @@
 """From a launcher's command line to DeepSpeed's: ``python -m deberta_dist.training.launch SCRIPT ARGS``.
 
-Called by ``launchers/start.sh``. It sorts DeepSpeed's flags from the run's, adds what a machine without
-GPUs needs, and is replaced by ``deepspeed FLAGS SCRIPT REST`` (with ``--dry-run`` or ``--help`` by ``python
-SCRIPT REST``: no processes). Imports neither torch nor DeepSpeed, so an error is said at once.
+Called by ``launchers/start.sh``. It separates DeepSpeed's flags from the run's, adds what a machine without GPUs needs, and
+execs ``deepspeed FLAGS SCRIPT REST`` (with ``--dry-run`` or ``--help``, ``python SCRIPT REST``, which starts no ranks). Imports
+neither torch nor DeepSpeed, so that errors appear at once.
 """
 
 import importlib.metadata
@@ -30,7 +30,7 @@ FLAGS_ALONE = frozenset(
     "--module --no_python --no_local_rank --no_ssh --no_ssh_check --force_multi --save_pid "
     "--bind_cores_to_rank -q --quiet".split()
 )
-# Any of these says which processes to start, so none are added.
+# If one of these is given, the user has said which processes to start, and no --num_gpus is added.
 PLACEMENT_FLAGS = frozenset("-H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators".split())
 # With one of these the script prints something and starts no ranks.
 ALONE = (DRY_RUN, *HELP)
@@ -39,7 +39,7 @@ IMPOSSIBLE_FLAGS = frozenset(("--module", "--no_python"))
 
 
 class SortedArguments(NamedTuple):
-    """A launcher's arguments, sorted by who reads them; alone: the script prints something and starts nothing."""
+    """A launcher's arguments, by who reads them; ``is_alone``: the script only prints something and no ranks are started."""
 
     deepspeed: list[str]
     script: list[str]
@@ -50,7 +50,7 @@ class SortedArguments(NamedTuple):
         return {flag.partition("=")[0] for flag in self.deepspeed if flag.startswith("-")}
 
     def value(self, *names: str) -> str | None:
-        """Value of the last of these DeepSpeed flags, None where none is present."""
+        """Value of the last of these DeepSpeed flags, or None if none is present."""
         found = None
         for index, flag in enumerate(self.deepspeed):
             name, equals, text = flag.partition("=")
@@ -92,7 +92,7 @@ def split_arguments(arguments: Sequence[str]) -> SortedArguments:
 
 
 def has_gpu(environment: Mapping[str, str]) -> bool:
-    """Whether DeepSpeed will find accelerators here, asked without importing torch.
+    """Whether DeepSpeed will find accelerators here, without importing torch.
 
     A driver that does not answer counts as no GPU.
     """
@@ -102,7 +102,7 @@ def has_gpu(environment: Mapping[str, str]) -> bool:
         return False
     try:
         if importlib.metadata.version("torch").endswith("+cpu"):
-            return False  # a GPU that this torch cannot use
+            return False  # torch's CPU build cannot use a GPU
     except importlib.metadata.PackageNotFoundError:
         pass
     if any(Path("/proc/driver/nvidia/gpus").glob("*")) or Path("/dev/kfd").exists():
@@ -132,16 +132,16 @@ def processes_needed(script: Path, script_arguments: Sequence[str]) -> int:
 def command(
     script: Path, split: SortedArguments, environment: MutableMapping[str, str], *, start: tuple[str, str] | None = None
 ) -> list[str]:
-    """The words to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs.
+    """The command to execute; adds to ``environment`` what DeepSpeed needs on a machine without GPUs.
 
     Args:
         script: A launcher, whose Python half every process runs; or, with ``start``, the TOML of a run.
-        split: The command line.
-        environment: Of the process that will execute the words.
-        start: The module that every process runs in the place of a launcher, and its first argument; the TOML is the second.
+        split: Its arguments, from ``split_arguments``.
+        environment: The environment that the command will run in; changed in place.
+        start: Instead of a launcher, the module that every process runs and its first argument; the TOML is the second.
 
     Raises:
-        ConfigError: DeepSpeed's flags name no machines, or wrong ones; ``processes_needed``.
+        ConfigError: DeepSpeed's flags name no machines, or wrong ones; see also ``processes_needed``.
     """
     check_placement(split.value, split.names())
     gpu = has_gpu(environment)
@@ -153,14 +153,14 @@ def command(
     flags = list(split.deepspeed)
     local = not os.path.isfile(DEFAULT_HOSTFILE) and split.value("-H", "--hostfile") is None
     if local and "--master_port" not in split.names():
-        flags.append(f"--master_port={_free_port()}")  # two runs on one machine would share the default
+        flags.append(f"--master_port={_free_port()}")  # two runs on one machine would collide on the default
     if not gpu:
         count = split.value("--num_gpus", "--num_accelerators")
         if local and not split.names() & PLACEMENT_FLAGS:
             count = str(processes_needed(script, split.script))
             flags.append(f"--num_gpus={count}")
         if count is not None and count.isdecimal():
-            # DeepSpeed leaves every process all cores; together they would be far too many threads.
+            # DeepSpeed lets every process use all cores: n processes would start n times more threads than cores.
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, int(count)))))
     return ["deepspeed", *flags, *(["--module"] if start else []), *program, *split.script]
 

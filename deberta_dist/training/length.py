@@ -1,8 +1,8 @@
-"""The length of a run, and a finished run that goes on to a larger one.
+"""The length of a run, and continuing a finished run to a larger one.
 
-A run is finished where its directory has a ``result.json``, which says after how many steps. Started again with more
-of them it continues from its last checkpoint under the learning rates of the new length. The earlier result stays in
-``result.json`` until the new one is written, and is then listed in it; the earlier weights get a name of their own.
+A run is finished if its directory has a ``result.json``, which says after how many steps. Started again with more steps, it
+continues from its last checkpoint with the learning rates of the new length. The earlier result stays in ``result.json``
+until the new one is written, and is then listed in it; the earlier weights are renamed.
 """
 
 import json
@@ -26,13 +26,13 @@ _SCHEDULE = ("optimizer.learning_rate", "schedule.warmup_steps", "training.max_s
 
 
 def refuse_finished(plan: Plan) -> int | None:
-    """Refuses to start a finished run again for the same length or a shorter one. Any rank may ask.
+    """Refuses to start a finished run again with the same number of steps or fewer. Any rank may call it.
 
     Returns:
-        Steps of the finished run that goes on; None where the directory holds none.
+        Steps of the finished run that is to be continued; None if there is no finished run.
 
     Raises:
-        ConfigError: it is finished for this length or a larger one, or must not or cannot be continued.
+        ConfigError: the run is finished with this number of steps or more, or must not or cannot be continued.
     """
     run, steps = Path(plan.config.run.directory), plan.config.training.max_steps
     if not (run / RESULT_NAME).exists():
@@ -50,18 +50,18 @@ def refuse_finished(plan: Plan) -> int | None:
             else f", continue it with a --training.max_steps over {done}"
         )
         raise ConfigError(
-            f"run.directory = {run} holds a finished run ({RESULT_NAME} is there); nothing is overwritten: move it "
+            f"run.directory = {run} holds a finished run (it has {RESULT_NAME}); nothing is overwritten: move it "
             f"away{more} or give another --run.directory"
         )
     return done
 
 
 def _finished_steps(run: Path) -> int | None:
-    """Steps of the result; None where neither it nor a checkpoint tells."""
+    """Steps of the finished run; None if neither the result nor a checkpoint says."""
     steps = _read_result(run).get(_STEPS)
     if type(steps) is int and steps >= 1:
         return steps
-    # Written before results told it, and not continued since: the last checkpoint is of the same start.
+    # Early results do not say it; such a run has not been continued, so its last checkpoint has the same configuration.
     for path in checkpoints(run / CHECKPOINTS_NAME):
         try:
             return int(read_manifest(path).run_config["training"]["max_steps"])
@@ -81,12 +81,12 @@ def _read_result(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): move the run away or give another --run.directory") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} is no result of a run: move the run away or give another --run.directory")
+        raise ConfigError(f"{path} is not the result of a run: move the run away or give another --run.directory")
     return found
 
 
 def continue_finished(run: Path, *, steps: int) -> None:
-    """Makes the result tell its own length, before checkpoints of another are written. For rank 0."""
+    """Adds the number of steps to an early result, before checkpoints of another length are written. For rank 0."""
     result = _read_result(run)
     if result.get(_STEPS) != steps:
         _write_result(run, {**result, _STEPS: steps})
@@ -96,19 +96,19 @@ def keep_earlier_weights(run: Path) -> Path | None:
     """Renames the weights of an earlier result, before new ones are written. For rank 0.
 
     Returns:
-        Their place, None where there is no earlier result.
+        Their new path; None if there is no earlier result.
     """
     if not (run / RESULT_NAME).exists():
         return None
-    kept = run / f"{WEIGHTS_NAME}-{step_name(_read_result(run)[_STEPS])}"
-    # A start that ended between its weights and its result has renamed them already.
-    if not kept.exists() and (run / WEIGHTS_NAME).exists():
-        (run / WEIGHTS_NAME).rename(kept)
-    return kept
+    renamed = run / f"{WEIGHTS_NAME}-{step_name(_read_result(run)[_STEPS])}"
+    # A start that ended between writing weights and result has renamed them already.
+    if not renamed.exists() and (run / WEIGHTS_NAME).exists():
+        (run / WEIGHTS_NAME).rename(renamed)
+    return renamed
 
 
 def write_numbers(run: Path, numbers: Mapping[str, Any], *, steps: int) -> None:
-    """Writes ``result.json``, in which earlier results are kept, oldest first."""
+    """Writes ``result.json``, which lists earlier results, oldest first."""
     result = {**numbers, _STEPS: steps}
     if (run / RESULT_NAME).exists():
         earlier = _read_result(run)
@@ -117,7 +117,7 @@ def write_numbers(run: Path, numbers: Mapping[str, Any], *, steps: int) -> None:
 
 
 def learning_rates(plan: Plan, manifest: Manifest) -> tuple[float, float] | None:
-    """Of the checkpoint's last step and of the next, where the schedule has changed in between; else None."""
+    """Learning rates of the checkpoint's last step and of the next, if the schedule has changed in between; otherwise None."""
     there = {f"{name}.{key}": value for name, table in manifest.run_config.items() for key, value in table.items()}
     old = {**default_values(), **there}
     new = {f"{name}.{key}": value for name, table in plan.config.model_dump().items() for key, value in table.items()}

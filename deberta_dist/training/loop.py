@@ -1,11 +1,11 @@
 """The training loop: pre-training and fine-tuning both drive it, and hooks do everything beside the steps.
 
-    batch, made ahead -> step -> every hook sees what it did and says what it asks for -> every hook acts on what all asked
+    batch, made ahead -> step -> every hook sees its outcome and returns requests -> every hook acts on all requests
 
-Ranks have to ask for the same, or one of them evaluates while another waits in the next step. No message is spent on that:
-what a hook asks for may follow only from what is equal on all ranks, which is the number of the step, the configuration,
-and the results, sums over all ranks that come out of the one reduction of a step (`training.step.world_totals`). What a
-single rank knows (a signal, its clock, its disk) has to go into those sums and come back in a result.
+All ranks have to make the same requests, or one evaluates while another waits in the next step. That costs no message: a
+request may depend only on what is equal on all ranks, which is the number of the step, the configuration and the step's
+results (sums over all ranks from the step's one reduction, `training.step.world_totals`). What only one rank knows (a signal,
+its clock, its disk) has to go into those sums and come back in a result.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,13 +24,13 @@ LearningRate = Callable[..., float]
 
 
 class Request(Flag):
-    """What hooks ask for; several may be joined with ``|``."""
+    """What hooks ask for; several are combined with ``|``."""
 
     NOTHING = 0
     SKIP = auto()
-    """Leave the step out that is about to be taken: its batch is dropped, no weight moves, the step counts as done."""
+    """Leave out the next step: its batch is dropped, no weight changes, the step counts as done."""
     ROLL_BACK = auto()
-    """Undo steps, back to where `Loop`'s ``roll_back`` says. Evaluations, saves and a stop asked with it are dropped."""
+    """Undo steps, back to the one that `Loop`'s ``roll_back`` returns. Other requests after the same step are dropped."""
     EVALUATE = auto()
     SAVE = auto()
     STOP = auto()
@@ -59,6 +59,10 @@ class StepOutcome(Protocol):
         """Global norm before clipping; None where a gradient was not finite, so that no rank moved a weight."""
 
     @property
+    def learning_rate(self) -> float:
+        """Of the network in the step."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the step over all ranks, padding left out."""
 
@@ -70,8 +74,7 @@ class FinishedStep(Generic[B]):
     Attributes:
         number: Steps done, this one included.
         batch: What was read, this rank's part.
-        results: By the name of a network; empty where the step was left out.
-        learning_rate: Of the step.
+        results: By the name of a network, "" of the one whose weights are the run's result; empty where the step was left out.
         consumed_samples: Read since the start of the run, this step included.
         seconds: That the step took here, waiting for the batch left out.
         waited_seconds: For its batch, here.
@@ -80,7 +83,6 @@ class FinishedStep(Generic[B]):
     number: int
     batch: B
     results: Mapping[str, StepOutcome]
-    learning_rate: float
     consumed_samples: int
     seconds: float
     waited_seconds: float
@@ -93,17 +95,17 @@ class Steps(Protocol[B]):
         """This rank's batch, a function of the step alone. Called ahead, in another thread."""
 
     def take(self, batch: B, *, step: int, learning_rate: float) -> Mapping[str, StepOutcome]:
-        """Takes the step; what it did, by the name of a network. Collective."""
+        """Takes the step; what it did, by the name of a network, as `FinishedStep.results`. Collective."""
 
     def consumed_samples(self, num_steps: int) -> int:
         """Samples read by the first ``num_steps`` steps of the run."""
 
 
 class Hook:
-    """Something that happens beside the steps. The methods of this class do nothing and ask for nothing.
+    """Something done beside the steps. The methods of this class do nothing and ask for nothing.
 
     Attributes:
-        place: Its turn, whatever the order in which hooks are given.
+        place: When its turn comes; the order in which hooks are passed does not matter.
         answers: Requests that it fulfils, its own or another hook's.
     """
 
@@ -111,30 +113,30 @@ class Hook:
     answers = Request.NOTHING
 
     def before_step(self, step: int) -> Request:
-        """`Request.SKIP` where the step (from 0) is to be left out; the same on all ranks."""
+        """Returns `Request.SKIP` to leave out the step (from 0); the same on all ranks."""
         return Request.NOTHING
 
     def after_step(self, step: FinishedStep) -> Request:
-        """Takes note of a step; returns what this hook asks for, the same on all ranks."""
+        """Sees a finished step; returns this hook's requests, the same on all ranks."""
         return Request.NOTHING
 
     def act(self, step: FinishedStep, requests: Request) -> None:
-        """Fulfils ``requests``, everything that the hooks asked for after ``step``, as far as they are its own. Collective."""
+        """Fulfils those of ``requests``, all hooks' after ``step``, that it answers. Collective."""
 
     def after_training(self) -> None:
-        """Completes what is outstanding. Collective; not called where training ends by an error."""
+        """Completes outstanding work. Collective; not called if training ends with an error."""
 
 
 class Loop(Generic[B]):
-    """Takes the steps of a run that are left.
+    """Takes the remaining steps of a run.
 
     Args:
         steps: Makes batches and takes steps.
-        hooks: Sorted here by `Hook.place`; those of one place keep their order.
-        first_step: Steps done before.
-        max_steps: Steps of the run.
-        learning_rate: Of a step, counted from 0.
-        roll_back: For `Request.ROLL_BACK`: restores an earlier state and returns the steps done by then. Collective.
+        hooks: In any order; they are sorted by `Hook.place`, and those with the same place keep their order.
+        first_step: Number of steps done before; the first step taken has this number, from 0.
+        max_steps: Number of steps at which the run ends.
+        learning_rate: Schedule: step number from 0 -> learning rate.
+        roll_back: For `Request.ROLL_BACK`: restores an earlier state and returns the number of steps done by then. Collective.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Loop(Generic[B]):
             hook.after_training()
 
     def _run_from(self, first: int) -> int | None:
-        """Takes steps; returns where to go on after a roll back, None at the end."""
+        """Takes steps; returns the step to continue with after a roll back, or None at the end."""
         with Prefetcher(self._steps.make_batch, start=first, depth=BATCHES_AHEAD, stop=self._max_steps) as batches:
             for step, batch in enumerate(batches, start=first):
                 requests = self._step(batch, step=step, waited_seconds=batches.waited_seconds)
@@ -178,7 +180,7 @@ class Loop(Generic[B]):
         return self._roll_back()
 
     def _step(self, batch: B, *, step: int, waited_seconds: float) -> Request:
-        """One step with its hooks; returns what they asked for."""
+        """One step with its hooks; returns their requests."""
         is_left_out = Request.SKIP in self._joined(hook.before_step(step) for hook in self._hooks)
         started = monotonic()
         learning_rate = self._learning_rate(step, max_steps=self._max_steps)
@@ -188,7 +190,6 @@ class Loop(Generic[B]):
             number=step + 1,
             batch=batch,
             results=results,
-            learning_rate=learning_rate,
             consumed_samples=self._steps.consumed_samples(step + 1),
             seconds=seconds,
             waited_seconds=waited_seconds,

@@ -1,4 +1,4 @@
-"""What a run tells while it runs: one JSON object per step on disk, one line now and then on screen."""
+"""The log of a run: one JSON object per step on disk, and a line every few steps on screen."""
 
 import json
 import math
@@ -7,14 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from deberta_dist.planning.dry_run import format_seconds
+from deberta_dist.training.trainer import EvaluationResult
 
 METRICS_NAME = "metrics.jsonl"
 _LONGEST_LINE = 2**20
 
-# By name of a source: epoch, index in it, num_samples per epoch.
+# Name of a source -> its epoch, the index in the epoch, and num_samples, the samples of an epoch.
 Position = Mapping[str, Mapping[str, int]]
 
 
@@ -46,11 +48,20 @@ class StepMetrics:
     skipped: bool = False
 
 
+@dataclass(frozen=True)
+class NetworkMetrics:
+    """One optimizer step of a network beside the one whose weights are the run's result; see `StepMetrics`."""
+
+    loss: float
+    grad_norm: float | None
+    lr: float
+
+
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and prints; on ranks other than 0 both do nothing.
+    """Writes ``metrics.jsonl`` and prints; on ranks other than 0 it does neither.
 
     Args:
-        directory: Of the run; ``metrics.jsonl`` in it is continued where it is there.
+        directory: The run directory; an existing ``metrics.jsonl`` is appended to.
         is_writer: True on global rank 0.
         max_steps: Length of the run (optimizer steps), for the time left.
         print_every: Steps between lines on screen.
@@ -65,33 +76,46 @@ class MetricsLog:
         self._max_steps = max_steps
         self._print_every = print_every
         self._first_step_ended: float | None = None
-        self._last_step, self._done = 0, 0
+        self._done = 0
 
-    def step(self, metrics: StepMetrics, **more: Any) -> None:
-        """Records one optimizer step, with more for the file: numbers, and the ``network`` where there are several."""
+    def step(self, metrics: StepMetrics, *, networks: Mapping[str, NetworkMetrics] = MappingProxyType({}), **more: Any) -> None:
+        """Records one optimizer step.
+
+        Args:
+            metrics: Of the step, and of the network whose weights are the run's result.
+            networks: Of further networks, by name. In the file their names stand before the keys: ``NAME.loss``.
+            more: Further numbers for the file.
+        """
         if self._first_step_ended is None:
             self._first_step_ended = time.monotonic()
-        elif metrics.step != self._last_step:  # another network's record of the same step is not another step
+        else:
             self._done += 1
-        self._last_step = metrics.step
-        self._write({**asdict(metrics), **more})
+        self._write({**asdict(metrics), **_prefixed(networks), **more})
         if metrics.skipped:
+            moved = " and ".join(name for name, other in networks.items() if other.grad_norm is not None)
             self.say(
                 f"step {metrics.step}: skipped on every rank, a gradient was not finite "
-                f"(loss {metrics.loss:.4f}); weights unchanged"
+                f"(loss {metrics.loss:.4f}); weights unchanged{f', but those of {moved}' if moved else ''}"
             )
         elif metrics.step % self._print_every == 0 or metrics.step in (1, self._max_steps):
-            self.say(self._line(metrics, network=more.get("network"), padding=more.get("padding")))
+            self.say(self._line(metrics, networks, padding=more.get("padding")))
 
     def left_out(self, *, step: int, consumed_samples: int) -> None:
-        """Records a step whose batch was dropped unread."""
+        """Records a step that was left out: its batch was dropped."""
         self._write({"step": step, "left_out": True, "consumed_samples": consumed_samples})
-        self.say(f"step {step}: left out, its batch is not learned from; weights unchanged")
+        self.say(f"step {step}: left out, its batch is dropped; weights unchanged")
 
-    def evaluation(self, *, step: int, loss: float, accuracy: float, num_targets: int) -> None:
-        """Records an evaluation on held-out text."""
-        self._write({"step": step, "valid_loss": loss, "valid_accuracy": accuracy, "valid_targets": num_targets})
-        self.say(f"step {step}: held-out loss {loss:.4f}, accuracy {accuracy:.2%} over {num_targets:,} masked tokens")
+    def evaluation(self, *, step: int, networks: Mapping[str, EvaluationResult]) -> None:
+        """Records an evaluation on held-out text, of every network by name; names stand before the keys as in `step`."""
+        record, shown = {}, []
+        for name, found in networks.items():
+            values = {"valid_loss": found.loss, "valid_accuracy": found.accuracy, "valid_targets": found.num_targets}
+            record |= {f"{name}.{key}" if name else key: value for key, value in values.items()}
+            of = f" of {name}" if name else ""
+            counted = "masked tokens" if found.counted == "targets" else found.counted
+            shown.append(f"loss{of} {found.loss:.4f}, accuracy {found.accuracy:.2%} over {found.num_targets:,} {counted}")
+        self._write({"step": step, **record})
+        self.say(f"step {step}: held-out {'; '.join(shown)}")
 
     def scores(self, *, step: int, scores: Mapping[str, float], is_best: bool) -> None:
         """Records the scores of a benchmark's validation split, percent."""
@@ -187,19 +211,28 @@ class MetricsLog:
                     f"warning: {self._file.name} {'cannot be written, lines are lost' if self._is_full else 'is written again'}"
                 )
 
-    def _line(self, metrics: StepMetrics, *, network: str | None, padding: float | None) -> str:
-        # The first step also sets up; what is left is told from those after it, evaluations included.
+    def _line(self, metrics: StepMetrics, networks: Mapping[str, NetworkMetrics], *, padding: float | None) -> str:
+        # The first step also sets up, so the time left is estimated from the steps after it, evaluations included.
         elapsed = time.monotonic() - self._first_step_ended
         steps_left = self._max_steps - metrics.step
         left = f" | left {format_seconds(elapsed / self._done * steps_left)}" if self._done else ""
         padded = "" if padding is None else f" (and {padding:.1%} padding)"
         mfu = "" if metrics.mfu is None else f" | mfu {metrics.mfu:.1%}"
-        named = "" if network is None else f" | {network}"
+        numbers = "".join(f"{f'{name}: ' if name else ''}{_shown(one)} | " for name, one in {"": metrics, **networks}.items())
         return (
-            f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps}{named} | loss {metrics.loss:7.4f} | "
-            f"lr {metrics.lr:.2e} | grad norm {metrics.grad_norm:8.3f} | {metrics.tokens_per_second:9,.0f} tokens/s"
-            f"{padded}{mfu}{left}"
+            f"step {metrics.step:>{len(str(self._max_steps))}}/{self._max_steps} | {numbers}"
+            f"{metrics.tokens_per_second:9,.0f} tokens/s{padded}{mfu}{left}"
         )
+
+
+def _prefixed(networks: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of each network's record behind its name."""
+    return {f"{name}.{key}": value for name, one in networks.items() for key, value in asdict(one).items()}
+
+
+def _shown(metrics: StepMetrics | NetworkMetrics) -> str:
+    norm = " skipped" if metrics.grad_norm is None else f"{metrics.grad_norm:8.3f}"
+    return f"loss {metrics.loss:7.4f} | lr {metrics.lr:.2e} | grad norm {norm}"
 
 
 def describe_learning_rates(step: int, rates: tuple[float, float]) -> str:

@@ -1,7 +1,7 @@
 """AdamW over the flat parameters: NVIDIA apex's fused one, or torch's. The one door to apex.
 
-The package called ``apex`` on PyPI is an unrelated web toolkit; the real one is built from NVIDIA's
-repository and is there only where its CUDA extension imports.
+The package called ``apex`` on PyPI is an unrelated web toolkit. NVIDIA's is built from its repository; it counts as installed
+only if its CUDA extension can be imported.
 """
 
 import importlib
@@ -15,13 +15,13 @@ from deberta_dist.errors import ConfigError
 
 
 def apex_fused_adam() -> type[torch.optim.Optimizer] | None:
-    """NVIDIA apex's FusedAdam where it can run, else None."""
+    """NVIDIA apex's FusedAdam if it can run here, otherwise None."""
     if not torch.cuda.is_available():
         return None
     try:
-        importlib.import_module("amp_C")  # the compiled extension: a Python-only build imports and fails later
+        importlib.import_module("amp_C")  # the compiled extension: a Python-only build would import, and fail in the first step
         return importlib.import_module("apex.optimizers").FusedAdam
-    except Exception:  # the other apex raises whatever its own imports raise
+    except Exception:  # the unrelated apex may raise anything on import
         return None
 
 
@@ -31,12 +31,12 @@ def make_optimizer(
     """AdamW with decoupled weight decay.
 
     Args:
-        flats: Flat parameters.
-        settings: ``[optimizer]`` of the run.
-        decayed: Which of them decay; see `Network.flat_groups`.
+        flats: Flat parameters of a weight store, each of which gets a parameter group of its own.
+        settings: ``[optimizer]`` of the configuration.
+        decayed: Whether weight decay applies to each of them; see `Network.flat_groups`.
 
     Raises:
-        ConfigError: apex is asked for by name and is not there.
+        ConfigError: ``optimizer.name`` is "apex_fused_adam" and apex is not installed.
     """
     groups = [
         {"params": [flat], "weight_decay": settings.weight_decay if decays else 0.0}

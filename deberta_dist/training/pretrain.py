@@ -7,8 +7,7 @@ configuration -> plan -> inputs -> checkpoint to continue from -> process group 
 evaluations, checkpoints -> weights -> result.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,11 @@ from deberta_dist.training.resume import (
 from deberta_dist.training.saving import Checkpointing
 from deberta_dist.training.step_batch import StepBatch
 from deberta_dist.training.target_sizes import TargetSizes
-from deberta_dist.training.trainer import EvaluationResult, StepResult, Trainer
+from deberta_dist.training.trainer import EvaluationResult, NetworkResult, Trainer
 from deberta_dist.training.vocabulary import resolve_vocabulary
 
-# Steps in a row that no rank could take before the run gives up: the weights are beyond repair by then.
+# Skipped steps in a row after which the run ends: the weights are beyond repair by then.
 MAX_SKIPPED_IN_A_ROW = 50
-NETWORK = "masked_lm"
 
 
 def main(launcher_file: str, arguments: Sequence[str] | None = None) -> None:
@@ -108,7 +106,7 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
     log = _open_log(plan, data=data, mesh=mesh)
     networks = make_parts(plan, data=data, mesh=mesh, log=log, checkpoint=checkpoint, initial_weights=initial_weights)
     manifest, damaged = None if checkpoint is None else checkpoint.manifest, found.damaged
-    # They keep files open, and with them the space of checkpoints that are removed meanwhile.
+    # They hold files open, and so the disk space of checkpoints that are removed meanwhile.
     del checkpoint, found, initial_weights
     trainer = Trainer(*networks, mesh=mesh, seed=plan.config.training.seed, objective=plan.objective)
     checkpointing = Checkpointing(plan, networks=networks, mesh=mesh, data=data, log=log, damaged=damaged)
@@ -126,12 +124,12 @@ def _run(launcher: Path, arguments: Sequence[str]) -> None:
 
 
 def _print_plan(plan: Plan) -> None:
-    """What a start would do, for a dry run."""
+    """Prints what a start would do (dry run)."""
     print("\n".join([describe(plan), *preview_start(plan)]).rstrip("\n"))
 
 
 def _open_log(plan: Plan, *, data: RunData, mesh: Mesh) -> MetricsLog:
-    """The run's metrics; its first lines on screen say what runs."""
+    """Opens the run's log; its first lines on screen describe the run."""
     training, model_config = plan.config.training, plan.model_config
     log = MetricsLog(
         Path(plan.config.run.directory),
@@ -149,11 +147,11 @@ def _open_log(plan: Plan, *, data: RunData, mesh: Mesh) -> MetricsLog:
 
 
 def _write_weights(networks: Sequence[TrainingComponents], *, plan: Plan, data: RunData, mesh: Mesh, log: MetricsLog) -> None:
-    """Writes ``weights/``, and keeps those of an earlier result beside it. Collective."""
+    """Writes ``weights/``, after renaming those of an earlier result. Collective."""
     weights, directory = gather_networks(networks, objective=plan.objective, mesh=mesh), plan.config.run.directory
     if mesh.rank == 0:
         if earlier := keep_earlier_weights(directory):
-            log.say(f"the weights of the earlier result are kept in {earlier}")
+            log.say(f"the weights of the earlier result are now in {earlier}")
         # The run's result first: further networks lie in folders of their own within its folder.
         for network in sorted(plan.objective.networks, key=lambda network: network.name):
             write_weights(
@@ -173,7 +171,7 @@ def make_parts(
     checkpoint: CheckpointReader | None,
     initial_weights: InitialWeights | None,
 ) -> list[TrainingComponents]:
-    """This rank's parts of every network, where a checkpoint left them, with given weights, or anew. Collective."""
+    """This rank's parts of every network, from a checkpoint, from given weights, or with random ones. Collective."""
     make = partial(build, plan.config, deepspeed_config=plan.deepspeed, mesh=mesh)
     if checkpoint is not None:
         networks, manifest = [], checkpoint.manifest
@@ -197,7 +195,7 @@ def make_parts(
     return [
         make(
             layout=layout,
-            # training.init is of the model of [model]; further networks start at random.
+            # training.init has weights for the model of [model]; other networks start with random ones.
             shards=None
             if initial_weights is None or layout.network.name
             else shards_of(layout, mesh=mesh, load=initial_weights.read),
@@ -212,10 +210,10 @@ class PretrainingSteps:
     Args:
         trainer: Packs batches and takes steps.
         plan: Says how many sequences a step has, and its FLOPs.
-        data: Its training text is read from where the checkpoint stands.
+        data: Its training text is read from the checkpoint's position on.
         mesh: Says which rows of a step are this rank's.
-        manifest: Of the checkpoint that the run continues from; None at its beginning.
-        sizes: To pad targets to; None: they are not padded.
+        manifest: The checkpoint's that the run resumes from; None for a new run.
+        sizes: Sizes to pad targets to; None for no padding.
     """
 
     def __init__(
@@ -235,7 +233,7 @@ class PretrainingSteps:
         self._peak_flops = device_peak_flops(device_name)
 
     def consumed_samples(self, num_steps: int) -> int:
-        """Sequences that the run has read after so many steps."""
+        """Sequences that the run has read after ``num_steps`` steps."""
         return self._consumed_before + (num_steps - self.first_step) * self._plan.config.training.global_batch_size
 
     def make_batch(self, step: int) -> StepBatch:
@@ -243,11 +241,11 @@ class PretrainingSteps:
         batch = rank_batch(self._data.train, plan=self._plan, mesh=self._mesh, start=self.consumed_samples(step))
         return self._trainer.pack(batch, sizes=self._sizes)
 
-    def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> dict[str, StepResult]:
+    def take(self, batch: StepBatch, *, step: int, learning_rate: float) -> Mapping[str, NetworkResult]:
         """Takes a step."""
-        return {NETWORK: self._trainer.step(batch, step=step, learning_rate=learning_rate)}
+        return self._trainer.step(batch, step=step, learning_rate=learning_rate).networks
 
-    def numbers(self, step: FinishedStep[StepBatch], result: StepResult) -> dict[str, Any]:
+    def numbers(self, step: FinishedStep[StepBatch], result: NetworkResult) -> dict[str, Any]:
         """What a record tells beside the loop's own: ``mfu``, epochs and, with dynamic batching, lengths and padding."""
         flops, mfu = self._plan.flops_of_bucket(step.batch.input_ids.shape[1]).training, None
         if self._peak_flops is not None:
@@ -260,7 +258,7 @@ class PretrainingSteps:
 
 
 class HeldOutEvaluation:
-    """Evaluates on the held-out text and keeps the last result.
+    """Evaluates on the held-out text and remembers the last result.
 
     Args:
         trainer: Runs the forward passes.
@@ -271,7 +269,7 @@ class HeldOutEvaluation:
         sizes: To pad targets to; None: they are not padded.
 
     Attributes:
-        result: Of the last evaluation; None before the first.
+        result: Of the last evaluation, of the network whose weights are the run's result; None before the first.
     """
 
     def __init__(
@@ -283,8 +281,9 @@ class HeldOutEvaluation:
 
     def run(self, step: int) -> EvaluationResult:
         """Evaluates after ``step`` steps. Collective."""
-        self.result = self._evaluate()
-        self._log.evaluation(step=step, **asdict(self.result))
+        found = self._evaluate()
+        self._log.evaluation(step=step, networks=found)
+        self.result = found[""]
         return self.result
 
 
@@ -298,7 +297,7 @@ def train(
     checkpointing: Checkpointing,
     manifest: Manifest | None,
 ) -> EvaluationResult:
-    """All optimizer steps that are left, evaluations and checkpoints of a run; returns the last evaluation. Collective.
+    """Runs the remaining steps of a run, with evaluations and checkpoints; returns the last evaluation. Collective.
 
     Raises:
         DivergedError: too many steps in a row had a non-finite gradient.
@@ -325,11 +324,11 @@ def train(
         learning_rate=partial(learning_rate, peak=optimizer.learning_rate, warmup_steps=plan.config.schedule.warmup_steps),
     )
     loop.run()
-    # A run that was stopped after its last step has only this left.
+    # A run that was interrupted after its last step takes no step here, and has no evaluation yet.
     return held_out.result or held_out.run(steps.first_step)
 
 
-def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict[str, float]:
+def bucket_metrics(batch: StepBatch, outcome: NetworkResult, *, plan: Plan) -> dict[str, float]:
     """With dynamic batching, the length of a step's sequences and the share of its tokens that is padding."""
     if plan.config.data.bucket_lengths is None:
         return {}
@@ -338,7 +337,7 @@ def bucket_metrics(batch: StepBatch, outcome: StepResult, *, plan: Plan) -> dict
 
 
 def headline(plan: Plan, device: torch.device) -> str:
-    """One line on what is about to run."""
+    """One line for the log: parameters, layout, steps and batch."""
     parallel, training = plan.config.parallel, plan.config.training
     count = sum(torch.Size(shape).numel() for shape in plan.full_shapes.values())
     return (

@@ -1,4 +1,4 @@
-"""What a start would refuse, warn of or go on with, as far as the run's files are there: for dry runs and planning.
+"""What a start would refuse, warn of or resume from, as far as the run's files exist: for dry runs and planning.
 
 Reads what a start reads and writes nothing. Checks of the machine (GPUs, compilers) are left to the start.
 """

@@ -1,4 +1,4 @@
-"""What a run continues from: found by one rank before any process group exists, read by all, each its own part."""
+"""The checkpoint that a run resumes from: found by one rank before any process group exists; then each rank reads its shards."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from deberta_dist.training.inputs import RunData
 from deberta_dist.training.length import RESULT_NAME, continue_finished, refuse_finished
 from deberta_dist.training.metrics import METRICS_NAME
 
-# What decides which samples a text has, and which comes when.
+# Keys that decide which samples a text has, and their order.
 _ORDER_KEYS = ("training.seed", "data.max_seq_length", "data.document_boundaries", "data.bucket_lengths")
 
 
@@ -33,8 +33,8 @@ class ResumePoint:
     """What a run directory holds.
 
     Attributes:
-        reader: The checkpoint to continue from; None where the run starts anew.
-        damaged: Newer ones that are not whole.
+        reader: The newest complete checkpoint; None if the run starts from the beginning.
+        damaged: Newer checkpoints that are incomplete or fail their checksums.
     """
 
     reader: CheckpointReader | None
@@ -42,23 +42,23 @@ class ResumePoint:
 
 
 def checkpoint_directory(plan: Plan) -> Path:
-    """Where a run keeps its checkpoints."""
+    """The directory of a run's checkpoints."""
     return Path(plan.config.run.directory) / CHECKPOINTS_NAME
 
 
 def is_interrupted(plan: Plan) -> bool:
-    """Whether the run directory holds checkpoints that the run has to continue from. Any rank may ask."""
+    """Whether the run directory holds checkpoints that the run has to resume from. Any rank may call it."""
     directory = checkpoint_directory(plan)
     return plan.config.checkpoint.resume != "never" and (bool(checkpoints(directory)) or is_being_replaced(directory))
 
 
 def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> ResumePoint:
-    """What the run continues from by ``checkpoint.resume``. For rank 0, before any group.
+    """The checkpoint that the run resumes from, by ``checkpoint.resume``. For rank 0, before any process group exists.
 
     Raises:
-        ConfigError: the directory holds a finished run, a run that must not or cannot be continued, or the
-            checkpoint is of another model or tokenizer, or of other sources.
-        CheckpointError: there are checkpoints, and none is whole.
+        ConfigError: the directory holds a finished run, or a run that must not or cannot be resumed, or the checkpoint
+            belongs to another model, tokenizer or set of sources.
+        CheckpointError: there are checkpoints, and none is complete.
     """
     run, directory, resume = Path(plan.config.run.directory), checkpoint_directory(plan), plan.config.checkpoint.resume
     finished_steps = refuse_finished(plan)
@@ -75,15 +75,15 @@ def find_checkpoint(plan: Plan, *, data: RunData, lock: RunLock) -> ResumePoint:
 
 
 def refuse_to_begin(plan: Plan) -> None:
-    """Refuses a run directory that holds a run where the run must not continue one.
+    """Refuses a run directory with a run in it if ``checkpoint.resume`` is "never".
 
     Raises:
-        ConfigError: it does.
+        ConfigError: the directory has metrics or checkpoints.
     """
     run = Path(plan.config.run.directory)
     if plan.config.checkpoint.resume == "never" and ((run / METRICS_NAME).exists() or checkpoints(checkpoint_directory(plan))):
         raise ConfigError(
-            f"run.directory = {run} holds a run already (its metrics or checkpoints are there) and "
+            f"run.directory = {run} already holds a run (it has metrics or checkpoints) and "
             'checkpoint.resume is "never": move it away or give another --run.directory'
         )
 
@@ -91,16 +91,16 @@ def refuse_to_begin(plan: Plan) -> None:
 def check_checkpoint(
     reader: CheckpointReader | None, *, plan: Plan, tokenizer_sha256: str | None, data: RunData | None
 ) -> None:
-    """Refuses what the run cannot continue from. The dry run asks as well, with what of the run's files is there.
+    """Refuses a checkpoint that the run cannot resume from. The dry run calls it too, with the files that exist by then.
 
     Args:
-        reader: The newest checkpoint, None where there is none.
-        plan: The run.
-        tokenizer_sha256: None where the tokenizer is not there yet.
-        data: None where not all texts are there yet.
+        reader: The newest checkpoint, or None.
+        plan: The checked run that is about to start.
+        tokenizer_sha256: SHA-256 of ``data.tokenizer``; None if the file does not exist yet.
+        data: Opened texts; None if some do not exist yet.
 
     Raises:
-        ConfigError: it has to continue and cannot, or the checkpoint is of another model, tokenizer or blend, or
+        ConfigError: the run has to resume and there is no checkpoint; or it belongs to another model, tokenizer or blend, or
             has more steps than the run.
         CheckpointError: its tensors are not those of its configuration.
     """
@@ -108,7 +108,7 @@ def check_checkpoint(
     if reader is None:
         if (run / RESULT_NAME).exists():
             raise ConfigError(
-                f"run.directory = {run} holds a finished run ({RESULT_NAME} is there) and no checkpoint to continue it from: "
+                f"run.directory = {run} holds a finished run (it has {RESULT_NAME}) and no checkpoint to continue it from: "
                 "move it away or give another --run.directory"
             )
         if plan.config.checkpoint.resume == "required":
@@ -131,13 +131,13 @@ def check_checkpoint(
 
 
 def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> None:
-    """Refuses to go on with other sources, proportions or windows where several are blended.
+    """Refuses to resume a blend with other sources, proportions or sequence lengths.
 
-    How many samples each source has given follows from the number of samples and these; with others, some would be
-    read twice and some never. A run of one corpus may go on with another text, which is told (``changed_settings``).
+    They decide, with the number of consumed samples, how far each source has been read; with others, some samples would be
+    read twice and some never. A run of one corpus may resume with another text; the log says so (``changed_settings``).
 
     Raises:
-        ConfigError: with every difference.
+        ConfigError: lists every difference.
     """
     there, here = reader.manifest.run_config["data"], plan.config.data.model_dump(mode="json")
     old, new = there.get("sources", {}), here["sources"]
@@ -151,7 +151,7 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
     old_texts, new_texts = reader.manifest.data_sha256, data.checksums()
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new:
-            found.append(f"data.sources.{name} is {'new' if name in new else 'gone'}")
+            found.append(f"data.sources.{name} is {'new' if name in new else 'missing'}")
             continue
         found += [
             f"data.sources.{name}.{key} = {new[name][key]}, {old[name][key]} there"
@@ -162,13 +162,13 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
             found.append(f"data.sources.{name} is another text")
     if found:
         raise ConfigError(
-            f"{reader.directory} is of a run with other sources: {'; '.join(found)}. Its place in each follows from all "
-            "of them: go on with the same, or start a new run from its weights (training.init and another run.directory)"
+            f"{reader.directory} belongs to a run with other sources: {'; '.join(found)}. The position in each follows from "
+            "all of them: resume with the same, or start a new run from its weights (training.init and another run.directory)"
         )
 
 
 def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan, mesh: Mesh) -> CheckpointReader | None:
-    """Rank 0's choice on every rank. Collective."""
+    """Rank 0's checkpoint, opened on every rank. Collective."""
     step = mesh.broadcast_number(-1 if reader is None else reader.manifest.step)
     if step < 0 or reader is not None:
         return reader
@@ -176,7 +176,7 @@ def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan, mesh: Mesh)
 
 
 def read_shards(reader: CheckpointReader, *, layout: Layout, mesh: Mesh) -> list[ShardState]:
-    """This rank's part of every flat parameter of a network, and nothing else, from a checkpoint of any layout."""
+    """This rank's shard of every flat parameter of a network, and nothing else, from a checkpoint of any layout."""
     network = layout.network
     return reader.read_shards(
         own_flat_layout(layout, mesh=mesh),
@@ -188,13 +188,13 @@ def read_shards(reader: CheckpointReader, *, layout: Layout, mesh: Mesh) -> list
 
 
 def load_state(model: ShardedModel, shards: Sequence[ShardState], *, manifest: Manifest, network: str = "") -> None:
-    """Sets moments, step count and loss scale; the weights were those of ``shards`` when the model was built.
+    """Restores moments, step count and loss scale; the weights were set from ``shards`` when the model was built.
 
     Args:
-        model: This rank's weights.
-        shards: From `read_shards`.
-        manifest: Of the checkpoint.
-        network: Name of the network that the model is.
+        model: A newly built model, before its first step.
+        shards: From `read_shards` of the same checkpoint and network.
+        manifest: The checkpoint's, which has step count and loss scale.
+        network: The network's name; "" for the one whose weights are published.
     """
     store, state = model.store, manifest.networks[network] if network else manifest
     store.load_moments(shards, optimizer_steps=state.optimizer_steps)
@@ -204,9 +204,9 @@ def load_state(model: ShardedModel, shards: Sequence[ShardState], *, manifest: M
 def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[str]:
     """What differs between the run that wrote a checkpoint and this one: ``section.key: old -> new``."""
     new = _flat(plan.config.model_dump(mode="json"))
-    # A key that is younger than the checkpoint had its default then.
+    # A key that did not exist when the checkpoint was written had its default.
     old = {**default_values(), **_flat(manifest.run_config)}
-    # Paths: what is behind them is compared instead. So is the model, whose vocabulary may be written in two ways.
+    # Not paths: the texts are compared by checksum. Nor model.vocab_size, which may be given or derived; the model is compared.
     ignored = ("run.", "data.train", "data.validation", "data.tokenizer", "data.sources", "data.index_directory")
     changed = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
@@ -215,20 +215,21 @@ def changed_settings(plan: Plan, data: RunData, *, manifest: Manifest) -> list[s
     ]
     if any(old.get(key) != new.get(key) for key in _ORDER_KEYS):
         changed.append(
-            "order of the samples: another, from as many of them on; what this epoch has had may come again, what is left "
-            "of it not at all"
+            "order of the samples: changed; the same number is skipped, so some samples of this epoch may be read twice and "
+            "others not at all"
         )
     elif new["data.bucket_lengths"] and old["training.global_batch_size"] != new["training.global_batch_size"]:
         changed.append(
-            "order of the buckets: another, from as many tokens on; sequences of a few steps may come again or not at all"
+            "order of the buckets: changed; the same number of tokens is skipped, so sequences of a few steps may be read twice "
+            "or not at all"
         )
     if manifest.precision != precision(plan.deepspeed):
         changed.append(f"precision: {manifest.precision} -> {precision(plan.deepspeed)}")
     old_texts, new_texts = manifest.data_sha256, data.checksums()
     if old_texts.get(UNNAMED) != new_texts.get(UNNAMED):
-        changed.append("data.train: another text; the samples consumed so far are skipped in its order")
+        changed.append("data.train: another text; as many of its samples are skipped as were consumed")
     if old_texts.get("validation") not in (None, new_texts["validation"]):  # older checkpoints do not say
-        changed.append("data.validation: another text; held-out losses before and from here on are of other targets")
+        changed.append("data.validation: another text; held-out losses before and after this cannot be compared")
     return changed
 
 

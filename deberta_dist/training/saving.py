@@ -1,8 +1,8 @@
-"""Saving while training goes on.
+"""Saves checkpoints while training continues.
 
-The pause of a save is the copy to host memory. A thread per rank writes; between steps the ranks agree
-whether all have written, and only then a thread of rank 0 makes the files a checkpoint and takes old ones away.
-A disk that is full costs the checkpoint, not the run.
+Training pauses only for the copy to host memory. One thread per rank writes; between steps the ranks find out whether all
+have finished, and only then a thread of rank 0 publishes the checkpoint and removes old ones. A full disk costs the
+checkpoint, not the run.
 """
 
 import os
@@ -32,7 +32,7 @@ from deberta_dist.training.resume import checkpoint_directory
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """How long a save held training up, seconds, and when the copy was complete (monotonic clock)."""
+    """Seconds that a save paused training, and when its copy was complete (monotonic clock)."""
 
     wait_seconds: float
     copy_seconds: float
@@ -43,12 +43,12 @@ class Checkpointing:
     """One rank's side of saving a run.
 
     Args:
-        plan: The run.
-        networks: This rank's parts of every network.
-        mesh: The grid.
-        data: Its texts.
-        log: Where saves are told.
-        damaged: Checkpoints found not to be whole; they are not counted among those that are kept.
+        plan: Has the settings of ``[checkpoint]``, and the configuration for the manifest.
+        networks: This rank's parts of every network, in the objective's order.
+        mesh: Its ranks write together.
+        data: Checksums and position of its texts go into the manifest and the log.
+        log: Records every save.
+        damaged: Incomplete checkpoints, which do not count towards ``checkpoint.keep_last``.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class Checkpointing:
         self._plan, self._networks, self._mesh, self._log = plan, networks, mesh, log
         self._data, self._damaged = data, damaged
         self._writer = CheckpointWriter(checkpoint_directory(plan), rank=mesh.rank)
-        # 63 bits of the time and the process, the same on all ranks: whose parts belong together.
+        # 63 bits of time and process id, the same on all ranks: it shows which ranks' files belong together. After a crash
+        # and a restart, files of two attempts at the same step may lie side by side.
         self._token = f"{mesh.broadcast_number((os.getpid() << 40 ^ time.time_ns()) & (1 << 63) - 1):x}"
-        # Where every slice lies follows from the layout: once, not in the pause of every save.
+        # Depends only on the layout: computed once, not in the pause of every save.
         self._tensors = self._tensor_table()
         self._pending: Manifest | None = None
         self._committing: Future[dict[str, Any]] | None = None
@@ -74,12 +75,12 @@ class Checkpointing:
         self._times = SaveTimes(0.0, 0.0, 0.0)
 
     def is_due(self, steps_done: int) -> bool:
-        """Whether a checkpoint belongs after ``steps_done`` steps: every so many, and at the end."""
+        """Whether a checkpoint is due after ``steps_done`` steps: every ``checkpoint.every_steps``, and at the end."""
         every = self._plan.config.checkpoint.every_steps
         return steps_done == self._plan.config.training.max_steps or (every > 0 and steps_done % every == 0)
 
     def save(self, *, step: int, consumed_samples: int) -> None:
-        """Copies this rank's state and starts writing it. Collective; the one before is finished first."""
+        """Copies this rank's state and starts writing it, after finishing the checkpoint before. Collective."""
         asked = time.monotonic()
         self.poll(wait=True)
         started = time.monotonic()
@@ -90,10 +91,10 @@ class Checkpointing:
         self._writer.begin(step, shards=shards, token=self._token)
 
     def poll(self, *, wait: bool = False) -> None:
-        """Finishes an outstanding checkpoint if every rank has written its part. Collective while one is outstanding.
+        """Finishes an outstanding checkpoint if every rank has written its files. Collective while one is outstanding.
 
         Args:
-            wait: Return when it is finished: for the end of a run, and before the next checkpoint.
+            wait: Wait until it is finished: at the end of a run, and before the next checkpoint.
         """
         self._agree(wait=wait)
         if self._committing is not None and (wait or self._committing.done()):
@@ -105,7 +106,7 @@ class Checkpointing:
         if self._pending is None:
             return
         state = self._writer.wait() if wait else self._writer.state
-        # On the host: the device goes on with the steps that are queued.
+        # A tensor on the host goes over gloo: over NCCL it would wait behind the steps queued on the device.
         counts = torch.tensor([state.status == "written", state.status == "failed"]).int()
         dist.all_reduce(counts)
         written, failed = counts.tolist()
@@ -118,7 +119,7 @@ class Checkpointing:
             self._writer.abandon()
             self._log.say(
                 f"warning: no checkpoint of step {manifest.step}: {failed} of {self._mesh.shape.world_size} ranks could "
-                "not write; older checkpoints are intact, the run goes on"
+                "not write; older checkpoints are intact, the run continues"
             )
         elif self._mesh.rank == 0:
             self._committing = self._pool.submit(self._commit, manifest, self._times)
@@ -126,7 +127,7 @@ class Checkpointing:
             self._writer.release()
 
     def _commit(self, manifest: Manifest, times: SaveTimes) -> dict[str, Any]:
-        """In a thread: what the log is to hold of the finished checkpoint."""
+        """Publishes a checkpoint, in a thread; returns what the log records of it."""
         settings = self._plan.config.checkpoint
         path = self._writer.commit(
             manifest, keep_last=settings.keep_last, keep_every=settings.keep_every, damaged=self._damaged
@@ -144,7 +145,7 @@ class Checkpointing:
         try:
             self._log.checkpoint(**committing.result())
         except CheckpointError as error:
-            self._log.say(f"warning: {error}; the run goes on")
+            self._log.say(f"warning: {error}; the run continues")
 
     def _tensor_table(self) -> dict[str, TensorEntry]:
         shape, table, first_flat = self._mesh.shape, {}, 0

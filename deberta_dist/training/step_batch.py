@@ -1,4 +1,4 @@
-"""A step's batch as the device gets it: all that the host knows of it, in one pinned buffer and one copy.
+"""A step's batch for the device: ids, masks, targets and counts in one pinned buffer, sent by one copy.
 
 Letters: M micro-batches of B sequences of S tokens, R = M B rows, T and P targets as in `models.targets`.
 """
@@ -25,10 +25,10 @@ class StepBatch:
     Attributes:
         input_ids: int64 [R, S].
         attention_mask: 1 for real tokens, int64 [R, S].
-        document_ids: int64 [R, S], see `Batch`; None where a sequence is one text.
-        targets: of each micro-batch.
-        counts: int64 [2], see `COUNTS`.
-        pinned: where all of them lie, for a GPU.
+        document_ids: int64 [R, S], see `Batch`; None if a sequence is one text.
+        targets: one for each micro-batch, in order.
+        counts: targets and tokens of all micro-batches, int64 [2], see `COUNTS`.
+        pinned: the host buffer that all tensors are views of; None on a CPU.
     """
 
     input_ids: Tensor
@@ -39,8 +39,11 @@ class StepBatch:
     pinned: PinnedTensors | None = None
 
     def to(self, device: torch.device) -> "StepBatch":
-        """The same on a device, by one copy; does not wait for it."""
-        return self if device.type == "cpu" else self._made_of(self.pinned.to(device))
+        """The batch on a device, by one copy, without waiting for it."""
+        if device.type == "cpu":
+            return self
+        assert self.pinned is not None, "packed for this device"
+        return self._made_of(self.pinned.to(device))
 
     def _tensors(self) -> list[Tensor]:
         documents = [] if self.document_ids is None else [self.document_ids]
@@ -50,10 +53,7 @@ class StepBatch:
     def _made_of(self, tensors: Sequence[Tensor], pinned: PinnedTensors | None = None) -> "StepBatch":
         counts, input_ids, attention_mask, *rest = tensors
         documents = None if self.document_ids is None else rest.pop(0)
-        targets = tuple(
-            Targets(*rest[4 * number : 4 * number + 4], num_targets=here.num_targets, width=here.width)
-            for number, here in enumerate(self.targets)
-        )
+        targets = tuple(here.made_of(rest[4 * number : 4 * number + 4]) for number, here in enumerate(self.targets))
         return StepBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -65,13 +65,13 @@ class StepBatch:
 
 
 def pack(batch: Batch, *, num_micro_batches: int, device: torch.device, sizes: TargetSizes | None = None) -> StepBatch:
-    """Finds the targets of a batch and lays everything into one buffer, pinned for a GPU. Called ahead of the step.
+    """Finds the targets of a batch and, for a GPU, copies everything into one pinned buffer. Called ahead of the step.
 
     Args:
-        batch: M micro-batches, stacked.
-        num_micro_batches: M.
-        device: that the batch will be copied to.
-        sizes: to pad the targets to; absent: they are not padded.
+        batch: M micro-batches, stacked, on the host.
+        num_micro_batches: M; divides the batch's rows.
+        device: the device that the batch will be copied to.
+        sizes: sizes to pad the targets to; None for no padding.
     """
     is_target, targets = batch.labels > 0, []
     for rows, labels in zip(is_target.chunk(num_micro_batches), batch.labels.chunk(num_micro_batches), strict=True):

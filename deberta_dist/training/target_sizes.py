@@ -1,8 +1,8 @@
-"""Few sizes for the targets of micro-batches, so that a GPU sees few shapes: of memory, of products, of kernels.
+"""A few sizes for the targets of micro-batches, so that a GPU sees few shapes of memory, products and kernels.
 
-Every micro-batch has another number of targets. On a GPU they are padded to one of at most `NUM_SIZES` sizes for each
-shape of a micro-batch, chosen for the text and the masking of the run: the sizes that pad a sample of its micro-batches
-least. On a CPU shapes cost nothing and nothing is padded.
+Every micro-batch has a different number of targets. On a GPU they are padded to one of at most `NUM_SIZES` sizes for each
+shape of a micro-batch: those that pad a sample of the run's micro-batches least. On a CPU a new shape costs nothing, and
+nothing is padded.
 
 Letters: B sequences, S tokens, T targets of the sequence that has most, P targets.
 """
@@ -27,8 +27,8 @@ class TargetSizes:
     """The sizes of a run.
 
     Args:
-        counts: Targets of each of a sample of sequences, by shape (B, S) of a micro-batch; none of a shape leaves its
-            micro-batches as they are.
+        counts: Shape (B, S) of a micro-batch -> numbers of targets of sampled sequences. Micro-batches of a shape without a
+            sample are not padded.
     """
 
     def __init__(self, counts: Mapping[tuple[int, int], Sequence[int]]) -> None:
@@ -40,7 +40,7 @@ class TargetSizes:
         return self._sizes[shape]
 
     def of(self, is_target_BS: Tensor) -> Size:
-        """The smallest that a micro-batch fits in; its own where it is larger than any."""
+        """The smallest size that a micro-batch fits in; its own if it is larger than all."""
         counts = is_target_BS.sum(dim=1)
         number, width = int(counts.sum()), max(int(counts.max()), 1)
         sizes = self._sizes.get(tuple(is_target_BS.shape), ())
@@ -58,7 +58,7 @@ class TargetSizes:
 
 
 def num_sampled(batch: int) -> int:
-    """Sequences to take the sample of micro-batches of B sequences from."""
+    """Number of sequences to sample for micro-batches of B sequences; a multiple of B."""
     return max(SAMPLED_MICRO_BATCHES * batch, LEAST_SAMPLED_SEQUENCES // batch * batch)
 
 
@@ -68,7 +68,7 @@ def count_targets(labels_BS: Tensor) -> list[int]:
 
 
 def _micro_batches(counts: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """P and T of the micro-batches that the sequences make."""
+    """P and T of the micro-batches that consecutive sequences form."""
     rows = counts[: len(counts) // batch * batch].reshape(-1, batch)
     return rows.sum(axis=1), rows.max(axis=1)
 
@@ -77,7 +77,7 @@ def _choose(counts: np.ndarray, batch: int, length: int) -> tuple[Size, ...]:
     """Sizes for micro-batches of ``batch`` sequences whose targets are like ``counts``."""
     numbers, widths = _micro_batches(counts, batch)
     numbers, widths = np.maximum(numbers, 1), np.maximum(widths, 1)
-    # The largest has room for more than the sample has shown.
+    # The largest size leaves room for more targets than the sample has shown.
     widest = min(length, _round_up(int(1.25 * widths.max()) + _WIDTH_MULTIPLE, _WIDTH_MULTIPLE))
     most = min(batch * widest, math.ceil(numbers.max() + _MARGIN * numbers.std()))
     order = np.argsort(numbers, kind="stable")
@@ -97,7 +97,7 @@ def _cuts(numbers: np.ndarray, most: int) -> list[int]:
     """
     total = np.concatenate([[0], np.cumsum(numbers)])
     count = len(numbers)
-    # best[stop]: padding of the first ``stop`` numbers in so many groups, and the cuts.
+    # best[stop]: least padding of the first ``stop`` numbers with the current number of groups, and the cuts.
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     finished: list[tuple[float, list[int]]] = []
     for _ in range(NUM_SIZES):
@@ -117,7 +117,7 @@ def _cuts(numbers: np.ndarray, most: int) -> list[int]:
 
 
 def _aligned(number: int) -> int:
-    """Up to a multiple of 8, which products like, where that is little."""
+    """Rounds up to a multiple of 8, which tensor cores prefer, if that adds little."""
     return _round_up(number, 8) if number >= 256 else number
 
 

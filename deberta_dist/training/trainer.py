@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation, of a parallel run.
 
-The loop above knows nothing of parallelism: it asks for step s and gets its loss. Everything random in a
-step is a function of (seed, step), so a step is the same wherever and whenever it runs.
+The loop above knows nothing of parallelism: it asks for step s and gets its loss. Everything random in a step is a function
+of (seed, step), so a step is the same on any layout and after any resume.
 """
 
 import itertools
@@ -25,16 +25,20 @@ from deberta_dist.training.target_sizes import TargetSizes
 
 @dataclass(frozen=True)
 class NetworkResult:
-    """What one optimizer step was for one of several networks.
+    """What one optimizer step was for one network.
 
     Attributes:
         loss: Mean over what its loss is the mean over (nats), before the update.
         grad_norm: Global norm of its gradient before clipping; None when no rank stepped.
+        learning_rate: Of its step.
+        num_tokens: Tokens of the step over all ranks, padding left out.
         sums: What its last stage added up, over all ranks, by `TrainedNetwork.results`.
     """
 
     loss: float
     grad_norm: float | None
+    learning_rate: float
+    num_tokens: int
     sums: Mapping[str, float]
 
 
@@ -47,7 +51,7 @@ class StepResult:
         grad_norm: Global norm before clipping, over all networks; None when one of them was skipped.
         num_targets: Targets of the step over all ranks.
         num_tokens: Tokens of the step over all ranks, padding left out.
-        networks: Of each network by name.
+        networks: What the step did to each network, by its name.
     """
 
     loss: float
@@ -70,23 +74,25 @@ class EvaluationResult:
         loss: Mean over all targets (nats).
         accuracy: Share of targets whose most likely answer is the right one.
         num_targets: How many there were.
+        counted: What they are: one of `step_batch.COUNTS`.
     """
 
     loss: float
     accuracy: float
     num_targets: int
+    counted: str = "targets"
 
 
 class Trainer:
     """Drives the parts of one rank.
 
     Args:
-        parts: From ``build``, of every network of the objective, in its order.
-        mesh: The grid.
-        seed: Seed of dropout.
-        objective: What stands between the networks; a network alone is its own.
+        *parts: From ``build``, one for every network of the objective, in its order.
+        mesh: The mesh that the parts were built on.
+        seed: ``training.seed``, mixed into the dropout keys.
+        objective: The networks and their relations; None for a single network.
 
-    A batch that is `pack`-ed ahead, in another thread, costs the step one copy; any other is packed here.
+    A batch that another thread has `pack`-ed costs the step one copy; any other is packed in the step.
     """
 
     def __init__(self, *parts: TrainingComponents, mesh: Mesh, seed: int, objective: Objective | None = None) -> None:
@@ -100,15 +106,15 @@ class Trainer:
 
     @property
     def parts(self) -> TrainingComponents:
-        """Of the network whose weights are the run's result."""
+        """The parts of the network whose weights are the run's result."""
         return self.networks[self.objective.main]
 
     def pack(self, batch: Batch, *, sizes: TargetSizes | None = None) -> StepBatch:
-        """Makes a batch of this data-parallel rank ready for `step`, in any thread.
+        """Prepares a batch of this data rank for `step`, in any thread.
 
         Args:
-            batch: This rank's micro-batches, stacked.
-            sizes: To pad the targets to; absent: they are not padded.
+            batch: This rank's micro-batches, stacked, [M * B, S].
+            sizes: Sizes to pad the targets to; None for no padding.
         """
         count, device = self.parts.runner.num_micro_batches, self._mesh.device
         return pack(batch, num_micro_batches=count, device=device, sizes=sizes)
@@ -119,23 +125,25 @@ class Trainer:
         Args:
             batch: This data-parallel rank's micro-batches, stacked or packed.
             step: Number of the step, from 0.
-            learning_rate: For this step.
+            learning_rate: Of the run in this step; a network has its own factor on it.
         """
         here = self._here(batch)
         # Of all micro-batches on all replicas: sequences of a bucket may be many or few, every target weighs the same.
         counts = here.counts.clone()
         dist.all_reduce(counts, group=self._mesh.groups["data"])
+        rates = [network.learning_rate_factor * learning_rate for network in self.objective.networks]
         halves, sums, norms, known, handed = [], [], [], [], None
         for parts in self.networks:
             half, handed = self._reduce(parts, here, step=step, counts=counts, handed=handed)
             halves.append(half)
             is_last = len(sums) + len(halves) == len(self.networks)
             if is_last or not self.objective.is_joint:
+                now = slice(len(sums), len(sums) + len(halves))
                 found, known, norm = apply_halves(
-                    halves, learning_rate=learning_rate, may_step=None not in norms, known=counts if is_last else None
+                    halves, learning_rates=rates[now], may_step=None not in norms, known=counts if is_last else None
                 )
                 sums, norms, halves = sums + found, [*norms, norm], []
-        return self._result(sums, norms, num_targets=int(known[0]), num_tokens=int(known[1]))
+        return self._result(sums, norms, rates, num_targets=int(known[0]), num_tokens=int(known[1]))
 
     def _reduce(
         self, parts: TrainingComponents, here: StepBatch, *, step: int, counts: Tensor, handed: Tensor | None
@@ -161,13 +169,13 @@ class Trainer:
         return half, self._hand_on(network, found, like=here)
 
     def _fold(self, network: TrainedNetwork) -> None:
-        """Before a gather: what the network reads of others' tables."""
+        """Before a gather: adds the tables of other networks that this one reads."""
         for fold in self.objective.folds_of(network.name):
             store, base = (self._by_name[name].sharded_model.store for name in (fold.reader, fold.owner))
             store.fold(fold.table, base)
 
     def _hand_on(self, network: TrainedNetwork, found: Tensor | None, *, like: StepBatch) -> Tensor | None:
-        """Ids from the last pipeline rank on all: the first needs them, the others cost nothing on a wire. Collective."""
+        """Broadcasts the last stage's ids over the pipeline ranks, of which the first needs them. Collective."""
         if not network.hands_on:
             return None
         ids = torch.empty_like(like.input_ids) if found is None else found.contiguous()
@@ -175,15 +183,23 @@ class Trainer:
         return ids
 
     def _result(
-        self, sums: Sequence[Sequence[float]], norms: Sequence[float | None], *, num_targets: int, num_tokens: int
+        self,
+        sums: Sequence[Sequence[float]],
+        norms: Sequence[float | None],
+        rates: Sequence[float],
+        *,
+        num_targets: int,
+        num_tokens: int,
     ) -> StepResult:
         networks, loss = {}, 0.0
-        for number, (network, found) in enumerate(zip(self.objective.networks, sums, strict=True)):
+        for number, (network, found, rate) in enumerate(zip(self.objective.networks, sums, rates, strict=True)):
             by_name = dict(zip(network.results, found, strict=True))
             own = by_name["loss"] / max(by_name[network.mean_over], 1)
             loss += network.loss_weight * own
             norm = norms[0 if self.objective.is_joint else number]
-            networks[network.name] = NetworkResult(loss=own, grad_norm=norm, sums=by_name)
+            networks[network.name] = NetworkResult(
+                loss=own, grad_norm=norm, learning_rate=rate, num_tokens=num_tokens, sums=by_name
+            )
         return StepResult(
             loss=loss,
             grad_norm=None if None in norms else norms[0] if len(norms) == 1 else math.hypot(*norms),
@@ -193,11 +209,11 @@ class Trainer:
         )
 
     def evaluate(self, batches: Iterable[Batch | StepBatch]) -> EvaluationResult:
-        """Of the network whose weights are the run's result; see `evaluate_networks`. Collective."""
+        """Evaluates the network whose weights are the run's result; see `evaluate_networks`. Collective."""
         return self.evaluate_networks(batches)[""]
 
     def evaluate_networks(self, batches: Iterable[Batch | StepBatch]) -> dict[str, EvaluationResult]:
-        """Forward passes of every network, by name, without dropout over this data-parallel rank's batches. Collective."""
+        """Evaluates every network without dropout on this data rank's batches; results by network name. Collective."""
         found: dict[str, EvaluationResult] = {}
         if len(self.networks) > 1:  # one network after the other takes all of them
             batches = list(batches)
@@ -218,15 +234,18 @@ class Trainer:
             by_name = dict(zip(network.results, totals.tolist(), strict=True))
             count = by_name[network.mean_over]
             found[network.name] = EvaluationResult(
-                loss=by_name["loss"] / max(count, 1), accuracy=by_name["correct"] / max(count, 1), num_targets=int(count)
+                loss=by_name["loss"] / max(count, 1),
+                accuracy=by_name["correct"] / max(count, 1),
+                num_targets=int(count),
+                counted=network.mean_over,
             )
         return found
 
     def _dropout_keys(self, step: int, *, network: TrainedNetwork) -> list[int]:
-        """Keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""
+        """Dropout keys of this rank's micro-batches: functions of their number in the global batch, not of the layout."""
         count = self.parts.runner.num_micro_batches
         first = self._mesh.mesh_rank.data * count
-        # 63 bits, as keys once travelled: their runs go on with the same masks.
+        # 63 bits, because earlier versions sent keys as int64, and their runs have to resume with the same masks.
         return [mix_key(self._seed, step, number, *network.own_key) >> 1 for number in range(first, first + count)]
 
     def _here(self, batch: Batch | StepBatch) -> StepBatch:

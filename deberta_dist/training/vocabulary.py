@@ -27,10 +27,10 @@ def resolve_vocabulary(config: RunConfig) -> RunConfig:
     A given number stays, and that of a ``model.config``. ``"auto"``, and a preset without a number, become in this order:
     the rows of the checkpoints that the run continues from, those of ``training.init``, the tokens of ``data.tokenizer``
     rounded up. A preset's own number stays where it is no more than that and no less than the tokens. Where
-    none of these files is there yet, a preset keeps its own number and the configuration is returned as it is.
+    none of these files exists yet, a preset's own number stays and the configuration is returned unchanged.
 
     Raises:
-        ConfigError: ``"auto"`` and none of the files is there; or the run continues with another tokenizer.
+        ConfigError: ``"auto"`` and none of the files exists; or the run continues with another tokenizer.
         DataError: the tokenizer cannot be read.
         CheckpointError: ``training.init`` cannot be read.
     """
@@ -59,7 +59,9 @@ def expects_vocabulary(config: RunConfig) -> bool:
 def _rows(config: RunConfig, *, preset: object | None) -> int | None:
     tokenizer, init = config.data.tokenizer, config.training.init
     if config.checkpoint.resume != "never" and (manifest := _manifest_of_run(config.run.directory)) is not None:
-        if tokenizer.exists():  # a larger one would be told to raise the number, which is the checkpoint's
+        if (
+            tokenizer.exists()
+        ):  # compared first: the message for a larger one would say to raise a number that is the checkpoint's
             sha256 = Tokenizer(tokenizer).sha256
             compatible(manifest, model_config=manifest.model_config, tokenizer_sha256=sha256)
         return manifest.model_config[_KEY]

@@ -33,7 +33,7 @@ def a_round(scale: float = 1.0) -> dict[str, Any]:
 
 
 def sum_of(plan, layers: range):
-    forward, backward = stage_work(plan, layers, has_fused_attention=False)
+    forward, backward = stage_work(plan.main, layers, has_fused_attention=False)
     return forward + backward
 
 

@@ -33,7 +33,7 @@ def test_counted_is_the_formula(found: dict[str, Any]) -> None:
     for is_sequence in (False, True):
         rows = [row["bytes"] for row in found["rows"] if row["tensor"] == 2 and row["sequence_parallel"] is is_sequence]
         assert rows[1]["tensor"] == 2 * rows[0]["tensor"] > 0
-        assert rows[1]["tie_lend"] == rows[0]["tie_lend"] > 0
+        assert rows[1]["tie_broadcast"] == rows[0]["tie_broadcast"] > 0
 
 
 def test_the_peer_grows_with_the_micro_batches(found: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def test_all_takes_what_the_data_holds_in_order(start_directory: Path, tmp_path:
         (["--schedule.warmup_steps", "50"], "schedule.warmup_steps = 50 is more than the 6 steps"),
         (["--intermediate", "MNLI", "--task", "WSC"], "would serve nothing: of MNLI, WSC none has"),
         (["--intermediate", "SNLI"], "invalid choice: 'SNLI'"),
-        (["--world-size", "2"], "belongs to --dry-run"),
+        (["--world-size", "2"], "is for --dry-run only"),
         (["--mnli", "somewhere"], "--mnli belongs to --intermediate MNLI or --task MNLI"),
         (["--task", "COPA", "--sift", "--sift.loss", "mse"], "choices take kl or symmetric_kl"),
         (["RTE"], "'RTE' is not of the form --section.key value"),

@@ -213,7 +213,7 @@ def train(case: Case) -> dict[str, Any]:
     trainer = make_trainer(case)
     model = trainer.parts.sharded_model
     gradients: dict[str, torch.Tensor] = {}
-    collect = model.collect_gradients
+    collect = model.reduce_ties
 
     def collect_and_remember() -> None:
         collect()
@@ -221,7 +221,7 @@ def train(case: Case) -> dict[str, Any]:
             scale = trainer.parts.sharded_model.store.loss_scale * case.data
             gradients.update({n: g.detach().clone() / scale for n, g in model._owned_gradients.items()})
 
-    model.collect_gradients = collect_and_remember
+    model.reduce_ties = collect_and_remember
     history = []
     for step in range(case.steps):
         result = trainer.step(own_batch(case, step), step=step, learning_rate=LEARNING_RATE)

@@ -108,7 +108,7 @@ def test_a_run_on_a_full_disk_is_finished_when_there_is_room(corpus: Path, tmp_p
     assert second, done.stdout + done.stderr
     assert "older checkpoints are intact" in first and "step 12/12" in first
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "weights is not written" in message and "make room and start the same command again" in message
+    assert "weights is not written" in message and "make room and run the same command again" in message
     listed, _, second = second.partition("continues from")
     assert "step-00000002" in listed and "latest" in listed and ".tmp" not in listed
     assert "second start: 0" in second and "result.json" in second and ".tmp" not in second

@@ -213,7 +213,7 @@ def test_half_precision_scores_are_float32(dtype, implementation):
         ({"dropout_p": 1.0}, r"dropout_p = 1.0 is not in \[0, 1\)"),
         ({"implementation": "quick"}, "'quick' is not one of fused, portable, reference"),
         ({"implementation": "portable", "return_probabilities": True}, "portable .* returns no probabilities"),
-        ({"implementation": "fused", "return_probabilities": True}, "'fused' cannot be had: .* needs an NVIDIA GPU"),
+        ({"implementation": "fused", "return_probabilities": True}, "'fused' is not available: .* needs an NVIDIA GPU"),
     ],
 )
 def test_refusals(options, message):

@@ -16,14 +16,14 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels.fused.layouts import reads
 from deberta_dist.kernels.fused.tiles import HEAD_SIZES
+from tests.kernels.fused_reads import reads
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMPILE = """
 import json, sys
-from deberta_dist.kernels.fused.layouts import reads
-from deberta_dist.kernels.fused.resources import compiled_kernels, resources
+from tests.kernels.fused_reads import reads
+from tests.kernels.fused_resources import compiled_kernels, resources
 found = {}
 for name, kernel in compiled_kernels(**json.loads(sys.argv[1])).items():
     all_read = [(read.argument, read.shape, read.neighbours(0)) for read in reads(kernel.asm["ttgir"])]
@@ -32,7 +32,7 @@ print(json.dumps(found))
 """
 _COMPILE_ROWS = """
 import json, sys
-from deberta_dist.kernels.fused.resources import compiled_row_kernels, resources
+from tests.kernels.fused_resources import compiled_row_kernels, resources
 kernels = compiled_row_kernels(**json.loads(sys.argv[1]))
 print(json.dumps({name: resources(kernel)._asdict() for name, kernel in kernels.items()}))
 """

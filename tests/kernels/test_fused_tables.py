@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(changes, message):
 def test_without_a_gpu_it_says_so_even_where_the_interpreter_would_do():
     reason = unavailable_reason(TOKENS, positions=POSITIONS, mask=None)
     assert reason == "the fused attention needs an NVIDIA GPU; the tensors are on cpu"
-    with pytest.raises(ValueError, match="'fused' cannot be had: the fused attention needs an NVIDIA GPU"):
+    with pytest.raises(ValueError, match="'fused' is not available: the fused attention needs an NVIDIA GPU"):
         disentangled_attention(TOKENS, TOKENS, TOKENS, positions=POSITIONS, implementation="fused")
     assert prefers_position_scores(TOKENS, positions=POSITIONS, mask=None)
 
@@ -174,7 +174,7 @@ def test_no_compiler_is_a_reason(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     assert "needs a C compiler" in reason_on_a_gpu()
     assert not fuses_rows(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 8)))
-    with pytest.raises(ConfigError, match="training.compile = true cannot be had: Triton needs a C compiler"):
+    with pytest.raises(ConfigError, match="training.compile = true is not available: Triton needs a C compiler"):
         require_compiler("cuda")
     monkeypatch.setenv("CC", "/opt/cc")
     availability.compiler_reason.cache_clear()

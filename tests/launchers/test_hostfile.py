@@ -45,7 +45,7 @@ def test_read(hosts: Write) -> None:
     [
         ("node1\n", 'line 1: "node1"; expected NAME slots=NUMBER'),
         ("# x\nnode1 slots=2\nnode2 slots=\n", "line 3"),
-        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 stands there twice"),
+        ("node1 slots=2\nnode1 slots=4\n", "line 2: node1 is listed twice"),
         ("node1 slots=0\n", "line 1: node1 has slots=0"),
         ("node1 slots=-2\n", "line 1"),
         ("node1 slots=2.5\n", "line 1"),
@@ -91,8 +91,8 @@ def test_no_hostfile_where_one_is_named(flag: list[str], what: str, tmp_path: Pa
         ("-e a@b", "leaves no machine"),
         ("-e a:0,1,2,3,4,5,6,7@b", "leaves no machine"),
         ("--no_ssh", "needs --node_rank"),
-        ("--no_ssh --node_rank 2", "0 to 1, got 2"),
-        ("--no_ssh --node_rank 1 --num_nodes 1", "0 to 0, got 1"),
+        ("--no_ssh --node_rank 2", "0 to 1; got 2"),
+        ("--no_ssh --node_rank 1 --num_nodes 1", "0 to 0; got 1"),
     ],
 )
 def test_placement_that_the_hostfile_does_not_have(words: str, said: str, hosts: Write) -> None:

@@ -213,6 +213,40 @@ def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_setup_makes_the_command(tmp_path: Path) -> None:
+    checkout, elsewhere = tmp_path / "a checkout", tmp_path / "elsewhere"
+    checkout.mkdir()
+    elsewhere.mkdir()
+    for name in ("launchers", "pyproject.toml", "deberta_dist"):
+        (checkout / name).symlink_to(ROOT / name)
+    (checkout / "launchers").unlink()
+    (checkout / "launchers").mkdir()
+    for path in (ROOT / "launchers").glob("*.*"):
+        (checkout / "launchers" / path.name).write_bytes(path.read_bytes())
+    venv = checkout / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    (packages / "pip.py").touch()  # installs nothing
+    command = venv / "bin" / "deberta-dist"
+
+    def set_up() -> None:
+        result = bare_shell(str(checkout / "launchers" / "setup_env.sh"), PYTORCH_CPU_INDEX="")
+        assert result.returncode == 0, result.stderr
+
+    set_up()
+    made = command.stat().st_mtime_ns
+    shown = subprocess.run([str(command), "--version"], cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("deberta-dist ")
+    unknown = subprocess.run([str(command), "two words"], cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2
+    assert "'two words' is not a verb" in unknown.stderr
+    set_up()
+    assert command.stat().st_mtime_ns == made
+    command.write_text("#!/bin/sh\necho by pip\n")
+    set_up()
+    assert command.read_text() == "#!/bin/sh\necho by pip\n"
+
+
 def test_requirements_satisfy_the_ranges() -> None:
     lines = (ROOT / "launchers" / "requirements.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)

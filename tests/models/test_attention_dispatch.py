@@ -75,7 +75,7 @@ def test_a_wish_is_a_must(gpu):
     options = {"dtype": torch.bfloat16, "where": "run.toml: training.attention"}
     for wish in ("auto", "portable", "reference"):
         require_attention(wish, preset("tiny-v2"), device=CPU, **options)
-    with pytest.raises(ConfigError, match='run.toml: training.attention = "fused" cannot be had: .* needs an NVIDIA GPU'):
+    with pytest.raises(ConfigError, match='run.toml: training.attention = "fused" is not available: .* needs an NVIDIA GPU'):
         require_attention("fused", preset("tiny-v2"), device=CPU, **options)
     gpu("3.6.0")
     require_attention("fused", preset("tiny-v2", attention_head_size=64), device=GPU, **options)
@@ -103,5 +103,5 @@ def test_every_layer_does_what_was_asked(wish):
 def test_what_cannot_be_had_is_not_replaced():
     model = DebertaForMaskedLM(preset("tiny-v2"))
     set_attention(model, "fused")
-    with pytest.raises(ValueError, match="implementation = 'fused' cannot be had"):
+    with pytest.raises(ValueError, match="implementation = 'fused' is not available"):
         model(torch.ones(1, 4, dtype=torch.int64))

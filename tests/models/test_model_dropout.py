@@ -59,7 +59,7 @@ def test_parts_of_a_sequence_get_their_parts_of_the_mask(shape):
         found = []
         for number in range(parts):
             part = Dropout(0.5, site=2)
-            part.sequence_part = (number, parts)
+            part.sequence_shard = (number, parts)
             found.append(part(torch.ones(shape[0], shape[1] // parts, shape[2]), 9))
         assert torch.equal(torch.cat(found, dim=1), expected)
 

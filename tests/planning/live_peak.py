@@ -37,18 +37,18 @@ def step_peaks(trainer: Trainer, case: Case) -> dict[str, int]:
 
 def _peaks_of_one_step(trainer: Trainer, batch: Batch, *, step: int) -> dict[str, int]:
     model, peaks = trainer.parts.sharded_model, {}
-    collect_gradients = model.collect_gradients
+    reduce_ties = model.reduce_ties
 
     def look_and_collect() -> Any:
         peaks["in_micro_batches"], live.peak = live.peak, live.now
-        return collect_gradients()
+        return reduce_ties()
 
-    model.collect_gradients = look_and_collect
+    model.reduce_ties = look_and_collect
     with LiveBytes() as live:
         # As copied to a device.
         ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
         here = Batch(input_ids=ids, attention_mask=mask, labels=batch.labels)
         trainer.step(here, step=step, learning_rate=LEARNING_RATE)
     peaks["in_reduction"] = live.peak
-    model.collect_gradients = collect_gradients
+    model.reduce_ties = reduce_ties
     return peaks

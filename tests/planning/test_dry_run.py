@@ -106,8 +106,8 @@ def test_sequence_parallelism_keeps_and_sends_between_stages_less() -> None:
         assert 2 * other.communication.pipeline_activations == one.communication.pipeline_activations
         assert other.memory.activations < one.memory.activations
         assert (other.owned, other.memory.weights, other.flops) == (one.owned, one.memory.weights, one.flops)
-        assert other.communication.tie_lend == one.communication.tie_lend
-        assert other.communication.tie_collect > one.communication.tie_collect, "gradients of LayerNorms are parts of sums"
+        assert other.communication.tie_broadcast == one.communication.tie_broadcast
+        assert other.communication.tie_reduce > one.communication.tie_reduce, "gradients of LayerNorms are parts of sums"
     # A rank without embeddings and convolution: 10 halves of what were 4 all-reduces.
     assert 4 * after[-1].communication.tensor_layers == 10 * before[-1].communication.tensor_layers
     text = describe(plan)
@@ -161,8 +161,9 @@ def test_long_stages_are_what_measuring_all_their_layers_gives(recompute: str, s
                 "recompute": recompute,
                 "sequence_parallel": sequence_parallel,
             }
-            measured = activations._measure(MaskedLMNetwork(config=config), **options)
-            estimated = activations.stage_activations(MaskedLMNetwork(config=config), **options)
+            case = activations.StageCase(**options)
+            measured = activations._measure(MaskedLMNetwork(config=config), case)
+            estimated = activations.stage_activations(MaskedLMNetwork(config=config), case)
             assert (estimated.saved, estimated.logits) == (measured.saved, measured.logits), (name, layers)
             # Where the embeddings' gradient is the highest moment, the estimate is a little high for short stages.
             assert measured.working <= estimated.working <= 1.05 * measured.working, (name, layers)

@@ -10,7 +10,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from deberta_dist.models.flops import forward_flops
 from deberta_dist.parallel.layout import Layout, plan_layout
-from deberta_dist.planning.activations import local_model, stage_activations
+from deberta_dist.planning.activations import StageCase, local_model, stage_activations
 from deberta_dist.planning.communication import MicroBatchTargets, rank_communication
 from deberta_dist.planning.memory import micro_batches_in_flight, rank_memory
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
@@ -32,8 +32,8 @@ FUNCTIONS = {
     "all_gather_into_tensor": "zero_gather",
     "reduce_scatter_single": "zero_reduce",
     "reduce_scatter_tensor": "zero_reduce",
-    "broadcast": "tie_lend",
-    "reduce": "tie_collect",
+    "broadcast": "tie_broadcast",
+    "reduce": "tie_reduce",
     "all_reduce": "tensor",
 }
 
@@ -82,14 +82,16 @@ def run_and_count(case: Case) -> dict[str, Any]:
     model, mesh = trainer.parts.sharded_model, trainer._mesh
     tensor_group[0] = mesh.groups["tensor"]
     gathered = {}
-    collect = model.collect_gradients
+    collect = model.reduce_ties
 
     def look_and_collect() -> None:
         gathered.update(model.store.resident_bytes())
-        gathered["borrowed"] = sum(model.model.get_parameter(n).nbytes for n in model._ties.borrowed_names)
+        gathered["borrowed"] = sum(
+            model.model.get_parameter(n).nbytes for n in model._parameters if n not in model.store.layout.places
+        )
         collect()
 
-    model.collect_gradients = look_and_collect
+    model.reduce_ties = look_and_collect
     for step in range(3):  # DeepSpeed compares its trace between ranks in the first two
         counts.clear()
         batch = own_batch(case, step)
@@ -114,7 +116,7 @@ def run_and_count(case: Case) -> dict[str, Any]:
         "targets": [(int(row.sum()), int(row.max())) for row in per_sequence],
         "place": (mesh.mesh_rank.pipeline, mesh.mesh_rank.tensor),
     }
-    model.collect_gradients = collect
+    model.reduce_ties = collect
     return {**found, "peaks": step_peaks(trainer, case)}
 
 
@@ -207,13 +209,15 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
     found = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
     measured = stage_activations(
         MaskedLMNetwork(config=config),
-        layers=layers,
-        tensor_parallel_size=2,
-        batch_shape=(batch, length),
-        targets_per_sequence=4,
-        dtype=torch.bfloat16,
-        recompute="none",
-        document_boundaries=documents,
+        StageCase(
+            layers=layers,
+            tensor_parallel_size=2,
+            batch_shape=(batch, length),
+            targets_per_sequence=4,
+            dtype=torch.bfloat16,
+            recompute="none",
+            document_boundaries=documents,
+        ),
     )
     # Of documents the segments are kept by reference, int64 [B, S].
     found += 8 * batch * length if documents else 0
@@ -224,12 +228,14 @@ def test_measured_activations_are_what_autograd_saves(documents: bool) -> None:
 def measure(layers: range, *, recompute: str = "none", tensor_parallel_size: int = 1) -> tuple[int, int, int]:
     found = stage_activations(
         MaskedLMNetwork(config=Case().model_config()),
-        layers=layers,
-        tensor_parallel_size=tensor_parallel_size,
-        batch_shape=(2, LENGTH),
-        targets_per_sequence=4,
-        dtype=torch.float32,
-        recompute=recompute,
+        StageCase(
+            layers=layers,
+            tensor_parallel_size=tensor_parallel_size,
+            batch_shape=(2, LENGTH),
+            targets_per_sequence=4,
+            dtype=torch.float32,
+            recompute=recompute,
+        ),
     )
     return found.saved, found.logits, found.working
 

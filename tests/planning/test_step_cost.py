@@ -17,7 +17,7 @@ from deberta_dist.planning.activations import local_model
 from deberta_dist.planning.communication import rank_communication
 from deberta_dist.planning.machine import GPUS, Link, calibrated, read_calibration
 from deberta_dist.planning.pass_work import stage_work
-from deberta_dist.planning.plan import Plan, check_plan
+from deberta_dist.planning.plan import NetworkPlan, Plan, check_plan
 from deberta_dist.planning.step_cost import around_pipeline, least_seconds, stage_all_reduces, step_cost, work_seconds
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 
@@ -51,7 +51,7 @@ class Counter(TorchDispatchMode):
         return output
 
 
-def counted(plan: Plan, layers: range) -> list[tuple[int, int]]:
+def counted(plan: NetworkPlan, layers: range) -> list[tuple[int, int]]:
     """(bytes, calls) of a middle stage, forward and backward, on the meta device."""
     tensor, batch = plan.config.parallel.tensor_parallel_size, plan.config.training.micro_batch_size
     shape = (batch, plan.config.data.max_seq_length, plan.model_config.hidden_size)
@@ -75,9 +75,10 @@ def counted(plan: Plan, layers: range) -> list[tuple[int, int]]:
 def test_passes_are_those_of_a_real_layer(recompute: str, tensor: int, dropout: float) -> None:
     plan = plan_of(4 * tensor, f"--training.recompute={recompute}", f"--parallel.tensor_parallel_size={tensor}")
     changed = {"num_hidden_layers": 6, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    plan = dataclasses.replace(plan, model_config=dataclasses.replace(plan.model_config, **changed))
-    one, two = (counted(plan, range(1, stop)) for stop in (2, 3))
-    few, many = (stage_work(plan, range(1, stop), has_fused_attention=False) for stop in (2, 3))
+    network = dataclasses.replace(plan.layout.network, config=dataclasses.replace(plan.model_config, **changed))
+    part = dataclasses.replace(plan.main, layout=dataclasses.replace(plan.layout, network=network))
+    one, two = (counted(part, range(1, stop)) for stop in (2, 3))
+    few, many = (stage_work(part, range(1, stop), has_fused_attention=False) for stop in (2, 3))
     for number in range(2):
         assert many[number].bytes - few[number].bytes == pytest.approx(two[number][0] - one[number][0], rel=0.08)
         assert many[number].calls - few[number].calls == pytest.approx(two[number][1] - one[number][1], rel=0.15)
@@ -88,12 +89,12 @@ def test_products_are_the_models_and_what_is_recomputed() -> None:
     tokens = plans["none"].config.training.micro_batch_size * plans["none"].config.data.max_seq_length
     backward = {}
     for mode, plan in plans.items():
-        works = [stage_work(plan, layers, has_fused_attention=False) for layers in plan.layout.stages]
+        works = [stage_work(plan.main, layers, has_fused_attention=False) for layers in plan.layout.stages]
         forward, backward[mode] = (sum(work[number].products for work in works) for number in range(2))
         assert 2 * forward == pytest.approx(plan.flops.forward * tokens), "two tensor-parallel ranks"
     assert backward["none"] == pytest.approx(2 * forward)
     assert backward["none"] < backward["selective"] < backward["full"] < 3 * forward
-    fused = [stage_work(plans["none"], layers, has_fused_attention=True) for layers in plans["none"].layout.stages]
+    fused = [stage_work(plans["none"].main, layers, has_fused_attention=True) for layers in plans["none"].layout.stages]
     assert sum(work.bytes for work, _ in fused) < sum(work[0].bytes for work in works)
 
 
@@ -101,7 +102,7 @@ def test_products_are_the_models_and_what_is_recomputed() -> None:
 def test_all_reduces_are_those_of_the_dry_run(recompute: str) -> None:
     plan = plan_of(8, f"--training.recompute={recompute}")
     for pipeline_rank, stages in enumerate(plan.layout.stages_by_rank):
-        sent = sum(sum(map(sum, stage_all_reduces(plan, plan.layout.stages[index]))) for index in stages)
+        sent = sum(sum(map(sum, stage_all_reduces(plan.main, plan.layout.stages[index]))) for index in stages)
         expected = rank_communication(
             plan.layout, config=plan.config, deepspeed_config=plan.deepspeed, pipeline_rank=pipeline_rank, tensor_rank=0
         ).tensor
@@ -126,7 +127,7 @@ def test_a_step_is_the_sum_of_its_terms_and_never_less_than_the_least() -> None:
         plan = plan_of(8, f"--parallel.schedule={schedule[0]}", f"--parallel.stages_per_rank={schedule[1]}")
         cost = step_cost(plan, H100)
         assert cost.seconds == cost.before + cost.pipeline + cost.after + cost.once
-        assert (cost.before, cost.after) == around_pipeline(plan, H100)
+        assert (cost.before, cost.after) == around_pipeline(plan.main, H100)
         assert least_seconds(plan, H100) <= cost.seconds
         assert 0 < cost.tensor < cost.ideal < cost.pipeline
     slow = dataclasses.replace(H100, product_rate=H100.product_rate / 1e6, calls_overlap=False)
@@ -186,7 +187,7 @@ def test_a_wrong_calibration_is_one_line(text: str, message: str, tmp_path: Path
 
 def test_work_on_a_device_and_on_a_core() -> None:
     plan = plan_of()
-    _, work = stage_work(plan, plan.layout.stages[0], has_fused_attention=True)
+    _, work = stage_work(plan.main, plan.layout.stages[0], has_fused_attention=True)
     device = work.products / H100.product_rate + work.bytes / H100.memory_bandwidth
     calls = work.calls * H100.seconds_per_call
     assert work_seconds(work, H100) == max(device, calls)

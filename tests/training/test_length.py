@@ -30,7 +30,7 @@ def config_with_result(make_run: MakeRun, directory: Path, text: str, **changes:
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        (4, r"holds a finished run \(result\.json is there\); nothing is overwritten.*--training\.max_steps over 4"),
+        (4, r"holds a finished run \(it has result\.json\); nothing is overwritten.*--training\.max_steps over 4"),
         (3, r"training\.max_steps = 3 is less than the 4 steps of the finished run in run\.directory"),
         (5, None),
     ],
@@ -56,7 +56,7 @@ def test_a_finished_run_is_started_again_for_more_steps_alone(
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "is no result"),
+        ("[]", "is not the result"),
         ("{}", "holds a finished run"),
         ('{"steps": -3}', "holds a finished run"),
     ],

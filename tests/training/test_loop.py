@@ -24,6 +24,7 @@ class Result:
     """A step's; of a network whose loss is the number of the step."""
 
     loss: float
+    learning_rate: float
     grad_norm: float | None = 1.0
     num_tokens: int = 100
 
@@ -34,7 +35,7 @@ class Steps:
 
     events: list[tuple[str, int]]
     not_finite: frozenset[int] = frozenset()
-    networks: tuple[str, ...] = ("one",)
+    networks: tuple[str, ...] = ("",)
     made: list[int] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
@@ -49,7 +50,9 @@ class Steps:
         self.events.append(("step", step + 1))
         self.rates.append(learning_rate)
         norm = None if step + 1 in self.not_finite else 1.0
-        return {name: Result(step + 1.0, norm) for name in self.networks}
+        return {
+            name: Result(step + 1.0 + 10 * number, learning_rate / 2**number, norm) for number, name in enumerate(self.networks)
+        }
 
     def consumed_samples(self, num_steps: int) -> int:
         return 8 * num_steps
@@ -94,7 +97,7 @@ class Run:
 
     directory: Path
     not_finite: frozenset[int] = frozenset()
-    networks: tuple[str, ...] = ("one",)
+    networks: tuple[str, ...] = ("",)
     first_step: int = 0
     events: list[tuple[str, int]] = field(default_factory=list)
 
@@ -140,7 +143,7 @@ def test_moments_and_their_order(tmp_path: Path) -> None:
         (n, float(n), run.steps.rates[n - 1], 8 * n, 0.5, f"batch {n - 1}") for n in range(1, LAST + 1)
     ]
     assert all(r["tokens_per_second"] > 0 and r["data_seconds"] >= 0 and not r["skipped"] for r in records)
-    assert "network" not in records[0]
+    assert not any("." in key for key in records[0])
 
 
 def test_a_run_continues_behind_the_steps_it_has(tmp_path: Path) -> None:
@@ -227,14 +230,24 @@ def test_a_step_that_is_left_out_says_nothing_about_gradients(tmp_path: Path) ->
         run(Asks(Place.GUARD, skips=(2,)))
 
 
-def test_every_network_has_records_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = Run(tmp_path, networks=("generator", "discriminator"))
+def test_a_record_has_the_numbers_of_every_network(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Run(tmp_path, networks=("", "generator"))
     run()
-    assert [(r["step"], r["network"]) for r in run.records()][:3] == [
-        (1, "generator"), (1, "discriminator"), (2, "generator")]  # fmt: skip
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:2] for line in lines[:2]] == [["step 1/6", "generator"], ["step 1/6", "discriminator"]]
-    assert "left" not in lines[1], "two records of one step tell nothing of the time of a step"
+    records = run.records()
+    assert [record["step"] for record in records] == list(range(1, LAST + 1))
+    for record, rate in zip(records, run.steps.rates, strict=True):
+        assert (record["loss"], record["lr"], record["grad_norm"]) == (record["step"], rate, 1.0)
+        others = {key: value for key, value in record.items() if key.startswith("generator.")}
+        assert others == {
+            "generator.loss": record["step"] + 10, "generator.grad_norm": 1.0, "generator.lr": rate / 2}  # fmt: skip
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[0]
+        .startswith(
+            "step 1/6 | loss  1.0000 | lr 5.00e-01 | grad norm    1.000 | "
+            "generator: loss 11.0000 | lr 2.50e-01 | grad norm    1.000 | "
+        )
+    )
 
 
 def test_an_error_in_making_a_batch_comes_where_the_batch_would(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from deberta_dist.planning.dry_run import format_seconds
-from deberta_dist.training.metrics import MetricsLog, StepMetrics
+from deberta_dist.training.metrics import MetricsLog, NetworkMetrics, StepMetrics
+from deberta_dist.training.trainer import EvaluationResult
 
 
 def one_step(step: int, **changes: Any) -> StepMetrics:
@@ -67,20 +68,40 @@ def test_a_skipped_step_is_always_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert line.startswith(f"step {step}: skipped on every rank") and "weights unchanged" in line
 
 
+def test_a_step_that_one_network_took_and_the_other_did_not(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = open_log(tmp_path)
+    other = NetworkMetrics(loss=2.0, grad_norm=0.5, lr=1e-3)
+    log.step(one_step(1), networks={"generator": NetworkMetrics(loss=2.0, grad_norm=None, lr=1e-3)})
+    log.step(one_step(2, skipped=True, grad_norm=None), networks={"generator": other})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert "grad norm    1.250 | generator: loss  2.0000 | lr 1.00e-03 | grad norm  skipped | " in lines[0]
+    assert lines[1].endswith("(loss 7.5000); weights unchanged, but those of generator")
+
+
 def test_evaluation_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = open_log(tmp_path)
-    log.evaluation(step=20, loss=2.5, accuracy=0.125, num_targets=12345)
+    one, other = EvaluationResult(2.5, 0.125, 12345), EvaluationResult(0.5, 0.75, 99, counted="tokens")
+    log.evaluation(step=20, networks={"": one})
+    log.evaluation(step=30, networks={"generator": one, "": other})
     log.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
-        "step": 20, "valid_loss": 2.5, "valid_accuracy": 0.125, "valid_targets": 12345}  # fmt: skip
-    assert capsys.readouterr().out == "step 20: held-out loss 2.5000, accuracy 12.50% over 12,345 masked tokens\n"
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"step": 20, "valid_loss": 2.5, "valid_accuracy": 0.125, "valid_targets": 12345}
+    assert second == {
+        "step": 30, "valid_loss": 0.5, "valid_accuracy": 0.75, "valid_targets": 99,
+        "generator.valid_loss": 2.5, "generator.valid_accuracy": 0.125, "generator.valid_targets": 12345}  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "step 20: held-out loss 2.5000, accuracy 12.50% over 12,345 masked tokens",
+        "step 30: held-out loss of generator 2.5000, accuracy 12.50% over 12,345 masked tokens; "
+        "loss 0.5000, accuracy 75.00% over 99 tokens",
+    ]
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = open_log(tmp_path, is_writer=False)
     log.step(one_step(1))
     log.step(one_step(2, skipped=True, grad_norm=None))
-    log.evaluation(step=2, loss=1.0, accuracy=0.5, num_targets=3)
+    log.evaluation(step=2, networks={"": EvaluationResult(1.0, 0.5, 3)})
     log.say("anything")
     log.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""

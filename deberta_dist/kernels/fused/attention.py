@@ -1,7 +1,7 @@
-"""Disentangled attention in Triton kernels for NVIDIA GPUs: what is checked and made ready before they start.
+"""Disentangled attention in Triton kernels for NVIDIA GPUs: checks and preparation before they are launched.
 
-Nothing of size [queries, keys] is saved for backward: queries, keys, values, relative tables, context and the rows'
-log-sum-exp are, and the rest is made again. Importing this module needs no Triton; calling `fused_attention` does.
+Nothing of size [queries, keys] is saved for the backward pass: queries, keys, values, relative tables, context and the rows'
+log-sum-exp are, and the rest is recomputed. Importing this module needs no Triton; calling `fused_attention` does.
 
 Letters: B batch, N heads here, Q queries, S keys, H head size, R rows of the relative table.
 """
@@ -25,19 +25,19 @@ def fused_attention(
     rel_query_NRH: Tensor | None,
     call: AttentionCall,
 ) -> Tensor:
-    """Context [B, N, Q, H], a transposed view of contiguous [B, Q, N, H]; arguments as of `disentangled_attention`.
+    """Context [B, N, Q, H], a transposed view of contiguous [B, Q, N, H]; for the arguments see `disentangled_attention`.
 
-    All operands have one dtype and one device. Products with the relative table are rounded to that dtype; scores,
-    softmax and all sums are float32. Two calls with the same arguments agree in every bit, backward too. There is no
-    second derivative. In Triton's interpreter the kernels take tensors of a CPU.
+    All tensors have the same dtype and device. Products with the relative table are rounded to that dtype; scores, softmax
+    and all sums are float32. Two calls with the same arguments agree in every bit, in the backward pass too. There is no
+    second derivative. Triton's interpreter runs the kernels on CPU tensors.
 
-    Positions of queries are not checked to lie in 0 .. S - 1: that would wait for the GPU.
+    Positions of queries are not checked to lie in 0 .. S - 1, because that would wait for the GPU.
 
     Raises:
-        ConfigError: the operands, their shapes, the positions or the mask cannot be taken.
+        ConfigError: dtypes, shapes, positions or mask are not supported.
     """
     _check_operands(query_BNQH, key_BNSH, value_BNSH, rel_key_NRH, rel_query_NRH)
-    _check_places(query_BNQH, key_BNSH, call)
+    _check_positions_and_mask(query_BNQH, key_BNSH, call)
     reason = unsupported_reason(key_BNSH, positions=call.positions, mask=call.mask) or triton_reason()
     if reason is not None:
         raise ConfigError(reason)
@@ -87,9 +87,10 @@ def _tables(call: AttentionCall, *, num_positions: int, num_keys: int, table: Te
 
 
 def _ordered_positions(positions: RelativePositions, *, batch: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries' positions, int32 [B, Q], and `order_of_positions`; made once for all who share ``positions``."""
+    """The queries' positions, int32 [B, Q], and `order_of_positions`, computed once for all layers that share them."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
+        assert positions.query_positions_BQ is not None
         positions_BQ = _numbers(positions.query_positions_BQ, batch=batch)
         return positions_BQ, *order_of_positions(positions_BQ, num_positions=num_keys)
 
@@ -97,14 +98,12 @@ def _ordered_positions(positions: RelativePositions, *, batch: int, num_keys: in
 
 
 def _segments(mask: AttentionMask | None, *, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Numbers of queries and keys, int32 [B, Q] and [B, S]: those equal and not 0 see each other.
-
-    They are made once for all layers that share ``mask``.
-    """
+    """Segments of queries and keys, int32 [B, Q] and [B, S], computed once for all layers that share ``mask``."""
     if mask is None:
         return None, None
 
     def make() -> tuple[Tensor, Tensor]:
+        assert mask.key_segments_BS is not None, "pairs are not for this implementation"
         keys = _numbers(mask.key_segments_BS, batch=batch)
         return keys if mask.query_segments_BQ is None else _numbers(mask.query_segments_BQ, batch=batch), keys
 
@@ -115,7 +114,7 @@ def _numbers(x_BT: Tensor, *, batch: int) -> Tensor:
     return x_BT.int().expand(batch, -1).contiguous()
 
 
-def _check_places(query_BNQH: Tensor, key_BNSH: Tensor, call: AttentionCall) -> None:
+def _check_positions_and_mask(query_BNQH: Tensor, key_BNSH: Tensor, call: AttentionCall) -> None:
     batch, _, num_queries, _ = query_BNQH.shape
     num_keys = key_BNSH.shape[2]
     given = {"query_positions_BQ": (call.positions.query_positions_BQ, num_queries)}

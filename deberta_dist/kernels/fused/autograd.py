@@ -1,8 +1,8 @@
-"""The fused attention as an autograd function: what is saved, in which order the steps are. Needs Triton.
+"""The fused attention as an autograd function: the saved tensors and the order of the steps. Needs Triton.
 
-Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward makes them
-again, then one kernel gives dV and the scores' gradient dS, sums over rows of the relative table overwrite c2p and p2c,
-and what is left are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
+Forward: c2p and p2c by matrix products, the batch folded into their rows; one kernel for the rest. Backward: they are
+recomputed; one kernel gives dV and the scores' gradient dS; sums over rows of the relative table overwrite c2p and p2c; the
+rest are products: dQ = dS K + dc2p Kr, dK = dS^T Q + dp2c Qr, dKr = dc2p^T Q, dQr = dp2c^T K.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table.
 """
@@ -28,7 +28,7 @@ from deberta_dist.kernels.inputs import empty_token_gradients, refuse_second_der
 
 
 class FusedAttention(torch.autograd.Function):
-    """context = dropout(softmax(scores)) V; arguments as `attention.fused_attention` has checked them."""
+    """context = dropout(softmax(scores)) V, for arguments that `attention.fused_attention` has checked."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ class FusedAttention(torch.autograd.Function):
             lse_BNQ=lse_BNQ,
             into_BSNH=of_value.transpose(1, 2),
         )
-        # Each pair of products has done its work: its memory takes its gradient.
+        # The products c2p and p2c are no longer needed: their gradients reuse their memory.
         c2p_gradient = p2c_gradient = None
         if rel_key is not None:
             c2p_gradient = arguments["c2p"]
@@ -82,12 +82,12 @@ class FusedAttention(torch.autograd.Function):
             token_gradient(score_gradient, key, c2p_gradient, rel_key, call, into_BTNH=of_query.transpose(1, 2))
         if needs_key:
             token_gradient(transposed_gradient, query, p2c_gradient, rel_query, call, into_BTNH=of_key.transpose(1, 2))
-        wanted = {"key": rel_key} if needs_rel_key else {}
-        wanted |= {"query": rel_query} if needs_rel_query else {}
+        tables = (("key", rel_key, needs_rel_key), ("query", rel_query, needs_rel_query))
+        wanted = {name: table for name, table, is_needed in tables if is_needed and table is not None}
         of_tables = empty_table_gradients(wanted, call, table_rows=ctx.table_rows)
-        if needs_rel_key:
+        if needs_rel_key and c2p_gradient is not None:
             table_gradient(c2p_gradient, query, call, into_NRH=of_tables["key"])
-        if needs_rel_query:
+        if needs_rel_query and p2c_gradient is not None:
             table_gradient(p2c_gradient, key, call, into_NRH=of_tables["query"])
         return (
             of_query if needs_query else None,

@@ -1,4 +1,4 @@
-"""Where the fused attention can run, in words: the one place that decides it. Needs no Triton."""
+"""Whether the fused attention can run, and if not, why. Nothing else decides it. Needs no Triton."""
 
 import functools
 import importlib.metadata
@@ -30,23 +30,23 @@ def unavailable_reason(
     """Why `fused_attention` cannot run here, or None if it can.
 
     Args:
-        key_BNSH: the keys; the other operands are of their dtype and device.
-        positions: of the call.
-        mask: likewise.
-        needs_probabilities: the caller wants the attention probabilities.
-        has_position_scores: the caller has made the products of keys and relative table.
+        key_BNSH: the keys, whose dtype and device all inputs have to share.
+        positions: rows of the relative table; a row may not fall as the distance grows.
+        mask: of segments or None; pairs are not supported.
+        needs_probabilities: the caller wants the attention probabilities, which are never in memory.
+        has_position_scores: the caller has computed the products of keys and relative table.
     """
     if (reason := device_reason(key_BNSH.device)) is not None:
         return reason
     if needs_probabilities:
         return "the fused attention never holds the probabilities that are asked for"
     if has_position_scores:
-        return "the fused attention makes the products of keys and relative table itself; give it rel_query_NRH"
+        return "the fused attention computes the products of keys and relative table itself; give it rel_query_NRH"
     return unsupported_reason(key_BNSH, positions=positions, mask=mask) or triton_reason() or compiler_reason()
 
 
 def device_reason(device: torch.device) -> str | None:
-    """Why a device cannot run kernels of this room, Triton aside."""
+    """Why a device cannot run Triton kernels, whether or not Triton is installed; None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the fused attention needs an NVIDIA GPU; the tensors are on {device}"
     if (capability := torch.cuda.get_device_capability(device)) < _LEAST_CAPABILITY:
@@ -58,7 +58,7 @@ def device_reason(device: torch.device) -> str | None:
 
 
 def unsupported_reason(key_BNSH: Tensor, *, positions: RelativePositions, mask: AttentionMask | None) -> str | None:
-    """Why the kernels cannot do what is asked, on whatever device."""
+    """Why the kernels do not support these inputs, whatever the device; None if they do."""
     batch, heads, _, head_size = key_BNSH.shape
     if key_BNSH.dtype not in DTYPES:
         return f"the fused attention takes {', '.join(map(str, DTYPES))}; given {key_BNSH.dtype}"
@@ -86,7 +86,7 @@ def triton_reason() -> str | None:
 
 @functools.cache
 def compiler_reason() -> str | None:
-    """Why Triton could not start on a GPU: it builds a part of itself there, with a C compiler."""
+    """Why Triton could not start on a GPU, where it compiles a small module of its own in C; None if it can."""
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return None
     return "Triton needs a C compiler on a GPU: install gcc or clang, or set CC"
@@ -94,7 +94,7 @@ def compiler_reason() -> str | None:
 
 @functools.cache
 def triton_version() -> str | None:
-    """Asked for by every call. Vendors' builds are installed under other names, of which none is known here."""
+    """Installed version, or None. Cached: every call asks. Vendors' builds have other distribution names."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:

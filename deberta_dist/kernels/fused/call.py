@@ -1,4 +1,4 @@
-"""What one call of the fused attention is made of: its tensors, and everything beside them that has no gradient.
+"""The arguments of one call of the fused attention: tensors with gradients, and everything else.
 
 Letters: B batch, N heads, Q queries, S keys, T either, P positions of queries, H head size, R rows that occur.
 """
@@ -17,19 +17,19 @@ class Call:
     """Everything of one call that has no gradient; see ``attention.fused_attention``.
 
     Attributes:
-        tables: None without position terms.
-        num_positions: positions a query can have.
-        num_keys: S.
-        positions_BQ: int32, or None for 0 .. Q - 1.
-        order_BQ: see ``tables.order_of_positions``; with positions only.
-        order_starts_BP: likewise.
-        query_ids_BQ: int32; pairs whose numbers are equal and not 0 see each other. None: all do.
-        key_ids_BS: likewise.
-        scale: of the scores.
+        tables: rows of the relative table by distance; None without position terms.
+        num_positions: P; positions of queries are 0 .. P - 1.
+        num_keys: S; keys are at 0 .. S - 1.
+        positions_BQ: int32; None for queries at 0 .. Q - 1.
+        order_BQ: queries sorted by position, see ``tables.order_of_positions``; None without ``positions_BQ``.
+        order_starts_BP: where each position starts in ``order_BQ``; None without ``positions_BQ``.
+        query_ids_BQ: int32 segments; a query sees the keys of its own segment, 0 sees nothing. None: all see all.
+        key_ids_BS: the keys' segments, int32; None with ``query_ids_BQ``.
+        scale: factor on the scores.
         dropout_p: probability of dropping, 0 for none.
-        dropout_seed: 64 bits.
-        counted_queries: what is dropped is as if there were so many queries; those behind them are padding.
-        tiles: of the kernels.
+        dropout_seed: 64 bits that decide which probabilities are dropped.
+        counted_queries: rows are numbered for dropout as if each head had this many queries; further ones are padding.
+        tiles: sizes and warps of the kernels, chosen by head size, dtype and device.
     """
 
     tables: PositionTables | None

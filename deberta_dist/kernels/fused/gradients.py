@@ -1,7 +1,9 @@
-"""Triton kernels behind the scores' gradient: sums over what shares a row of the relative table, and dQ, dK.
+"""Triton kernels after the scores' gradient: its sums over rows of the relative table, and dQ, dK.
 
-The row of a distance does not fall as the distance grows, so the pairs of one query (or key) that share a row are
-neighbours: the gradient of c2p[i, r] (or p2c[j, r]) is a sum over a range, and needs no atomics.
+The row of a distance does not fall as the distance grows, so the pairs of a query (or key) that share a row are neighbours.
+The gradient of c2p[i, r] (or p2c[j, r]) is then a sum over a range, which needs no atomics.
+
+Kernels have many parameters: Triton takes pointers, strides and sizes one by one.
 
 Owner: the token whose products with the relative table are differentiated, the query of c2p and the key of p2c.
 Other: the token on the other side of a pair. Layouts are those of ``kernels``; the scores' gradients come with the

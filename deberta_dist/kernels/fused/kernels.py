@@ -1,12 +1,13 @@
 """Triton kernels that see pairs of query and key: dropout bits, forward, backward of the scores.
 
-The products of tokens with the relative table, c2p = Q Kr^T and p2c = K Qr^T, are made by matrix products for the rows
-that occur and read here by pointer, at the row of each pair's distance. Keeping them in registers and permuting there
-spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they leave half precision's range;
-scores are in units of log2, ``scale_log2`` = scale log2(e).
+The products of tokens with the relative table, c2p = Q Kr^T and p2c = K Qr^T, are computed beforehand by matrix products, for
+the rows that occur, and read here by pointer at the row of each pair's distance. Holding them in registers and permuting
+there spills more than a kilobyte per thread. c2p and p2c come scaled, because unscaled they exceed the range of fp16; scores
+are in units of log2, ``scale_log2`` = scale log2(e).
 
-A program's second and third number are its head and its batch. Sizes need not be multiples of a tile: addresses are clamped to the last token, and what lies beyond counts as not seen.
-No kernel uses atomics, so two runs agree in every bit. ``launch`` starts all of them.
+A program's second and third numbers are its head and its sample. Sizes need not be multiples of a tile: addresses are clamped
+to the last token, and pairs beyond it count as not seen. No kernel uses atomics, so two runs agree in every bit. ``launch``
+starts all of them; they have many parameters because Triton takes pointers, strides and sizes one by one.
 
 Layouts: tokens [B, T, N, H] with the stride of a token given; c2p [N, B, Q, R]; p2c [N, B, S, R]; lse, delta [B, N, Q];
 keep_bits uint8 [B, N, Q, ceil(S / 8)], bit j % 8 of byte j // 8 for key j; score gradients [B, N, Q, stride] and,

@@ -1,4 +1,4 @@
-"""What the fused attention allocates and launches, step by step; ``autograd`` puts the steps in order. Needs Triton.
+"""The steps of the fused attention: what each allocates and launches. ``autograd`` calls them in order. Needs Triton.
 
 Letters: B batch, N heads, Q queries, S keys, T either, H head size, R rows of the relative table that occur.
 """
@@ -49,8 +49,8 @@ def backward_of_scores(
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradient of the values into ``into_BSNH``; returns that of the scores before the scale.
 
-    The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: what follows reads one by
-    queries and one by keys, and a column is as many cache lines as it has elements.
+    The latter twice, [B, N, Q, S to a multiple of 8] and [B, N, S, Q to a multiple of 8]: the next steps read it by queries
+    and by keys, and reading a column touches as many cache lines as it has elements.
     """
     batch, num_queries, heads, head_size = context_BQNH.shape
     num_keys = operands.key.shape[1]
@@ -80,12 +80,12 @@ def backward_of_scores(
 
 
 def score_arguments(operands: Operands, call: Call) -> dict[str, Any]:
-    """What the kernels that make scores have in common, by the names of their parameters."""
+    """Arguments shared by the kernels that compute scores, by the names of their parameters."""
     query, key, value, rel_key, rel_query = operands
     batch, num_queries, heads, head_size = query.shape
     tables = call.tables
     has_dropout = call.dropout_p > 0.0
-    unused = query  # a pointer that is not followed
+    unused = query  # a kernel needs some tensor for each pointer; it does not read this one
     return {
         "query": query,
         "key": key,
@@ -125,7 +125,7 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
     bits = torch.empty(batch, heads, num_queries, num_bytes, dtype=torch.uint8, device=query_BQNH.device)
     keep_bits_kernel[triton.cdiv(num_queries * num_bytes, KEEP_BLOCK), heads, batch](
         bits,
-        # Signed: every seed has the type of the one the kernel was compiled for.
+        # Signed, so that Triton gives every seed the same type (int32) and compiles once.
         signed(call.dropout_seed, bits=32),
         signed(call.dropout_seed >> 32, bits=32),
         threshold(call.dropout_p),
@@ -139,10 +139,10 @@ def keep_bits(query_BQNH: Tensor, key_BSNH: Tensor, call: Call) -> Tensor:
 
 
 def _position_products(tokens_BTNH: Tensor, table_NRH: Tensor, call: Call) -> Tensor:
-    """Every token with every row of the table, scaled, [N, B * T, R]."""
+    """Scaled products of every token with every row of the table, [N, B * T, R]."""
     tokens_NTH = _by_head(tokens_BTNH)
     products = tokens_NTH.new_empty(*tokens_NTH.shape[:2], table_NRH.shape[1])
-    # The scale as the product's alpha: it is applied to the float32 sum, before the rounding.
+    # The scale is the product's alpha: cuBLAS applies it to the float32 sum, before rounding to 16 bits.
     return torch.baddbmm(products, tokens_NTH, table_NRH.transpose(1, 2), beta=0, alpha=call.scale, out=products)
 
 
@@ -152,7 +152,7 @@ def sum_rows(score_gradient: Tensor, sums: Tensor, call: Call, *, of_keys: bool)
     batch, heads, owners, score_stride = score_gradient.shape
     tile = call.tiles.row_sums
     has_positions = call.positions_BQ is not None
-    num_queries = call.positions_BQ.shape[1] if has_positions else 0
+    num_queries = 0 if call.positions_BQ is None else call.positions_BQ.shape[1]
     # Two programs more than the rows need: one for each of the two longest ranges.
     grid = triton.cdiv(owners, tile.rows) * (2 + triton.cdiv(call.tables.num_rows, tile.columns)), heads, batch
     row_sums_kernel[grid](
@@ -203,13 +203,13 @@ def token_gradient(
         score_gradient.shape[-1],
         other_BTNH.stride(1),
         into_BTNH.stride(1),
-        table_NRH.stride(0) if has_rows else 0,
-        table_NRH.stride(1) if has_rows else 0,
+        0 if table_NRH is None else table_NRH.stride(0),
+        0 if table_NRH is None else table_NRH.stride(1),
         batch,
         heads,
         num_owners,
         num_others,
-        products_gradient.shape[-1] if has_rows else 0,
+        0 if products_gradient is None else products_gradient.shape[-1],
         call.scale,
         HAS_ROWS=has_rows,
         HEAD_SIZE=head_size,
@@ -222,6 +222,7 @@ def token_gradient(
 
 def table_gradient(products_gradient: Tensor, tokens_BTNH: Tensor, call: Call, *, into_NRH: Tensor) -> None:
     """Writes the gradient of the rows that occur into ``into_NRH``; the sum over the batch is inside the product."""
+    assert call.tables is not None
     rows = into_NRH[:, call.tables.first_row : call.tables.first_row + call.tables.num_rows]
     products_NRT, tokens_NTH = products_gradient.transpose(1, 2), _by_head(tokens_BTNH)
     torch.baddbmm(rows, products_NRT, tokens_NTH, beta=0, alpha=call.scale, out=rows)
@@ -235,6 +236,7 @@ def empty_table_gradients(tables: dict[str, Tensor], call: Call, *, table_rows: 
     """
     if not tables:
         return {}
+    assert call.tables is not None
     names = sorted(tables, key=lambda name: tables[name].storage_offset())
     table_NRH = tables[names[0]]
     shape = table_rows, len(names), table_NRH.shape[0], table_NRH.shape[2]

@@ -1,7 +1,7 @@
 """Triton kernels on rows of activations: dropout, and dropout, residual sum and LayerNorm in one pass.
 
-Which elements are dropped is a function of seed, row number and column (`kernels.dropout`), made where it is used: nothing
-is drawn and no mask is kept. No kernel uses atomics, so two runs agree in every bit. Needs Triton.
+Which elements are dropped is a function of seed, row number and column (`kernels.dropout`), computed where it is used: no mask
+is drawn or saved. No kernel uses atomics, so two runs agree in every bit. Needs Triton.
 
 Layouts: x, residual, sum, output and their gradients [R, D], contiguous; mean, rstd float32 [R]; partial sums float32
 [3, P, D] of P programs. Row r has the number (r // length) stride + r % length + offset; see `kernels.rows.RowNumbers`.
@@ -20,7 +20,7 @@ from deberta_dist.kernels.dropout import signed, threshold
 from deberta_dist.kernels.fused.words import keeps, words_of_row
 
 ROWS_PER_PROGRAM = 16
-"""Of the backward pass: fewer mean more partial sums to add up, more leave multiprocessors without work."""
+"""In the backward pass. Fewer rows give more partial sums to add; more leave multiprocessors without work."""
 _SEEDS = ["seed_low", "seed_high", "threshold"]
 
 
@@ -28,9 +28,9 @@ class Dropping(NamedTuple):
     """What decides which elements are dropped.
 
     Attributes:
-        p: probability, 0 for none.
-        seed: 64 bits.
-        length, stride, offset: numbers of the rows.
+        p: probability of dropping, 0 for none.
+        seed: 64 bits, mixed with a row's number.
+        length: with ``stride`` and ``offset``, how rows are numbered; see `kernels.rows.RowNumbers`.
     """
 
     p: float
@@ -202,7 +202,7 @@ def residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, of residual, and float32 [3, D] of weight, norm_bias and bias."""
     residual_gradient, columns = torch.empty_like(sums), sums.shape[-1]
-    # Without dropout the two are one.
+    # Without dropout both gradients are the same: one tensor serves.
     x_gradient = torch.empty_like(sums) if dropping.p > 0.0 else residual_gradient
     rows = sums.numel() // columns
     programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
@@ -217,7 +217,7 @@ def residual_norm_backward(
 
 
 def _seed(dropping: Dropping) -> tuple[int, int]:
-    # Signed: every seed has the type of the one the kernel was compiled for.
+    # Signed, so that Triton gives every seed the same type (int32) and compiles once.
     return signed(dropping.seed, bits=32), signed(dropping.seed >> 32, bits=32)
 
 
@@ -226,6 +226,6 @@ def _numbers(dropping: Dropping) -> tuple[int, int, int]:
 
 
 def options_of(columns: int) -> dict[str, Any]:
-    """What the kernels on rows of so many columns are compiled with."""
+    """Compile options of the kernels on rows with this many columns."""
     block = triton.next_power_of_2(columns)
     return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8 if block <= 4096 else 16}

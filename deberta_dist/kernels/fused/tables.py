@@ -1,4 +1,4 @@
-"""Integer tables of relative positions for the fused kernels, made once per length and device.
+"""Integer tables of relative positions for the fused kernels, computed once per length and device.
 
 Letters: Q queries, S keys, P positions of queries, R rows of the relative table that occur.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deberta_dist.errors import ConfigError
 
-# Matrix products with rows that are no multiple of 16 bytes are slow.
+# Matrix products are slow where the bytes of a row are not a multiple of 16.
 _ROW_MULTIPLE = 8
 
 
@@ -52,13 +52,13 @@ def position_tables(
 
     Args:
         row_of_distance: row of the relative table for each distance -M .. M, query minus key; farther ones count as M.
-        num_positions: P.
-        num_keys: S.
-        table_rows: rows of the relative table.
-        device: of the tables.
+        num_positions: P, one more than the largest position of a query.
+        num_keys: S, number of keys.
+        table_rows: rows of the relative table, of which the result uses a range.
+        device: where the kernels read the result.
 
     Raises:
-        ConfigError: the row of a distance falls as the distance grows, is not in the table.
+        ConfigError: the row of a distance falls as the distance grows, or is not in the table.
     """
     _check(row_of_distance, table_rows=table_rows)
     max_distance = len(row_of_distance) // 2
@@ -82,12 +82,13 @@ def position_tables(
 def order_of_positions(positions_BQ: Tensor, *, num_positions: int) -> tuple[Tensor, Tensor]:
     """Queries in the order of their positions, int32 [B, Q], and where each position starts there, int32 [B, P + 1]."""
     sorted_BQ, order_BQ = torch.sort(positions_BQ, dim=1, stable=True)
-    places = torch.arange(num_positions + 1, device=positions_BQ.device, dtype=sorted_BQ.dtype)
-    starts = torch.searchsorted(sorted_BQ, places.expand(len(sorted_BQ), -1).contiguous(), out_int32=True)
+    every_position = torch.arange(num_positions + 1, device=positions_BQ.device, dtype=sorted_BQ.dtype)
+    starts = torch.searchsorted(sorted_BQ, every_position.expand(len(sorted_BQ), -1).contiguous(), out_int32=True)
     return order_BQ.int(), starts
 
 
 def _widened(first: int, last: int, table_rows: int) -> tuple[int, int]:
+    """A range of rows widened to a multiple of `_ROW_MULTIPLE`, as far as the table has rows."""
     wanted = -(-(last - first + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     first = min(first, max(table_rows - wanted, 0))
     return first, min(first + wanted, table_rows) - 1

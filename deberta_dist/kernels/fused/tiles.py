@@ -1,7 +1,7 @@
 """Tile sizes and warps of the fused kernels, by head size, width of the dtype and architecture.
 
-Chosen without a GPU by offline compilation with every feature on (``resources``). One table serves Triton 3.6 to 3.9:
-no tile leaves registers on the stack with any of them. Times on a GPU may choose otherwise; they belong here too.
+Chosen without a GPU by offline compilation with every feature on (``tests/kernels/fused_resources.py``). One
+table serves Triton 3.6 to 3.9: no tile leaves registers on the stack with any of them. Times on a GPU may choose otherwise; they belong here too.
 
 What decided, for heads of 64 in bfloat16 on capability 9.0: instructions that a warp executes in the inner loop per 512
 pairs, and how many programs' registers fit a multiprocessor, both with Triton 3.6 / 3.7 / 3.9.

@@ -1,11 +1,11 @@
-"""What dropout keeps, by the words of ``kernels.dropout``: for kernels. Needs Triton."""
+"""The words of ``kernels.dropout`` within Triton kernels: what dropout keeps. Needs Triton."""
 
 import triton
 import triton.language as tl
 
 from deberta_dist.kernels.dropout import COLUMN, FACTORS, FIRST, GOLDEN, SECOND, signed
 
-# A kernel reads no other globals. 32-bit ones signed, for arithmetic in two's complement.
+# Kernels can only read globals that are constexpr. The 32-bit ones are signed, for arithmetic in two's complement.
 _GOLDEN, _FACTOR_30, _FACTOR_27 = (tl.constexpr(number) for number in (GOLDEN, *FACTORS))
 _COLUMN, _FIRST, _SECOND = (tl.constexpr(signed(number, bits=32)) for number in (COLUMN, FIRST, SECOND))
 

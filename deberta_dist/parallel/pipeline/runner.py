@@ -1,15 +1,15 @@
 """Runs the micro-batches of one optimizer step through the stages of this rank.
 
-The schedules are torch.distributed.pipelining's; we write none. Every stage reads the same micro-batch
-(mask, targets, dropout key) from the data itself, so only hidden states and their gradients travel. One
-stage and one micro-batch take the same path as many. A schedule has one shape: there is one for every shape.
+The schedules are torch.distributed.pipelining's. Every stage reads its micro-batch (mask, targets, dropout key) from the data
+itself, so only hidden states and their gradients are sent. One stage and one micro-batch take the same path as many. A
+schedule has buffers of one shape, so the runner makes one schedule for each shape of a micro-batch.
 
-Why no two ranks wait for each other for ever, though NCCL runs the messages of a communicator one batch after the other and
-a batch ends when all its messages have met theirs: a batch holds messages to be met by one batch of each neighbour. 1F1B
-pairs "send a state down, receive a gradient" on one rank with "send a gradient up, receive a state" on the next; GPipe's
-batches go one way; an interleaved schedule has one batch a time step, the same steps on all ranks, and what a batch sends
-the neighbour receives in the batch of the same step. So whoever waits, waits for a rank that is earlier in a schedule that
-has an end. ``tests/parallel/pipeline/test_message_order.py`` records the batches of real ranks and runs them so.
+Why it cannot deadlock: NCCL runs the sends and receives of a communicator batch by batch, and a batch ends when each of its
+messages has met its counterpart. In all three schedules the counterparts of a batch lie in a single batch of each neighbour.
+1F1B pairs "send a hidden state down, receive a gradient" with the next rank's "send a gradient up, receive a hidden state";
+GPipe's batches go one way; an interleaved schedule has one batch per time step, with the same time steps on all ranks. So
+every wait is for a rank that is at an earlier point of a finite schedule. ``tests/parallel/pipeline/test_message_order.py``
+records the batches of real ranks and replays them under NCCL's rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.values import PipelineSchedule
 
-# Our name -> the library's.
+# Value of parallel.schedule -> the name that torch.distributed.pipelining has for it.
 SCHEDULES: Mapping[PipelineSchedule, str] = {
     "1f1b": "1F1B",
     "gpipe": "GPipe",
@@ -38,7 +38,7 @@ class MicroBatches:
 
     Attributes:
         input_ids: Token ids, int64 [M * B, S].
-        fields: Of each micro-batch, what ``model.forward_stage`` takes by name beside ids, hidden states and layers.
+        fields: For each micro-batch, the keyword arguments of ``model.forward_stage`` beside ids, hidden states and layers.
     """
 
     input_ids: Tensor
@@ -46,11 +46,11 @@ class MicroBatches:
 
 
 class Stage(nn.Module):
-    """A contiguous range of the model's layers with the signature that pipelining calls.
+    """Consecutive layers of a rank's model, with the signature that pipelining calls.
 
     Args:
-        model: The rank's model; ``model.forward_stage`` runs any range of the layers it kept.
-        layers: The layers of this stage.
+        model: The rank's model, with the layers of all its stages; ``model.forward_stage`` runs any range of them.
+        layers: Numbers of this stage's layers; a stage that starts with layer 0 takes ids.
     """
 
     def __init__(self, model: nn.Module, *, layers: range) -> None:
@@ -62,12 +62,12 @@ class Stage(nn.Module):
         """Runs one micro-batch.
 
         Args:
-            first: token ids [B, S] on the first stage, hidden states [B, S / sequence_shards, D] on the others.
-            number: of the micro-batch, [1], on the host.
-            batch: All micro-batches.
+            first: Token ids [B, S] on the first stage, hidden states [B, S / sequence_shards, D] on the others.
+            number: Number of the micro-batch, int64 [1] on the host: pipelining splits a tensor [M] into these.
+            batch: All micro-batches of the step; pipelining passes what is no tensor to every micro-batch whole.
         """
         is_ids = self.layers.start == 0
-        return self.model.forward_stage(
+        return self.model.forward_stage(  # type: ignore[operator]  # every network's model has it
             None if is_ids else first,
             input_ids=first if is_ids else None,
             layers=self.layers,
@@ -76,12 +76,12 @@ class Stage(nn.Module):
 
 
 class SharingStage(PipelineStage):
-    """A pipeline stage that receives into the buffers of the same stage in schedules of other shapes.
+    """A pipeline stage whose receive buffers are shared with the same stage of the runner's schedules for other shapes.
 
-    All shapes have as many tokens, and one schedule runs at a time: without this each would keep as many bytes again.
+    All shapes have the same number of tokens, and only one schedule runs at a time: a buffer serves all of them.
 
     Attributes:
-        buffers: Of all schedules of a runner, made by the one that runs first.
+        buffers: (stage, activations or gradients, micro-batch, position) -> buffer, filled in by the schedule that runs first.
         after_backward: Called after the backward pass of each micro-batch.
     """
 
@@ -93,8 +93,8 @@ class SharingStage(PipelineStage):
         self.after_backward()
 
     def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
-        # What is received takes gradients even where an evaluation comes before the first step: torch 2.11 decides it here,
-        # once for both.
+        # torch 2.11 decides here, once for training and evaluation, whether received tensors require gradients. Without this
+        # an evaluation before the first step would leave every later step without gradients.
         now, self.has_backward = self.has_backward, True
         result = super()._prepare_forward_infra(*args, **kwargs)
         self.has_backward = now
@@ -109,7 +109,7 @@ class SharingStage(PipelineStage):
     def _share(self, kind: str, received: Mapping[int, Sequence[Any]]) -> None:
         for micro_batch, infos in received.items():
             for number, info in enumerate(infos):
-                # None: nothing is received, or, from torch 2.15 on, the buffer is made when it is.
+                # None where nothing is received; from torch 2.15 on also where the buffer is only made on receipt.
                 if (buffer := getattr(info, "buffer", None)) is not None:
                     first = self.buffers.setdefault((self.stage_index, kind, micro_batch, number), buffer)
                     if first is not buffer:
@@ -117,10 +117,10 @@ class SharingStage(PipelineStage):
 
 
 class ScaledLoss:
-    """Scaled sum of losses from what the last stage returns: its sums [1, N], the loss first, alone or with ids beside them.
+    """The scaled loss of a micro-batch, from what the last stage returns: sums [1, N] with the loss first, or (sums, ids).
 
     Attributes:
-        scale: Of the step that runs.
+        scale: Factor on the loss in the running step; the runner sets it before each.
     """
 
     scale: float | Tensor = 1.0
@@ -133,20 +133,23 @@ class ScaledLoss:
 class PipelineRunner:
     """Forward and backward of all micro-batches of a step.
 
+    There are many parameters because the pipeline knows neither the configuration nor the model: ``training/build.py`` is
+    the one caller, and gives it plain values of both.
+
     Args:
-        model: The rank's model, cut and split.
-        stages: Layers of every stage of the pipeline.
-        local_stages: Indices of the stages that this rank runs.
-        mesh: The grid.
-        schedule: One of ``SCHEDULES``.
-        num_micro_batches: M.
-        micro_batch_shapes: (B, S), sequences and tokens, of all micro-batches that can come; those of one step are alike,
-            and B S is the same for all.
-        hidden_size: D.
-        sequence_shards: Parts of the sequence, of which a rank's hidden states hold one.
-        dtype: Compute dtype, of the hidden states that travel.
-        num_results: N, what the last stage's float32 [1, N] holds, the loss first.
-        hands_on: Whether the last stage returns int64 [B, S] beside it.
+        model: The rank's model: this rank's layers, divided by the sharding rules.
+        stages: Layers of every stage of the pipeline, on any rank.
+        local_stages: Indices into ``stages`` of what this rank runs.
+        mesh: Its pipeline group carries hidden states and gradients.
+        schedule: A key of ``SCHEDULES``.
+        num_micro_batches: M, micro-batches of a step on one data rank.
+        micro_batch_shapes: (B, S), sequences and tokens, of every shape a micro-batch can have. The micro-batches of one step
+            have the same shape, and B x S is the same for all shapes.
+        hidden_size: D, the width of the hidden states that are sent.
+        sequence_shards: Number of shards of a sequence; the hidden states that are sent hold S / sequence_shards tokens.
+        dtype: Compute dtype, that of the hidden states that are sent.
+        num_results: N, width of the last stage's float32 result [1, N], whose first number is the loss.
+        hands_on: Whether the last stage also returns ids, int64 [B, S].
         after_backward: Called after the backward pass of each micro-batch on each of this rank's stages.
     """
 
@@ -157,7 +160,7 @@ class PipelineRunner:
         stages: Sequence[range],
         local_stages: Sequence[int],
         mesh: Mesh,
-        schedule: str,
+        schedule: PipelineSchedule,
         num_micro_batches: int,
         micro_batch_shapes: Sequence[tuple[int, int]],
         hidden_size: int,
@@ -175,7 +178,7 @@ class PipelineRunner:
         self._loss = ScaledLoss()
         self._num_results, self._hands_on = num_results, hands_on
         result = torch.empty(1, num_results, dtype=torch.float32, device="meta", requires_grad=True)
-        # By the shape of all micro-batches together, (M * B, S).
+        # Key: the shape of all micro-batches together, (M * B, S), which is that of ``MicroBatches.input_ids``.
         self._schedules = {}
         buffers: dict[tuple[int, str, int, int], Tensor] = {}
         for batch, length in micro_batch_shapes:
@@ -200,29 +203,30 @@ class PipelineRunner:
             self._schedules[num_micro_batches * batch, length] = made
 
     def forward_backward(self, batch: MicroBatches, *, loss_scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Runs all micro-batches; gradients of ``loss_scale`` times the loss sum accumulate in ``.grad``.
+        """Runs all micro-batches; gradients of ``loss_scale`` times the loss sum accumulate in the parameters.
 
         Returns:
-            Sums, float32 [num_results] on this rank's device, over the micro-batches on ranks of the last stage, zeros on
-            the others; and what the last stage hands on, int64 [M * B, S], there alone, None elsewhere.
+            Sums over the micro-batches, float32 [num_results] on this rank's device: on ranks of the last stage, zeros
+            elsewhere; and the last stage's ids, int64 [M * B, S], there and with ``hands_on``, otherwise None.
         """
         self._model.train()
         return self._run(batch, loss_scale=loss_scale, backward=True)
 
     def evaluate(self, batch: MicroBatches) -> tuple[Tensor, Tensor | None]:
-        """Forward only, without dropout; returns as ``forward_backward``."""
+        """Forward passes only, without dropout; returns what ``forward_backward`` does."""
         self._model.eval()
         with torch.no_grad():
             return self._run(batch, loss_scale=1.0, backward=False)
 
     def _run(self, batch: MicroBatches, *, loss_scale: float | Tensor, backward: bool) -> tuple[Tensor, Tensor | None]:
-        schedule = self._schedules[tuple(batch.input_ids.shape)]
+        rows, length = batch.input_ids.shape
+        schedule = self._schedules[rows, length]
         call = schedule.step if backward else schedule.eval
         self._loss.scale = loss_scale
         args = (batch.input_ids,) if self._has_first else ()
         output = call(
             *args,
-            # The output holds the loss already; the library wants something to compare it with.
+            # The last stage computes the loss itself; pipelining calls a loss function only if it is given targets.
             target=self._numbers if self._has_last else None,
             number=self._numbers,
             batch=batch,
@@ -233,13 +237,15 @@ class PipelineRunner:
         return sums.detach().sum(dim=0), ids
 
 
-def _make_schedule(name: str, stages: list[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss):
-    # Losses are sums that the caller has normalised: the library must not divide gradients again.
+def _make_schedule(
+    name: PipelineSchedule, stages: Sequence[PipelineStage], num_micro_batches: int, num_stages: int, *, loss: ScaledLoss
+) -> Any:
+    # The loss is already divided by the targets of the whole step; pipelining would divide gradients by M as well.
     options = {"loss_fn": loss, "scale_grads": False}
     schedule_class = get_schedule_class(SCHEDULES[name])
     if issubclass(schedule_class, PipelineScheduleMulti):
         return schedule_class(stages, num_micro_batches, **options)
     if num_micro_batches < num_stages:
-        # 1F1B with fewer micro-batches than stages never reaches its steady state: what is left is GPipe.
+        # Pipelining's 1F1B refuses fewer micro-batches than stages. It would never reach its steady state and be GPipe.
         schedule_class = ScheduleGPipe
     return schedule_class(stages[0], num_micro_batches, **options)

@@ -1,8 +1,7 @@
-"""Which layers each pipeline stage runs: contiguous cuts of equal cost.
+"""Which layers each pipeline stage runs: consecutive layers, stages of about equal cost.
 
-Pure arithmetic, used by the build, the dry run and the tests alike. A *unit* is one encoder layer with what
-belongs to it: unit 0 also holds the embeddings and the convolution (which needs the embedding output beside
-layer 0's), the last unit is the enhanced mask decoder with the head.
+Arithmetic only; layouts are made with it. Embeddings and convolution belong to layer 0 (the convolution needs the embeddings'
+output beside that of layer 0); the enhanced mask decoder and the head belong to the last layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,17 +11,17 @@ from deberta_dist.errors import ConfigError
 
 
 def balance_stages(costs: Sequence[float], *, num_stages: int) -> list[range]:
-    """Cuts units into ``num_stages`` contiguous stages so that the most expensive stage is as cheap as possible.
+    """Cuts layers into ``num_stages`` stages so that the most expensive stage is as cheap as possible.
 
-    Exact, by dynamic programming; among equal maxima the cut with the smallest sum of squared stage costs wins,
-    so that the other stages are even too.
+    Exact, by dynamic programming. Of all cuts with that maximum the one with the smallest sum of squared stage costs is
+    taken: it evens out the other stages.
 
     Args:
-        costs: Cost of each unit, in any unit (FLOPs per token here).
+        costs: Cost of each layer, in any measure (FLOPs per token here).
         num_stages: Number of stages, at least 1.
 
     Raises:
-        ConfigError: more stages than units.
+        ConfigError: more stages than layers.
     """
     num_layers = len(costs)
     if num_stages > num_layers:
@@ -32,7 +31,7 @@ def balance_stages(costs: Sequence[float], *, num_stages: int) -> list[range]:
         )
     total = [0.0, *accumulate(costs)]
     limit = _cut(total, num_stages=num_stages, limit=float("inf"), weigh=max)[0]
-    # A second pass among the cuts that keep to it: the smallest sum of squares.
+    # A second pass over the cuts within that limit: the smallest sum of squares.
     starts = _cut(total, num_stages=num_stages, limit=limit, weigh=lambda so_far, cost: so_far + cost * cost)[1]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], num_layers], strict=True)]
 
@@ -43,7 +42,7 @@ def _cut(
     """The cheapest cut by ``weigh(so far, cost of the next stage)`` with no stage over ``limit``, and where stages start.
 
     Args:
-        total: Sum of the costs before each unit, and of all.
+        total: Sum of the costs before each layer, and of all.
     """
     num_layers = len(total) - 1
     best: list[tuple[float, list[int]] | None] = [(0.0, []), *[None] * num_layers]
@@ -51,17 +50,19 @@ def _cut(
         longer: list[tuple[float, list[int]] | None] = [None] * (num_layers + 1)
         for stop in range(1, num_layers + 1):
             options = [
-                (weigh(best[start][0], total[stop] - total[start]), [*best[start][1], start])
-                for start in range(stop)
-                if best[start] is not None and total[stop] - total[start] <= limit
+                (weigh(before[0], total[stop] - total[start]), [*before[1], start])
+                for start, before in enumerate(best[:stop])
+                if before is not None and total[stop] - total[start] <= limit
             ]
             longer[stop] = min(options, default=None)
         best = longer
-    return best[num_layers]
+    cheapest = best[num_layers]
+    assert cheapest is not None, "the limit lets one cut through"
+    return cheapest
 
 
 def explicit_stages(layers_per_stage: Sequence[int], *, num_layers: int, num_stages: int) -> list[range]:
-    """Stages as the user counted them out.
+    """Stages from the user's ``parallel.layers_per_stage``.
 
     Raises:
         ConfigError: the counts are not ``num_stages`` positive numbers that sum to ``num_layers``.

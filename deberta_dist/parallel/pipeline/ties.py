@@ -1,11 +1,11 @@
-"""Weights that several ranks use: one owner, and borrowers that receive it and give their gradient back.
+"""Weights that several ranks use: one owner, and borrowers that receive the weight and return their gradient.
 
-``encoder.rel_embeddings`` and its LayerNorm are used by every stage, ``word_embeddings`` by the first stage
-and by the head on the last, LayerNorms and row-parallel biases by every tensor-parallel rank. Each slice is
-owned, stored and counted once, by the first (stage, tensor) rank that uses it. Twice per optimizer step the
-ties speak: ``lend`` after the weights are gathered, ``collect`` before the gradients are handed over.
+Every stage uses ``encoder.rel_embeddings`` and its LayerNorm; the first stage and the head on the last use
+``word_embeddings``; every tensor rank uses the LayerNorms and row-parallel biases. Each tensor slice is owned, stored and
+counted once, by the first model-parallel rank that uses it. Ties communicate twice per optimizer step:
+``broadcast_weights`` after the owners' all-gather, ``reduce_gradients`` before their reduce-scatter.
 
-Ranks here are (pipeline rank, tensor rank) pairs: the data axis only repeats the picture.
+Ranks in this file are model-parallel ranks, (pipeline rank, tensor rank): every data rank has the same ties.
 """
 
 from collections import defaultdict
@@ -27,9 +27,9 @@ class Tie:
 
     Attributes:
         names: Published names, sorted.
-        users: (pipeline, tensor) places that use them; the first is the owner.
-        is_sum: Every user's gradient is a part of the sum. False: the users' gradients are equal, and the
-            owner's own is taken.
+        users: Model-parallel ranks that use them, ascending; the first is the owner.
+        is_sum: Whether the gradient is the sum of all users'. If not, the users' gradients are equal and the owner's own
+            stands.
     """
 
     names: tuple[str, ...]
@@ -38,13 +38,13 @@ class Tie:
 
 
 def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str], tensor_parallel_size: int) -> list[Tie]:
-    """All ties of a layout, in one order for every rank.
+    """All ties of a layout. Their order, the same on every rank, is that of the collectives.
 
     Args:
         names_by_rank: Published parameter names used by each pipeline rank.
         kinds: For every name ``"split"`` (each tensor rank has its own slice), ``"replicate"`` (whole on each,
             equal gradients) or ``"partial"`` (whole on each, gradients to be summed).
-        tensor_parallel_size: Number of tensor-parallel ranks.
+        tensor_parallel_size: Number of tensor ranks, each of which uses what its pipeline rank does.
     """
     pipeline_users: dict[str, list[int]] = defaultdict(list)
     for pipeline, names in enumerate(names_by_rank):
@@ -59,16 +59,17 @@ def find_ties(names_by_rank: Sequence[Sequence[str]], *, kinds: Mapping[str, str
                     groups[tuple((p, tensor) for p in pipelines), True].append(name)
             continue
         users = tuple((p, t) for p in pipelines for t in range(tensor_parallel_size))
-        # A replicated weight on several stages would need one gradient per stage, not per rank: none exists.
+        # Its gradients are equal within a stage and summands across stages: one sum over all users would count it several
+        # times over. No weight of DeBERTa is such.
         assert kind == "partial" or len(pipelines) == 1, name
         if len(users) > 1:
             groups[users, kind == "partial" or len(pipelines) > 1].append(name)
     return [Tie(tuple(sorted(names)), users, is_sum) for (users, is_sum), names in sorted(groups.items())]
 
 
-def owned_names(names: Sequence[str], *, ties: Sequence[Tie], place: ModelParallelRank) -> list[str]:
-    """Those of ``names`` that the rank at ``place`` owns, in the same order."""
-    borrowed = {name for tie in ties if place in tie.users[1:] for name in tie.names}
+def owned_names(names: Sequence[str], *, ties: Sequence[Tie], rank: ModelParallelRank) -> list[str]:
+    """Those of ``names`` that ``rank`` owns, in the same order."""
+    borrowed = {name for tie in ties if rank in tie.users[1:] for name in tie.names}
     return [name for name in names if name not in borrowed]
 
 
@@ -78,36 +79,31 @@ def tie_ranks(tie: Tie, *, shape: MeshShape, data: int) -> tuple[int, ...]:
 
 
 def make_tie_groups(ties: Sequence[Tie], *, mesh: Mesh) -> None:
-    """Makes the process groups of all ties (collective over the world, same order everywhere)."""
+    """Makes the process groups of all ties. Collective over the world: a rank takes part in making groups it is not in."""
     rank_sets = [tie_ranks(tie, shape=mesh.shape, data=d) for tie in ties for d in range(mesh.shape.data)]
     mesh.new_subgroups(list(dict.fromkeys(rank_sets)))
 
 
 class TiedWeights:
-    """This rank's side of its ties.
+    """The ties that this rank is in, as owner or borrower.
 
     Args:
-        ties: All ties of the layout, in the common order.
-        mesh: The grid, with the groups of ``make_tie_groups``.
+        ties: All ties of the layout, in the order of ``find_ties``.
+        mesh: The mesh, after ``make_tie_groups``.
         shapes: Local shape of every parameter on this rank.
-        dtype: Dtype in which weights are lent (the compute dtype).
+        dtype: Compute dtype, in which weights are broadcast.
     """
 
     def __init__(self, ties: Sequence[Tie], *, mesh: Mesh, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         here = mesh.mesh_rank
-        self._place = (here.pipeline, here.tensor)
-        self._ties = [tie for tie in ties if self._place in tie.users]
+        self._here = (here.pipeline, here.tensor)
+        self._ties = [tie for tie in ties if self._here in tie.users]
         self._mesh = mesh
         self._shapes = shapes
         self._dtype = dtype
 
-    @property
-    def borrowed_names(self) -> list[str]:
-        """Names this rank uses but does not own."""
-        return [name for tie in self._ties if not self._owns(tie) for name in tie.names]
-
-    def lend(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Owners send their weights; returns the borrowed ones by name, as views of one buffer per tie."""
+    def broadcast_weights(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Owners broadcast their weights; returns the borrowed ones by name, as views of one buffer per tie. Collective."""
         borrowed: dict[str, Tensor] = {}
         for tie in self._ties:
             if self._owns(tie):
@@ -120,7 +116,7 @@ class TiedWeights:
         return borrowed
 
     def gradient_views(self) -> dict[str, Tensor]:
-        """Zeroed float32 gradients for the borrowed weights, by name, as views of one buffer per tie."""
+        """Zeroed float32 gradients of the borrowed weights, by name, as views of one buffer per tie."""
         self._gradients: dict[Tie, Tensor] = {
             tie: torch.zeros(self._size(tie), dtype=torch.float32, device=self._mesh.device)
             for tie in self._ties
@@ -131,14 +127,14 @@ class TiedWeights:
             views.update(self._views(buffer, tie))
         return views
 
-    def collect(self, owned_gradients: Mapping[str, Tensor]) -> None:
-        """Adds the borrowers' gradients to the owner's (in place) where a tie is a sum; the owner's stand otherwise."""
+    def reduce_gradients(self, owned_gradients: Mapping[str, Tensor]) -> None:
+        """Adds the borrowers' gradients to the owner's, in place, where a tie is a sum; the owner's stand otherwise."""
         for tie in self._ties:
             if tie.is_sum:
-                self._collect(tie, owned_gradients)
+                self._reduce_to_owner(tie, owned_gradients)
         self._gradients = {}
 
-    def _collect(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
+    def _reduce_to_owner(self, tie: Tie, owned_gradients: Mapping[str, Tensor]) -> None:
         ranks = tie_ranks(tie, shape=self._mesh.shape, data=self._mesh.mesh_rank.data)
         if self._owns(tie):
             buffer = torch.cat([owned_gradients[name].reshape(-1) for name in tie.names])
@@ -150,7 +146,7 @@ class TiedWeights:
                 owned_gradients[name].copy_(total)
 
     def _owns(self, tie: Tie) -> bool:
-        return tie.users[0] == self._place
+        return tie.users[0] == self._here
 
     def _size(self, tie: Tie) -> int:
         return sum(torch.Size(self._shapes[name]).numel() for name in tie.names)

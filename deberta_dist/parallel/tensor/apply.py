@@ -1,7 +1,7 @@
-"""Cuts a plain model over the tensor-parallel ranks by the plan table.
+"""Divides a plain model over the tensor ranks by the table of sharding rules.
 
-Called by ``training/build.py`` on a model whose parameters are still on the meta device: layers are swapped
-for their parallel twins under the same names, nothing is computed and nothing is communicated.
+Called by ``training/build.py`` on a model whose parameters are still on the meta device: modules are replaced by their
+parallel counterparts under the same names. Nothing is computed or communicated.
 """
 
 import re
@@ -32,10 +32,10 @@ from deberta_dist.parallel.tensor.sequence import (
 
 
 def check_tensor_parallel_sizes(*, num_attention_heads: int, intermediate_size: int, tensor_parallel_size: int) -> None:
-    """Refuses a split that does not come out even. Needs no process group.
+    """Refuses sizes that do not divide evenly. Needs no process group.
 
     Raises:
-        ConfigError: heads or feed-forward features are not divisible by ``tensor_parallel_size``.
+        ConfigError: ``tensor_parallel_size`` does not divide the attention heads or the FFN columns.
     """
     size = tensor_parallel_size
     if num_attention_heads % size:
@@ -59,18 +59,18 @@ def apply_sharding_rules(
     group: dist.ProcessGroup,
     rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
 ) -> None:
-    """Swaps the layers of ``model`` that the plan splits for this rank's slice of them.
+    """Replaces the modules of ``model`` that the rules divide by modules with this rank's slice.
 
     Args:
-        model: A model with published names; absent parts (other stages) are fine.
+        model: A model with published names; layers of other stages may be absent.
         vocab_size: Rows of the real vocabulary, without padding (tokens).
-        rank: Tensor-parallel rank of this process.
-        size: Number of tensor-parallel ranks; with 1 the model stays as it is.
-        group: Their process group.
-        rules: How the model's modules are split.
+        rank: Tensor rank of this process.
+        size: Number of tensor ranks; with 1 the model stays as it is.
+        group: Process group of the tensor ranks, for the collectives within the new modules.
+        rules: Module name pattern -> kind.
 
     Raises:
-        ConfigError: a layer to be split is of another class than torch's own, or has hooks: both would be lost.
+        ConfigError: a Linear or Embedding to be divided is a subclass of torch's, or has hooks: both would be lost.
     """
     if size == 1:
         return
@@ -99,7 +99,7 @@ def apply_sharding_rules(
                 VocabParallelEmbedding(module, padded_size=padded_size, rank=rank, size=size, group=group),
             )
         elif kind == sharding_rules.VOCAB:
-            module.bias = empty_parameter((rows,), module.bias)
+            module.bias = empty_parameter(torch.Size((rows,)), module.bias)
     if (loss := getattr(model, "cross_entropy", None)) is not None:
         num_real_rows = min(max(vocab_size - rank * rows, 0), rows)
         model.cross_entropy = type(loss)(first_row=rank * rows, num_real_rows=num_real_rows, join=JoinOverRanks(group))
@@ -113,15 +113,15 @@ def split_sequence(
     regathers: bool,
     rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES,
 ) -> None:
-    """Swaps modules of a model that ``apply_sharding_rules`` has cut, so that activations between them are split along the sequence.
+    """Replaces modules after ``apply_sharding_rules`` so that activations in the sequence region are divided by tokens.
 
     Args:
-        model: A model with published names; absent parts (other stages) are fine.
-        ranks: The tensor-parallel ranks.
+        model: A model with published names; layers of other stages may be absent.
+        ranks: Owners of the shards of a sequence; they communicate within the new modules.
         decoder_layer: See ``sharding_rules.in_sequence_region``.
-        gathers_again: Whether column-parallel layers gather their input again in the backward pass. Not where whole layers
-            are computed again anyway, just before it.
-        rules: How the model's modules are split.
+        regathers: Whether column-parallel layers gather their input a second time in the backward pass. Pointless where whole
+            layers are recomputed just before it.
+        rules: Module name pattern -> kind, as given to ``apply_sharding_rules``.
     """
     for name, module in list(model.named_modules()):
         if re.fullmatch(sharding_rules.WHOLE_SEQUENCE_PATTERN, name):
@@ -135,9 +135,10 @@ def split_sequence(
             _replace(model, name, OwnTokens(ranks))
         elif re.fullmatch(sharding_rules.HALO_PATTERN, name):
             convolution = model.get_submodule(f"{name.rpartition('.')[0]}.conv")
+            assert isinstance(convolution, nn.Conv1d) and isinstance(convolution.padding, tuple)
             _replace(model, name, ExchangeHalo(ranks, width=convolution.padding[0]))
         elif re.fullmatch(sharding_rules.SEQUENCE_DROPOUT_PATTERN, name):
-            module.sequence_part = (ranks.rank, ranks.size)
+            module.sequence_shard = (ranks.rank, ranks.size)
         elif kind == sharding_rules.ROW:
             _replace(model, name, SequenceRowLinear(module, ranks=ranks))
         elif kind == sharding_rules.VOCAB:
@@ -147,25 +148,25 @@ def split_sequence(
 def cut_tensor(
     full: Tensor, name: str, *, rank: int, size: int, rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES
 ) -> Tensor:
-    """The slice of the full published tensor ``name`` that ``rank`` of ``size`` holds (vocabulary zero-padded)."""
-    cut = sharding_rules.parameter_sharding(name, rules)
-    if cut.dim is None or size == 1:
+    """The slice of the full published tensor ``name`` that tensor rank ``rank`` of ``size`` holds (vocabulary zero-padded)."""
+    sharding = sharding_rules.parameter_sharding(name, rules)
+    if sharding.dim is None or size == 1:
         return full
-    if cut.kind == sharding_rules.VOCAB:
+    if sharding.kind == sharding_rules.VOCAB:
         padding = sharding_rules.padded_vocabulary(full.shape[0], tensor_parallel_size=size) - full.shape[0]
         full = F.pad(full, (0,) * (2 * (full.ndim - 1)) + (0, padding))
-    part = sharding_rules.local_slice(full.shape[cut.dim], rank=rank, size=size)
-    return full.narrow(cut.dim, part.start, part.stop - part.start)
+    local = sharding_rules.local_slice(full.shape[sharding.dim], rank=rank, size=size)
+    return full.narrow(sharding.dim, local.start, local.stop - local.start)
 
 
 def join_slices(
     slices: list[Tensor], name: str, *, full_shape: tuple[int, ...], rules: sharding_rules.Rules = sharding_rules.SHARDING_RULES
 ) -> Tensor:
-    """The full published tensor from the slices of all ranks in order: inverse of ``cut_tensor``, padding stripped."""
-    cut = sharding_rules.parameter_sharding(name, rules)
-    if cut.dim is None or len(slices) == 1:
+    """The full published tensor from the slices of all tensor ranks in order: the inverse of ``cut_tensor``, unpadded."""
+    dim = sharding_rules.parameter_sharding(name, rules).dim
+    if dim is None or len(slices) == 1:
         return slices[0]
-    return torch.cat(slices, dim=cut.dim).narrow(cut.dim, 0, full_shape[cut.dim])
+    return torch.cat(slices, dim=dim).narrow(dim, 0, full_shape[dim])
 
 
 def _require_torchs_own(module: nn.Module, kind: type[nn.Module], name: str) -> None:
@@ -173,7 +174,7 @@ def _require_torchs_own(module: nn.Module, kind: type[nn.Module], name: str) -> 
     if type(module) is not kind or is_hooked or "forward" in vars(module):
         raise ConfigError(
             f"{name} is {type(module).__module__}.{type(module).__qualname__}{' with hooks' if is_hooked else ''}: tensor "
-            f"parallelism splits torch's own {kind.__name__} alone; merge adapters into the weights, and remove hooks and "
+            f"parallelism divides only torch's own {kind.__name__}; merge adapters into the weights, and remove hooks and "
             "parametrisations"
         )
 

@@ -1,9 +1,9 @@
 """Linear and embedding layers of which a rank holds one slice as ordinary parameters.
 
-They take the place of ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute
-names, so that everything that looks parameters up by published name works unchanged. Where the layer has a product of its
-own, ``multiply(x, layer, bias)``, they multiply by it, too. ``plain_forward`` says that the model may read their weights
-instead of calling them, as it does those of torch's own classes.
+They replace ``nn.Linear`` and ``nn.Embedding`` under the same name, with the same attribute names, so that code which looks
+parameters up by published name works unchanged. A layer with a product of its own, ``multiply(x, layer, bias)``, passes it
+on to its replacement. ``plain_forward`` marks a class whose weights the model may read directly instead of calling it, as it
+does with torch's own classes.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from deberta_dist.parallel.tensor.collectives import reduce_from_tensor_parallel
 class ColumnParallelLinear(nn.Linear):
     """Y = X A + b with A = [A_1, ..., A_p] cut along its output features; rank i computes X A_i + b_i.
 
-    The input must have passed an ``enter`` module (EnterTensorParallelRegion); the output stays split.
+    The input must have passed an ``enter`` module (EnterTensorParallelRegion); the output stays divided by features.
 
     Args:
         full: The whole layer; only its sizes, dtype and device are used.
-        size: Number of tensor-parallel ranks; divides ``full.out_features``.
+        size: Number p of tensor ranks; divides ``full.out_features``.
     """
 
     def __init__(self, full: nn.Linear, *, size: int) -> None:
@@ -49,14 +49,14 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """Y = X A + b with A cut along its input features and X split alike: Y = sum_i X_i A_i + b.
+    """Y = X A + b with A and X cut along the input features: Y = sum_i X_i A_i + b.
 
     The bias is whole on every rank and added once, after the sum.
 
     Args:
         full: The whole layer; only its sizes, dtype and device are used.
-        size: Number of tensor-parallel ranks; divides ``full.in_features``.
-        group: Their process group.
+        size: Number of tensor ranks; divides ``full.in_features``.
+        group: Process group that the products are summed over.
     """
 
     def __init__(self, full: nn.Linear, *, size: int, group: dist.ProcessGroup) -> None:
@@ -78,7 +78,7 @@ class RowParallelLinear(nn.Linear):
     plain_forward = forward
 
     def without_bias(self, input: Tensor) -> Tensor:
-        """sum_i X_i A_i, for who adds the bias in a pass of their own."""
+        """sum_i X_i A_i, for a caller that fuses the bias into its own next pass over the output."""
         return reduce_from_tensor_parallel_region(self.multiply(input, self, None), self.group)
 
     def extra_repr(self) -> str:
@@ -86,15 +86,17 @@ class RowParallelLinear(nn.Linear):
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Embedding of which rank i holds rows [i V/p, (i+1) V/p); foreign ids give zeros, then all are summed.
+    """Embedding of which rank i of p holds rows [i V/p, (i+1) V/p). Other ranks' ids give zeros, and the ranks' sum is whole.
 
     Args:
         full: The whole table; only its width, padding index, dtype and device are used.
-        padded_size: Rows after padding (``plan.padded_vocabulary``).
-        rank, size, group: Place among the tensor-parallel ranks.
+        padded_size: V, rows after padding (``sharding_rules.padded_vocabulary``).
+        rank: i, tensor rank of this process.
+        size: p, number of tensor ranks.
+        group: Process group of the tensor ranks.
 
     Attributes:
-        reduce: Sums what the ranks have found; sequence parallelism replaces it.
+        reduce: Sums the ranks' outputs; sequence parallelism replaces the all-reduce by a reduce-scatter.
     """
 
     def __init__(self, full: nn.Embedding, *, padded_size: int, rank: int, size: int, group: dist.ProcessGroup) -> None:
@@ -114,7 +116,7 @@ class VocabParallelEmbedding(nn.Embedding):
         self.reduce = partial(reduce_from_tensor_parallel_region, group=group)
 
     def forward(self, input_ids: Tensor, table: Any = None) -> Tensor:
-        """As the model's own word embeddings, which look up in a table that the head shares where there is one."""
+        """Called like the model's word embeddings, with the table that they share with the head, if there is one."""
         local = input_ids - self.first_row
         foreign = (local < 0) | (local >= self.num_embeddings)
         # A foreign id must not touch any row's gradient: zero the output, not only the index.
@@ -130,7 +132,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 def product_of(layer: nn.Linear) -> Callable[[Tensor, nn.Linear, Tensor | None], Tensor]:
-    """What a layer multiplies by: x, a layer that has the weight W, bias -> x W^T + b."""
+    """The function (x, layer with weight W, bias b) -> x W^T + b that a layer multiplies with."""
     return getattr(layer, "multiply", _multiply)
 
 

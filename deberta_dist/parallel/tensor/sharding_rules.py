@@ -1,22 +1,22 @@
-"""The tensor-parallel plan: which parameter is cut along which dimension, as one table of strings.
+"""The sharding rules: which parameter is cut along which dimension, as one table of strings.
 
-Training swaps layers by it, the weight store decides by it who owns and who borrows, checkpoints and
-conversion cut and join by it. Nothing else in the package knows how DeBERTa is split.
+Training replaces layers by it, ties take owners and borrowers from it, checkpoints and conversion cut and join tensors by it.
+Nothing else in the package knows how DeBERTa is divided over tensor ranks.
 
 =========== ======================================================================= ===================
 kind        meaning (tp ranks)                                                      cut dimension
 =========== ======================================================================= ===================
-column      Linear whose output features are split; weight rows and bias are local  0
-row         Linear whose input features are split; weight columns local, bias whole weight 1
-vocab       embedding rows (or a bias over the vocabulary) are split, padded        0
+column      Linear cut by output features; weight rows and bias are local           0
+row         Linear cut by input features; weight columns local, bias whole          weight 1
+vocab       embedding rows, or a bias over the vocabulary, cut after padding        0
 replicate   whole on every rank, gradients equal on every rank                      none
-partial     whole on every rank, each rank's gradient is a part of the sum          none
+partial     whole on every rank, each rank's gradient is a summand                  none
 =========== ======================================================================= ===================
 
-``partial`` is the relative table and its LayerNorm: the table is projected by each rank's own heads, so
-each rank sees only its heads' share of the gradient. It is completed once per step when ranks hand over
-their gradients, not once per layer and micro-batch. Under sequence parallelism (``sequence.py``) replicated weights
-of ``in_sequence_region`` are ``partial`` too: each rank sees its own tokens alone.
+``partial`` are the relative table and its LayerNorm: each rank projects the table for its own heads, and so sees only its
+heads' share of the gradient. The summands are added once per step, when ties reduce gradients, not once per layer and
+micro-batch. Under sequence parallelism (``sequence.py``) the replicated weights of ``in_sequence_region`` are ``partial``
+too: each rank sees its own tokens alone.
 """
 
 import re
@@ -40,12 +40,13 @@ SHARDING_RULES: Rules = (
     (r"deberta\.encoder\.LayerNorm", PARTIAL),
 )
 
-# Identity modules where a replicated activation enters split computation: its gradient is summed there.
+# Identity modules where a replicated activation enters a tensor-parallel region: its gradient is summed there.
 ENTER_PATTERN = r".*\.enter"
-# The one dropout whose activation is split by heads: its mask must differ between ranks.
+# The one dropout whose activation is divided by heads: its mask must differ between ranks. All other dropouts work on
+# replicated activations, where masks must be equal.
 SPLIT_DROPOUT_PATTERN = _LAYER + r"attention\.self\.dropout"
-# Sequence parallelism: dropouts of activations that are split along the sequence, and identity modules where tokens are
-# chosen, where neighbouring tokens are looked at, and where all are needed.
+# Sequence parallelism: dropouts of activations that are divided along the sequence, and identity modules where a rank takes
+# its own tokens, where it needs its neighbours' tokens, and where it needs all.
 SEQUENCE_DROPOUT_PATTERN = rf"deberta\.(embeddings|encoder\.conv)\.dropout|{_LAYER}(attention\.)?output\.dropout"
 OWN_TOKENS_PATTERN = r".*\.own_tokens"
 HALO_PATTERN = r"deberta\.encoder\.conv\.halo"
@@ -57,8 +58,8 @@ class Sharding:
     """How one parameter is laid out over the tensor-parallel ranks.
 
     Attributes:
-        kind: One of the kinds above.
-        dim: Dimension that is cut, or None where every rank holds the whole.
+        kind: COLUMN, ROW, VOCAB, REPLICATE or PARTIAL.
+        dim: Dimension of the tensor that is cut; None where every rank holds the whole.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Sharding:
 
 
 def module_kind(name: str, rules: Rules = SHARDING_RULES) -> str:
-    """Kind of the module called ``name`` (published name)."""
+    """Kind of the module with published ``name``."""
     return next((kind for pattern, kind in rules if re.fullmatch(pattern, name)), REPLICATE)
 
 
@@ -82,14 +83,14 @@ def parameter_sharding(name: str, rules: Rules = SHARDING_RULES) -> Sharding:
 
 
 def in_sequence_region(name: str, *, decoder_layer: int | None) -> bool:
-    """Whether the module or parameter ``name`` is used where sequence parallelism splits the tokens.
+    """Whether a module or parameter works on the tokens that sequence parallelism divides.
 
-    That is embeddings, layers and convolution. Not the enhanced mask decoder and the head, whose rows are targets.
+    Embeddings, layers and convolution do. The enhanced mask decoder and the head do not: their rows are targets.
 
     Args:
-        name: Published name.
-        decoder_layer: Number of the layer that decodes, with the absolute positions; None where they are added to the
-            embeddings.
+        name: Published name of the module or parameter.
+        decoder_layer: Number of the enhanced mask decoder's layer, which adds absolute positions; None where they are added
+            to the embeddings.
     """
     if layer := re.match(r"deberta\.encoder\.layer\.(\d+)\.", name):
         return int(layer[1]) != decoder_layer
@@ -99,10 +100,10 @@ def in_sequence_region(name: str, *, decoder_layer: int | None) -> bool:
 
 
 def padded_vocabulary(vocab_size: int, *, tensor_parallel_size: int) -> int:
-    """Vocabulary rows after padding so that every rank holds equally many.
+    """Vocabulary rows after padding, so that every tensor rank holds the same number.
 
-    Each shard is a multiple of 128 rows where the vocabulary is split, which keeps its matrix products on aligned rows
-    and whole tiles. One rank needs no padding: its logits have aligned rows by themselves (`models.cross_entropy`).
+    Each rank's rows are a multiple of 128, which keeps matrix products on aligned rows and whole tiles. A single rank needs no
+    padding: `models.cross_entropy` aligns the rows of its logits itself.
     """
     if tensor_parallel_size == 1:
         return vocab_size
@@ -111,7 +112,7 @@ def padded_vocabulary(vocab_size: int, *, tensor_parallel_size: int) -> int:
 
 
 def local_slice(full_size: int, *, rank: int, size: int) -> slice:
-    """The part of a dimension of ``full_size`` that ``rank`` of ``size`` holds. Sizes are checked before."""
-    assert full_size % size == 0
-    part = full_size // size
-    return slice(rank * part, (rank + 1) * part)
+    """The indices of a dimension of ``full_size`` that ``rank`` of ``size`` holds."""
+    assert full_size % size == 0, "check_tensor_parallel_sizes and padded_vocabulary come first"
+    local_size = full_size // size
+    return slice(rank * local_size, (rank + 1) * local_size)

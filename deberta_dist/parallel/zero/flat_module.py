@@ -1,6 +1,7 @@
-"""What DeepSpeed gets to see: a module of flat parameters, and who the ranks are."""
+"""What DeepSpeed sees: a module of flat parameters, and the process groups of a rank."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,18 +14,19 @@ class _Surrogate(torch.autograd.Function):
     """A zero whose gradient with respect to the weight is a given tensor: how gradients enter ZeRO-3."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, gradient: Tensor, inverse_scale: float) -> Tensor:
         ctx.gradient, ctx.inverse_scale, ctx.dtype = gradient, inverse_scale, weight.dtype
         return torch.zeros((), dtype=torch.float32, device=weight.device)
 
     @staticmethod
-    def backward(ctx, outer: Tensor):
-        # ``outer`` is the engine's loss scale; ``inverse_scale`` takes off the one the pipeline ran with.
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        # ``outer`` is the engine's loss scale, which it divides out again; ``inverse_scale`` removes the one that the
+        # micro-batches ran with.
         gradient, scale = ctx.gradient, outer.float() * ctx.inverse_scale
         ctx.gradient = None
         if gradient.dtype == ctx.dtype:
-            return gradient.mul_(scale), None, None  # nobody reads it after this
-        # Scaled and rounded at once: a scaled copy in float32 would be as large as the gradient.
+            return gradient.mul_(scale), None, None  # in place: nothing reads it afterwards
+        # Scaled and rounded in one pass: a scaled copy in float32 would be as large as the gradient.
         return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None
 
 
@@ -41,7 +43,7 @@ class FlatModule(nn.Module):
 
 
 class ModelParallelUnit:
-    """The ``mpu`` object DeepSpeed asks about its groups."""
+    """The ``mpu`` object that DeepSpeed asks for groups. To it, tensor and pipeline ranks together are model-parallel."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

@@ -1,8 +1,8 @@
-"""Asks DeepSpeed's own classes about a DeepSpeed JSON before any process starts, and refuses what the store cannot run.
+"""Checks a DeepSpeed JSON with DeepSpeed's own classes before any process starts, and refuses what the weight store cannot run.
 
-``examine`` is handed to ``config.deepspeed_json.read_deepspeed`` by the planner: the dry run says what would otherwise be a
-traceback on every rank. Keys, types and bounds are DeepSpeed's, read off its classes; what they let through and its
-engine, or the weight store, cannot run with is in ``IMPOSSIBLE``.
+The planner passes ``examine`` to ``config.deepspeed_json.read_deepspeed``, so that the dry run reports what would otherwise
+be a traceback on every rank. Keys, types and bounds come from DeepSpeed's classes. ``ONLY`` and ``BOUNDS`` list what these
+accept although the engine or the weight store cannot run with it.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ from deberta_dist.parallel.zero.weight_store import import_deepspeed
 
 _CPU_ADAM = "it needs DeepSpeed's own CPU optimizer; ours comes from [optimizer] in the TOML"
 _FLOAT32 = "master weights, gradients and moments are float32 here"
-_WHOLE = "what travels is neither quantised nor kept twice here"
+_WHOLE = "communication is not quantised here, and weights are not held twice"
 _FLAT = "DeepSpeed sees flat parameters here, no modules"
-# Place -> (what it may be, why not another).
+# Dotted key -> (the one value it may have, why).
 ONLY: dict[str, tuple[Any, str]] = {
     "zero_optimization.zenflow": (None, "it takes the optimizer's place, which comes from [optimizer] in the TOML"),
     "zero_optimization.offload_optimizer.ratio": (1.0, _CPU_ADAM),
@@ -39,7 +39,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "fp16.fp16_master_weights_and_grads": (False, _FLOAT32),
     "fp16.auto_cast": (False, "gradients go into the engine in float32, which it would round"),
 }  # fmt: skip
-# Place -> (least, most, unit or reason).
+# Dotted key -> (least, most, unit or reason).
 BOUNDS: dict[str, tuple[int, int, str]] = {
     "zero_optimization.zero_hpz_partition_size": (0, 1, _WHOLE),
     "fp16.loss_scale": (0, 2**126, "a float32 holds no larger one"),
@@ -50,27 +50,30 @@ BOUNDS: dict[str, tuple[int, int, str]] = {
     "comet.samples_log_interval": (1, LARGEST, "samples"),
 }
 DEVICES = ("none", "cpu")
-# Monitors and what they write with.
+# Section of a monitor -> the package that it writes with.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-# Those that make a folder when the engine is made.
+# Monitors that create a folder when the engine is created.
 WRITERS = ("tensorboard", "csv_monitor")
 
 
 def examine(sections: dict[str, Any], left_out: Mapping[str, str]) -> Examined | None:
-    """What DeepSpeed's classes say to the sections of a JSON.
+    """Checks the sections of a JSON with DeepSpeed's classes.
 
     Args:
-        sections: Those that are objects, without ``null`` and ``"auto"``; not changed.
-        left_out: Dotted keys that were one of the two.
+        sections: Top-level keys whose values are objects, with ``null`` and ``"auto"`` removed; not changed.
+        left_out: The removed dotted keys, each with ``null`` or ``"auto"``.
 
     Returns:
-        Values, problems and defaults; None where DeepSpeed cannot be imported.
+        Values, problems and defaults; None if DeepSpeed cannot be imported.
     """
     try:
         classes = _classes()
     except ImportError:
         return None
-    values, problems, notes, defaults = {}, {}, [], {}
+    values: dict[str, Any] = {}
+    problems: Problems = {}
+    notes: list[str] = []
+    defaults: dict[str, Any] = {}
     for name, section in sections.items():
         model = classes.get(name)
         if model is None:
@@ -86,7 +89,7 @@ def examine(sections: dict[str, Any], left_out: Mapping[str, str]) -> Examined |
         problems |= _impossible(values[name], name)
         defaults |= {key: value for key in left_out if (value := _default(made, key, name)) is not ...}
     problems |= _missing_packages(values) | _no_folder(values)
-    problems |= {place: _device(place, _value(sections, place)) for place in problems if place.endswith(".device")}
+    problems |= {dotted: _device(dotted, _value(sections, dotted)) for dotted in problems if dotted.endswith(".device")}
     known = [key for name, model in classes.items() for key in _legal(model, name)]
     return Examined(values, problems, defaults=defaults, known=tuple(known), notes=tuple(notes))
 
@@ -112,14 +115,14 @@ def _classes() -> dict[str, Any]:
 
 
 def _inner(field: Any) -> Any:
-    """The class of a field that is an object of its own, or None."""
+    """The class of a field that is itself an object, or None."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
 
 
 @lru_cache
 def _legal(model: Any, above: str) -> dict[str, tuple[str, Any]]:
-    """Every dotted key -> (the field's own name, the field), under all the names that DeepSpeed takes."""
+    """Every dotted key -> (the field's own name, the field), under all names that DeepSpeed accepts."""
     found = {}
     for name, field in model.model_fields.items():
         for written in dict.fromkeys((field.alias or name, name)):
@@ -137,7 +140,7 @@ def _unknown(
     for key in given:
         table = key.rpartition(".")[0]
         if key in legal or (table != name and table not in legal):
-            continue  # what is in an unknown table is not looked at
+            continue  # one message for an unknown table, none for the keys in it
         beside = [other for other in legal if other.rpartition(".")[0] == table]
         elsewhere = [other for section_name, model in classes.items() for other in _legal(model, section_name)]
         found[key] = f"unknown key {shown_key(key)}; {nearest(key, beside, elsewhere)}"
@@ -152,40 +155,40 @@ def _key_paths(table: Mapping[str, Any], above: str) -> Iterator[str]:
 
 
 def _wrong_kinds(table: Mapping[str, Any], above: str, legal: Mapping[str, tuple[str, Any]]) -> Problems:
-    """What pydantic would quietly convert (true to 1), or what is given under two names."""
+    """Values that pydantic would silently convert (true to 1), and keys given under two names."""
     found: Problems = {}
     names: dict[str, str] = {}
     for key, value in table.items():
-        place = f"{above}.{key}"
-        if place not in legal:
+        dotted = f"{above}.{key}"
+        if dotted not in legal:
             continue
-        name, field = legal[place]
+        name, field = legal[dotted]
         if name in names:
-            found[place] = f"{place} is the same as {names[name]}; leave one of them out"
-        names[name] = place
+            found[dotted] = f"{dotted} is the same as {names[name]}; leave one of them out"
+        names[name] = dotted
         kinds = {field.annotation, *get_args(field.annotation)}
         if _inner(field) is not None:
             if isinstance(value, Mapping):
-                found |= _wrong_kinds(value, place, legal)
+                found |= _wrong_kinds(value, dotted, legal)
             else:
-                found[place] = f"{place} = {shown(value)}; expected an object {{...}} or null"
+                found[dotted] = f"{dotted} = {shown(value)}; expected an object {{...}} or null"
         elif isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            found[place] = f"{place} = {shown(value)}; expected a number"
+            found[dotted] = f"{dotted} = {shown(value)}; expected a number"
     return found
 
 
-def _without(table: Mapping[str, Any], above: str, places: set[str]) -> dict[str, Any]:
+def _without(table: Mapping[str, Any], above: str, dotted_keys: set[str]) -> dict[str, Any]:
     return {
-        key: _without(value, f"{above}.{key}", places) if isinstance(value, Mapping) else value
+        key: _without(value, f"{above}.{key}", dotted_keys) if isinstance(value, Mapping) else value
         for key, value in table.items()
-        if f"{above}.{key}" not in places
+        if f"{above}.{key}" not in dotted_keys
     }
 
 
 def _built(model: Any, section: Mapping[str, Any], name: str, problems: Problems) -> tuple[Any, dict[str, Any]]:
-    """DeepSpeed's object of all that it takes, and that part of the section; None where it refuses the whole.
+    """DeepSpeed's object of every key that it accepts, and those keys; None if it refuses the whole section.
 
-    What it refuses goes into ``problems``, and the rest is tried again: everything is said at once.
+    Refused keys go into ``problems`` and the rest is tried again, so that one run reports all problems.
     """
     while True:
         table = _without(section, name, set(problems))
@@ -202,7 +205,7 @@ def _built(model: Any, section: Mapping[str, Any], name: str, problems: Problems
 
 
 def _made(model: Any, table: Mapping[str, Any]) -> Any:
-    """DeepSpeed's object, without its warnings of old names, which are notes of ours."""
+    """DeepSpeed's object, without its warnings about deprecated names: `_dump` reports those as notes."""
     logger = logging.getLogger("DeepSpeed")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -212,7 +215,7 @@ def _made(model: Any, table: Mapping[str, Any]) -> Any:
 
 
 def _dump(made: Any, given: Mapping[str, Any], above: str, notes: list[str]) -> dict[str, Any]:
-    """The given keys with DeepSpeed's types, old names replaced by present ones."""
+    """The given keys with DeepSpeed's types, deprecated names replaced by current ones."""
     by_name = {alias: name for name, field in type(made).model_fields.items() for alias in (field.alias or name, name)}
     values: dict[str, Any] = {}
     for key in given:
@@ -223,17 +226,17 @@ def _dump(made: Any, given: Mapping[str, Any], above: str, notes: list[str]) -> 
             continue
         new = extra.get("new_param", "")
         if not extra.get("set_new_param", True):
-            notes.append(f"{above}.{key} is an old name that DeepSpeed ignores; it has {new} now")
+            notes.append(f"{above}.{key} is a deprecated name that DeepSpeed ignores; use {new}")
             continue
         value = getattr(made, new)
-        notes.append(f"{above}.{key} is DeepSpeed's old name of {new}")
+        notes.append(f"{above}.{key} is DeepSpeed's deprecated name for {new}")
         if value is not None:
             values[type(made).model_fields[new].alias or new] = _plain(value, None, f"{above}.{new}", notes)
     return values
 
 
 def _plain(value: Any, given: Any, above: str, notes: list[str]) -> Any:
-    """As JSON has it."""
+    """The value as JSON represents it."""
     if hasattr(type(value), "model_fields"):
         return _dump(value, given if isinstance(given, Mapping) else dict.fromkeys(value.model_fields_set), above, notes)
     if isinstance(value, Enum):
@@ -242,7 +245,7 @@ def _plain(value: Any, given: Any, above: str, notes: list[str]) -> Any:
 
 
 def _default(made: Any, key: str, section: str) -> Any:
-    """What DeepSpeed's object has for a dotted key; ``...`` where it has nothing of that name."""
+    """The value of DeepSpeed's object for a dotted key; ``...`` if it has no such key."""
     parts = key.split(".")
     if parts[0] != section:
         return ...
@@ -255,31 +258,31 @@ def _default(made: Any, key: str, section: str) -> Any:
 
 
 def _impossible(table: Mapping[str, Any], name: str) -> Problems:
-    """What DeepSpeed's classes let through and the engine, or the weight store, cannot run with."""
+    """Values that DeepSpeed's classes accept although the engine or the weight store cannot run with them."""
     found: Problems = {}
-    for place, value in _values(table, name):
-        if place in ONLY and value != ONLY[place][0]:
+    for dotted, value in _values(table, name):
+        if dotted in ONLY and value != ONLY[dotted][0]:
             given = "{...}" if isinstance(value, Mapping) else shown(value)
-            found[place] = f"{place} = {given} must be {shown(ONLY[place][0])} or left out: {ONLY[place][1]}"
-        elif place in BOUNDS and isinstance(value, int | float) and not BOUNDS[place][0] <= value <= BOUNDS[place][1]:
-            least, most, reason = BOUNDS[place]
-            found[place] = f"{place} = {shown(value)}; expected {least} to {most} ({reason})"
+            found[dotted] = f"{dotted} = {given} must be {shown(ONLY[dotted][0])} or left out: {ONLY[dotted][1]}"
+        elif dotted in BOUNDS and isinstance(value, int | float) and not BOUNDS[dotted][0] <= value <= BOUNDS[dotted][1]:
+            least, most, reason = BOUNDS[dotted]
+            found[dotted] = f"{dotted} = {shown(value)}; expected {least} to {most} ({reason})"
         elif isinstance(value, int) and abs(value) > LARGEST:
-            found[place] = f"{place} = {shown(value)}; expected at most {LARGEST}"
-        elif place.endswith(".device") and value not in DEVICES:
-            found[place] = _device(place, value)
-        elif place.startswith("zero_optimization.leaf_module."):
-            found[place] = f"{place} is refused: {_FLAT}; remove it"
+            found[dotted] = f"{dotted} = {shown(value)}; expected at most {LARGEST}"
+        elif dotted.endswith(".device") and value not in DEVICES:
+            found[dotted] = _device(dotted, value)
+        elif dotted.startswith("zero_optimization.leaf_module."):
+            found[dotted] = f"{dotted} is refused: {_FLAT}; remove it"
     return found
 
 
-def _device(place: str, value: Any) -> str:
-    return f'{place} = {shown(value)}; expected "cpu" or "none": checkpoints read weights and moments from memory here'
+def _device(dotted: str, value: Any) -> str:
+    return f'{dotted} = {shown(value)}; expected "cpu" or "none": checkpoints read weights and moments from memory here'
 
 
-def _value(sections: Mapping[str, Any], place: str) -> Any:
+def _value(sections: Mapping[str, Any], dotted: str) -> Any:
     value: Any = sections
-    for part in place.split("."):
+    for part in dotted.split("."):
         value = value[part]
     return value
 
@@ -306,8 +309,8 @@ def _no_folder(values: Mapping[str, Any]) -> Problems:
         if not section.get("enabled"):
             continue
         folder = Path(section.get("output_path") or ".") / section.get("job_name", "")
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
         if not (there.is_dir() and os.access(there, os.W_OK)):
-            place = f"{name}.output_path"
-            found[place] = f"{place} = {shown(section.get('output_path', ''))}; {there} is no folder that can be written to"
+            dotted = f"{name}.output_path"
+            found[dotted] = f"{dotted} = {shown(section.get('output_path', ''))}; {there} is not a writable folder"
     return found

@@ -16,19 +16,19 @@ from deberta_dist.parallel.flat_layout import FlatLayout, ShardState
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.zero.flat_module import FlatModule, ModelParallelUnit
 
-_NORM_OF = 1 << 24  # elements
+_NORM_CHUNK = 1 << 24  # elements: 128 MiB in float64
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class WeightStore:
-    """The tensors a rank owns, their float32 master copies and optimizer state, sharded over the data axis.
+    """The weights that a rank owns, their float32 master copies and optimizer state, sharded over the data axis.
 
     Args:
-        shards: This rank's part of every flat parameter to start with, float32 on the host.
-        layout: Where they lie (``lay_out``).
-        make_optimizer: Builds the optimizer from the list of flat parameters.
-        deepspeed_config: Filled-in DeepSpeed JSON.
-        mesh: The grid.
+        shards: This rank's initial shard of every flat parameter, float32 on the host.
+        layout: Where each owned tensor lies in the flat parameters.
+        make_optimizer: Makes the optimizer of the flat parameters, in the order of ``layout``.
+        deepspeed_config: DeepSpeed JSON without "auto": the planner has filled in every value.
+        mesh: Its data group carries the all-gather and the reduce-scatter; its model group completes norms.
         dtype: Compute dtype: float32, bfloat16 or float16.
     """
 
@@ -48,8 +48,9 @@ class WeightStore:
         self._mesh = mesh
         store = FlatModule([flat.to(dtype) for flat in self._all_gather(shards)])
         for parameter in store.parameters():
-            # Every flat parameter is owned by this rank alone: without the mark DeepSpeed's norm skips it.
-            parameter.model_parallel = True
+            # DeepSpeed counts parameters without this mark into the norm on model-parallel rank 0 only, as replicated. Each
+            # of ours has one owner, so every model-parallel rank's has to count.
+            setattr(parameter, "model_parallel", True)  # noqa: B010  (DeepSpeed's mark, which torch's class does not know)
         optimizer = make_optimizer(list(store.parameters()))
         self._engine, _, _, _ = self._deepspeed.initialize(
             model=store,
@@ -69,20 +70,20 @@ class WeightStore:
 
     @property
     def loss_scale(self) -> float:
-        """Factor on the loss under fp16; 1 otherwise."""
+        """Factor on the loss with fp16; 1 otherwise."""
         return float(self._engine.optimizer.loss_scale) if self.dtype == torch.float16 else 1.0
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that were declined since the start."""
+        """Number of optimizer steps skipped since this store was made."""
         return int(self._engine.skipped_steps)
 
     def gather(self, *, with_gradients: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All-gathers the stage's weights once.
+        """All-gathers the owned weights. Collective over the data-parallel group.
 
         Returns:
             (weights, gradients) by name: views of the gathered flat weights, and zeroed float32 views of the
-            flat gradients (none without ``with_gradients``).
+            flat gradients (empty without ``with_gradients``).
         """
         assert self._gathered is None
         self._gathered = self._gathered_parameters()
@@ -94,7 +95,7 @@ class WeightStore:
         return weights, self.layout.views(self._gradients)
 
     def release(self) -> None:
-        """Gives the gathered weights up (evaluation; the end of `reduce`)."""
+        """Frees the gathered weights (after an evaluation, and at the end of `reduce`)."""
         self._gathered.__exit__(None, None, None)
         self._gathered = None
         self._gradients = []
@@ -102,18 +103,18 @@ class WeightStore:
     def reduce(self, *, loss_scale: float) -> Tensor:
         """First half of a step: reduce-scatters the accumulated gradients and takes their norm, without waiting for the device.
 
-        Gathered weights and whole gradients are free after it, for another network that is gathered before `apply`.
+        It frees gathered weights and whole gradients, so that another network can be gathered before `apply`.
 
         Args:
             loss_scale: The ``loss_scale`` that the backward passes ran with.
 
         Returns:
-            Float64 [1 + F] on the device, the same on all ranks: the global gradient norm before clipping, over every
-            weight of the model once and not finite where any gradient of any rank is not, or the compute dtype cannot
-            hold it; then those of each of F flat parameters, as `apply` needs them.
+            Float64 [1 + F] on the device, the same on all ranks. First the global gradient norm before clipping, with every
+            weight of the model counted once; it is not finite if a gradient of any rank is not, or overflows the compute
+            dtype. Then the norms of the F flat parameters, which `apply` needs.
         """
         loss = self._engine(self._gradients, 1.0 / loss_scale)
-        self._gradients = []  # the loss holds them until the backward pass has taken each
+        self._gradients = []  # the loss's graph holds them, and drops each once the backward pass has used it
         self._engine.backward(loss)
         self.release()
         norms = self._norms()
@@ -122,20 +123,21 @@ class WeightStore:
         return torch.cat([norm, norms]).double()
 
     def _norms(self) -> Tensor:
-        """Norm of every flat gradient over all ranks, with the loss scale, [F] on the device; float64, float32 of the host's.
+        """Norm of every flat gradient over all ranks, times the loss scale, [F] on the device.
 
-        As DeepSpeed adds it up, but on a GPU in pieces: what it copies in float64 is the whole gradient, 8 bytes a
-        weight.
+        Float64, or with offload DeepSpeed's float32. It sums what DeepSpeed sums, but on a GPU chunk by chunk: DeepSpeed
+        copies the whole gradient to float64 first, 8 bytes per weight.
         """
         optimizer = self._engine.optimizer
-        if optimizer.offload_optimizer:  # of gradients on the host, which has waited for them
+        if optimizer.offload_optimizer:  # gradients are on the host, which has waited for them already
             norms = torch.stack([torch.as_tensor(norm) for norm in optimizer._get_norm_groups()])
             return torch.where(norms < 0, math.inf, norms).to(self._mesh.device)
         found = []
         for gradients in optimizer.averaged_gradients.values():
-            # On a CPU in one piece: another order of sums would move runs that go on.
-            most = _NORM_OF if self._mesh.device.type == "cuda" else max(1, *map(Tensor.numel, gradients))
-            norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for part in gradients for one in part.split(most)]
+            # On a CPU in one chunk: another order of summation would change the bits of resumed runs.
+            size = _NORM_CHUNK if self._mesh.device.type == "cuda" else max(1, *map(Tensor.numel, gradients))
+            chunks = [chunk for gradient in gradients for chunk in gradient.split(size)]
+            norms = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks]
             square = torch.stack(norms).square().sum()
             for group in (self._mesh.groups["data"], self._mesh.groups["model"]):
                 if dist.get_world_size(group) > 1:
@@ -144,15 +146,15 @@ class WeightStore:
         return torch.stack(found)
 
     def apply(self, norms: Sequence[float], *, learning_rate: float, joint_norm: float | None = None) -> None:
-        """Second half: one optimizer step with the gradients that were reduced, or none where their norm is not finite.
+        """Second half: one optimizer step with the reduced gradients, or a skipped step if their norm is not finite.
 
-        All ranks give the same numbers, so no weight moves on any rank where a gradient of one is not finite; under
-        fp16 the loss scale falls.
+        All ranks pass the same numbers, so if a gradient of one rank is not finite, no rank updates. With fp16 a skipped step
+        lowers the loss scale.
 
         Args:
-            norms: What `reduce` returned, as read by the host.
-            learning_rate: For this step.
-            joint_norm: Of the gradients of several networks that step together, by which all of them are clipped.
+            norms: What `reduce` returned, copied to the host.
+            learning_rate: The schedule's value for this step; it replaces that of every parameter group.
+            joint_norm: Norm over several networks that step together; all of them are clipped by it.
         """
         optimizer = self._engine.optimizer
         for group in optimizer.param_groups:
@@ -160,9 +162,10 @@ class WeightStore:
         is_finite = math.isfinite(norms[0] if joint_norm is None else joint_norm)
         clipped_by = norms[1:] if joint_norm is None else [joint_norm * optimizer.loss_scale]
         known = [torch.tensor(norm, dtype=self._norm_dtype) for norm in (clipped_by if is_finite else [math.inf])]
-        later = []
-        # DeepSpeed would make the norm again, and read it and the overflow of fp16 from the device. A loss scale that grows
-        # it would use at once, for gradients that were made with the one before.
+        later: list[Any] = []
+        # DeepSpeed would compute the norm again, and wait for the device to read it and fp16's overflow flag. It also updates
+        # the loss scale before it divides the gradients by it, although they were computed with the old one: the update is
+        # put off until after the step.
         with _replaced(
             optimizer,
             _get_norm_groups=lambda: known,
@@ -170,7 +173,7 @@ class WeightStore:
             _update_scale=later.append,
         ):
             if hasattr(optimizer.loss_scaler, "raise_error_at_min_scale"):
-                optimizer.loss_scaler.raise_error_at_min_scale = False  # the run's own count of skipped steps decides
+                optimizer.loss_scaler.raise_error_at_min_scale = False  # the run counts skipped steps and decides itself
             self._engine.step()
         for has_overflow in later:
             optimizer._update_scale(has_overflow)
@@ -178,13 +181,13 @@ class WeightStore:
 
     @torch.no_grad()
     def fold(self, table: str, base: "WeightStore") -> None:
-        """What is gathered of ``table`` becomes the sum of this store's and ``base``'s float32 weights, rounded once.
+        """Makes the next `gather` return, for ``table``, the sum of this store's and ``base``'s float32 weights, rounded once.
 
-        For the next `gather`. The weights themselves stay, and this store's own come back with its next step.
+        Master weights do not change; the sum lasts until this store's next step.
 
         Args:
-            table: A tensor with a flat parameter of its own in both stores, or owned by neither rank.
-            base: Of another network on the same mesh.
+            table: A tensor with a flat parameter of its own in both stores, or owned by this rank in neither.
+            base: Weight store of another network on the same mesh.
         """
         assert (table in self.layout.places) == (table in base.layout.places), table
         if table not in self.layout.places:
@@ -194,19 +197,20 @@ class WeightStore:
         parameter = self._parameters[mine[0]]
         own, other = self._flat_states()[mine[0]][0], base._flat_states()[theirs[0]][0]
         at_rest = parameter.ds_tensor.data
-        # What DeepSpeed keeps gathered it would not read here, and where it shared its memory the weights would be lost.
+        # DeepSpeed never re-reads a shard whose parameter it keeps gathered; and if shard and master weights shared their
+        # memory, writing the sum would overwrite the weights.
         assert not parameter.ds_persist, "stage3_param_persistence_threshold must be 0"
         assert at_rest.untyped_storage().data_ptr() != own.untyped_storage().data_ptr()
         at_rest.copy_((own + other).view_as(at_rest))
 
     @torch.no_grad()
     def copy_shards(self) -> list[ShardState]:
-        """Host copies of this rank's shard of every flat parameter: all that an exact resume needs."""
+        """Host copies of this rank's master weights and moments of every flat parameter: what an exact resume needs."""
         shards = []
         for flat, state in self._flat_states():
             values = [flat, *(state.get(key) for key in ("exp_avg", "exp_avg_sq"))]
-            values = [torch.zeros_like(flat) if value is None else value for value in values]
-            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in values)))
+            known = [torch.zeros_like(flat) if value is None else value for value in values]
+            shards.append(ShardState(*(value.detach().to("cpu", torch.float32, copy=True) for value in known)))
         return shards
 
     @torch.no_grad()
@@ -223,10 +227,10 @@ class WeightStore:
                 parameter.data.copy_(flat)
 
     def close(self) -> None:
-        """Ends DeepSpeed's engine and frees the memory it holds; the store cannot be used after it.
+        """Ends DeepSpeed's engine and frees its memory; the store cannot be used afterwards.
 
-        Freed one by one: the engine outlives its last user, since DeepSpeed's hooks tie it into cycles that the
-        collector does not find, and the next store would lie beside all of this one.
+        Dropping the last reference is not enough: DeepSpeed's hooks form cycles that the garbage collector does not find, and
+        the next store would need its memory beside this one's. So every tensor's storage is freed by hand.
         """
         optimizer = self._engine.optimizer
         self._engine.destroy()
@@ -237,11 +241,11 @@ class WeightStore:
 
     @torch.no_grad()
     def load_moments(self, shards: Sequence[ShardState], *, optimizer_steps: int) -> None:
-        """Sets this rank's moments; the weights came in as ``shards``. Before the first step.
+        """Sets this rank's moments before the first step. The weights were given to the constructor.
 
         Args:
-            shards: In the order of the flat parameters.
-            optimizer_steps: Applied steps behind these moments (Adam's bias correction).
+            shards: This rank's shard of every flat parameter, in order; only the moments are read.
+            optimizer_steps: Steps that were applied to these moments, for Adam's bias correction.
         """
         optimizer = self._engine.optimizer.optimizer
         for (flat, _), shard, group in zip(self._flat_states(), shards, optimizer.param_groups, strict=True):
@@ -254,14 +258,14 @@ class WeightStore:
         self.optimizer_steps = optimizer_steps
 
     def loss_scale_state(self) -> dict[str, float] | None:
-        """State of the fp16 loss scaler; None for other precisions."""
+        """State of fp16's loss scaler; None with other precisions."""
         if self.dtype != torch.float16:
             return None
         scaler = self._engine.optimizer.loss_scaler
         return {key: getattr(scaler, key) for key in LOSS_SCALER_STATE if hasattr(scaler, key)}
 
     def load_loss_scale_state(self, state: Mapping[str, float] | None) -> None:
-        """Sets what ``loss_scale_state`` gave; a run of another precision starts its scaler anew."""
+        """Restores ``loss_scale_state``; without one (a checkpoint of another precision) the scaler starts afresh."""
         if self.dtype == torch.float16 and state is not None:
             for key in LOSS_SCALER_STATE:
                 if key in state:
@@ -270,7 +274,7 @@ class WeightStore:
     def _flat_states(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Master shard and optimizer state of every flat parameter.
 
-        The flat parameters have parameter groups of their own, hence one DeepSpeed sub-group each.
+        Each flat parameter is a parameter group of its own, and so exactly one DeepSpeed sub-group.
         """
         masters = self._engine.optimizer.fp32_partitioned_groups_flat
         assert len(masters) == len(self._parameters)
@@ -282,12 +286,12 @@ class WeightStore:
         """Full float32 weights this rank owns, by name, on the CPU. Collective over the data-parallel group."""
         from deepspeed.utils import safe_get_local_fp32_param
 
-        # Copies: DeepSpeed's own shard is a view that a collective may not touch.
+        # Copies: DeepSpeed's shard is a view of its own buffers, which a collective must not use.
         shards = (safe_get_local_fp32_param(parameter).detach().clone() for parameter in self._parameters)
         return self.layout.views([flat.cpu() for flat in self._all_gather(shards)])
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes this rank holds between steps: weights at rest and optimizer state (master weights, moments)."""
+        """Bytes that this rank holds between steps, by kind: shards of weights, gathered weights, master weights, moments."""
         at_rest = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in self._parameters)
         gathered = sum(p.numel() * p.element_size() for p in self._parameters)
         masters, moments = 0, 0
@@ -297,7 +301,7 @@ class WeightStore:
         return {"weights": at_rest, "gathered": gathered, "master_weights": masters, "optimizer_states": moments}
 
     def _all_gather(self, shards: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Whole flat parameters, one after the other, on the device. Collective over the data-parallel group."""
+        """Whole flat parameters on the device, one at a time to bound memory. Collective over the data-parallel group."""
         for shard, size in zip(shards, self.layout.sizes, strict=True):
             flat = torch.empty(size, dtype=torch.float32, device=self._mesh.device)
             dist.all_gather_into_tensor(flat, shard.to(self._mesh.device), group=self._mesh.groups["data"])
@@ -318,9 +322,9 @@ class WeightStore:
 def _for_device(deepspeed_config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """DeepSpeed's JSON for a device.
 
-    DeepSpeed puts a function of its own in the place of every linear layer of the process, for weights that it gathers
-    itself, which are not here. On a GPU that costs launches; on a CPU it stays, since runs go on to the same bits. Its
-    timer of throughput, which nobody reads, waits for a GPU twice a step.
+    DeepSpeed replaces torch's linear function in the whole process by one for weights that it gathers itself; no layer has
+    such weights here. On a GPU it is switched off, as it costs kernel launches; on a CPU it stays, because it decides the bits
+    of resumed runs. DeepSpeed's throughput timer, which nothing reads, would wait for the GPU twice a step.
     """
     if device.type == "cpu":
         return deepspeed_config
@@ -330,7 +334,7 @@ def _for_device(deepspeed_config: dict[str, Any], device: torch.device) -> dict[
 
 @contextmanager
 def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of one object that hide those of its class for a while."""
+    """Shadows attributes of an object's class on that one object while the context lasts."""
     vars(owner).update(attributes)
     try:
         yield
@@ -351,10 +355,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def import_deepspeed() -> Any:
-    """Imports deepspeed, quiet and without its start-up compilation.
+    """Imports deepspeed without its log output and its compilation at start.
 
-    On a CPU DeepSpeed compiles a shared-memory extension when communication starts: minutes, and a process
-    killed meanwhile leaves a lock on which every later start hangs. Gloo does its work.
+    On a CPU DeepSpeed compiles a shared-memory extension when communication starts. That takes minutes, and a process killed
+    meanwhile leaves a lock on which every later start hangs. Gloo does the same work.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -178,14 +178,20 @@ def _json_strings(text: str, *, where: str) -> Iterator[str]:
     """Every string in JSON values one after another, in the order of the text."""
     # A key that is there twice has two values.
     decoder = json.JSONDecoder(object_pairs_hook=_all_pairs, parse_int=json_integer)
-    at = _SPACE.match(text).end()
+    at = _after_space(text, 0)
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise DataError(f"benchmark {where} is not JSON ({error})") from error
         yield from _strings(value)
-        at = _SPACE.match(text, at).end()
+        at = _after_space(text, at)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None, "no space matches as well"
+    return found.end()
 
 
 def _all_pairs(pairs: list[tuple[str, Any]]) -> tuple[Any, ...]:

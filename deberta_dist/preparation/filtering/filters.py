@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ _ASCII_SPACE = "".join(filter(str.isspace, _ASCII)).encode()
 _SPACE_IS_ONE = bytes(byte in _ASCII_SPACE for byte in range(256))
 
 
-def _rule(kind: type[int] | type[float], text: str) -> int | float | None:
+def _rule(kind: type[int] | type[float], text: str) -> Any:
     """A field that is off by default; ``text`` says what the number is, in the help of its option."""
     return field(default=None, metadata={"kind": kind, "help": text})
 

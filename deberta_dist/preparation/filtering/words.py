@@ -172,7 +172,7 @@ def _tables() -> _Tables:
     is_word, is_whole = np.zeros(num_codes, dtype=bool), np.zeros(num_codes, dtype=bool)
     categories = list(map(unicodedata.category, map(chr, range(num_codes))))
     assigned = [code for code, category in enumerate(categories) if category not in ("Cn", "Co", "Cs")]
-    joins = set()  # can melt into the character before
+    joins: set[str] = set()  # can melt into the character before
     for code in assigned:
         is_word[code] = chr(code).isalnum() or categories[code][0] == "M"
         if code >= _FIRST_WHOLE:

@@ -1,7 +1,7 @@
 """Describes what a corpus holds and, if it is damaged, what is wrong. Called by ``deberta-dist inspect-corpus``."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def inspect(
             if (offsets_fault := _offsets_fault(file)) is not None:
                 raise DataError(f"{file.path} is damaged: {offsets_fault}")
     has_offsets = verified is None or verified["offsets"] is None
-    shown = range(min(num_documents, corpus.num_documents)) if document is None else (document,)
+    shown: Sequence[int] = range(min(num_documents, corpus.num_documents)) if document is None else (document,)
     if is_damaged(verified):
         shown = ()
     return {

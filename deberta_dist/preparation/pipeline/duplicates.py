@@ -85,7 +85,7 @@ def write_dropped(path: Path, *, which: np.ndarray, documents: np.ndarray, num_s
     """
     order = np.lexsort((documents, which))
     starts = np.searchsorted(which[order], np.arange(num_spool_files + 1))
-    tensors = {"documents": documents[order].astype(np.uint32), "starts": starts.astype(np.uint64)}
+    tensors: dict[str, np.ndarray] = {"documents": documents[order].astype(np.uint32), "starts": starts.astype(np.uint64)}
     publish(path, checked(tensors))
 
 

@@ -98,7 +98,7 @@ def write_spool_file(
 def checked(tensors: Mapping[str, np.ndarray], **metadata: Any) -> bytes:
     """A safetensors file with a checksum of every array, for ``read_checked``; ``metadata`` is what JSON can hold."""
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    metadata["crc32"] = {name: zlib.crc32(tensor) for name, tensor in tensors.items()}
+    metadata["crc32"] = {name: zlib.crc32(tensor.data) for name, tensor in tensors.items()}
     return save(tensors, {name: json.dumps(value) for name, value in metadata.items()})
 
 

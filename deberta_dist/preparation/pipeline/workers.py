@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from deberta_dist.errors import DebertaDistError, UnfinishedError
 from deberta_dist.files.disk import open_file, write_at
@@ -180,7 +180,7 @@ class WorkerPool:
             _send(connection, phase, process=process)
         waiting = {connection: process for process, connection in self._members}
         while waiting:
-            for connection in wait(list(waiting)):
+            for connection in cast(list[Connection], wait(list(waiting))):
                 process = waiting.pop(connection)
                 try:
                     outcome = connection.recv()

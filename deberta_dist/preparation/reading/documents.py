@@ -150,6 +150,7 @@ class DocumentMaker:
         Raises:
             DataError: as ``document``.
         """
+        fault: str | None
         if content is None:
             self._refuse_record(f"{self.file.path}: row {row} has no value in column {self.options.text_field!r}")
             text, fault = "", BAD_RECORD

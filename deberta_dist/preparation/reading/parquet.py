@@ -133,7 +133,7 @@ def _batches(file: InputFile, handle: BinaryIO, *, field: str, group: int, num_r
 
         # Pre-buffering would hold a row group's whole column in memory, and row groups may have any size.
         opened = parquet.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True)
-        path = _path_of(field, opened.schema_arrow)
+        path = _require_text(file, opened, field=field)
         # One thread: the workers of a preparation are processes, and have the cores already.
         batches = opened.iter_batches(batch_size=num_rows, row_groups=[group], columns=[field], use_threads=False)
     while True:
@@ -168,7 +168,7 @@ def _path_of(field: str, schema: "pyarrow.Schema") -> list[str] | None:
     return path
 
 
-def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, field: str) -> None:
+def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, field: str) -> list[str]:
     schema = opened.schema_arrow
     path = _path_of(field, schema)
     if path is None:
@@ -179,6 +179,7 @@ def _require_text(file: InputFile, opened: "pyarrow.parquet.ParquetFile", *, fie
         kind = kind.field(name).type
     if not _is_text(kind.value_type if hasattr(kind, "index_type") else kind):
         raise DataError(f"{file.path}: column {field!r} holds {printable(str(kind))}, expected text: give --text-field")
+    return path
 
 
 def _names(fields: "Iterable[pyarrow.Field]", prefix: str = "") -> Iterator[str]:

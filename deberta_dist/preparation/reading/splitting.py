@@ -66,7 +66,7 @@ def line_runs(chunks: Iterable[bytes], *, offset: int, limit: int, refuse: Refus
             yield rest.region(num_bytes=rest.num_bytes + 1)
             chunk, behind = chunk[first:], behind - first
         if behind:
-            lines = chunk[:behind]
+            lines: bytes | bytearray = chunk[:behind]
             if rest.kept:
                 rest.kept += lines
                 lines = rest.kept

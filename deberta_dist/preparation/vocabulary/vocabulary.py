@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deberta_dist.data.tokenizer import WORD_START, Tokenizer, clean_text, sentencepiece_version, train_tokenizer
-from deberta_dist.data.training_words import TrainingWords
+from deberta_dist.data.tokenizer import Tokenizer, clean_text, sentencepiece_version, train_tokenizer
+from deberta_dist.data.training_words import WORD_START, TrainingWords
 from deberta_dist.data.vocabulary_options import VocabularyOptions
 from deberta_dist.errors import DataError, encodable
 from deberta_dist.files.atomic import new_file, refuse_existing

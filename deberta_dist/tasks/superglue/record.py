@@ -43,7 +43,7 @@ class RecordTask(SuperGlueTask):
             texts = [as_object(answer, at=here).get("text") for answer in answers] if isinstance(answers, list) else [None]
             if not all(isinstance(text, str) for text in texts):
                 raise DataError(f"{here}: an answer has no text")
-            gold = dict.fromkeys(texts)
+            gold = dict.fromkeys(text for text in texts if isinstance(text, str))
             yield (integer(query.get("idx"), at=here, name="idx"),), Decision(tuple(entities), tuple(gold), line)
 
     def examples(self, split: Split, encoder: RowEncoder) -> Iterator[Example]:

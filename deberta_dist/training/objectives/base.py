@@ -1,9 +1,8 @@
-"""What an objective says. `masked_lm` is the one that is shipped.
+"""The interface of an objective: what pre-training minimises. `masked_lm` implements it.
 
-A step takes the networks in order. Of each, weights are gathered, the pipeline runs all micro-batches, and the gradients
-are reduce-scattered, whereupon its memory is free for the next; what its last stage hands on (ids, never hidden states)
-goes to the first stage of the next. The optimizer's halves come one network after the other, or all at the end where the
-objective is joint.
+A step takes the networks in order. For each, weights are gathered, the pipeline runs all micro-batches, and the gradients are
+reduce-scattered, which frees its memory for the next. Ids that its last stage returns (never hidden states) go to the first
+stage of the next. Each network's update follows its own reduction, or, if the objective is joint, all updates come at the end.
 """
 
 from abc import abstractmethod
@@ -27,28 +26,30 @@ class TrainedNetwork(Network):
 
     Attributes:
         loss_weight: Factor on its loss.
+        learning_rate_factor: Factor on the run's learning rate in every step.
     """
 
     loss_weight: float = 1.0
+    learning_rate_factor: float = 1.0
 
     @property
     @abstractmethod
     def results(self) -> tuple[str, ...]:
-        """What the last stage adds up over a micro-batch: "loss" first, which alone has a gradient, "correct" among them."""
+        """Names of the last stage's sums over a micro-batch: "loss" first, the only one with a gradient, and "correct"."""
 
     @property
     @abstractmethod
     def mean_over(self) -> str:
-        """What the loss is the mean over: one of `results`, which is as many as one of `step_batch.COUNTS`."""
+        """What the loss is the mean over: a name in both `results` and `step_batch.COUNTS`, which count the same."""
 
     @property
     def hands_on(self) -> bool:
-        """Whether the last stage returns, beside its sums, int64 [B, S] for the next network's first stage."""
+        """Whether the last stage also returns ids, int64 [B, S], for the next network's first stage."""
         return False
 
     @property
     def is_handed(self) -> bool:
-        """Whether it takes what the network before it hands on."""
+        """Whether it takes the ids that the network before it hands on."""
         return False
 
     @abstractmethod
@@ -57,28 +58,37 @@ class TrainedNetwork(Network):
 
     @abstractmethod
     def micro_batches(self, batch: StepBatch, *, dropout_keys: Sequence[int], handed: Tensor | None) -> MicroBatches:
-        """What ``forward_stage`` takes of a batch.
+        """The arguments of ``forward_stage`` for every micro-batch.
 
         Args:
-            batch: The micro-batches of a step, stacked.
-            dropout_keys: One for each.
-            handed: What the network before handed on, int64 [R, S], where `is_handed`.
+            batch: The micro-batches of a step on this data rank, stacked, on the device.
+            dropout_keys: One for each micro-batch, in order; their number is that of the micro-batches.
+            handed: Ids from the network before, int64 [R, S], if `is_handed`; otherwise None.
         """
 
     def head_loss(self, model: nn.Module, *, hidden: Tensor, targets: Tensor, num_chunks: int) -> object | None:
-        """For planners: the loss of the head alone, so that what its logits take is shown; None without logits worth a row.
+        """For the planner: computes the head's loss alone, to measure the memory of its logits; None without such logits.
 
         Args:
-            model: With the last layer.
-            hidden: One row for every target.
-            targets: Their ids.
-            num_chunks: ``training.vocabulary_chunks``.
+            model: Has at least the last layer and the head.
+            hidden: Hidden states of the targets, [P, D].
+            targets: Ids to predict, int64 [P].
+            num_chunks: Chunks of the vocabulary, ``training.vocabulary_chunks``.
         """
         return None
 
-    def head_message_bytes(self, *, width: int) -> int:
-        """Bytes per target that the head sends over the tensor axis, hidden states being ``width`` bytes an element."""
+    @property
+    def head_rows(self) -> int:
+        """For planners: logits that the head makes of every target, as many as the vocabulary has rows; 0 without such a head."""
         return 0
+
+    def head_messages(self, *, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """For planners: bytes per target of every all-reduce that the head makes over the tensor axis: forward, backward.
+
+        Args:
+            width: Bytes of an element of a hidden state.
+        """
+        return (), ()
 
     @property
     def counted(self) -> int:
@@ -88,15 +98,16 @@ class TrainedNetwork(Network):
 
 @dataclass(frozen=True)
 class Fold:
-    """A table that ``reader`` reads as the sum of ``owner``'s and its own, without a gradient to ``owner``.
+    """A table that network ``reader`` uses as the sum of ``owner``'s and its own, without a gradient to ``owner``.
 
-    Both networks have a flat parameter for the table alone, so the shards coincide: each rank adds its part of the
-    float32 weights and rounds once, before the reader's ordinary gather. No message, no second gather. The reader's own
-    part starts at zero.
+    In both networks the table is a flat parameter of its own, so the shards coincide: each rank adds its shards of the float32
+    weights and rounds once, before the reader's ordinary gather. That needs no message and no second gather. The reader's own
+    table starts at zero.
 
     Attributes:
-        owner, reader: Names of the networks; the owner comes first.
-        table: The published name of the parameter in both.
+        owner: Name of the network whose table is read; earlier in the objective than the reader.
+        reader: Name of the network that reads it.
+        table: Published name of the parameter, the same in both.
     """
 
     owner: str
@@ -106,13 +117,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Objective:
-    """The networks of a run and what stands between them.
+    """The networks of a run and the relations between them.
 
     Attributes:
         networks: In the order in which a step takes them; exactly one has no name, and its weights are the run's result.
-        folds: Tables that one reads of another.
-        is_joint: One gradient norm and one clip for all networks, which step at the end together; otherwise each steps
-            before the next is gathered.
+        folds: Tables that one network reads of another.
+        is_joint: Whether all networks are clipped by one norm and updated together at the end of a step; otherwise each is
+            updated before the next is gathered.
     """
 
     networks: tuple[TrainedNetwork, ...]
@@ -140,7 +151,7 @@ class Objective:
         return [network.name for network in self.networks].index("")
 
     def folds_of(self, reader: str) -> list[Fold]:
-        """The tables that a network reads of others."""
+        """The tables that the network named ``reader`` reads of others."""
         return [fold for fold in self.folds if fold.reader == reader]
 
 
@@ -171,11 +182,11 @@ def check_folds(objective: Objective, layouts: Sequence[Layout]) -> None:
 
 
 def add_folds(objective: Objective, weights: dict[str, dict[str, Tensor]]) -> None:
-    """Completes exported tables in place: what a reader reads is the sum, float32.
+    """Adds the owners' tables to the readers' in exported weights, float32, in place.
 
     Args:
-        objective: The run's.
-        weights: Full tensors by published name, by name of the network; empty where a rank has none.
+        objective: Its folds say which tables.
+        weights: Network name -> published name -> full tensor; empty on ranks without weights.
     """
     for fold in objective.folds:
         if fold.table in weights[fold.reader]:

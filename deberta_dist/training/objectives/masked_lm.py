@@ -13,9 +13,9 @@ from deberta_dist.parallel.pipeline.runner import MicroBatches
 from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone
 from deberta_dist.training.step_batch import StepBatch
 
-# What the cross entropy reduces over the tensor axis of each target: float32 largest logit, float32 sum and target logit,
-# int64 winner.
-CROSS_ENTROPY_BYTES = 4 + 2 * 4 + 8
+# What the cross entropy reduces over the tensor axis of each target, bytes: float32 largest logit, float32 sum and target
+# logit, int64 winner.
+CROSS_ENTROPY_MESSAGES = (4, 2 * 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +78,22 @@ class MaskedLMNetwork(TrainedNetwork):
         entered = head.transform(hidden)
         return model.cross_entropy.of_product(entered, words, head.bias, targets, num_chunks=num_chunks)
 
-    def head_message_bytes(self, *, width: int) -> int:
-        """The gradient of its input, and what the cross entropy reduces."""
-        return self.config.embedding_width * width + CROSS_ENTROPY_BYTES
+    @property
+    def head_rows(self) -> int:
+        """The vocabulary."""
+        return self.config.vocab_size
+
+    def head_messages(self, *, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the cross entropy reduces; the gradient of the head's input."""
+        return CROSS_ENTROPY_MESSAGES, (self.config.embedding_width * width,)
 
 
 def masked_lm(config: RunConfig, model_config: DebertaConfig) -> Objective:
     """The objective of a run.
 
     Args:
-        config: With ``data.mask_probability``.
-        model_config: The model of ``[model]``.
+        config: ``data.mask_probability`` is read.
+        model_config: ``[model]`` resolved: preset, overrides and vocabulary size.
 
     Raises:
         ConfigError: see `MaskedLMNetwork`.

@@ -202,8 +202,8 @@ def test_order_of_ties_does_not_depend_on_order_of_names() -> None:
     other = find_ties([["d", "c", "b", "a"], ["c", "b", "a"]], kinds=kinds, tensor_parallel_size=2)
     assert one == other
     assert Tie(("a", "c"), ((0, 1), (1, 1)), True) in one
-    assert owned_names(["d", "b", "a"], ties=one, place=(0, 1)) == ["a"]
-    assert owned_names(["c", "b", "a"], ties=one, place=(1, 0)) == []
+    assert owned_names(["d", "b", "a"], ties=one, rank=(0, 1)) == ["a"]
+    assert owned_names(["c", "b", "a"], ties=one, rank=(1, 0)) == []
 
 
 def test_ranks_of_a_tie_stay_in_their_replica() -> None:

@@ -155,7 +155,7 @@ def test_every_value_is_taken_or_refused_in_a_line(place: str, read: Callable[[d
         ({"zero_optimization": {"stage": 3, "//": 1}}, "remove it"),
         ({"": 1}, 'unknown key ""; remove it'),
         ({"x\n\x1b[31m": 1}, r"unknown key 'x\n\x1b[31m'; "),
-        ({"csv_monitor": {"enabled": True, "output_path": __file__}}, "is no folder that can be written to"),
+        ({"csv_monitor": {"enabled": True, "output_path": __file__}}, "is not a writable folder"),
     ],
 )  # fmt: skip
 def test_refused_by_the_dry_run(
@@ -226,7 +226,7 @@ def test_old_names_become_present_ones(read: Callable[[dict[str, Any]], Plan]) -
         "stage3_param_persistence_threshold": 0,
     }
     text = describe(plan)
-    assert "on the host [cpu]" in text and "cpu_offload is DeepSpeed's old name of offload_optimizer" in text
+    assert "on the host [cpu]" in text and "cpu_offload is DeepSpeed's deprecated name for offload_optimizer" in text
 
 
 def test_numbers_of_the_plan_are_those_that_deepspeed_reads(read: Callable[[dict[str, Any]], Plan]) -> None:

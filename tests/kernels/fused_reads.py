@@ -1,4 +1,4 @@
-"""Which elements the threads of a warp read at once, found in compiled kernels (``resources``). Needs no Triton.
+"""Which elements the threads of a warp read at once, found in compiled kernels (``fused_resources``). Needs no Triton.
 
 One load of a warp costs as many memory transactions as it touches lines. The compiler decides which thread takes which
 element, and its versions decide differently; a wrong choice changes no number and makes a gather many times slower. So
@@ -47,7 +47,7 @@ def reads(assembly: str) -> list[Read]:
         ValueError: a load has a layout that is not understood, or an address that does not begin with a parameter.
     """
     layouts = dict(_LAYOUT.findall(assembly))
-    begins_with: dict[str, str] = {}
+    begins_with: dict[str, str | None] = {}
     found = []
     # Line by line: two loops one behind the other may use a name twice.
     for line in assembly.splitlines():
@@ -58,11 +58,12 @@ def reads(assembly: str) -> list[Read]:
             begins_with[definition[1]] = begins_with.get(definition[2])
         if read := _READ.search(line):
             pointer, sizes, layout = read.groups()
-            if begins_with.get(pointer) is None:
+            parameter = begins_with.get(pointer)
+            if parameter is None:
                 raise ValueError(f"no parameter is the origin of {pointer} in {line.strip()}")
             shape = tuple(int(size) for size in sizes.split("x")[:-1])
             elements = tuple(_element(layouts[layout], lane, shape) for lane in range(_LANES))
-            found.append(Read(begins_with[pointer], shape, elements))
+            found.append(Read(parameter, shape, elements))
     return found
 
 
@@ -76,7 +77,7 @@ def _element(layout: str, lane: int, shape: tuple[int, ...]) -> tuple[int, ...]:
             lane //= per_warp[dim]
         return tuple(place)
     if layout.startswith("#ttg.linear"):
-        bases = re.findall(r"\[([\d, ]+)\]", re.search(r"lane = \[(\[.*?\])\]", layout)[1])
+        bases = re.findall(r"\[([\d, ]+)\]", _inside(r"lane = \[(\[.*?\])\]", layout))
         place = [0] * len(shape)
         for bit, base in enumerate(bases):
             for dim, step in enumerate(base.split(",")):
@@ -86,4 +87,11 @@ def _element(layout: str, lane: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _numbers(layout: str, name: str) -> list[int]:
-    return [int(number) for number in re.search(rf"{name} = \[([\d, ]+)\]", layout)[1].split(",")]
+    return [int(number) for number in _inside(rf"{name} = \[([\d, ]+)\]", layout).split(",")]
+
+
+def _inside(pattern: str, layout: str) -> str:
+    found = re.search(pattern, layout)
+    if found is None:
+        raise ValueError(f"no reading of the layout {layout}")
+    return found[1]

@@ -4,6 +4,7 @@ A spilled register costs a trip to local memory in the innermost loop, so tiles 
 tests) by this. Needs Triton with its own ptxas, not interpreted.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -69,7 +70,7 @@ def compiled_kernel(name: str, tile: Tile, *, head_size: int, dtype: str, capabi
     features = dict.fromkeys(("HAS_C2P", "HAS_P2C", "HAS_IDS", "HAS_DROPOUT"), True)
     scores = {"HEAD_SIZE": head_size, **features, "HAS_POSITIONS": has_positions, "PRECISION": "ieee"}
     sums = {"HAS_POSITIONS": has_positions, "BLOCK_O": tile.rows, "BLOCK_R": tile.columns}
-    kernel, constants = {
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "keep_bits": (keep_bits_kernel, {"BLOCK": KEEP_BLOCK}),
         "delta": (delta_kernel, {"HEAD_SIZE": head_size, "BLOCK": DELTA_BLOCK}),
         "forward": (forward_kernel, {**scores, "BLOCK_Q": tile.rows, "BLOCK_K": tile.columns}),
@@ -83,7 +84,8 @@ def compiled_kernel(name: str, tile: Tile, *, head_size: int, dtype: str, capabi
                 "BLOCK_O": tile.rows, "BLOCK_T": tile.columns, "PRECISION": "ieee",
             },
         ),
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    kernel, constants = kernels[name]
     return _compiled(kernel, constants, dtype, tile.options, capability)
 
 
@@ -91,8 +93,10 @@ def compiled_kernels(*, head_size: int, dtype: str, capability: int, has_positio
     """`compiled_kernel` of every kernel as it is shipped for these, by name."""
     tiles = TILES[head_size, 4 if dtype == "fp32" else 2, capability // 10]
     shipped = {**tiles._asdict(), "row_sums_of_queries": tiles.row_sums, "delta": _FIXED, "keep_bits": _FIXED}
-    for_these = {"head_size": head_size, "dtype": dtype, "capability": capability, "has_positions": has_positions}
-    return {name: compiled_kernel(name, tile, **for_these) for name, tile in shipped.items()}
+    compiled = functools.partial(
+        compiled_kernel, head_size=head_size, dtype=dtype, capability=capability, has_positions=has_positions
+    )
+    return {name: compiled(name, tile) for name, tile in shipped.items()}
 
 
 def compiled_row_kernels(*, columns: int, dtype: str, capability: int) -> dict[str, Any]:
@@ -135,5 +139,5 @@ def resources(compiled: Any) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"\b{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return Resources(registers, stack, compiled.metadata.shared)
+    number = {word: int(value) for word, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    return Resources(number["REG"], number["STACK"], compiled.metadata.shared)

@@ -33,6 +33,8 @@ from tests.integration.parallel_run import LEARNING_RATE, SEED, Case, global_bat
 TABLE = "deberta.embeddings.word_embeddings.weight"
 DRAFTER = "drafter"
 MODEL_WEIGHT = 5.0
+DRAFTER_RATE = 0.5
+"""Factor on the learning rate of the drafter."""
 
 
 class Drafter(DebertaForMaskedLM):
@@ -125,6 +127,7 @@ class Detector(DebertaForReplacedTokenDetection):
 class DrafterNetwork(MaskedLMNetwork):
     name: str = DRAFTER
     tables_apart: tuple[str, ...] = (TABLE,)
+    learning_rate_factor: float = DRAFTER_RATE
 
     def make(self) -> Drafter:
         return Drafter(self.config)
@@ -196,7 +199,8 @@ def train_plain(case: Case, *, joint: bool = False) -> dict[str, Any]:
             {"params": [p for n, p in named if is_decayed(n) is decays], "weight_decay": 0.01 * decays}
             for decays in (True, False)
         ]
-        optimizers.append(torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-6))
+        rate = network.learning_rate_factor * LEARNING_RATE
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), eps=1e-6))
     history = [_plain_step(models, optimizers, global_batch(case, step), case, joint) for step in range(case.steps)]
     weights = [{n: p.detach().clone() for n, p in model.named_parameters()} for model in models]
     weights[1][TABLE] += weights[0][TABLE]
