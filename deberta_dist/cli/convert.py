@@ -68,7 +68,7 @@ def check_report(report: Path, *, apart: Sequence[Path], force: bool) -> None:
     if any(path.resolve() in (folder, *folder.parents) for path in apart):
         raise ConfigError(f"--report {report} lies in SOURCE or TARGET, which has a report of its own: name another place")
     if os.path.lexists(report) and (not force or not report.is_file()):
-        raise ConfigError(f"--report {report} already exists and is not overwritten: name another file, or give --force")
+        raise ConfigError(f"--report {report} exists already and is not overwritten: name another file, or give --force")
 
 
 @with_exit_code

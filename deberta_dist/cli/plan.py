@@ -58,6 +58,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     searched.add_argument("--schedule", **_words(SCHEDULES))
     searched.add_argument("--offload", **_words(OFFLOAD), help="of the optimizer")
 
+    _add_machine(parser)
+    found, overrides = parser.parse_known_args(arguments)
+    if (found.gpus is None) == (found.scaling is None):
+        parser.error(f"exactly one of --gpus and --scaling is needed; {'both are' if found.gpus else 'neither is'} given")
+    if found.scaling is not None and found.output is not None:
+        parser.error("--toml writes one layout: give --gpus instead of --scaling")
+    if found.toml is None and found.model is None:
+        parser.error("a TOML or --model is needed")
+    return found, overrides
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    """Flags that replace numbers of the data sheet."""
     machine = parser.add_argument_group(
         "the machine (default: the data sheet of --gpu, and the share of it that programs reach)"
     )
@@ -80,14 +93,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     machine.add_argument("--node-latency", type=_positive, metavar="US")
     machine.add_argument("--network-latency", type=_positive, metavar="US")
     machine.add_argument("--cores", type=_count, metavar="N", help="cores shared by all processes, where there are no GPUs")
-    found, overrides = parser.parse_known_args(arguments)
-    if (found.gpus is None) == (found.scaling is None):
-        parser.error(f"exactly one of --gpus and --scaling is needed; {'both are' if found.gpus else 'neither is'} given")
-    if found.scaling is not None and found.output is not None:
-        parser.error("--toml writes one layout: give --gpus instead of --scaling")
-    if found.toml is None and found.model is None:
-        parser.error("a TOML or --model is needed")
-    return found, overrides
 
 
 def _count(text: str) -> int:

@@ -98,7 +98,7 @@ def nearest(key: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> st
         return f"did you mean {names[near[0]]}?"
     if len(names) <= FEW:
         return f"known are {', '.join(names)}"
-    return f"the nearest is {names[difflib.get_close_matches(name, names, n=1, cutoff=0)[0]]}; correct it or take it out"
+    return f"the nearest is {names[difflib.get_close_matches(name, names, n=1, cutoff=0)[0]]}; correct or remove it"
 
 
 def shown_key(key: str) -> str:

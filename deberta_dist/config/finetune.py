@@ -48,7 +48,7 @@ class FineTuning(Section):
     """``[training]``: batch sizes, length of the run, where it starts."""
 
     epochs: Annotated[float, Field(ge=1e-3, le=10_000)]
-    """Passes over the training rows; the last may be a part of one."""
+    """Passes over the training rows; need not be a whole number."""
     global_batch_size: Sequences
     """Decisions (rows, answers, queries) per optimizer step over all ranks."""
     micro_batch_size: Sequences = 8
@@ -60,7 +60,7 @@ class FineTuning(Section):
     classifier_dropout: Fraction | None = None
     """Dropout before the classifier; absent = the checkpoint's."""
     start: FineTuneStart = "init"
-    """``intermediate``: where --intermediate is given, start from the model that it made."""
+    """``intermediate``: with --intermediate, start from the model that it trained."""
     recompute: Recompute = "none"
     """Activations recomputed in the backward pass: none, whole layers (``full``), or the attention only (``selective``)."""
     attention: Attention = AUTO
@@ -72,7 +72,7 @@ class FineTuning(Section):
 
 
 class TaskEvaluation(Section):
-    """``[evaluation]``: scores on the validation split while training; the best weights are kept."""
+    """``[evaluation]``: scores on the validation split while training; the best weights are saved."""
 
     per_epoch: Few = 1
     """Evaluations per epoch; one more follows the last step."""
@@ -92,11 +92,11 @@ class SiftSection(Section):
     num_steps: Few = 1
     """Inner passes."""
     weight: NotNegative = 5.0
-    """Of the adversarial loss beside the task's."""
+    """Weight of the adversarial loss, added to the task's."""
     loss: SiftLoss = "symmetric_kl"
-    """Between clean and perturbed predictions."""
+    """Loss between clean and perturbed predictions."""
     same_dropout: bool = False
-    """One dropout mask for all passes instead of one each."""
+    """Use one dropout mask for all passes instead of one per pass."""
 
 
 class FineTuneRun(Run):

@@ -142,7 +142,7 @@ class Evaluation(Section):
     every_steps: CountOrNone = 0
     """Optimizer steps between evaluations; 0 = only at the end."""
     num_sequences: Count = 1024
-    """Held-out sequences of each evaluation, at most all there are: always the same ones, drawn from all of them."""
+    """Held-out sequences per evaluation (at most all there are): a fixed random sample of the validation corpus."""
 
 
 class Checkpoint(Section):
@@ -151,19 +151,19 @@ class Checkpoint(Section):
     every_steps: CountOrNone = 0
     """Optimizer steps between two checkpoints; 0 = one at the end only."""
     keep_last: Count = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: CountOrNone = 0
     """Checkpoints at multiples of this many steps are never removed; 0 = none."""
     resume: Resume = AUTO
-    """``auto``: resume from the newest complete checkpoint; start anew where there is none.
-    ``required``: none is an error. ``never``: a run directory that holds a run is an error."""
+    """``auto``: resume from the newest complete checkpoint, or start from scratch if there is none.
+    ``required``: a missing checkpoint is an error. ``never``: a run directory that holds a run is an error."""
 
 
 class Parallel(Section):
     """``[parallel]``: world = tensor x pipeline x data parallel size."""
 
     tensor_parallel_size: Ranks = 1
-    """Ranks that share every layer (attention heads and FFN are cut)."""
+    """Ranks that divide every layer by attention heads and FFN columns."""
     sequence_parallel: bool = False
     """Split the rest of every layer (LayerNorm, dropout, residuals) over the same ranks by tokens: fewer activations.
     Pre-training only; tensor_parallel_size must be 2 or more and divide all lengths of sequences."""
@@ -199,7 +199,7 @@ class Run(Section):
     deepspeed: File
     """The DeepSpeed JSON (precision, offload, buckets, monitors)."""
     timeout_minutes: Minutes = 10.0
-    """A collective that waits longer (minutes) ends the run."""
+    """Longest wait of a collective (minutes); a longer one ends the run."""
 
 
 class RunConfig(WholeFile):

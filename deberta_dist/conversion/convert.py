@@ -63,14 +63,12 @@ def convert(
     """Converts a checkpoint.
 
     Args:
-        source_path: See `source.open_source`.
+        source_path: Run directory, checkpoint directory or weights file, as `source.open_source` takes it.
         target_path: Directory to make; it appears when everything in it is complete.
         to: One of ``CONVERSION_FORMATS``.
         dtype: A key of ``weights.DTYPES``; None keeps what the source has, of several formats the one that holds all.
         is_fused: Write the fused projections of v1.
-        allow_unmapped: See `options.ReadOptions`.
-        prefix: Likewise.
-        decoder: Likewise.
+        allow_unmapped, prefix, decoder: What the user says about the source, see `options.CheckpointReadOptions`.
         tokenizer_path: SentencePiece model; by default the one that lies with the source.
         force: Replace a converted checkpoint.
         with_code: Hugging Face only: with a masked language model, also write the code of its enhanced mask decoder.

@@ -71,8 +71,7 @@ def load_with_head(
     Args:
         path: A fine-tuned model's ``weights/``; a Hugging Face directory; files of the published code.
         dtype: See `load_masked_lm`.
-        allow_unmapped: Likewise.
-        prefix: Likewise.
+        allow_unmapped, prefix: As for `load_masked_lm`.
 
     Returns:
         The model in that number format (see `load_masked_lm`), and the SentencePiece model that lies with it, if one does.

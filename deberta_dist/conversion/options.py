@@ -48,13 +48,13 @@ def add_options(parser: argparse.ArgumentParser, *, dtype_help: str | None, deco
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out keys that match (as file names do in a shell) without another reason; may be given again",
+        help="leave out keys that match this shell-style pattern; repeatable",
     )
     parser.add_argument(
         "--prefix",
         metavar="PREFIX",
-        help="what stands before the model's own names in the file, such as 'student.' (default: none, or the known "
-        "wrappers: module., _orig_mod., model., encoder., backbone., base_model., ...)",
+        help="prefix of the model's parameter names in the file, such as 'student.' (default: none, or a known "
+        "wrapper: module., _orig_mod., model., encoder., backbone., base_model., ...)",
     )
     if decodes:
         parser.add_argument(

@@ -149,7 +149,7 @@ def require_free(target: Path, *, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise ConfigError(f"{target} already exists and is not overwritten: name another target, or give --force")
+        raise ConfigError(f"{target} exists already and is not overwritten: name another target, or give --force")
     if target.is_symlink() or not target.is_dir():
         raise ConfigError(f"{target} is not a directory and is not replaced, --force or not: name another target")
     foreign = _foreign(target)

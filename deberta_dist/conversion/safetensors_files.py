@@ -84,6 +84,7 @@ def read_safetensors(path: Path) -> Weights:
             raise CheckpointError(f"{where}: {offsets[1] - offsets[0]} bytes are not {list(shape)} of {raw['dtype']}")
         ranges.append(offsets)
         weights[name] = Weight(shape, dtype, _InFile(shape, dtype, path=path, offset=start + offsets[0]), (name,))
+    # No writer makes tensors that overlap; with them a small file could claim any amount of memory.
     ranges.sort()
     if any(a[1] > b[0] for a, b in zip(ranges, ranges[1:], strict=False)):
         raise CheckpointError(f"{path}: tensors overlap")
@@ -125,7 +126,7 @@ def write_tensor(file: Writable, weight: Weight, *, name: str) -> None:
 
 
 class _InFile(ChunkedReader):
-    """A tensor whose bytes lie in one piece in a file."""
+    """A tensor whose bytes are contiguous in a file."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, *, path: Path, offset: int) -> None:
         super().__init__(shape, dtype)

@@ -55,7 +55,7 @@ class Weight:
 
     Attributes:
         dtype: As ``read`` returns it.
-        read: Reads it; an `InParts` where it need not be in memory as a whole.
+        read: Reads it; a `ChunkedReader` where it need not be in memory as a whole.
         origin: Keys of the source it is made of; empty where it is made of nothing.
         why: Reason for a key that is not the source's own; empty for a plain copy.
     """

@@ -35,7 +35,7 @@ _LENGTH_BITS = 16
 _MAX_LENGTH = (1 << _LENGTH_BITS) - 1 + NUM_SPECIAL
 _MAX_TOKENS = 1 << 64 - _LENGTH_BITS
 # Read, cut and written together: a few megabytes.
-_DOCUMENTS_TOGETHER, _PIECES_TOGETHER = 1 << 16, 1 << 17
+_DOCUMENTS_TOGETHER, _CHUNKS_TOGETHER = 1 << 16, 1 << 17
 _ELSEWHERE = "name a directory for it with data.index_directory"
 
 
@@ -100,8 +100,8 @@ def _cut(corpus: TokenCorpus, *, window: int) -> Iterator[tuple[np.ndarray, np.n
         if counts.min() < 1:
             raise DataError(f"{corpus.path} is damaged: a document between {first} and {last} ends before it begins")
         ends = np.cumsum(counts)
-        for begin in range(0, int(ends[-1]), _PIECES_TOGETHER):
-            numbers = np.arange(begin, min(begin + _PIECES_TOGETHER, int(ends[-1])))
+        for begin in range(0, int(ends[-1]), _CHUNKS_TOGETHER):
+            numbers = np.arange(begin, min(begin + _CHUNKS_TOGETHER, int(ends[-1])))
             documents = np.searchsorted(ends, numbers, side="right")
             starts = offsets[documents] + (numbers - ends[documents] + counts[documents]) * window
             yield starts, np.minimum(offsets[documents + 1] - starts, window)
@@ -168,6 +168,7 @@ def open_chunks(corpus: TokenCorpus, lengths: Sequence[int], *, directory: Path 
     found = _open(path, corpus, lengths)
     if found is None:
         with _alone(path):
+            # Another process may have made it while this one waited.
             found = _open(path, corpus, lengths)
             if found is None:
                 _write(path, corpus, lengths)
@@ -211,11 +212,11 @@ def _header(data: bytes, path: Path) -> tuple[str, BucketSizes]:
 
 
 def _write(path: Path, corpus: TokenCorpus, lengths: Sequence[int]) -> None:
-    """Makes the list; it is there as a whole, or not at all."""
+    """Writes the list, complete or not at all: two passes over the offsets, the first to count."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed here
         left.unlink()
     sizes = count_chunks(corpus, lengths)
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # of another text, or not whole; new_file replaces nothing
     with new_file(path) as file:
         header = {
             "format": FORMAT,

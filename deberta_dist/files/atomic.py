@@ -29,7 +29,7 @@ def refuse_existing(path: str | Path) -> None:
         DataError: something exists at ``path``.
     """
     if os.path.lexists(path):
-        raise DataError(f"{path} already exists and is not overwritten: move it away or name another output")
+        raise DataError(f"{path} exists already and is not overwritten: move it away or name another output")
 
 
 class PublishingWriter(ABC):

@@ -118,7 +118,7 @@ def read_predictions(path: Path, *, parse_key: Callable[..., Key] = whole_number
             raise DataError(f"{at}: an object with idx and probabilities is expected")
         key = parse_key(value["idx"], at=at)
         if key in found:
-            raise DataError(f"{at}: idx {value['idx']} stands there already")
+            raise DataError(f"{at}: idx {value['idx']} is there already")
         found[key] = _checked(value["probabilities"], at=at)
     return found
 
@@ -189,6 +189,7 @@ def average(runs: Sequence[Probabilities], *, names: Sequence[object]) -> dict[K
             if run[key].keys() != first[key].keys():
                 raise DataError(f"{names[0]} and {name} have other labels for idx {shown(key)}")
     count = len(runs)
+    # fsum rounds once: the order in which runs are named must not change the last bit, and so an answer.
     return {
         key: {label: math.fsum(run[key][label] for run in runs) / count for label in labels} for key, labels in first.items()
     }

@@ -214,7 +214,7 @@ def test_an_absurd_header_length_is_refused(copy: Path, length: int) -> None:
 
 def test_a_sound_file_of_another_layout_is_refused(copy: Path, written: dict[Case, Path]) -> None:
     reader = _replace_file(copy, (written[Case(data=5)] / "rank-00002.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="of another layout"):
+    with pytest.raises(CheckpointError, match="belongs to another layout"):
         for name in reader.names:
             reader.read(name)
 
@@ -239,7 +239,7 @@ def test_finding(tmp_path: Path) -> None:
     assert "names step-00000500, which is missing" in said[0]
     for path in checkpoints(tmp_path):
         shutil.rmtree(path)
-    with pytest.raises(CheckpointError, match="which is missing.*start anew"):
+    with pytest.raises(CheckpointError, match="which is missing.*start over"):
         newest_complete(tmp_path, on_skip=said.append)
 
 

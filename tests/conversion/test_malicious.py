@@ -77,11 +77,11 @@ def test_pickles_of_other_things(source: Path, tmp_path: Path) -> None:
     tensors = published_tensors(make_model("v2"))
     for content, match in (
         ([1, 2], "holds list, not a state dictionary"),
-        ({**tensors, "step": 3}, "step is int, no tensor with a name"),
-        ({1: torch.zeros(1)}, "1 is Tensor, no tensor with a name"),
+        ({**tensors, "step": 3}, "step is int, not a named tensor"),
+        ({1: torch.zeros(1)}, "1 is Tensor, not a named tensor"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "not a dense tensor"),
         ({"a": torch.zeros(1).expand(10**6, 10**6)}, "more than the file stores"),
-        ({**tensors, "deberta.encoder.LayerNorm.bias": torch.zeros(64, dtype=torch.int64)}, "no floating point numbers"),
+        ({**tensors, "deberta.encoder.LayerNorm.bias": torch.zeros(64, dtype=torch.int64)}, "not floating point"),
     ):
         torch.save(content, file)
         refused(source, tmp_path, match=match)
@@ -197,7 +197,7 @@ def test_things_that_are_no_checkpoint(source: Path, tmp_path: Path) -> None:
     for path, match in (
         (tmp_path / "nothing", "does not exist"),
         (source / "config.json", "neither .safetensors nor .bin"),
-        (tmp_path, "no checkpoint that is known"),
+        (tmp_path, "not a known kind of checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=match):
             open_source(path)

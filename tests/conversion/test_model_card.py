@@ -56,10 +56,10 @@ def test_what_the_hub_reads(tmp_path: Path, name: str, options: dict, expected: 
         (("--license", "Apache 2.0"), "the nearest is apache-2.0"),
         (("--license", "other"), "'other:NAME'"),
         (("--license", "other: ,LICENSE"), "'other:NAME'"),
-        (("--license", "mit\nbase_model: x"), "no identifier that the hub knows"),
-        (("--language", "english"), "no code of a language"),
-        (("--language", "en,"), "no code of a language"),
-        (("--language", "EN"), "no code of a language"),
+        (("--license", "mit\nbase_model: x"), "not an identifier that the hub knows"),
+        (("--language", "english"), "not a language code"),
+        (("--language", "en,"), "not a language code"),
+        (("--language", "EN"), "not a language code"),
     ],
 )
 def test_what_the_hub_would_refuse(tmp_path: Path, flags: tuple[str, str], words: str) -> None:

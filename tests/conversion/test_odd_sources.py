@@ -125,7 +125,7 @@ def test_classes_keep_their_numbers_and_choices_their_class(tmp_path: Path) -> N
     convert(source, tmp_path / "hf", to="huggingface")
     assert json.loads((tmp_path / "hf/config.json").read_text())["label2id"] == {"a": 0, "b": 1, "c": 2}
     edit(source / "config.json", id2label=["a", "b", "c"])
-    with pytest.raises(ConfigError, match="no table from 0, 1, 2"):
+    with pytest.raises(ConfigError, match="not a table from 0, 1, 2"):
         convert(source, tmp_path / "no", to="huggingface")
     convert(export(make_model("v2"), tmp_path / "plain"), tmp_path / "base", to="huggingface")
     choice = transformers.DebertaV2ForMultipleChoice.from_pretrained(tmp_path / "base")

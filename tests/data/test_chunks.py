@@ -36,7 +36,7 @@ def test_pieces_are_right_however_they_are_made(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(chunks, "_DOCUMENTS_TOGETHER", together[0])
-    monkeypatch.setattr(chunks, "_PIECES_TOGETHER", together[1])
+    monkeypatch.setattr(chunks, "_CHUNKS_TOGETHER", together[1])
     lengths = [1, 6, 7, 14, 15, 30, 31, 60, 61, 36, 37, 500, 2]
     corpus = corpus_of(tmp_path / "a.tokens", tokenizer, lengths)
     found, expected = open_chunks(corpus, LENGTHS), expected_pieces(lengths)
@@ -129,12 +129,12 @@ def test_what_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / f"a.tokens.8-16-32.{corpus.checksum[:12]}.pieces"
     for foreign in (b"", b"anything", json.dumps({"format": "deberta_dist pieces 2"}).encode()):
         path.write_bytes(foreign)
-        with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
+        with pytest.raises(DataError, match="not a list of chunks that this version reads: move it away"):
             open_chunks(corpus, LENGTHS)
         assert path.read_bytes() == foreign
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match="no list of chunks that this version reads: move it away"):
+    with pytest.raises(DataError, match="not a list of chunks that this version reads: move it away"):
         open_chunks(corpus, LENGTHS)
     path.rmdir()
     found = open_chunks(corpus, LENGTHS)

@@ -30,7 +30,7 @@ def test_what_has_no_one_meaning_is_refused(text: str | bytes, message: str) -> 
 def test_readers_that_pass_over_fields_take_any_number() -> None:
     digits = "9" * 5000
     assert loads(f"[1e400, {digits}, 7]", any_numbers=True) == [float("inf"), LongInteger(digits), 7]
-    with pytest.raises(ValueError, match="no number of JSON"):
+    with pytest.raises(ValueError, match="not a JSON number"):
         loads("[NaN]", any_numbers=True)
 
 
@@ -58,8 +58,8 @@ def test_files_of_settings(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf{}")
     assert read_configuration(path, shown="key") == "{}"
     for content, message in (
-        (b" " * (2**20 + 1), "1048577 bytes is no configuration"),
-        (b"\xff", "not valid TOML: no text in UTF-8"),
+        (b" " * (2**20 + 1), "1048577 bytes are too many for a configuration"),
+        (b"\xff", "not valid TOML: not UTF-8"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ):
         path.write_bytes(content)

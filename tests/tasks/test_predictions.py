@@ -72,7 +72,7 @@ def test_averages_need_the_same_rows(release: Release, tmp_path: Path) -> None:
         ('{"idx": 4, "probabilities": {"a": true}}', "probability of 'a' is True"),
         ('{"idx": "4", "probabilities": {"a": 1}}', "idx is '4'"),
         ('{"idx": 4, "label": "a"}', "idx and probabilities is expected"),
-        ('{"idx": 3, "probabilities": {"a": 1}}', "idx 3 stands there already"),
+        ('{"idx": 3, "probabilities": {"a": 1}}', "idx 3 is there already"),
     ],
 )
 def test_damaged_predictions_are_named(tmp_path: Path, line: str, message: str) -> None:

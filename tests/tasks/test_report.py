@@ -132,9 +132,9 @@ def test_against_another_model(release: Release, tmp_path: Path) -> None:
     text = report.text()
     assert rows_of(text, "BoolQ")[-1] == ["BoolQ", "75.0 ± 25.00 (3)", "87.5 ± 17.68 (2)", "-12.5", "0.561"]
     assert rows_of(text, "WSC")[-1][3:] == ["+0.0", "-"] and rows_of(text, "RTE")[-1][3:] == ["+0.0", "-"]
-    assert "Cannot be told of WSC: the runs of neither side differ among themselves." in text
-    assert "Cannot be told of RTE: two runs or more on each side are needed, 1 and 1 are there." in text
-    assert "Cannot be told of WiC: only one side has it." in text
+    assert "No test for WSC: the runs of neither side differ among themselves." in text
+    assert "No test for RTE: two runs or more on each side are needed, 1 and 1 are there." in text
+    assert "No test for WiC: only one side has it." in text
     told = json.loads(report.json(), parse_constant=pytest.fail)["comparisons"]
     assert list(told) == ["BoolQ", "RTE", "WSC"] and told["WSC"]["p_value"] is None
     with pytest.raises(DataError, match="seed-1 is given twice"):

@@ -51,8 +51,8 @@ class Filters:
         ConfigError: a number is out of its range, or min_characters is above max_characters.
     """
 
-    min_characters: int | None = _rule(int, "characters a document has at least")
-    max_characters: int | None = _rule(int, "characters a document has at most")
+    min_characters: int | None = _rule(int, "shortest document, in characters")
+    max_characters: int | None = _rule(int, "longest document, in characters")
     max_symbol_share: float | None = _rule(
         float, "largest share of characters that are neither letters, digits nor white space, 0 to 1"
     )
@@ -61,7 +61,7 @@ class Filters:
         float, "largest share of characters in lines that repeat an earlier line of the document, 0 to 1"
     )
     max_mean_word_characters: float | None = _rule(float, "largest mean length of the words, in characters")
-    max_word_characters: int | None = _rule(int, "length of the longest word at most, in characters")
+    max_word_characters: int | None = _rule(int, "largest length of any word, in characters")
 
     def __post_init__(self) -> None:
         for rule in fields(self):

@@ -51,6 +51,7 @@ def open_input(file: InputFile) -> Iterator[BinaryIO]:
         raise DataError(f"input {file.path} cannot be read ({error.strerror})") from error
     with handle:
         require_unchanged(file, handle)
+        # A writer at work explains a damaged record better than the record does, so the file is looked at again on errors.
         try:
             _refuse_other(file, handle.read(HEAD_BYTES))
             handle.seek(0)
@@ -72,8 +73,8 @@ def _refuse_other(file: InputFile, head: bytes) -> None:
     if file.compression or _NO_TEXT.search(head):
         expected = _NAMES.get(file.compression, "text")
         raise DataError(
-            f"input {file.path} begins like {found}, expected {expected} by its name: give it the ending of what it is, "
-            "or convert it first"
+            f"input {file.path} begins like {found}, expected {expected} by its name: give it the right extension, or "
+            "convert it first"
         )
 
 

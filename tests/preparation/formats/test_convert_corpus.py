@@ -106,11 +106,11 @@ def test_what_is_refused_leaves_nothing(
     m, tokens, new = tmp_path / "m.idx", token_file.path, tmp_path / "new.tokens"
     cases = [
         ((tmp_path / "large.idx", new), {}, DataError, "large.bin: id 1001 of document 3 .byte 20. is outside"),
-        ((tmp_path / "empty.idx", new), {"strip_eod": 2}, DataError, "new.tokens is not written: there is no document"),
+        ((tmp_path / "empty.idx", new), {"strip_eod": 2}, DataError, "new.tokens is not written: there are no documents"),
         ((tmp_path / "nowhere.idx", new), {}, DataError, "nowhere.idx cannot be read"),
         ((tokens, tmp_path / "new"), {"tokenizer": other_tokenizer}, DataError, "was made with the tokenizer"),
         ((tmp_path / "flipped.tokens", tmp_path / "new"), {}, DataError, "flipped.tokens is damaged: content has SHA"),
-        ((m, new), {"append_eod": 2}, ConfigError, "--append-eod is for making"),
+        ((m, new), {"append_eod": 2}, ConfigError, "--append-eod is for writing"),
         ((m, new), {"strip_eod": -1}, ConfigError, "--strip-eod -1"),
         ((tokens, tmp_path / "new"), {"strip_eod": 2}, ConfigError, "--strip-eod is for reading"),
         ((tokens, tmp_path / "new"), {"append_eod": 1001}, ConfigError, "--append-eod 1001 is outside the 1001 tokens"),

@@ -226,7 +226,7 @@ def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             with MegatronWriter(tmp_path / "a", vocab_size=10) as writer:
                 writer.add_document([1])
                 writer.add_document(bad)
-    with pytest.raises(DataError, match="there is no document"), MegatronWriter(tmp_path / "a", vocab_size=10):
+    with pytest.raises(DataError, match="there are no documents"), MegatronWriter(tmp_path / "a", vocab_size=10):
         pass
     monkeypatch.setattr(megatron_writer, "_MAX_LENGTH", 2)
     with pytest.raises(DataError, match="document 0 has 3 ids, the format holds 2"):

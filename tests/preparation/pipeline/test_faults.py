@@ -217,7 +217,7 @@ def test_a_corpus_completed_before_the_lock_is_had_is_left(
         return RunLock(*arguments, **settings)
 
     monkeypatch.setattr("deberta_dist.preparation.pipeline.prepare.RunLock", late)
-    with pytest.raises(DataError, match="x is a complete corpus and is left as it is"):
+    with pytest.raises(DataError, match="x is a complete corpus and is not overwritten"):
         prepare([path], output, tokenizer=tokenizer)
     assert documents_of(output / "train") == [tokenizer.encode("the time")] and not (output / ".work").exists()
 

@@ -133,7 +133,7 @@ def test_what_exists_is_refused_and_left(tokenizer: Tokenizer, tmp_path: Path) -
     output = tmp_path / "x"
     prepare([path], output, tokenizer=tokenizer)
     before = files_of(output)
-    with pytest.raises(DataError, match="x is a complete corpus and is left as it is"):
+    with pytest.raises(DataError, match="x is a complete corpus and is not overwritten"):
         prepare([path], output, tokenizer=tokenizer)
     assert files_of(output) == before
     with pytest.raises(DataError, match=r"holds other files \(a.jsonl, x\)"):

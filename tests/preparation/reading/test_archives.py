@@ -103,7 +103,7 @@ def test_archives_that_are_sound_and_too_large_say_how_to_repack_them(tmp_path: 
             texts(tmp_path / name)
     trained = zstandard.train_dictionary(1 << 12, [f"text {i} of many".encode() * 9 for i in range(300)])
     (tmp_path / "c.txt.zst").write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(TEXT))
-    with pytest.raises(DataError, match=r"c.txt.zst was packed with a dictionary of its own: decompress it first"):
+    with pytest.raises(DataError, match=r"c.txt.zst was compressed with a dictionary: decompress it first"):
         texts(tmp_path / "c.txt.zst")
 
 

@@ -84,10 +84,10 @@ def test_sources_are_named_and_the_order_is_as_given(corpus: Path) -> None:
     [
         (["missing.txt"], "missing.txt does not exist"),
         (["bad name=b.jsonl"], "bad name=b.jsonl does not exist"),
-        (["README.md"], r"README.md is of no kind .* readable are .txt, .jsonl"),
-        (["wiki_00"], r"wiki_00 is of no kind .*--format says what files with other names hold"),
+        (["README.md"], r"README.md is not of a supported kind.* readable are .txt, .jsonl"),
+        (["wiki_00"], r"wiki_00 is not of a supported kind.*--format says what files with other names hold"),
         (["zip.xlsx"], r"zip.xlsx is not of a supported kind; it begins like a zip archive; readable are"),
-        (["deep/g.parquet.gz"], r"g.parquet.gz is of no kind"),
+        (["deep/g.parquet.gz"], r"g.parquet.gz is not of a supported kind"),
         ([".git/../empty"], r"empty has no readable files below it; readable"),
         ([".git"], r".git has no readable files below it; .*; passed over: 1 \(.git/y.md\)"),
         (["*.xyz"], r"no readable file fits \*.xyz; readable"),
@@ -103,7 +103,7 @@ def test_sources_are_named_and_the_order_is_as_given(corpus: Path) -> None:
         ([".odd/p*"], r"pipe is a named pipe"),
         ([".odd"], r"annex.txt is a link that leads nowhere"),
         ([".odd/**/*.txt"], r"annex.txt is a link that leads nowhere"),
-        ([".odd/no*.txt"], r"nowhere.txt is a link that leads nowhere, to gone: mend it"),
+        ([".odd/no*.txt"], r"nowhere.txt is a link that leads nowhere, to gone: fix or remove it"),
         ([".odd/nowhere.txt"], r"nowhere.txt is a link that leads nowhere, to gone"),
         ([".odd/self.jsonl"], r"self.jsonl is a link that leads nowhere, to self.jsonl"),
         ([".odd/annex.txt"], r"annex.txt is a link that leads nowhere, to .*annex/objects/x: run git annex get"),
@@ -175,7 +175,7 @@ def test_a_format_is_what_files_hold_whatever_their_names(
 
 def test_a_format_refuses_what_it_cannot_be(others: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(others)
-    with pytest.raises(DataError, match=r"wiki/AA/wiki_01.bz2 is of no kind .*--format parquet: readable are"):
+    with pytest.raises(DataError, match=r"wiki/AA/wiki_01.bz2 is not of a supported kind.*--format parquet: readable are"):
         list_inputs(["wiki/AA/wiki_01.bz2"], format="parquet")
     with pytest.raises(DataError, match=r"more has no readable files below it; --format wikiextractor: .*passed over: 3"):
         list_inputs(["more"], format="wikiextractor")

@@ -125,7 +125,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str) -> None:
     [
         ('{"text": "cut', r"a.jsonl:2: not a line of JSON"),
         ("[" * 100_000, r"a.jsonl:2: not a line of JSON \(nested too deeply\)"),
-        ('{"text": "one", "text": "two"}', r"a.jsonl:2: the field 'text' stands there twice"),
+        ('{"text": "one", "text": "two"}', r"a.jsonl:2: the field 'text' is there twice"),
         ('\ufeff{"text": "x"}', r"a.jsonl:2: not a line of JSON \(Unexpected UTF-8 BOM"),
         ('["text"]', r"a.jsonl:2: expected a JSON object"),
         ('{"body": "x", "id": 3}', r"a.jsonl:2: no string in the field 'text'; fields here: body, id"),
@@ -159,8 +159,8 @@ def test_what_stands_beside_the_text_does_not_matter(tmp_path: Path) -> None:
         ('{"a": {"b.c": {"d": "deep"}}}', "a.b.c.d", "deep"),
         ('{"a": "x", "a.b": {"c": "long"}}', "a.b.c", "long"),
         ('{"doc": ["text"]}', "doc.text", "no string in the field 'doc.text'; fields here: doc"),
-        ('{"doc": {"text": "a"}, "doc": {"text": "b"}}', "doc.text", "the field 'doc' stands there twice"),
-        ('{"doc": {"text": "a", "text": "b"}}', "doc.text", "the field 'text' stands there twice"),
+        ('{"doc": {"text": "a"}, "doc": {"text": "b"}}', "doc.text", "the field 'doc' is there twice"),
+        ('{"doc": {"text": "a", "text": "b"}}', "doc.text", "the field 'text' is there twice"),
     ],
 )
 def test_fields_in_objects(tmp_path: Path, line: str, field: str, expected: str) -> None:

@@ -147,7 +147,7 @@ def test_numbers_of_any_length_stand_in_fields_that_are_not_read(data: Path) -> 
     [
         (gzip.compress(b"{}", mtime=0), r"line 1: not valid JSON .*; it begins like gzip data"),
         (b"{}\xe9", r"line 1: not UTF-8 \(0xe9, byte 2 of the line\): convert"),
-        (None, "leads nowhere, to nowhere: mend it"),
+        (None, "leads nowhere, to nowhere: fix or remove it"),
     ],
 )
 def test_a_foreign_file_is_told_and_its_task_not_passed_over(data: Path, content: bytes | None, message: str) -> None:
