@@ -104,6 +104,7 @@ for arguments in {commands!r}:
         runpy.run_path(os.path.join({root!r}, "tools", arguments[0]), run_name="__main__")
     except SystemExit as stop:
         print("exit", stop.code, flush=True)
+print("torch's compiler is", "there" if "torch._dynamo" in sys.modules else "missing")
 """
 
 
@@ -133,6 +134,7 @@ def test_conversion_where_posix_is_missing(tmp_path: Path) -> None:
     ]
     (tmp_path / "text.txt").write_text("".join(f"sentence {i} of another text {i * i}\n" for i in range(400)), encoding="utf-8")
     shown = run_on_windows(commands, cwd=tmp_path)
+    assert "torch's compiler is missing" in shown, "importing it takes longer than a small conversion"
     assert "mask 1: " in shown
     assert f"{len(published_tensors(model))} tensors are equal bit for bit, 0 have other numbers" in shown
 

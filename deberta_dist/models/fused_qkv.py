@@ -168,10 +168,17 @@ def join_(layers: Sequence[nn.Linear]) -> None:
         if len({None if p is None else (p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1 or parameters[0] is None:
             continue
         if adjacent(parameters) is None:
-            whole = torch.cat([parameter.detach() for parameter in parameters])
+            whole = _joined([parameter.detach() for parameter in parameters])
             slices = whole.split([parameter.shape[0] for parameter in parameters])
             for parameter, values in zip(parameters, slices, strict=True):
                 parameter.data = values
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    if not tensors[0].is_meta:
+        return torch.cat(tensors)
+    # There is nothing to copy, and for its shape alone torch imports a compiler: most of the time of a small conversion.
+    return tensors[0].new_empty((sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:]))
 
 
 def adjacent(tensors: Sequence[Tensor], *, dim: int = 0) -> Tensor | None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +140,11 @@ def test_without_a_gpu_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in STEPS])
-def test_a_rehearsed_step_is_right(name: str, tmp_path: Path) -> None:
+def test_a_rehearsed_step_is_right(name: str, tmp_path: Path, forked_ranks: Callable[[], AbstractContextManager[None]]) -> None:
     module, function = STEPS[name].function.split(":")
     found = report(tmp_path)
-    getattr(importlib.import_module(module), function)(REHEARSAL, found, **STEPS[name].options)
+    with forked_ranks():
+        getattr(importlib.import_module(module), function)(REHEARSAL, found, **STEPS[name].options)
     found.end(DONE)
     assert found.record["status"] == DONE, found.record["checks"]
     assert found.record["figures"] or found.record["checks"]
