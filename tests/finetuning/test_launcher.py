@@ -24,16 +24,16 @@ from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
 from tests.finetuning.small import DATA, ROOT, Case
 from tests.finetuning.test_plan import write_mnli
-from tests.harness import run_script
+from tests.harness import free_port, run_script
 
 LAUNCHER = str(ROOT / "launchers" / "finetune_superglue.sh")
 
 
 def environment() -> dict[str, str]:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         env.pop(name, None)
-    return env
+    return {**env, "MASTER_PORT": str(free_port())}
 
 
 def fixed(directory: Path, out: Path) -> list[str]:
@@ -42,7 +42,17 @@ def fixed(directory: Path, out: Path) -> list[str]:
 
 def start(directory: Path, out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Two ranks."""
-    command = ["bash", LAUNCHER, "--quiet", "--num_gpus", "2", *fixed(directory, out), *words]
+    command = [
+        "bash",
+        LAUNCHER,
+        "--quiet",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        *fixed(directory, out),
+        *words,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
 
 
@@ -57,6 +67,8 @@ def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
 def test_from_a_zip_to_a_submission(start_directory: Path, tmp_path: Path) -> None:
     for name in ("RTE", "COPA", "AX-b", "AX-g"):
         shutil.copytree(DATA / name, tmp_path / "data" / name)
+    pairs = tmp_path / "data" / "AX-g" / "AX-g.jsonl"
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:24]))
     data = shutil.make_archive(str(tmp_path / "combined"), "zip", tmp_path / "data")
     out, fp32 = tmp_path / "run", ["--run.deepspeed", str(ROOT / "ds_configs" / "debug_cpu.json")]
     words = ["--task", "all", "--data", data, "--seeds", "2", "--sift", *fp32]

@@ -37,11 +37,11 @@ def start(words: list[str], *, timeout: float = 240) -> subprocess.CompletedProc
 
 
 def environment() -> dict[str, str]:
-    """A user's, with this interpreter's commands first."""
+    """A user's, with this interpreter's commands first, and a port of its own: another test may run beside."""
     found = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         found.pop(name, None)
-    return found
+    return {**found, "MASTER_PORT": str(free_port())}
 
 
 def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:
@@ -67,19 +67,22 @@ def overrides(corpus: Path, run: Path, **changes: object) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("command", "plan"),
+    ("command", "words", "plan"),
     [
         pytest.param(
-            ["deepspeed", "--num_gpus", "2", DEMO, *layout(1, 2, 1)], "tensor 1 x pipeline 2 x data 1", id="deepspeed"
+            ["deepspeed", "--num_gpus", "2"],
+            [DEMO, *layout(1, 2, 1)],
+            "tensor 1 x pipeline 2 x data 1",
+            id="deepspeed",
         ),
         # As many as the TOML needs. What differs, the number of processes and their environment, is in tests/launchers;
         # eight ranks of this launcher's Python half run and resume in test_resume.
-        pytest.param(["bash", DEMO], "tensor 2 x pipeline 2 x data 2", id="bash", marks=pytest.mark.slow),
+        pytest.param(["bash", DEMO], [], "tensor 2 x pipeline 2 x data 2", id="bash", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_from_start_to_weights(command: list[str], plan: str, corpus: Path, tmp_path: Path) -> None:
+def test_a_run_from_start_to_weights(command: list[str], words: list[str], plan: str, corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = start([*command, *overrides(corpus, run)])
+    done = start([*command, "--master_port", str(free_port()), *words, *overrides(corpus, run)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{plan}; 4 steps of 8 sequences" in done.stdout
     assert "\nattention: " in done.stdout

@@ -45,13 +45,13 @@ def checkout(tmp_path: Path) -> Path:
     return home
 
 
-def start(words: list[str], cwd: Path, *, code: int = 0) -> list[str]:
+def start(words: list[str], cwd: Path, *, code: int = 0, forked: bool = False) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     environment = kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
     }
-    if words[0] == "deepspeed":
+    if forked:
         # A script of Python, too: forked, it has imported DeepSpeed. The launcher that it starts has not.
         result = run_script([DEEPSPEED, *words[1:]], cwd=cwd, env=environment, timeout=180)
     else:
@@ -68,7 +68,7 @@ def _deepspeed_is_installed() -> None:
 
 def test_deepspeed_starts_the_launcher(checkout: Path, tmp_path: Path) -> None:
     script = str(checkout / "launchers" / "pretrain_demo.sh")
-    lines = start(["deepspeed", "--num_gpus", "2", script, "--run.directory", "a b"], tmp_path)
+    lines = start(["deepspeed", "--num_gpus", "2", script, "--run.directory", "a b"], tmp_path, forked=True)
     said = ["--local_rank={}", "--run.directory", "a b"]
     assert lines == [f"HERE {rank} 2 pretrain_demo.sh {[said[0].format(rank), *said[1:]]!r} None" for rank in range(2)]
 
@@ -100,5 +100,5 @@ def test_a_hostfile_that_deepspeed_does_not_find_ends_the_start(checkout: Path, 
     )
     script = str(checkout / "launchers" / "pretrain_demo.sh")
     words = ["deepspeed", "--num_gpus", "1", "--hostfile", "nowhere/hosts", script]
-    (line,) = start(words, tmp_path, code=2)
+    (line,) = start(words, tmp_path, code=2)  # not forked: the rank reads the command lines above it
     assert "--hostfile nowhere/hosts does not exist" in line
