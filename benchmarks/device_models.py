@@ -13,8 +13,8 @@ from deberta_dist.models.attention_dispatch import describe_attention, require_a
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.fused_qkv import add_gradients_, set_main_grads
 from deberta_dist.models.initialisation import without_memory
+from deberta_dist.models.layers import ResidualOutput
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.models.residual import ResidualOutput
 
 MAX_GRADIENT_NORM = 1.0
 

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 
 from deberta_dist.data.blend import Blend
-from deberta_dist.data.loader import Batch, MaskedLMDataset
+from deberta_dist.data.loader import Batch, MaskedLMDataset, count_samples
 from deberta_dist.data.masking import MaskingConfig
-from deberta_dist.data.packing import count_samples
 from deberta_dist.data.sampler import check_seed, position
 from deberta_dist.data.token_corpus import TokenCorpus
 from deberta_dist.data.tokenizer import Tokenizer

@@ -18,9 +18,8 @@ from torch import Tensor
 from deberta_dist.data.pinned import PinnedTensors, to_device
 from deberta_dist.data.sampler import Permutation
 from deberta_dist.kernels.dropout import mix_key
-from deberta_dist.tasks.base import Head
+from deberta_dist.tasks.base import Features, Head
 from deberta_dist.tasks.encoding import Example
-from deberta_dist.tasks.features import Features
 
 LENGTH_MULTIPLE = 8
 """Sequences are padded to it: tensor cores like it."""

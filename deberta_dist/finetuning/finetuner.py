@@ -14,12 +14,12 @@ from deberta_dist.errors import DivergedError
 from deberta_dist.finetuning.batches import TaskBatch, batch_key, pad
 from deberta_dist.finetuning.sift import Sift, SiftSettings
 from deberta_dist.models.encoder import DebertaModel
-from deberta_dist.models.labels import BOOL, require_tensor
+from deberta_dist.models.targets import BOOL, require_tensor
 from deberta_dist.parallel.mesh import Mesh
 from deberta_dist.parallel.sharded_model import ShardedModel
+from deberta_dist.tasks.base import Features
 from deberta_dist.tasks.decisions import Probabilities
 from deberta_dist.tasks.encoding import Example
-from deberta_dist.tasks.features import Features
 from deberta_dist.training.step import optimizer_step
 
 # Decisions whose sequences are in memory at once while predicting.

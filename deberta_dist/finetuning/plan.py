@@ -21,10 +21,9 @@ from deberta_dist.finetuning.starting_point import StartingPoint
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.parallel.layout import Layout, classifier_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.tasks.base import TEST, TRAIN, Head, Release, Split, Task
+from deberta_dist.tasks.base import TEST, TRAIN, Features, Head, Release, Split, Task, encode_split
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.encoding import SequenceLengths
-from deberta_dist.tasks.features import Features, encode_split
 
 RECIPES = "finetune_recipes"
 # Smallest hidden size -> file of recipes; the paper's ranges are for three sizes, the last is the demo's.

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from deberta_dist.data.pinned import to_device
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels.dropout import mix_key
-from deberta_dist.models.labels import REAL, require_tensor
+from deberta_dist.models.targets import REAL, require_tensor
 from deberta_dist.values import SiftLoss
 
 _NORMALISER_EPS = 1e-7

@@ -1,10 +1,8 @@
 """The disentangled attention operator, behind one function."""
 
-from deberta_dist.kernels.attention import disentangled_attention
-from deberta_dist.kernels.dispatch import IMPLEMENTATIONS, prefers_position_scores
+from deberta_dist.kernels.attention import IMPLEMENTATIONS, disentangled_attention, prefers_position_scores
 from deberta_dist.kernels.fused import unavailable_reason
-from deberta_dist.kernels.inputs import attention_scale, position_scores
-from deberta_dist.kernels.masks import AttentionMask, RelativePositions
+from deberta_dist.kernels.inputs import AttentionMask, RelativePositions, attention_scale, position_scores
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -13,9 +13,9 @@ from deberta_dist.models.dropout import Dropout, child_key
 from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.labels import classification_loss, require_token_labels
 from deberta_dist.models.layers import ACTIVATIONS
 from deberta_dist.models.positions import visibility
+from deberta_dist.models.targets import classification_loss, require_token_labels
 
 
 class Pooler(nn.Module):

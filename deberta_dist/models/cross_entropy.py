@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from deberta_dist.models.fused_qkv import add_product_, is_asked_for
-from deberta_dist.models.labels import WHOLE, require_below, require_tensor
+from deberta_dist.models.targets import WHOLE, require_below, require_tensor
 
 ELEMENTS_AT_ONCE_ON_CPU = 2**19
 """Logits whose float32 copies stay in a core's cache."""

@@ -5,12 +5,14 @@ Letters: B batch, S sequence, D hidden, R rows of the relative table.
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import AttentionMask, RelativePositions
 from deberta_dist.models import dropout as sites
 from deberta_dist.models.config import DebertaConfig
@@ -22,8 +24,38 @@ from deberta_dist.models.layers import Layer
 from deberta_dist.models.plain import is_plain
 from deberta_dist.models.positions import relative_positions, visibility
 from deberta_dist.models.published_state import accept_published_weights
-from deberta_dist.models.recompute import call_with_recompute, require_recompute_mode
 from deberta_dist.models.shared_table import SharedTable, look_up
+from deberta_dist.values import RECOMPUTE
+
+
+def require_recompute_mode(mode: str) -> str:
+    """Returns ``mode``.
+
+    Raises:
+        ConfigError: it is not one of `RECOMPUTE`.
+    """
+    if mode not in RECOMPUTE:
+        raise ConfigError(f"recompute = {mode!r} is not one of {', '.join(RECOMPUTE)}")
+    return mode
+
+
+def call_with_recompute(
+    function: Callable[..., Any], *args: Any, recompute: bool, dropout_key: int | None, owner: nn.Module
+) -> Any:
+    """``function(*args)``; with ``recompute`` only its arguments are saved for the backward pass.
+
+    Args:
+        function: depends on its arguments, parameters and dropout keys only.
+        *args: tensors that ``function`` is called with.
+        recompute: whether the backward pass calls ``function`` again.
+        dropout_key: with a key, recomputed masks are the same; without one, torch's random state is saved and restored.
+        owner: the module whose training mode decides; nothing is recomputed outside training.
+    """
+    if not (recompute and owner.training and torch.is_grad_enabled()):
+        return function(*args)
+    # torch's reentrant variant would need inputs that require gradients, and cannot be used with `torch.autograd.grad`.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout_key is None)
+
 
 _ABOUT_FORMATS = re.compile(r"dtype|scalar type|data type|same type", re.IGNORECASE)
 

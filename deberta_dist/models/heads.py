@@ -26,8 +26,8 @@ from deberta_dist.models.dropout import Dropout
 from deberta_dist.models.encoder import ModelWithBackbone
 from deberta_dist.models.fused_qkv import Linear, linear
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.labels import known_cross_entropy
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
+from deberta_dist.models.targets import known_cross_entropy
 from deberta_dist.values import HeadKind
 
 

@@ -15,16 +15,14 @@ from deberta_dist.kernels import AttentionMask
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
-from deberta_dist.models.encoder import ModelWithBackbone
+from deberta_dist.models.encoder import ModelWithBackbone, call_with_recompute
 from deberta_dist.models.fused_qkv import main_grad
 from deberta_dist.models.initialisation import initialise_
-from deberta_dist.models.labels import require_token_labels
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
 from deberta_dist.models.plain import is_own_table, whole_table
 from deberta_dist.models.positions import within_documents
-from deberta_dist.models.recompute import call_with_recompute
 from deberta_dist.models.shared_table import SharedTable
-from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets
+from deberta_dist.models.targets import NOT_A_TARGET, Targets, find_targets, require_token_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from deberta_dist.files.atomic import new_file
 from deberta_dist.files.foreign import refuse_foreign
 from deberta_dist.files.strict_json import json_integer
 from deberta_dist.tasks.base import Benchmark, Split, Task, whole_numbers
+from deberta_dist.tasks.data_files import json_lines
 from deberta_dist.tasks.decisions import Key, Probabilities, shown
-from deberta_dist.tasks.json_lines import json_lines
 
 _TOLERANCE = 1e-3  # of a sum of probabilities that were rounded when they were written
 

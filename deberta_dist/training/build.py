@@ -17,8 +17,8 @@ from deberta_dist.checkpoint.slices import shard_slices
 from deberta_dist.config import FineTuneConfig, Optimizer, RunConfig, precision
 from deberta_dist.models.attention_dispatch import set_attention
 from deberta_dist.models.initialisation import initial_tensor
+from deberta_dist.models.layers import ResidualOutput
 from deberta_dist.models.plain import require_unchanged
-from deberta_dist.models.residual import ResidualOutput
 from deberta_dist.parallel.flat_layout import FlatLayout
 from deberta_dist.parallel.layout import DTYPES, Layout, flat_layout
 from deberta_dist.parallel.mesh import Mesh, MeshShape

@@ -22,7 +22,7 @@ from deberta_dist.data.loader import unused_rows
 from deberta_dist.files.lock import RunLock
 from deberta_dist.models.attention_dispatch import describe_attention
 from deberta_dist.models.flops import device_peak_flops
-from deberta_dist.models.residual import require_compiler
+from deberta_dist.models.layers import require_compiler
 from deberta_dist.parallel.layout import DTYPES
 from deberta_dist.parallel.mesh import Mesh, discover_launch, local_device, make_mesh, start_process_group
 from deberta_dist.planning.dry_run import describe

@@ -15,10 +15,9 @@ from deberta_dist.finetuning.arguments import parse, usage
 from deberta_dist.tasks.base import Benchmark, Head, Release, Split, Task
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.decisions import Answers, Decision, Key
-from deberta_dist.tasks.encoding import Example, RowEncoder
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart
 from deberta_dist.tasks.predictions import read_predictions, require_covering
 from deberta_dist.tasks.report import make_report
-from deberta_dist.tasks.segments import TextPart
 from tests.harness import free_port, run_ranks
 
 COLOURS = ("red", "green", "blue")

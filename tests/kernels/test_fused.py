@@ -14,7 +14,7 @@ from tests.kernels.fused_cases import DEVICE, Case, random_case, values_and_grad
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'deberta_dist[triton]'")
 
-from deberta_dist.kernels import dispatch
+from deberta_dist.kernels import attention as operator
 from deberta_dist.kernels.fused import attention, autograd, launch
 from deberta_dist.kernels.fused.tiles import Tile, Tiles
 
@@ -166,7 +166,7 @@ def test_it_is_chosen_where_it_is_available(asked, monkeypatch):
     case, calls = Case(), []
     plain = autograd.FusedAttention.apply
     monkeypatch.setattr(autograd.FusedAttention, "apply", lambda *operands: calls.append(1) or plain(*operands))
-    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_, **__: None)
+    monkeypatch.setattr(operator, "unavailable_reason", lambda *_, **__: None)
     assert torch.equal(case.formula(case.operands, implementation=asked), case.fused())
     assert len(calls) == 2
     # A table in another precision is nothing that the kernels take.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deberta_dist.kernels import AttentionMask, dispatch
+from deberta_dist.kernels import AttentionMask, attention
 from deberta_dist.models.layers import AttentionMemory, DisentangledSelfAttention
 from deberta_dist.models.positions import relative_positions
 from deberta_dist.models.presets import preset
@@ -79,7 +79,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     for name in [name for name in vars(launch) if name.endswith("_kernel")]:
         monkeypatch.setattr(launch, name, Note(name, counter))
     monkeypatch.setattr(launch, "INTERPRETED", True)
-    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "unavailable_reason", lambda *_, **__: None)
     return counter
 
 

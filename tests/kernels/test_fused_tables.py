@@ -13,8 +13,8 @@ from deberta_dist.kernels.fused import availability, fused_attention, unavailabl
 from deberta_dist.kernels.fused.tables import order_of_positions, position_tables
 from deberta_dist.kernels.inputs import AttentionCall
 from deberta_dist.kernels.rows import fuses_rows
+from deberta_dist.models.layers import require_compiler
 from deberta_dist.models.positions import position_row_of_distance, relative_positions
-from deberta_dist.models.residual import require_compiler
 
 CPU = torch.device("cpu")
 ROWS = position_row_of_distance(4, 8)

@@ -173,7 +173,7 @@ def test_the_fused_attention_takes_every_pass(randomise, relative_error, gradien
     calls, plain = [], autograd.FusedAttention.apply
     monkeypatch.setattr(autograd.FusedAttention, "apply", lambda *operands: calls.append(1) or plain(*operands))
     # As on a GPU with Triton.
-    monkeypatch.setattr("deberta_dist.kernels.dispatch.unavailable_reason", support)
+    monkeypatch.setattr("deberta_dist.kernels.attention.unavailable_reason", support)
     loss, actual = loss_and_gradients()
     assert len(calls) == config.num_hidden_layers - 1 + NUM_DECODER_PASSES
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)

@@ -10,10 +10,9 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.models.classification import DebertaForReplacedTokenDetection, DebertaForSequenceClassification
 from deberta_dist.models.config import PROBLEM_TYPES, DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
-from deberta_dist.models.labels import classification_loss
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.presets import preset
-from deberta_dist.models.targets import find_targets
+from deberta_dist.models.targets import classification_loss, find_targets
 
 SIZES = {"num_hidden_layers": 1, "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 16}
 CLASSES = torch.tensor([2, 0, 1, 2])

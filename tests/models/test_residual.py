@@ -7,9 +7,9 @@ from deberta_dist import DebertaForMaskedLM
 from deberta_dist.errors import ConfigError
 from deberta_dist.kernels import rows
 from deberta_dist.kernels.dropout import keep_probability, threshold
-from deberta_dist.models import residual
+from deberta_dist.models import layers
+from deberta_dist.models.layers import ResidualOutput, require_compiler
 from deberta_dist.models.presets import preset
-from deberta_dist.models.residual import ResidualOutput, require_compiler
 
 
 def outputs(module: ResidualOutput, batch: int, length: int, *, key: int | None) -> list[torch.Tensor]:
@@ -77,13 +77,13 @@ def hashed_and_ours(monkeypatch, function) -> list[list[torch.Tensor]]:
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_compiled_on_a_gpu_drops_what_our_kernel_drops(monkeypatch, compiles: bool) -> None:
-    function = residual._hashed_residual_norm
+    function = layers._hashed_residual_norm
     for one, other in zip(*hashed_and_ours(monkeypatch, torch.compile(function) if compiles else function), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_compiler_it_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     require_compiler("cpu")
-    monkeypatch.setattr(residual.shutil, "which", lambda _: None)
+    monkeypatch.setattr(layers.shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match=r"training.compile = true needs a C\+\+ compiler"):
         require_compiler("cpu")

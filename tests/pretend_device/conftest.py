@@ -11,7 +11,7 @@ import torch
 
 from deberta_dist.kernels.dropout import keep_probability, threshold
 from deberta_dist.kernels.fused.availability import triton_version
-from deberta_dist.models.residual import _hashed_residual_norm, _residual_norm
+from deberta_dist.models.layers import _hashed_residual_norm, _residual_norm
 from tests.harness import run_ranks
 from tests.pretend_device.build import CACHE, build
 from tests.pretend_device.compiled import Kernels, count_kernels

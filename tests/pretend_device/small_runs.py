@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deberta_dist import DebertaConfig
 from deberta_dist.finetuning.batches import collate
 from deberta_dist.kernels.fused import availability
-from deberta_dist.models import residual
+from deberta_dist.models import layers
 from tests.finetuning import small as fine_tuning
 from tests.integration import parallel_run
 from tests.pretend_device.compiled import Kernels
@@ -138,7 +138,7 @@ def run_cases(cases: Mapping[str, Case], kernels: Mapping[str, Kernels]) -> dict
 
 def _pretrain(case: Case, kernels: Mapping[str, Kernels]) -> Run:
     history = []
-    compiled = {getattr(residual, name): numbers for name, numbers in kernels.items()}
+    compiled = {getattr(layers, name): numbers for name, numbers in kernels.items()}
     with (
         _triton(case.triton),
         PretendDevice(count=case.world_size, compiled=compiled) as device,
@@ -159,7 +159,7 @@ def _pretrain(case: Case, kernels: Mapping[str, Kernels]) -> Run:
         with device.phase("checkpoint"):
             trainer.parts.sharded_model.store.copy_shards()
     # What stands for a compiled function would outlive its device.
-    residual._joined.cache_clear()
+    layers._joined.cache_clear()
     return Run(device.record, history, case.num_layers, case.micro_batches)
 
 

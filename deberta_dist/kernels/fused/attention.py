@@ -13,8 +13,7 @@ from deberta_dist.kernels.fused.availability import triton_reason, unavailable_r
 from deberta_dist.kernels.fused.call import Call
 from deberta_dist.kernels.fused.tables import PositionTables, order_of_positions, position_tables
 from deberta_dist.kernels.fused.tiles import tiles_of
-from deberta_dist.kernels.inputs import AttentionCall
-from deberta_dist.kernels.masks import AttentionMask, RelativePositions
+from deberta_dist.kernels.inputs import AttentionCall, AttentionMask, RelativePositions
 
 
 def fused_attention(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deberta_dist.kernels.fused.tables import falls
 from deberta_dist.kernels.fused.tiles import HEAD_SIZES
-from deberta_dist.kernels.masks import AttentionMask, RelativePositions
+from deberta_dist.kernels.inputs import AttentionMask, RelativePositions
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)

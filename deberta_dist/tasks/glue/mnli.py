@@ -14,8 +14,7 @@ from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split, Task
 from deberta_dist.tasks.data_files import DataFiles
 from deberta_dist.tasks.decisions import Decision, Key
-from deberta_dist.tasks.encoding import Example, RowEncoder
-from deberta_dist.tasks.segments import TextPart
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart
 
 _FILES = {"train": "train.tsv", "val": "dev_matched.tsv"}
 _COLUMNS = ("index", "sentence1", "sentence2", "gold_label")

@@ -9,8 +9,7 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
-from deberta_dist.tasks.encoding import Example, RowEncoder
-from deberta_dist.tasks.segments import TextPart
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart
 from deberta_dist.tasks.superglue.task import INTEGERS, SuperGlueTask, labelled, row_key
 
 _CONNECTIVES = {"cause": "because", "effect": "so"}

@@ -12,10 +12,9 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
+from deberta_dist.tasks.data_files import as_object, integer, require_fields
 from deberta_dist.tasks.decisions import Answers, Decision, Key, shown
-from deberta_dist.tasks.encoding import Example, RowEncoder
-from deberta_dist.tasks.json_lines import as_object, integer, require_fields
-from deberta_dist.tasks.segments import TextPart
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart
 from deberta_dist.tasks.superglue.task import INTEGERS, Submitted, SuperGlueTask, labelled
 
 

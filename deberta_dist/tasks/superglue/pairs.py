@@ -23,8 +23,7 @@ from typing import Any
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
 from deberta_dist.tasks.decisions import Answers
-from deberta_dist.tasks.encoding import Example, RowEncoder
-from deberta_dist.tasks.segments import TextPart
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart
 from deberta_dist.tasks.superglue.task import BOOLEAN, THREE_WAY, TWO_WAY, SuperGlueTask, labelled, row_key
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from deberta_dist.errors import DataError, printable
 from deberta_dist.tasks.base import TEST, Release, Split, Submission, Task, Verdict
+from deberta_dist.tasks.data_files import json_lines
 from deberta_dist.tasks.decisions import Answers, Key, shown
-from deberta_dist.tasks.json_lines import json_lines
 from deberta_dist.tasks.superglue.task import SuperGlueTask
 from deberta_dist.tasks.superglue.tasks import TASKS
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from deberta_dist.errors import DataError
 from deberta_dist.tasks.base import TEST, Split, Task
-from deberta_dist.tasks.data_files import DataFiles
+from deberta_dist.tasks.data_files import DataFiles, integer, json_lines, require_fields
 from deberta_dist.tasks.decisions import Answers, Decision, Key, shown
-from deberta_dist.tasks.json_lines import integer, json_lines, require_fields
 
 JsonLabel = str | int | bool
 Spelling = Mapping[str, JsonLabel]

@@ -16,9 +16,8 @@ from typing import Any
 from deberta_dist.errors import DataError
 from deberta_dist.tasks import metrics
 from deberta_dist.tasks.base import Head, Split
-from deberta_dist.tasks.encoding import Example, RowEncoder, marked
-from deberta_dist.tasks.json_lines import require_fields
-from deberta_dist.tasks.segments import TextPart
+from deberta_dist.tasks.data_files import require_fields
+from deberta_dist.tasks.encoding import Example, RowEncoder, TextPart, marked
 from deberta_dist.tasks.superglue.task import BOOLEAN, SuperGlueTask, labelled, row_key
 
 _PUNCTUATION = string.punctuation + "\u2018\u2019\u201c\u201d\u2014"

@@ -9,10 +9,8 @@ import pytest
 from deberta_dist.data.tokenizer import Tokenizer, train_tokenizer
 from deberta_dist.errors import DataError
 from deberta_dist.preparation.reading.texts import read_texts
-from deberta_dist.tasks.base import Head, Release
-from deberta_dist.tasks.encoding import SequenceLengths
-from deberta_dist.tasks.features import Features, encode_split
-from deberta_dist.tasks.segments import KEPT_CUT, TextPart, encode_spans, window_starts
+from deberta_dist.tasks.base import Features, Head, Release, encode_split
+from deberta_dist.tasks.encoding import KEPT_CUT, SequenceLengths, TextPart, encode_spans, window_starts
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
 from deberta_dist.tasks.superglue.tasks import TASKS
 from deberta_dist.tasks.superglue.wsc import AT_INDEX, ELSEWHERE, INDEX_ALONE, find_span
