@@ -152,7 +152,7 @@ def test_every_value_is_taken_or_refused_in_a_line(place: str, read: Callable[[d
         ({"BF16": {"enabled": True}}, "did you mean bf16?"),
         ({"zero_optimization": {"stage": 3, "Offload_Param": {}}}, "did you mean zero_optimization.offload_param?"),
         ({"_comment": "ZeRO-3"}, "unknown key _comment; remove it"),
-        ({"zero_optimization": {"stage": 3, "//": 1}}, "take it out"),
+        ({"zero_optimization": {"stage": 3, "//": 1}}, "remove it"),
         ({"": 1}, 'unknown key ""; remove it'),
         ({"x\n\x1b[31m": 1}, r"unknown key 'x\n\x1b[31m'; "),
         ({"csv_monitor": {"enabled": True, "output_path": __file__}}, "is not a writable folder"),
@@ -187,7 +187,7 @@ def as_told(ds: dict[str, Any], message: str) -> dict[str, Any]:
         for name in tables:
             table = table[name]
         value = table.pop(key)
-        if "take it out" in text or "left out" in text:
+        if "remove it" in text or "left out" in text:
             continue
         if meant := re.search(r"did you mean ([\w.]+)\?|calls it ([\w.]+) now", text):
             name = (meant[1] or meant[2]).rpartition(".")[2]
