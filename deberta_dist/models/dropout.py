@@ -74,6 +74,7 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         if x.device.type == "cuda":
             return row_dropout(x, p=self.p, seed=self.seed(key), numbers=self.row_numbers(x, width))
+        # In place on the product, which nobody else has.
         return (x * self.scale).masked_fill_(self.numbers(x, key, width=width) < self.limit, 0.0)
 
     plain_forward = forward

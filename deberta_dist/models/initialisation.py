@@ -29,6 +29,7 @@ def initial_tensor(name: str, shape: Sequence[int], *, seed: int, std: float) ->
         return torch.zeros(*shape, device="cpu", dtype=torch.float32)
     if name.endswith("LayerNorm.weight"):
         return torch.ones(*shape, device="cpu", dtype=torch.float32)
+    # A hash and not Python's own: that differs from process to process.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little"))
     return torch.empty(*shape, device="cpu", dtype=torch.float32).normal_(0.0, std, generator=generator)

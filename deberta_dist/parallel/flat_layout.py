@@ -62,6 +62,7 @@ def lay_out(
         (index,) = [i for i, belongs in enumerate(groups) if belongs(name)]
         places[name] = (index, lengths[index], tuple(shape))
         lengths[index] += _round_up(torch.Size(shape).numel(), ALIGNMENT)
+    # Every shard begins on an aligned address too, so the whole is a multiple of both.
     sizes = tuple(_round_up(max(length, 1), ALIGNMENT * data_parallel_size) for length in lengths)
     return FlatLayout(sizes=sizes, places=places)
 

@@ -198,6 +198,7 @@ def plan_layout(network: Network, *, parallel: Parallel, flops: ForwardFlops) ->
     )
 
 
+# Cached, like the two below: a search makes thousands of layouts of one network.
 @lru_cache(maxsize=16)
 def full_shapes(network: Network) -> Mapping[str, tuple[int, ...]]:
     """Full shape of every published parameter, in model order."""

@@ -89,6 +89,7 @@ def build(
     for module in model.modules():
         if isinstance(module, ResidualOutput):
             module.joined = config.training.compile
+    # First the layers, then the sharding rules: modules of other stages need not be divided.
     model.keep_layers(layout.layers_of_rank(here.pipeline))  # type: ignore[operator]  # every network's model has it
     sharded_model = build_sharded_model(
         model, layout=layout, optimizer=config.optimizer, deepspeed_config=deepspeed_config, mesh=mesh, shards=shards

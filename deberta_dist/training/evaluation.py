@@ -43,6 +43,7 @@ def rank_batch(
     rows = plan.config.training.global_batch_size // mesh.shape.data
     first = start + mesh.mesh_rank.data * rows
     batch = data.batch(first, rows)
+    # All ranks take part in every batch: rows beyond the end are read, and have nothing to predict.
     if stop is not None and first + rows > stop:
         batch.labels[max(stop - first, 0) :] = 0
     return batch

@@ -60,6 +60,7 @@ def gather_full_weights(
             assert len(slices) == (
                 1 if sharding_rules.parameter_sharding(name, layout.network.rules).dim is None else mesh.shape.tensor
             ), name
+            # safetensors refuses a view that is not contiguous.
             full[name] = join_slices(slices, name, full_shape=shape, rules=layout.network.rules).contiguous()
     return full
 

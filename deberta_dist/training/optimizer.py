@@ -38,6 +38,7 @@ def make_optimizer(
     Raises:
         ConfigError: ``optimizer.name`` is "apex_fused_adam" and apex is not installed.
     """
+    # A parameter group each, which DeepSpeed turns into a sub-group each: the weight store finds its shards by them.
     groups = [
         {"params": [flat], "weight_decay": settings.weight_decay if decays else 0.0}
         for flat, decays in zip(flats, decayed, strict=True)

@@ -169,6 +169,7 @@ def _same_sources(reader: CheckpointReader, *, plan: Plan, data: RunData) -> Non
 
 def share_checkpoint(reader: CheckpointReader | None, *, plan: Plan, mesh: Mesh) -> CheckpointReader | None:
     """Rank 0's checkpoint, opened on every rank. Collective."""
+    # -1 for none: ranks exchange numbers only, never pickled objects.
     step = mesh.broadcast_number(-1 if reader is None else reader.manifest.step)
     if step < 0 or reader is not None:
         return reader

@@ -174,7 +174,7 @@ def test_a_preset_in_either_spelling_and_calibration(tmp_path: Path) -> None:
         (["--gpus", "8", "--model", "v3-base", "--recompute", "some"], "'some' is not one of none, full, selective"),
         (["--gpus", "8", "--model", "v9"], "model 'v9' does not exist; known models: v1-base"),
         (["--gpus", "7", str(DEMO)], "no layout of 7 processes passes the checks"),
-        (["--gpus", "4", str(DEMO), "--gpu-memory", "0.001"], "layouts of 4 processes keeps to 0.00 GB per GPU"),
+        (["--gpus", "4", str(DEMO), "--gpu-memory", "0.001"], "layouts of 4 processes fits into 0.00 GB per GPU"),
         (["--gpus", "4", "none.toml"], "none.toml"),
         (["--gpus", "4", str(DEMO), "--calibration", "none.json"], "--calibration none.json: cannot be read"),
         (["--gpus", "4", str(DEMO), "--offload", "cpu"], "run.deepspeed = "),

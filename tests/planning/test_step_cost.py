@@ -172,7 +172,7 @@ def test_a_calibration_replaces_numbers(tmp_path: Path) -> None:
         ('{"speed": 1}', "unknown key speed; known are"),
         ('{"product_rate": -1}', "product_rate = -1; expected a positive number"),
         ('{"node": 5}', 'node must be {"latency"'),
-        ('{"kinds": {"shout": {}}}', "kinds.shout is no kind of message"),
+        ('{"kinds": {"shout": {}}}', "kinds.shout is not a kind of message"),
         ('{"calls_overlap": 1}', "calls_overlap = 1; expected true or false"),
         ('{"cores": 0}', "cores = 0; expected a positive integer"),
     ],
