@@ -104,7 +104,6 @@ MANY_PARAMETERS = {
     f"{PACKAGE}/data/masking.py mask_batch": "one caller and the golden tests, each with numbers from a different place",
     f"{PACKAGE}/kernels/attention.py disentangled_attention": "an operator: each is a tensor or a number of its formula",
     f"{PACKAGE}/kernels/fused/": "a Triton kernel takes every array, stride and constant by itself",
-    f"{PACKAGE}/models/masked_lm.py _run": "what forward and forward_stage pass, which differ",
     f"{PACKAGE}/models/layers.py _hashed_residual_norm": "torch.compile traces it with plain tensors and numbers",
     f"{PACKAGE}/parallel/pipeline/runner.py __init__": "one caller, with plain values of configuration and model",
     f"{PACKAGE}/preparation/pipeline/prepare.py prepare_corpus": "the room's one way in: a keyword for each setting",

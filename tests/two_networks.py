@@ -18,6 +18,7 @@ from deberta_dist.config import RunConfig
 from deberta_dist.data.loader import Batch
 from deberta_dist.models.classification import DebertaForReplacedTokenDetection
 from deberta_dist.models.config import DebertaConfig
+from deberta_dist.models.encoder import CallInputs
 from deberta_dist.models.flops import ForwardFlops, forward_flops
 from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
@@ -52,16 +53,8 @@ class Drafter(DebertaForMaskedLM):
         document_ids: Tensor | None = None,
     ) -> Any:
         mask, position_ids = within_documents(attention_mask, document_ids)
-        hidden = self._run(
-            hidden_BSD,
-            input_ids=input_ids,
-            mask=mask,
-            position_ids=position_ids,
-            targets=targets,
-            layers=layers,
-            dropout_key=dropout_key,
-            table=None,
-        )
+        inputs = CallInputs(input_ids=input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key)
+        hidden = self._run(hidden_BSD, inputs, targets=targets, layers=layers)
         if layers.stop < self.config.num_hidden_layers:
             return hidden
         head, loss = self.lm_predictions.lm_head, self.cross_entropy
@@ -104,16 +97,8 @@ class Detector(DebertaForReplacedTokenDetection):
         dropout_key: int | None,
     ) -> Tensor:
         mask, _ = within_documents(attention_mask, None)
-        encoder = self.deberta.encoder
-        if layers.start == 0:
-            hidden_BSD = self.deberta.embed(input_ids, mask=mask, dropout_key=dropout_key)
-        hidden_BSD = encoder.run_layers(
-            hidden_BSD,
-            layers=layers,
-            rel_RD=encoder.relative_table(hidden_BSD.device),
-            mask=mask,
-            dropout_key=dropout_key,
-        )
+        inputs = CallInputs(input_ids=input_ids, mask=mask, dropout_key=dropout_key)
+        hidden_BSD, _ = self.deberta.run_stage(hidden_BSD, inputs, layers=layers)
         if layers.stop < self.config.num_hidden_layers:
             return hidden_BSD
         is_token = attention_mask.to(torch.float32)

@@ -60,6 +60,27 @@ def call_with_recompute(
 _ABOUT_FORMATS = re.compile(r"dtype|scalar type|data type|same type", re.IGNORECASE)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallInputs:
+    """What one call gives to all parts of a model.
+
+    Attributes:
+        input_ids: int64 [B, S]; None where another stage has the embeddings.
+        mask: which tokens each token sees.
+        token_type_ids: int64 [B, S]; None: all 0.
+        position_ids: absolute positions, int64 [B, S]; None: 0 .. S-1.
+        dropout_key: see `DebertaModel.forward`.
+        table: the word embeddings where others use them too.
+    """
+
+    input_ids: Tensor | None
+    mask: AttentionMask
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+    dropout_key: int | None = None
+    table: SharedTable | None = None
+
+
 class Embeddings(nn.Module):
     """dropout(m LayerNorm(proj(word + type + position))), m the token mask; what a generation lacks is left out.
 
@@ -84,19 +105,13 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob, site=sites.EMBEDDING_SITE)
         self.own_tokens = nn.Identity()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        is_token_BS: Tensor,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None = None,
-        dropout_key: int | None,
-        table: SharedTable | None = None,
-    ) -> Tensor:
-        x = look_up(input_ids, self.word_embeddings, table)
+    def forward(self, inputs: CallInputs) -> Tensor:
+        input_ids, position_ids = inputs.input_ids, inputs.position_ids
+        assert input_ids is not None
+        is_token_BS = inputs.mask.seen()
+        x = look_up(input_ids, self.word_embeddings, inputs.table)
         if self.token_type_embeddings is not None:
-            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            types = torch.zeros_like(input_ids) if inputs.token_type_ids is None else inputs.token_type_ids
             x = x + self.token_type_embeddings(self.own_tokens(types))
         if self.position_biased_input:
             if position_ids is None:
@@ -105,7 +120,7 @@ class Embeddings(nn.Module):
         if self.embed_proj is not None:
             x = linear(x, self.embed_proj)
         x = self.LayerNorm(x)
-        return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), dropout_key)
+        return self.dropout(x * self.own_tokens(is_token_BS).unsqueeze(-1).to(x.dtype), child_key(inputs.dropout_key, 0))
 
     def absolute_positions(self, positions: Tensor) -> Tensor:
         """Rows of the absolute position table for int64 positions of any shape."""
@@ -305,13 +320,10 @@ class DebertaModel(ExplainsNumberFormats):
             dropout_key: determines all dropout masks of the call. None: torch's random state does.
         """
         mask = visibility(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-        embedded_BSD = self.embed(
-            input_ids,
-            mask=mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            dropout_key=dropout_key,
+        inputs = CallInputs(
+            input_ids=input_ids, mask=mask, token_type_ids=token_type_ids, position_ids=position_ids, dropout_key=dropout_key
         )
+        embedded_BSD = self.embed(inputs)
         hidden_states = [embedded_BSD] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
         last_BSD = self.encoder.run_layers(
@@ -329,32 +341,35 @@ class DebertaModel(ExplainsNumberFormats):
             attentions=None if attentions is None else tuple(attentions),
         )
 
-    def embed(
-        self,
-        input_ids: Tensor,
-        *,
-        mask: AttentionMask,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        dropout_key: int | None,
-        table: SharedTable | None = None,
-    ) -> Tensor:
-        """Input of layer 0, [B, S, D], zero where ``mask`` has padding. For the other parameters see `forward`.
-
-        ``table`` are the word embeddings, where the head uses them too.
+    def embed(self, inputs: CallInputs) -> Tensor:
+        """Input of layer 0, [B, S, D], zero where the mask has padding.
 
         Raises:
             ValueError: the sequence is longer than the absolute position table that is added.
         """
-        self.require_positions(input_ids.shape[1], added=self.config.position_biased_input)
-        return self.embeddings(
-            input_ids,
-            is_token_BS=mask.seen(),
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            dropout_key=child_key(dropout_key, 0),
-            table=table,
+        assert inputs.input_ids is not None
+        self.require_positions(inputs.input_ids.shape[1], added=self.config.position_biased_input)
+        return self.embeddings(inputs)
+
+    def run_stage(self, hidden_BSD: Tensor | None, inputs: CallInputs, *, layers: range) -> tuple[Tensor, Tensor]:
+        """Ordinary passes of consecutive layers; layer 0 brings the embeddings with it.
+
+        Args:
+            hidden_BSD: output of the layer before; None, or ignored, if ``layers`` begins with 0.
+            inputs: of the call.
+            layers: empty: ``hidden_BSD`` is returned.
+
+        Returns:
+            Hidden states [B, S, D], and the relative table that the layers used, [R, D].
+        """
+        if layers.start == 0:
+            hidden_BSD = self.embed(inputs)
+        assert hidden_BSD is not None
+        rel_RD = self.encoder.relative_table(hidden_BSD.device)
+        hidden_BSD = self.encoder.run_layers(
+            hidden_BSD, layers=layers, rel_RD=rel_RD, mask=inputs.mask, dropout_key=inputs.dropout_key
         )
+        return hidden_BSD, rel_RD
 
     def require_positions(self, length: int, *, added: bool) -> None:
         """Refuses a sequence with fewer absolute positions than tokens, if they are ``added``: on a GPU the look-up aborts.

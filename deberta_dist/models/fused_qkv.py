@@ -174,7 +174,7 @@ def join_(layers: Sequence[nn.Linear]) -> None:
                 parameter.data = values
 
 
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
+def _joined(tensors: list[Tensor]) -> Tensor:
     if not tensors[0].is_meta:
         return torch.cat(tensors)
     # There is nothing to copy, and for its shape alone torch imports a compiler: most of the time of a small conversion.

@@ -11,11 +11,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from deberta_dist.kernels import AttentionMask
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.cross_entropy import CrossEntropy
 from deberta_dist.models.dropout import child_key
-from deberta_dist.models.encoder import ModelWithBackbone, call_with_recompute
+from deberta_dist.models.encoder import CallInputs, ModelWithBackbone, call_with_recompute
 from deberta_dist.models.fused_qkv import main_grad
 from deberta_dist.models.initialisation import initialise_
 from deberta_dist.models.masked_lm_head import MaskedLMPredictions
@@ -110,16 +109,15 @@ class DebertaForMaskedLM(ModelWithBackbone):
         is_target_BS = mask.seen() if labels is None else labels > 0
         targets = None if exporting else find_targets(is_target_BS, labels)
         table = self._shared_table(input_ids.device)
-        hidden_PD = self._run(
-            None,
+        inputs = CallInputs(
             input_ids=input_ids,
             mask=mask,
             token_type_ids=token_type_ids,
             position_ids=document_positions if position_ids is None else position_ids,
-            targets=targets,
             dropout_key=dropout_key,
             table=table,
         )
+        hidden_PD = self._run(None, inputs, targets=targets)
         if exporting:
             hidden_PD = hidden_PD[is_target_BS]
         logits_PV = self.lm_predictions.lm_head(hidden_PD, word_embeddings_VW=table.weight_VW)
@@ -138,13 +136,8 @@ class DebertaForMaskedLM(ModelWithBackbone):
         """
         mask, _ = within_documents(torch.ones_like(input_ids) if attention_mask is None else attention_mask, None)
         table = self._shared_table(input_ids.device)
-        hidden_BSD = self._run(
-            None,
-            input_ids=input_ids,
-            mask=mask,
-            token_type_ids=token_type_ids,
-            table=table,
-        )
+        inputs = CallInputs(input_ids=input_ids, mask=mask, token_type_ids=token_type_ids, table=table)
+        hidden_BSD = self._run(None, inputs)
         return self.lm_predictions.lm_head(hidden_BSD, word_embeddings_VW=table.weight_VW)
 
     def forward_stage(
@@ -195,16 +188,8 @@ class DebertaForMaskedLM(ModelWithBackbone):
             targets = find_targets(labels > 0, labels)
         mask, position_ids = within_documents(attention_mask, document_ids)
         table = self._shared_table(attention_mask.device) if self._shares_table(layers) else None
-        hidden = self._run(
-            hidden_BSD,
-            input_ids=input_ids,
-            mask=mask,
-            position_ids=position_ids,
-            targets=targets,
-            layers=layers,
-            dropout_key=dropout_key,
-            table=table,
-        )
+        inputs = CallInputs(input_ids=input_ids, mask=mask, position_ids=position_ids, dropout_key=dropout_key, table=table)
+        hidden = self._run(hidden_BSD, inputs, targets=targets, layers=layers)
         if not is_last:
             return hidden
         assert targets is not None, "given or found"
@@ -238,73 +223,27 @@ class DebertaForMaskedLM(ModelWithBackbone):
             self.lm_predictions = None  # type: ignore[assignment]  # of the last stage alone
 
     def _run(
-        self,
-        hidden_BSD: Tensor | None,
-        *,
-        input_ids: Tensor | None,
-        mask: AttentionMask,
-        table: SharedTable | None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        targets: Targets | None = None,
-        layers: range | None = None,
-        dropout_key: int | None = None,
+        self, hidden_BSD: Tensor | None, inputs: CallInputs, *, targets: Targets | None = None, layers: range | None = None
     ) -> Tensor:
-        """Hidden states [B, S, D] after ``layers``, by default all; only those of ``targets``, [P, D], after the last layer.
-
-        Its parameters are those of `forward` and `forward_stage`, which differ in what they pass.
-        """
+        """Hidden states [B, S, D] after ``layers``, by default all; if the last is among them, of ``targets`` alone, [P, D]."""
         layers = range(self.config.num_hidden_layers) if layers is None else layers
-        if layers.start == 0:
-            assert input_ids is not None, "the first layer has them"
-            hidden_BSD = self.deberta.embed(
-                input_ids,
-                mask=mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                dropout_key=dropout_key,
-                table=table,
-            )
-        assert hidden_BSD is not None, "other layers have those of the layers before"
-        rel_RD = self.deberta.encoder.relative_table(hidden_BSD.device)
         is_last = layers.stop == self.config.num_hidden_layers
         decodes = is_last and self.config.uses_enhanced_mask_decoder
-        hidden_BSD = self.deberta.encoder.run_layers(
-            hidden_BSD,
-            layers=layers[:-1] if decodes else layers,
-            rel_RD=rel_RD,
-            mask=mask,
-            dropout_key=dropout_key,
-        )
+        hidden_BSD, rel_RD = self.deberta.run_stage(hidden_BSD, inputs, layers=layers[:-1] if decodes else layers)
         if is_last:
             hidden_BSD = self.whole_sequence(hidden_BSD)
         if decodes:
-            return self._decode(
-                hidden_BSD,
-                rel_RD,
-                mask=mask,
-                position_ids=position_ids,
-                targets=targets,
-                dropout_key=dropout_key,
-            )
+            return self._decode(hidden_BSD, rel_RD, inputs, targets=targets)
         if not is_last or targets is None:
             return hidden_BSD
         return hidden_BSD.flatten(0, 1).index_select(0, targets.tokens_P)
 
-    def _decode(
-        self,
-        hidden_BSD: Tensor,
-        rel_RD: Tensor,
-        *,
-        mask: AttentionMask,
-        position_ids: Tensor | None,
-        targets: Targets | None,
-        dropout_key: int | None,
-    ) -> Tensor:
+    def _decode(self, hidden_BSD: Tensor, rel_RD: Tensor, inputs: CallInputs, *, targets: Targets | None) -> Tensor:
         """The enhanced mask decoder: z = p + h; twice z = layer(queries z, keys and values h).
 
         Of the targets, [P, D]; without targets of every token, [B, S, D].
         """
+        mask, position_ids, dropout_key = inputs.mask, inputs.position_ids, inputs.dropout_key
         length = hidden_BSD.shape[1]
         self.deberta.require_positions(length, added=True)
         encoder = self.deberta.encoder
