@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sets up .venv like the demo, checks style and types, and runs the tests in it.
-#   sh tests/run.sh                 lint, types, and all tests but the slow ones: TEST_WORKERS at once (2), then the serial ones
+#   sh tests/run.sh                 all tests but the slow ones, TEST_WORKERS at once (2), and lint and types beside them
 #   sh tests/run.sh [pytest args]   tests alone, one at a time: tests/config -k batch, or -m gpu. Slow ones stay out
 #                                   unless -m asks for them (-m slow, -m "")
 #   sh tests/run.sh --workers 4 [pytest args]
@@ -49,18 +49,37 @@ export PATH
 # Every worker and every process that a test starts would compile the same files again.
 unset PYTHONDONTWRITEBYTECODE
 
-# All are run and the first failure decides: a long line hides no failing test.
-status=0
-check() {
-    echo "run.sh: $*"
-    "$python" -m "$@" || status=1
+lint_and_types() {
+    failed=0
+    for words in "ruff check --quiet ." "ruff format --check --quiet ." mypy; do
+        echo "run.sh: $words"
+        "$python" -m $words || failed=1
+    done
+    return "$failed"
 }
-if [ "$lint" != no ]; then
-    check ruff check --quiet .
-    check ruff format --check --quiet .
-    check mypy
+
+if [ "$lint" = only ]; then
+    lint_and_types
+    exit
 fi
-if [ "$lint" != only ]; then
-    "$python" tests/two_parts.py "$@" || { code=$?; [ "$status" -ne 0 ] || status=$code; }
+if [ "${1:-}" = --workers ]; then
+    [ $# -ge 2 ] || { echo "run.sh: --workers needs a number" >&2; exit 2; }
+    workers=$2
+    shift 2
+    set -- -n "$workers" --dist worksteal "$@"
+fi
+# Both are always run to their end: a long line hides no failing test, and no failing test a wrong type. What is found of
+# style and types stands at the end, where it is read.
+if [ "$lint" = yes ]; then
+    found=$(mktemp)
+    trap 'rm -f "$found"' EXIT
+    lint_and_types >"$found" 2>&1 &
+    checks=$!
+fi
+status=0
+"$python" -m pytest "$@" || status=$?
+if [ "$lint" = yes ]; then
+    wait "$checks" || { [ "$status" -ne 0 ] || status=1; }
+    cat "$found"
 fi
 exit "$status"
