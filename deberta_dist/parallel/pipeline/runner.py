@@ -13,7 +13,6 @@ records the batches of real ranks and replays them under NCCL's rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from deberta_dist.parallel.mesh import Mesh
+from deberta_dist.parallel.pipeline import MicroBatches
 from deberta_dist.values import PipelineSchedule
 
 # Value of parallel.schedule -> the name that torch.distributed.pipelining has for it.
@@ -30,19 +30,6 @@ SCHEDULES: Mapping[PipelineSchedule, str] = {
     "gpipe": "GPipe",
     "interleaved_1f1b": "Interleaved1F1B",
 }
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """The micro-batches of one step on one data-parallel rank: M micro-batches of B sequences.
-
-    Attributes:
-        input_ids: Token ids, int64 [M * B, S].
-        fields: For each micro-batch, the keyword arguments of ``model.forward_stage`` beside ids, hidden states and layers.
-    """
-
-    input_ids: Tensor
-    fields: Sequence[Mapping[str, Any]]
 
 
 class Stage(nn.Module):

@@ -9,7 +9,7 @@ from deberta_dist.config import RunConfig
 from deberta_dist.models.config import DebertaConfig
 from deberta_dist.models.flops import ForwardFlops, forward_flops
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
-from deberta_dist.parallel.pipeline.runner import MicroBatches
+from deberta_dist.parallel.pipeline import MicroBatches
 from deberta_dist.training.objectives.base import Objective, TrainedNetwork, alone
 from deberta_dist.training.step_batch import StepBatch
 
