@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from deberta_dist.errors import ConfigError
 from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.parallel.layout import Layout
-from deberta_dist.parallel.pipeline import MicroBatches, Network
+from deberta_dist.parallel.network import Network
+from deberta_dist.parallel.pipeline import MicroBatches
 from deberta_dist.training.step_batch import COUNTS, StepBatch
 
 
