@@ -24,7 +24,8 @@ from deberta_dist.models.initialisation import initial_tensor
 from deberta_dist.models.masked_lm import DebertaForMaskedLM
 from deberta_dist.models.positions import within_documents
 from deberta_dist.models.targets import Targets, find_targets
-from deberta_dist.parallel.pipeline import MicroBatches, is_decayed
+from deberta_dist.parallel.network import is_decayed
+from deberta_dist.parallel.pipeline import MicroBatches
 from deberta_dist.training.objectives.base import Fold, Objective, TrainedNetwork
 from deberta_dist.training.objectives.masked_lm import MaskedLMNetwork
 from deberta_dist.training.step_batch import StepBatch
