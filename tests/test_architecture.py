@@ -228,20 +228,25 @@ def _cycles(names: Imports) -> list[str]:
     return found
 
 
+def _functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """(file and name, node) of every function and method."""
+    for path in python_files(root):
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    yield f"{path.relative_to(root).as_posix()} {node.name}", node
+
+
 def _long_functions(root: Path) -> list[str]:
     found = {}
-    for path in python_files(root):
-        if path.suffix != ".py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno is not None
-                lines = node.end_lineno - node.lineno + 1
-                first = node.body[0]
-                if ast.get_docstring(node) is not None and first.end_lineno is not None:
-                    lines -= first.end_lineno - first.lineno + 1
-                if lines > MAX_FUNCTION_LINES:
-                    found[f"{path.relative_to(root).as_posix()} {node.name}"] = lines
+    for name, node in _functions(root):
+        assert node.end_lineno is not None
+        lines = node.end_lineno - node.lineno + 1
+        first = node.body[0]
+        if ast.get_docstring(node) is not None and first.end_lineno is not None:
+            lines -= first.end_lineno - first.lineno + 1
+        if lines > MAX_FUNCTION_LINES:
+            found[name] = lines
     return [
         *(
             f"{name}: {lines} lines, more than {MAX_FUNCTION_LINES}"
@@ -258,15 +263,11 @@ def _long_functions(root: Path) -> list[str]:
 
 def _many_parameters(root: Path) -> list[str]:
     found = {}
-    for path in python_files(root):
-        if path.suffix != ".py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                every = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-                number = len([name for name in every if name not in ("self", "cls", "ctx")])
-                if number > MAX_PARAMETERS:
-                    found[f"{path.relative_to(root).as_posix()} {node.name}"] = number
+    for name, node in _functions(root):
+        every = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        number = len([argument for argument in every if argument not in ("self", "cls", "ctx")])
+        if number > MAX_PARAMETERS:
+            found[name] = number
     return [
         *(
             f"{name}: {number} parameters, more than {MAX_PARAMETERS}"

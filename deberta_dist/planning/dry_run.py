@@ -6,7 +6,6 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -59,23 +58,27 @@ def rank_reports(plan: Plan, number: int | None = None) -> list[RankReport]:
     for pipeline_rank in range(len(layout.stages_by_rank)):
         # Tensor rank 0 owns the replicated weights and rank 1 borrows them; all further ranks are like rank 1.
         tensor_ranks = range(min(layout.tensor_parallel_size, 2))
-        memory_of = partial(
-            rank_memory,
-            layout,
-            config=plan.config,
-            deepspeed_config=plan.deepspeed,
-            pipeline_rank=pipeline_rank,
-            others=others,
-        )
-        messages_of = partial(
-            rank_communication,
-            layout,
-            config=plan.config,
-            deepspeed_config=plan.deepspeed,
-            pipeline_rank=pipeline_rank,
-        )
-        memories = [memory_of(tensor_rank=rank) for rank in tensor_ranks]
-        messages = [messages_of(tensor_rank=rank) for rank in tensor_ranks]
+        memories = [
+            rank_memory(
+                layout,
+                config=plan.config,
+                deepspeed_config=plan.deepspeed,
+                pipeline_rank=pipeline_rank,
+                tensor_rank=tensor_rank,
+                others=others,
+            )
+            for tensor_rank in tensor_ranks
+        ]
+        messages = [
+            rank_communication(
+                layout,
+                config=plan.config,
+                deepspeed_config=plan.deepspeed,
+                pipeline_rank=pipeline_rank,
+                tensor_rank=tensor_rank,
+            )
+            for tensor_rank in tensor_ranks
+        ]
         reports.append(
             RankReport(
                 flops=sum(flops.by_layer[layer] for layer in layout.layers_of_rank(pipeline_rank)),

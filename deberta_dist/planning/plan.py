@@ -19,7 +19,7 @@ from deberta_dist.models.flops import ForwardFlops
 from deberta_dist.models.presets import preset
 from deberta_dist.parallel.layout import Layout, plan_layout
 from deberta_dist.planning.deepspeed import checked_deepspeed
-from deberta_dist.training.objectives.base import Objective, TrainedNetwork, check_folds
+from deberta_dist.training.objectives.base import Objective, TrainedNetwork, check_folds, trained
 from deberta_dist.training.objectives.masked_lm import masked_lm
 
 
@@ -42,8 +42,7 @@ class NetworkPlan:
     @property
     def network(self) -> TrainedNetwork:
         """The network that is laid out."""
-        assert isinstance(self.layout.network, TrainedNetwork)
-        return self.layout.network
+        return trained(self.layout.network)
 
     @property
     def model_config(self) -> DebertaConfig:
@@ -53,8 +52,7 @@ class NetworkPlan:
     @property
     def world_size(self) -> int:
         """Processes."""
-        parallel = self.config.parallel
-        return parallel.world_size
+        return self.config.parallel.world_size
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Plan:
     @property
     def world_size(self) -> int:
         """Processes."""
-        return self.networks[0].world_size
+        return self.config.parallel.world_size
 
     @property
     def training_flops(self) -> float:

@@ -28,7 +28,7 @@ from deberta_dist.parallel.sharded_model import ShardedModel
 from deberta_dist.parallel.tensor.apply import apply_sharding_rules, cut_tensor, split_sequence
 from deberta_dist.parallel.tensor.sequence import SequenceRanks
 from deberta_dist.parallel.zero import WeightStore
-from deberta_dist.training.objectives.base import TrainedNetwork
+from deberta_dist.training.objectives.base import trained
 from deberta_dist.training.optimizer import make_optimizer
 
 
@@ -75,8 +75,7 @@ def build(
         shards: This rank's initial shard of every flat parameter, float32 on the host. None: random initial weights, which
             depend only on (seed, name).
     """
-    network = layout.network
-    assert isinstance(network, TrainedNetwork), network
+    network = trained(layout.network)
     here = mesh.mesh_rank
     if shards is None:
         shards = shards_of(layout, mesh=mesh, load=partial(initial_value, layout=layout, seed=config.training.seed))

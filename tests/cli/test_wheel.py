@@ -16,6 +16,7 @@ from deberta_dist.errors import ConfigError
 from deberta_dist.files import shipped as shipped_module
 from deberta_dist.tasks.base import Release
 from deberta_dist.tasks.superglue.benchmark import SUPERGLUE
+from tests.small_run import small_run, write_text
 from tests.tasks.conftest import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -87,28 +88,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Installe
     return Installed(tmp_path_factory.mktemp("installed"), wheel)
 
 
-SMALL_RUN = """
-[model]
-preset = "tiny-v2"
-[data]
-train = "corpus/train"
-validation = "corpus/heldout"
-tokenizer = "spm.model"
-max_seq_length = 64
-[training]
-global_batch_size = 8
-micro_batch_size = 2
-max_steps = 4
-[optimizer]
-learning_rate = 1e-3
-[checkpoint]
-every_steps = 2
-[run]
-directory = "runs/small"
-deepspeed = "own/ds_zero3.json"
-"""
-
-
 @pytest.mark.slow  # test_one_lookup_finds_the_files_in_both proves the lookup, test_verbs.py the command line
 def test_every_verb_outside_the_checkout(installed: Installed) -> None:
     run, verb, root = installed.run, installed.verb, installed.root
@@ -123,9 +102,7 @@ def test_every_verb_outside_the_checkout(installed: Installed) -> None:
     verb("plan", "--model", "base-v3", "--gpus", "8", "--gpu", "h100", "--global-batch", "256")
 
     # Text to weights on two processes.
-    lines = (ROOT / "launchers/demo_text/train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-    paragraphs = [part for line in lines for part in json.loads(line)["text"].split("\n") if len(part) > 40]
-    (root / "some.txt").write_text("\n\n".join(paragraphs[:600]), encoding="utf-8")
+    write_text(root / "some.txt")
     verb("train-tokenizer", "--input", "some.txt", "--output", "spm.model", "--vocab-size", "600")
     verb("prepare-corpus", "--input", "some.txt", "--output", "corpus", "--tokenizer", "spm.model", "--workers", "2")
     assert (root / "corpus/report.md").is_file()
@@ -133,7 +110,8 @@ def test_every_verb_outside_the_checkout(installed: Installed) -> None:
 
     (root / "own").mkdir()
     (root / "own/ds_zero3.json").write_bytes((ROOT / "ds_configs/debug_cpu.json").read_bytes())
-    (root / "own.toml").write_text(SMALL_RUN)
+    toml = small_run(corpus="corpus", tokenizer="spm.model", directory="runs/small", deepspeed="own/ds_zero3.json")
+    (root / "own.toml").write_text(toml)
     assert "memory" in verb("pretrain", "own.toml", "--dry-run", "--world-size", "2")
     verb("pretrain", "own.toml", "--num_gpus", "2", "--parallel.pipeline_parallel_size", "2")
     steps = [json.loads(line) for line in (root / "runs/small/metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,6 @@
 Slow, for they train; ``test_pages.py`` proves in seconds that every command of every page exists with its flags.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.markdown import ROOT, Command, commands
-from tests.docs.test_pages import VERBS
+from tests.small_run import small_run, write_text
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 900
@@ -27,26 +26,12 @@ SMALL = {
     "--document 17": "--document 1",
     "--seeds 5": "--seeds 1",
 }
-TOML = """
-[model]
-preset = "tiny-v2"
-[data]
-train = "../data/corpus/train"
-validation = "../data/corpus/heldout"
-tokenizer = "../data/spm.model"
-max_seq_length = 64
-[training]
-global_batch_size = 8
-micro_batch_size = 2
-max_steps = 4
-[optimizer]
-learning_rate = 1e-3
-[checkpoint]
-every_steps = 2
-[run]
-directory = "../runs/pretrain_1.5b"
-deepspeed = "../ds_configs/debug_cpu.json"
-"""
+TOML = small_run(
+    corpus="../data/corpus",
+    tokenizer="../data/spm.model",
+    directory="../runs/pretrain_1.5b",
+    deepspeed="../ds_configs/debug_cpu.json",
+)
 
 
 class Workplace:
@@ -63,14 +48,10 @@ class Workplace:
         shutil.copytree(ROOT / "ds_configs", root / "ds_configs")
         shutil.copytree(ROOT / "launchers", root / "launchers")
         (root / "text").mkdir()
-        lines = (ROOT / "launchers/demo_text/train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-        paragraphs = [part for line in lines for part in json.loads(line)["text"].split("\n") if len(part) > 40]
-        assert len(paragraphs) > 200, "fewer documents may leave nothing to hold out"
-        (root / "text/some.txt").write_text("\n\n".join(paragraphs[:600]), encoding="utf-8")
+        write_text(root / "text/some.txt")
         programs = root / "bin"
         programs.mkdir()
-        cases = "\n".join(f"{verb}) tool={name} ;;" for verb, name in VERBS.items() if name)
-        script = f'#!/bin/sh\ncase "$1" in\n{cases}\n*) exit 2 ;;\nesac\nshift\nexec "{sys.executable}" "{ROOT}/tools/$tool.py" "$@"\n'
+        script = f'#!/bin/sh\nexec "{sys.executable}" -m deberta_dist "$@"\n'
         (programs / "deberta-dist").write_text(script)
         (programs / "deberta-dist").chmod(0o755)
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
